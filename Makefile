@@ -1,0 +1,49 @@
+# Every verb of the project; `make` alone lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?=
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick check format lock clean
+
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## make the virtual environment and install the locked dependencies
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("somaflow needs Python 3.11 or newer; this is %d.%d: set PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup  ## run the whole road on this machine: ingest, snapshot, train, serve, ask
+	$(BIN)/python infra/demo.py $(DEMO)
+
+test: setup  ## run all tests
+	$(BIN)/python -m pytest
+
+test-quick: setup  ## run the tests that need no cluster (seconds)
+	$(BIN)/python -m pytest -m "not ray and not s3 and not road"
+
+check: setup  ## lint, format, types, dependency contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## write the code the way ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## resolve the newest allowed versions into requirements.lock
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet torch==2.13.0 ".[dev]"
+	build/lock/bin/python -m pip freeze --exclude somaflow --all | grep -vE '^(pip|setuptools|wheel)==' | sed -E 's/\+cpu$$//' > requirements.lock
+	rm -rf build/lock
+
+clean:  ## remove the environment and what the demo made
+	rm -rf $(VENV) demo build

@@ -1,0 +1,1 @@
+"""The lake: schema, catalog and commits, reader, writer, snapshots, validation, errors."""

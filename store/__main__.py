@@ -1,0 +1,243 @@
+"""This module is ``python -m store``: look at a lake, prove it, make snapshots of it, take cells out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from store import command, snapshot
+from store.command import answer, console
+from store.errors import VerificationError
+from store.export import export as export_cells
+from store.lake import Lake, open_lake
+from store.settings import load_settings
+from store.snapshot import SnapshotSettings
+from store.validate import validate as validate_lake
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+snapshots = typer.Typer(no_args_is_help=True, help="Make, list, show, verify and delete snapshots.")
+app.add_typer(snapshots, name="snapshot")
+
+LakeOption = Annotated[str, typer.Option("--lake", help="The lake: a folder or an s3:// URI.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
+CommitOption = Annotated[int | None, typer.Option("--commit", help="An earlier commit of the lake, by number.")]
+NameArgument = Annotated[str, typer.Argument(help="The snapshot's name.")]
+
+
+@app.command()
+def info(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonOption = False) -> None:
+    """Say what a lake holds: organisms, measurements, cells, datasets, snapshots.
+
+    Example: python -m store info --lake ./lake
+    """
+    opened = open_lake(lake, commit)
+    summary = _summary(opened)
+    if json:
+        answer("store-info/v1", **summary)
+        return
+    console.print(f"[bold]{opened.uri}[/] at commit {opened.commit.number} ({opened.commit.created})")
+    _print_table(
+        ("dataset", "organism", "cells", "measurements", "source"),
+        [
+            (row["dataset_id"], row["organism"], f"{row['cells']:,}", row["measurements"], row["source_kind"])
+            for row in summary["datasets"]
+        ],
+    )
+    for organism, measurements in summary["organisms"].items():
+        features = ", ".join(f"{count:,} {name}" for name, count in measurements.items())
+        console.print(f"{organism}: {features} features")
+    console.print(f"snapshots: {', '.join(summary['snapshots']) or 'none'}")
+
+
+def _summary(lake: Lake) -> dict[str, Any]:
+    datasets = [
+        {
+            "dataset_id": row["dataset_id"],
+            "organism": row["organism"],
+            "cells": row["dataset_total_cell_count"],
+            "measurements": row["measurements"],
+            "source_kind": row["source_kind"],
+            "source_uri": row["source_uri"],
+        }
+        for row in lake.datasets().to_pylist()
+    ]
+    return {
+        "lake": lake.uri,
+        "commit": lake.commit.number,
+        "commit_id": lake.commit.id,
+        "lake_timestamp": lake.commit.timestamp_ms,
+        "cells": sum(row["cells"] for row in datasets),
+        "organisms": {
+            name: {measurement: lake.var(name, measurement).num_rows for measurement in lake.measurements(name)}
+            for name in lake.organisms
+        },
+        "datasets": datasets,
+        "snapshots": snapshot.list_snapshots(lake.uri),
+        "pending": [plan.dataset_id for plan in lake.pending()],
+    }
+
+
+@app.command()
+def history(lake: LakeOption = "lake", json: JsonOption = False) -> None:
+    """List a lake's commits; each can be opened with --commit.
+
+    Example: python -m store history --lake ./lake
+    """
+    rows = [
+        {
+            "commit": commit.number,
+            "id": commit.id,
+            "created": commit.created,
+            "timestamp_ms": commit.timestamp_ms,
+            "dataset_id": commit.dataset.get("dataset_id", ""),
+            "cells": commit.dataset.get("n_obs", 0),
+        }
+        for commit in open_lake(lake).history
+    ]
+    if json:
+        answer("store-history/v1", commits=rows)
+        return
+    _print_table(
+        ("commit", "id", "created", "dataset", "cells"),
+        [(row["commit"], row["id"][:12], row["created"], row["dataset_id"], f"{row['cells']:,}") for row in rows],
+    )
+
+
+@app.command()
+def validate(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonOption = False) -> None:
+    """Prove a lake: read everything again and compare with what was committed; exit code 8 when something differs.
+
+    Example: python -m store validate --lake ./lake
+    """
+    with console.status("reading") as status:
+        checks = validate_lake(open_lake(lake, commit), lambda name: status.update(f"checking {name}"))
+    problems = [check for check in checks if check.problem]
+    if json:
+        answer(
+            "store-validate/v1",
+            checks=len(checks),
+            problems=[{"check": c.name, "subject": c.subject, "problem": c.problem} for c in problems],
+        )
+    for check in problems:
+        console.print(f"[red]{check.name}[/] {check.subject}: {check.problem}")
+    if problems:
+        raise VerificationError(f"{lake}: {len(problems)} of {len(checks)} checks failed; see the lines above")
+    console.print(f"[green]{len(checks)} checks passed[/]: layout, joinids, features, counts, snapshots")
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="Where to write: NAME.h5ad or NAME.h5mu.")],
+    organism: Annotated[str, typer.Option(help="Census name of the organism.")] = "homo_sapiens",
+    measurement: Annotated[list[str] | None, typer.Option(help="Measurement; several make an h5mu. [RNA]")] = None,
+    where: Annotated[str | None, typer.Option(help="Value filter on obs, as in SOMA.")] = None,
+    lake: LakeOption = "lake",
+    commit: CommitOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write the cells that fit a filter to an h5ad or h5mu file, raw counts in X.
+
+    Example: python -m store export blood.h5ad --where "tissue == 'blood'" --lake ./lake
+    """
+    n_cells = export_cells(open_lake(lake, commit), path, organism, measurement or ["RNA"], where)
+    if json:
+        answer("store-export/v1", path=str(path), cells=n_cells)
+    console.print(f"wrote {n_cells:,} cells to {path}")
+
+
+@snapshots.command("create")
+def snapshot_create(
+    name: NameArgument,
+    settings: Annotated[Path | None, typer.Option(help="TOML with the keys of --set.")] = None,
+    where: Annotated[str | None, typer.Option(help="Value filter on obs, as in SOMA.")] = None,
+    measurements: Annotated[str | None, typer.Option(help="Comma-separated, such as RNA,protein. [all]")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value; keys: where, organisms, measurements, seed, split_by, fractions."),
+    ] = None,
+    lake: LakeOption = "lake",
+    json: JsonOption = False,
+) -> None:
+    """Copy the cells that fit a filter, shuffled, into a snapshot that training streams from.
+
+    Example: python -m store snapshot create blood --where "tissue == 'blood'" --set split_by=donor_id
+    """
+    values = load_settings(SnapshotSettings, settings, overrides or ())
+    if where is not None:
+        values = values.model_copy(update={"where": where})
+    if measurements is not None:
+        values = values.model_copy(update={"measurements": tuple(measurements.split(","))})
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        made = snapshot.create_snapshot(lake, name, values, show)
+    if json:
+        answer("store-snapshot/v1", uri=made.uri, **made.manifest)
+    sizes = ", ".join(f"{entry['n_features']:,} {key}" for key, entry in made.manifest["measurements"].items())
+    console.print(f"snapshot {name}: {made.n_cells:,} cells, {sizes} features, splits {made.manifest['splits']}")
+
+
+@snapshots.command("list")
+def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
+    """List a lake's snapshots."""
+    opened = [snapshot.open_snapshot(lake, name) for name in snapshot.list_snapshots(open_lake(lake).uri)]
+    if json:
+        answer("store-snapshots/v1", snapshots=[item.manifest for item in opened])
+        return
+    _print_table(
+        ("snapshot", "cells", "measurements", "commit", "created"),
+        [
+            (s.name, f"{s.n_cells:,}", ",".join(s.measurements), s.manifest["commit"], s.manifest["created"])
+            for s in opened
+        ],
+    )
+
+
+@snapshots.command("show")
+def snapshot_show(name: NameArgument, lake: LakeOption = "lake", json: JsonOption = False) -> None:
+    """Show a snapshot's manifest: query, commit, seed, splits, vocabulary hashes, checksums, versions."""
+    manifest = snapshot.open_snapshot(lake, name).manifest
+    if json:
+        answer("store-snapshot/v1", **manifest)
+    else:
+        console.print_json(data=manifest)
+
+
+@snapshots.command("verify")
+def snapshot_verify(name: NameArgument, lake: LakeOption = "lake") -> None:
+    """Read a snapshot again and compare it with its checksums; exit code 8 when they differ."""
+    snapshot.open_snapshot(lake, name).verify()
+    console.print(f"[green]snapshot {name} is what was written[/]")
+
+
+@snapshots.command("delete")
+def snapshot_delete(name: NameArgument, lake: LakeOption = "lake") -> None:
+    """Delete a snapshot; the lake's cells stay."""
+    snapshot.delete_snapshot(lake, name)
+    console.print(f"deleted snapshot {name}")
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(value) for value in row))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    command.run(app, "store")
+
+
+if __name__ == "__main__":
+    main()

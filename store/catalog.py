@@ -1,0 +1,169 @@
+"""This module is the lake's catalog: what has been planned, named and committed, as append-only records.
+
+::
+
+    <lake>/somaflow/lake.json                        made last when the lake is made: without it there is no lake
+    <lake>/somaflow/plans/000000000007.json          ranges handed out, before anything is written
+    <lake>/somaflow/features/<organism>/<measurement>/000000000000.json   names of features, in joinid order
+    <lake>/somaflow/commits/000000000007.json        what exists: the newest one decides what a reader sees
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store import records
+from store.errors import ConflictError
+from store.schema import FEATURE_CAPACITY, Features
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one measurement of a dataset holds: enough to recognise it when it is read again."""
+
+    nnz: int
+    total: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One state of a lake that readers can open.
+
+    Attributes:
+        number: Position in the lake's history; 0 is the empty lake.
+        timestamp_ms: Readers open every array at this TileDB timestamp.
+        parent: The id of the commit before.
+        dataset: Plan number, dataset id, organism, key and ranges of the dataset that it added; empty for number 0.
+        content: Measurement to what was written and read back.
+    """
+
+    number: int
+    timestamp_ms: int
+    parent: str
+    created: str
+    dataset: dict[str, Any] = field(default_factory=dict)
+    content: dict[str, Content] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """A digest of the whole record: two lakes with the same id went through the same history."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+def _numbered(number: int) -> str:
+    return f"{number:012d}.json"
+
+
+def commits(lake_uri: str) -> list[Commit]:
+    """Read all commits, oldest first; empty where there is no lake."""
+    folder = records.join(lake_uri, records.FOLDER, "commits")
+    return [_commit(values) for values in records.read_all(folder)]
+
+
+def _commit(values: dict[str, Any]) -> Commit:
+    content = {name: Content(**part) for name, part in values.pop("content").items()}
+    return Commit(**values, content=content)
+
+
+def create_commit(lake_uri: str, commit: Commit) -> None:
+    """Write a commit record.
+
+    Raises:
+        ConflictError: Another driver has meanwhile made a commit of this number.
+    """
+    if not records.create(records.join(lake_uri, records.FOLDER, "commits", _numbered(commit.number)), asdict(commit)):
+        raise ConflictError(
+            f"{lake_uri}: commit {commit.number} was made by another driver meanwhile; run the same command again"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranges handed to one dataset: soma_joinids ``obs_start`` to ``obs_start + n_obs``, one dataset joinid."""
+
+    number: int
+    key: str
+    dataset_id: str
+    organism: str
+    dataset_joinid: int
+    obs_start: int
+    n_obs: int
+
+
+def plans(lake_uri: str) -> list[Plan]:
+    """Read all plans, oldest first."""
+    return [Plan(**values) for values in records.read_all(records.join(lake_uri, records.FOLDER, "plans"))]
+
+
+def create_plan(lake_uri: str, known: Sequence[Plan], *, key: str, dataset_id: str, organism: str, n_obs: int) -> Plan:
+    """Hand out ranges behind all that were ever handed out; a range is never given twice.
+
+    Raises:
+        ConflictError: Another driver took the number first.
+    """
+    same_organism = [plan for plan in known if plan.organism == organism]
+    same_name = next((plan.dataset_joinid for plan in known if plan.dataset_id == dataset_id), None)
+    fresh = 1 + max((plan.dataset_joinid for plan in known), default=-1)
+    plan = Plan(
+        number=1 + max((plan.number for plan in known), default=-1),
+        key=key,
+        dataset_id=dataset_id,
+        organism=organism,
+        dataset_joinid=fresh if same_name is None else same_name,
+        obs_start=max((plan.obs_start + plan.n_obs for plan in same_organism), default=0),
+        n_obs=n_obs,
+    )
+    if not records.create(records.join(lake_uri, records.FOLDER, "plans", _numbered(plan.number)), asdict(plan)):
+        raise ConflictError(f"{lake_uri}: plan {plan.number} was made by another driver; run the same command again")
+    return plan
+
+
+class FeatureNames:
+    """The features that one measurement of one organism ever had, in the order of their joinids."""
+
+    def __init__(self, lake_uri: str, organism: str, measurement: str) -> None:
+        self.folder = records.join(lake_uri, records.FOLDER, "features", organism, measurement)
+        self.measurement = measurement
+        self.rows: list[tuple[str, str, str, int]] = []
+        self.joinid: dict[str, int] = {}
+        self._n_records = 0
+        for record in records.read_all(self.folder):
+            self._extend(record["rows"])
+
+    def _extend(self, rows: list[list[Any]]) -> None:
+        for feature_id, name, kind, length in rows:
+            self.joinid[feature_id] = len(self.rows)
+            self.rows.append((feature_id, name, kind, length))
+        self._n_records += 1
+
+    def joinids(self, features: Features) -> NDArray[np.int64]:
+        """Return each feature's joinid, naming in one new record those that have none yet.
+
+        Raises:
+            ConflictError: The measurement is full, or another driver named features meanwhile.
+        """
+        columns = zip(
+            features.feature_id, features.feature_name, features.feature_type, features.feature_length, strict=True
+        )
+        fresh = [list(row) for row in columns if row[0] not in self.joinid]
+        if len(self.rows) + len(fresh) > FEATURE_CAPACITY[self.measurement]:
+            raise ConflictError(
+                f"{self.folder}: {len(fresh):,} new features do not fit beside {len(self.rows):,} of at most "
+                f"{FEATURE_CAPACITY[self.measurement]:,} {self.measurement} features; map them to a common vocabulary"
+            )
+        if fresh:
+            if not records.create(records.join(self.folder, _numbered(self._n_records)), {"rows": fresh}):
+                raise ConflictError(f"{self.folder}: another driver named features; run the same command again")
+            self._extend(fresh)
+        return np.array([self.joinid[name] for name in features.feature_id], dtype=np.int64)

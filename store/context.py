@@ -1,0 +1,50 @@
+"""This module opens SOMA and TileDB objects: one configuration, taken from the environment, for local paths and S3."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import tiledb
+import tiledbsoma
+
+BUFFER_BYTES = 256 * 2**20
+
+
+@cache
+def tiledb_config() -> dict[str, Any]:
+    """Return the TileDB settings of this process.
+
+    Credentials come from the usual AWS variables or the node's identity, never from a setting of ours.
+    ``AWS_ENDPOINT_URL`` points at another S3 server, which is then addressed by path.
+    """
+    config: dict[str, Any] = {
+        "soma.init_buffer_bytes": BUFFER_BYTES,
+        "sm.mem.reader.sparse_global_order.ratio_array_data": 0.3,
+        "vfs.s3.connect_max_tries": 10,
+    }
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        parts = urlsplit(endpoint)
+        config |= {
+            "vfs.s3.endpoint_override": parts.netloc,
+            "vfs.s3.scheme": parts.scheme,
+            "vfs.s3.use_virtual_addressing": "false",
+        }
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region:
+        config["vfs.s3.region"] = region
+    return config
+
+
+def soma_context(timestamp_ms: int | None = None) -> tiledbsoma.SOMATileDBContext:
+    """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now)."""
+    return tiledbsoma.SOMATileDBContext(tiledb_config=tiledb_config(), timestamp=timestamp_ms)
+
+
+@cache
+def tiledb_context() -> tiledb.Ctx:
+    """Return the process's TileDB context for reading arrays without SOMA's copies."""
+    return tiledb.Ctx({key: value for key, value in tiledb_config().items() if not key.startswith("soma.")})

@@ -1,0 +1,280 @@
+"""This module makes a lake and reads it as it was at one commit.
+
+Shape letters used in this module:
+    C  cells asked for      G  features named so far in a measurement
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from functools import cached_property
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import scipy.sparse
+import tiledbsoma
+from numpy.typing import NDArray
+
+from store import catalog, records, schema
+from store.catalog import Commit
+from store.context import soma_context
+from store.errors import ConflictError, MissingError, UsageError
+
+
+def utc_now() -> str:
+    """Return the time of day as ISO 8601 in UTC, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+def create_lake(uri: str) -> None:
+    """Make an empty lake at ``uri``; nothing happens where there is one.
+
+    A lake that a killed process left half-made is made anew.
+
+    Raises:
+        ConflictError: Something that is no lake stands there.
+    """
+    uri = records.absolute(uri)
+    marker = records.join(uri, records.FOLDER, "lake.json")
+    if records.read(marker) is not None:
+        return
+    begun = records.join(uri, records.FOLDER, "begun.json")
+    if records.read(begun) is not None:
+        for member in ("census_info", "census_data", "__group", "__meta", "__tiledb_group.tdb"):
+            records.remove(records.join(uri, member))
+    elif records.exists(records.join(uri, "__tiledb_group.tdb")) or _holds_files(uri):
+        raise ConflictError(f"{uri}: holds something that is not a lake; choose an empty place")
+    records.create(begun, {"format": catalog.FORMAT})
+    _create_collections(uri)
+    first = Commit(number=0, timestamp_ms=int(time.time() * 1000), parent="", created=utc_now())
+    if not catalog.commits(uri):
+        catalog.create_commit(uri, first)
+    records.create(marker, {"format": catalog.FORMAT, "created": first.created})
+
+
+def _holds_files(uri: str) -> bool:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        return any(not name.rstrip("/").endswith("/" + records.FOLDER) for name in filesystem.ls(path, detail=False))
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
+
+
+def _create_collections(uri: str) -> None:
+    with tiledbsoma.Collection.create(uri, context=soma_context()) as root:
+        root.metadata["somaflow_format"] = catalog.FORMAT
+        root.add_new_collection("census_data")
+        info = root.add_new_collection("census_info")
+        for name, columns in schema.INFO_SCHEMAS.items():
+            info.add_new_dataframe(
+                name,
+                schema=columns,
+                index_column_names=["soma_joinid"],
+                domain=[(0, schema.CELL_CAPACITY - 1)],
+                platform_config=schema.table_options(columns),
+            )
+
+
+def ensure_measurement(uri: str, organism: str, measurement: str) -> None:
+    """Make the organism's experiment and its measurement where they are missing.
+
+    A member that a killed process made but did not enter in its group is removed and made anew: nothing can have
+    been committed to it.
+    """
+    context = soma_context()
+    organism_uri = records.join(uri, "census_data", organism)
+    with tiledbsoma.Collection.open(records.join(uri, "census_data"), "w", context=context) as data:
+        if organism not in data:
+            records.remove(organism_uri)
+            with tiledbsoma.Experiment.create(organism_uri, context=context) as experiment:
+                experiment.add_new_dataframe(
+                    "obs",
+                    schema=schema.OBS_SCHEMA,
+                    index_column_names=["soma_joinid"],
+                    domain=[(0, schema.CELL_CAPACITY - 1)],
+                    platform_config=schema.table_options(schema.OBS_SCHEMA),
+                )
+                experiment.add_new_collection("ms")
+            data.set(organism, tiledbsoma.Experiment.open(organism_uri, context=context), use_relative_uri=True)
+    ms_uri = records.join(organism_uri, "ms")
+    with tiledbsoma.Collection.open(ms_uri, "w", context=context) as ms:
+        if measurement not in ms:
+            member_uri = records.join(ms_uri, measurement)
+            records.remove(member_uri)
+            _create_measurement(member_uri, measurement)
+            ms.set(measurement, tiledbsoma.Measurement.open(member_uri, context=context), use_relative_uri=True)
+
+
+def _create_measurement(uri: str, measurement: str) -> None:
+    capacity = schema.FEATURE_CAPACITY[measurement]
+    with tiledbsoma.Measurement.create(uri, context=soma_context()) as member:
+        member.add_new_dataframe(
+            "var",
+            schema=schema.VAR_SCHEMA,
+            index_column_names=["soma_joinid"],
+            domain=[(0, capacity - 1)],
+            platform_config=schema.table_options(schema.VAR_SCHEMA),
+        )
+        member.add_new_collection("X").add_new_sparse_ndarray(
+            "raw",
+            type=pa.float32(),
+            shape=(schema.CELL_CAPACITY, capacity),
+            platform_config=schema.counts_options(),
+        )
+        member.add_new_sparse_ndarray(
+            "feature_dataset_presence_matrix",
+            type=pa.bool_(),
+            shape=(schema.DATASET_CAPACITY, capacity),
+            platform_config=schema.counts_options(),
+        )
+
+
+def open_lake(uri: str, commit: int | None = None) -> Lake:
+    """Open the lake at ``uri`` as it was at commit number ``commit`` (none: the newest).
+
+    Raises:
+        MissingError: There is no lake, or no such commit.
+    """
+    uri = records.absolute(uri)
+    history = catalog.commits(uri)
+    if not history:
+        raise MissingError(f"{uri}: no lake here; make one with: python -m ingest run SOURCE --lake {uri}")
+    if commit is None:
+        return Lake(uri, history)
+    if not 0 <= commit < len(history):
+        raise MissingError(f"{uri}: no commit {commit}; the lake has commits 0 to {len(history) - 1}")
+    return Lake(uri, history[: commit + 1])
+
+
+class Lake:
+    """One commit of a lake, opened for reading; later commits do not change what it answers."""
+
+    def __init__(self, uri: str, history: list[Commit]) -> None:
+        self.uri = uri
+        self.history = history
+        self.commit = history[-1]
+
+    def pending(self) -> list[catalog.Plan]:
+        """Return plans that were begun and have no commit: a driver works on them, or one died."""
+        done = {commit.dataset["number"] for commit in self.history if commit.dataset}
+        return [plan for plan in catalog.plans(self.uri) if plan.number not in done]
+
+    @cached_property
+    def root(self) -> Any:
+        """The lake as a SOMA collection at the commit's timestamp (``cellxgene_census`` takes it as a census)."""
+        return tiledbsoma.Collection.open(self.uri, context=soma_context(self.commit.timestamp_ms))
+
+    def experiment(self, organism: str) -> Any:
+        """Return an organism's SOMA Experiment.
+
+        Raises:
+            UsageError: The lake has no cells of it.
+        """
+        if organism not in self.organisms:
+            known = ", ".join(self.organisms) or "none yet"
+            raise UsageError(f"{self.uri}: no cells of organism {organism!r}; organisms here: {known}")
+        return self.root["census_data"][organism]
+
+    @cached_property
+    def organisms(self) -> list[str]:
+        """Organisms with at least one committed dataset, in alphabetical order."""
+        return sorted({commit.dataset["organism"] for commit in self.history if commit.dataset})
+
+    def measurements(self, organism: str) -> list[str]:
+        """Return the measurements that an organism has, RNA first."""
+        ms = self.experiment(organism).ms
+        return [name for name in schema.MEASUREMENTS if name in ms]
+
+    def _ranges(self, organism: str) -> NDArray[np.int64]:
+        """Committed joinid ranges, half-open, ascending: [datasets, 2]."""
+        ranges = [
+            (commit.dataset["obs_start"], commit.dataset["obs_start"] + commit.dataset["n_obs"])
+            for commit in self.history
+            if commit.dataset and commit.dataset["organism"] == organism
+        ]
+        return np.array(sorted(ranges), dtype=np.int64).reshape(-1, 2)
+
+    def obs(self, organism: str, where: str | None = None, columns: list[str] | None = None) -> pa.Table:
+        """Return the obs rows that ``where`` selects, in joinid order.
+
+        Args:
+            organism: One of ``organisms``.
+            where: A SOMA value filter, such as ``"tissue == 'blood' and is_primary_data == True"``.
+            columns: Columns wanted (none: all); ``soma_joinid`` is always among them.
+
+        Raises:
+            UsageError: Unknown organism, a column that obs does not have, or a filter that does not parse.
+        """
+        obs = self.experiment(organism).obs
+        unknown = sorted(set(columns or ()) - set(obs.schema.names))
+        if unknown:
+            raise UsageError(f"obs has no column {unknown[0]!r}; columns: {', '.join(obs.schema.names)}")
+        wanted = None if columns is None else ["soma_joinid", *(name for name in columns if name != "soma_joinid")]
+        try:
+            table = obs.read(value_filter=where, column_names=wanted).concat()
+        except (tiledbsoma.SOMAError, ValueError, SyntaxError, KeyError) as error:
+            raise UsageError(
+                f"where = {where!r}: {str(error).strip().splitlines()[0]}; columns: {', '.join(obs.schema.names)}"
+            ) from None
+        joinids = table["soma_joinid"].to_numpy()
+        ranges = self._ranges(organism)
+        slot = np.searchsorted(ranges[:, 0], joinids, side="right") - 1
+        inside = (slot >= 0) & (joinids < ranges[np.maximum(slot, 0), 1])
+        return table.filter(pa.array(inside)).sort_by("soma_joinid")
+
+    def var(self, organism: str, measurement: str) -> pa.Table:
+        """Return a measurement's features, in joinid order."""
+        table = self._measurement(organism, measurement).var.read().concat()
+        return table.sort_by("soma_joinid")
+
+    def datasets(self) -> pa.Table:
+        """Return the Census's datasets table with our provenance columns, in joinid order."""
+        return self.root["census_info"]["datasets"].read().concat().sort_by("soma_joinid")
+
+    def presence(self, organism: str, measurement: str) -> scipy.sparse.csr_matrix:
+        """Return which dataset (row, dataset joinid) measures which feature (column, var joinid), as booleans."""
+        matrix = self._measurement(organism, measurement)["feature_dataset_presence_matrix"]
+        found = matrix.read().tables().concat()
+        rows, columns = found["soma_dim_0"].to_numpy(), found["soma_dim_1"].to_numpy()
+        n_datasets = 1 + max(
+            (int(commit.dataset["dataset_joinid"]) for commit in self.history if commit.dataset), default=-1
+        )
+        shape = (n_datasets, self._n_features(organism, measurement))
+        return scipy.sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=shape).tocsr()
+
+    def counts(self, organism: str, measurement: str, joinids: NDArray[np.int64]) -> scipy.sparse.csr_matrix:
+        """Return raw counts_CG as float32, one row for each of ``joinids`` in the order asked.
+
+        Column j is the feature with joinid j. A cell that was not measured is an empty row: ask obs which they are.
+        Read contiguous joinids together: scattered ones are slow.
+        """
+        joinids = np.asarray(joinids, dtype=np.int64)
+        order = np.argsort(joinids, kind="stable")
+        ascending = joinids[order]
+        shape = (len(joinids), self._n_features(organism, measurement))
+        if len(joinids) == 0:
+            nothing = np.empty(0, dtype=np.int64)
+            return scipy.sparse.coo_matrix((nothing.astype(np.float32), (nothing, nothing)), shape=shape).tocsr()
+        contiguous = int(ascending[-1] - ascending[0]) == len(ascending) - 1
+        rows = slice(int(ascending[0]), int(ascending[-1])) if contiguous else pa.array(np.unique(ascending))
+        found = self._measurement(organism, measurement).X["raw"].read((rows,)).tables().concat()
+        row_of = np.searchsorted(ascending, found["soma_dim_0"].to_numpy())
+        columns, values = found["soma_dim_1"].to_numpy(), found["soma_data"].to_numpy()
+        by_joinid = scipy.sparse.coo_matrix((values, (row_of, columns)), shape=shape).tocsr()
+        return by_joinid[np.searchsorted(ascending, joinids)]
+
+    def _measurement(self, organism: str, measurement: str) -> Any:
+        experiment = self.experiment(organism)
+        if measurement not in experiment.ms:
+            known = ", ".join(self.measurements(organism))
+            raise UsageError(f"{self.uri}: {organism} has no measurement {measurement!r}; measurements: {known}")
+        return experiment.ms[measurement]
+
+    def _n_features(self, organism: str, measurement: str) -> int:
+        joinids = self._measurement(organism, measurement).var.read(column_names=["soma_joinid"]).concat()
+        return 1 + max(joinids["soma_joinid"].to_numpy(), default=-1)

@@ -1,0 +1,139 @@
+"""This module writes and reads the lake's small JSON records: each is created once, whole, and never changed.
+
+Creating a record that exists fails, on a local disk (a hard link) and on S3 (a conditional put) alike: this is the only
+lock-free primitive that the commit protocol leans on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet
+
+from store.errors import StorageError
+
+FOLDER = "somaflow"
+
+
+def is_local(uri: str) -> bool:
+    """Say whether ``uri`` is a path or ``file://`` URI on this machine's file system."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def absolute(uri: str | Path) -> str:
+    """Return a local path as an absolute path, so that another process finds it; other URIs lose a last slash."""
+    text = str(uri)
+    return str(Path(text.removeprefix("file://")).absolute()) if is_local(text) else text.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    """Join path parts below ``uri``."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def create(uri: str, values: dict[str, Any]) -> bool:
+    """Write ``values`` to ``uri`` unless something stands there; say whether this call made it.
+
+    Raises:
+        StorageError: The place cannot be written.
+    """
+    data = json.dumps(values, sort_keys=True).encode()
+    try:
+        if is_local(uri):
+            return _create_local(Path(uri), data)
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot write: {error}; check that the place exists and may be written") from error
+    return True
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return True
+
+
+def read(uri: str) -> dict[str, Any] | None:
+    """Read one record; none where there is none."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        return dict(json.loads(filesystem.cat_file(path)))
+    except FileNotFoundError:
+        return None
+
+
+def read_all(folder: str) -> list[dict[str, Any]]:
+    """Read every record of a folder in the order of its names."""
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    filesystem.invalidate_cache(path)
+    try:
+        names = filesystem.ls(path, detail=False)
+    except FileNotFoundError:
+        return []
+    wanted = sorted(name for name in names if name.endswith(".json") and not name.rsplit("/", 1)[-1].startswith("."))
+    contents = filesystem.cat(wanted) if len(wanted) > 1 else {name: filesystem.cat_file(name) for name in wanted}
+    return [json.loads(contents[name]) for name in sorted(contents)]
+
+
+def exists(uri: str) -> bool:
+    """Say whether a file or folder stands at ``uri``."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.invalidate_cache()
+    return bool(filesystem.exists(path))
+
+
+def remove(uri: str) -> None:
+    """Remove a file or a folder with all that is in it; nothing happens where there is none."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def folders(uri: str) -> list[str]:
+    """Name the folders in ``uri``, in alphabetical order."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.invalidate_cache(path)
+    try:
+        found = filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory")
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write a Parquet file; one that stands there is replaced."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with filesystem.open(path, "wb") as file:
+        pyarrow.parquet.write_table(table, file)
+
+
+def read_table(uri: str) -> pa.Table:
+    """Read a Parquet file."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    with filesystem.open(path, "rb") as file:
+        return pyarrow.parquet.read_table(file)

@@ -1,0 +1,125 @@
+"""This module proves a lake: it reads everything again and compares with what the commits promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from store import schema, snapshot
+from store.catalog import Commit
+from store.errors import SomaflowError
+from store.lake import Lake
+from store.writer import content_digest
+
+READ_CELLS = 65536
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, and what was wrong with it (empty: nothing)."""
+
+    name: str
+    subject: str
+    problem: str = ""
+
+
+def validate(lake: Lake, progress: Callable[[str], None] = lambda name: None) -> list[Check]:
+    """Check a lake's layout, joinids, counts, totals and snapshots; read-only, reads every count once."""
+    checks: list[Check] = []
+    for step in (_layout, _obs, _var, _counts, _snapshots):
+        progress(step.__name__.strip("_"))
+        checks.extend(step(lake))
+    return checks
+
+
+def _layout(lake: Lake) -> Iterator[Check]:
+    info = lake.root["census_info"]
+    for name, columns in schema.INFO_SCHEMAS.items():
+        found = set(info[name].schema.names) if name in info else set()
+        missing = sorted(set(columns.names) - found)
+        yield Check("layout", f"census_info/{name}", f"lacks {', '.join(missing)}" if missing else "")
+    for organism in lake.organisms:
+        experiment = lake.experiment(organism)
+        for measurement in lake.measurements(organism):
+            members = set(experiment.ms[measurement].keys())
+            missing = sorted({"var", "X", "feature_dataset_presence_matrix"} - members)
+            yield Check("layout", f"{organism}/{measurement}", f"lacks {', '.join(missing)}" if missing else "")
+
+
+def _datasets(lake: Lake, organism: str) -> list[Commit]:
+    return [commit for commit in lake.history if commit.dataset and commit.dataset["organism"] == organism]
+
+
+def _obs(lake: Lake) -> Iterator[Check]:
+    for organism in lake.organisms:
+        commits = _datasets(lake, organism)
+        obs = lake.experiment(organism).obs.read(column_names=["soma_joinid", "dataset_id"]).concat()
+        joinids, names = obs["soma_joinid"].to_numpy(), np.array(obs["dataset_id"].to_pylist(), dtype=object)
+        unique = len(np.unique(joinids)) == len(joinids)
+        yield Check("obs joinids unique", organism, "" if unique else "some joinid stands twice")
+        promised = sum(commit.dataset["n_obs"] for commit in commits)
+        strays = len(joinids) - promised
+        problem = f"{strays:+} cells beside the {promised} of committed datasets" if strays else ""
+        yield Check("obs rows", organism, problem)
+        for commit in commits:
+            first, n_obs = commit.dataset["obs_start"], commit.dataset["n_obs"]
+            mine = (joinids >= first) & (joinids < first + n_obs)
+            whole = mine.sum() == n_obs and np.all(names[mine] == commit.dataset["dataset_id"])
+            yield Check("obs of dataset", commit.dataset["dataset_id"], "" if whole else "cells lack or are another's")
+
+
+def _var(lake: Lake) -> Iterator[Check]:
+    for organism in lake.organisms:
+        for measurement in lake.measurements(organism):
+            var = lake.var(organism, measurement)
+            ids, joinids = var["feature_id"].to_pylist(), var["soma_joinid"].to_numpy()
+            subject = f"{organism}/{measurement}"
+            problem = (
+                "" if len(set(ids)) == len(ids) and len(set(joinids)) == len(joinids) else "a feature stands twice"
+            )
+            yield Check("features unique", subject, problem)
+            promised = sum(c.content[measurement].nnz for c in _datasets(lake, organism) if measurement in c.content)
+            found = int(var["nnz"].to_numpy().sum())
+            problem = "" if found == promised else f"var counts {found} non-zeros, the commits {promised}"
+            yield Check("feature totals", subject, problem)
+
+
+def _counts(lake: Lake) -> Iterator[Check]:
+    for organism in lake.organisms:
+        for commit in _datasets(lake, organism):
+            for measurement, content in commit.content.items():
+                subject = f"{commit.dataset['dataset_id']}/{measurement}"
+                try:
+                    nnz, digest = _read_content(lake, organism, measurement, commit.dataset)
+                except Exception as error:  # noqa: BLE001  whatever the storage raises is the finding
+                    yield Check("counts", subject, f"cannot be read: {error}")
+                    continue
+                same = nnz == content.nnz and f"{digest:016x}" == content.digest
+                yield Check(
+                    "counts", subject, "" if same else f"{nnz} non-zeros differ from the {content.nnz} committed"
+                )
+
+
+def _read_content(lake: Lake, organism: str, measurement: str, dataset: dict[str, Any]) -> tuple[int, int]:
+    nnz, digest = 0, 0
+    stop = dataset["obs_start"] + dataset["n_obs"]
+    matrix = lake.experiment(organism).ms[measurement].X["raw"]
+    for first in range(dataset["obs_start"], stop, READ_CELLS):
+        for part in matrix.read((slice(first, min(first + READ_CELLS, stop) - 1),)).tables():
+            nnz += part.num_rows
+            columns = (part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
+            digest += content_digest(*columns)
+    return nnz, digest % 2**64
+
+
+def _snapshots(lake: Lake) -> Iterator[Check]:
+    for name in snapshot.list_snapshots(lake.uri):
+        problem = ""
+        try:
+            snapshot.open_snapshot(lake.uri, name).verify()
+        except SomaflowError as error:
+            problem = str(error)
+        yield Check("snapshot", name, problem)

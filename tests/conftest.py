@@ -1,0 +1,54 @@
+"""Fixtures that several tests share: real data, one Ray cluster for all, a small lake that explains itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from encoded import add_dataset
+
+from store.writer import LakeWriter
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real public data beside the checkout."""
+    if not (SHARED / "MANIFEST.tsv").exists():
+        pytest.skip(f"needs the real data in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray cluster for the whole session."""
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two human datasets (one with proteins) and a mouse one; read-only, shared by all tests."""
+    uri = tmp_path_factory.mktemp("lakes") / "tiny"
+    with LakeWriter(str(uri)) as writer:
+        add_dataset(writer, "first", 150, {"RNA": 40, "protein": 6})
+        add_dataset(writer, "second", 90, {"RNA": 60})
+        add_dataset(writer, "mouse", 70, {"RNA": 30}, organism="mus_musculus")
+    return uri

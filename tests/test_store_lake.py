@@ -1,0 +1,234 @@
+"""The lake: what other people's clients see, what a crash leaves, what a second driver is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import cellxgene_census
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+from encoded import add_dataset, encoded_counts, numbered
+
+from store.errors import ConflictError, InputRefused, MissingError, UsageError, VerificationError
+from store.lake import Lake, create_lake, open_lake
+from store.schema import DatasetPlan, Features
+from store.validate import validate
+from store.writer import LakeWriter, write_counts
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:Transforming to str index")  # anndata, on the Census client's obs
+
+
+def plan(dataset_id: str = "x", n_cells: int = 10, key: str = "k") -> DatasetPlan:
+    return DatasetPlan(dataset_id, "homo_sapiens", key, n_cells, {"RNA": numbered("RNA", 8)})
+
+
+def test_the_census_client_reads_exactly_the_ingested_counts(tiny_lake: Path) -> None:
+    with cellxgene_census.open_soma(uri=str(tiny_lake)) as census:
+        cells = cellxgene_census.get_anndata(
+            census, "Homo sapiens", obs_value_filter="dataset_id == 'second' and cell_type == 'odd'"
+        )
+        presence = cellxgene_census.get_presence_matrix(census, "homo_sapiens")
+        mouse = cellxgene_census.get_obs(census, "mus_musculus", value_filter="is_primary_data == True")
+    expected = encoded_counts(0, 90, 60)[1::2]
+    assert (scipy.sparse.csr_matrix(cells.X) != expected).nnz == 0
+    assert list(cells.var["feature_id"]) == numbered("RNA", 60).feature_id
+    assert cells.obs["raw_sum"].tolist() == expected.sum(axis=1).ravel().tolist()[0]
+    assert [presence[row].nnz for row in range(4)] == [40, 60, 0, 0]
+    assert len(mouse) == 63
+
+
+def test_reading_counts_keeps_the_order_asked_and_repeats(tiny_lake: Path) -> None:
+    joinids = np.array([152, 3, 149, 3])
+    counts = open_lake(str(tiny_lake)).counts("homo_sapiens", "RNA", joinids)
+    first, second = encoded_counts(0, 150, 40), encoded_counts(0, 90, 60)
+    assert (counts[0] != second[2]).nnz == 0
+    for row, cell in ((1, 3), (2, 149), (3, 3)):
+        assert (counts[row, :40] != first[cell]).nnz == 0
+        assert counts[row, 40:].nnz == 0
+
+
+def test_totals_of_the_lake_are_those_of_its_datasets(tiny_lake: Path) -> None:
+    lake = open_lake(str(tiny_lake))
+    var = lake.var("homo_sapiens", "RNA").to_pandas()
+    assert var["n_measured_obs"].tolist() == [240] * 40 + [90] * 20
+    assert var["nnz"].sum() == encoded_counts(0, 150, 40).nnz + encoded_counts(0, 90, 60).nnz
+    summary = lake.root["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
+    assert summary["total_cell_count"] == "310"
+    assert summary["unique_cell_count"] == str(135 + 81 + 63)
+    assert all(not check.problem for check in validate(lake))
+
+
+def test_a_cell_without_a_measurement_is_marked_not_zero(tiny_lake: Path) -> None:
+    obs = open_lake(str(tiny_lake)).obs("homo_sapiens", columns=["dataset_id", "measured_protein"]).to_pandas()
+    assert obs.groupby("dataset_id")["measured_protein"].agg(["all", "any"]).loc["first"].all()
+    assert not obs.loc[obs["dataset_id"] == "second", "measured_protein"].any()
+
+
+def test_an_earlier_commit_stays_what_it_was(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 30, {"RNA": 10})
+        before = open_lake(uri)
+        add_dataset(writer, "b", 20, {"RNA": 12})
+    assert before.obs("homo_sapiens").num_rows == 30
+    assert open_lake(uri, 1).var("homo_sapiens", "RNA").num_rows == 10
+    assert open_lake(uri).obs("homo_sapiens").num_rows == 50
+    assert open_lake(uri).commit.parent == before.commit.id
+
+
+def test_the_same_content_twice_adds_nothing_and_other_content_under_its_name_is_refused(tmp_path: Path) -> None:
+    with LakeWriter(str(tmp_path / "lake")) as writer:
+        add_dataset(writer, "x", 10, {"RNA": 8})
+        same = DatasetPlan("x", "homo_sapiens", "key-x", 10, {"RNA": numbered("RNA", 8)})
+        assert writer.committed(same)
+        with pytest.raises(ConflictError, match="dataset_id=NAME"):
+            writer.committed(plan("x", key="other"))
+
+
+def test_a_second_driver_is_told_to_wait(tmp_path: Path) -> None:
+    with LakeWriter(str(tmp_path / "lake")), pytest.raises(ConflictError, match="being written by process"):
+        LakeWriter(str(tmp_path / "lake")).__enter__()
+
+
+def test_the_lock_of_a_dead_driver_is_swept_away(tmp_path: Path) -> None:
+    script = "import os, sys; from store.writer import LakeWriter; LakeWriter(sys.argv[1]).__enter__(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "lake")], cwd=ROOT, check=False)
+    assert (tmp_path / "lake/somaflow/writer.lock").exists()
+    with LakeWriter(str(tmp_path / "lake")) as writer:
+        assert writer.lake().commit.number == 0
+
+
+def test_blocks_that_do_not_cover_the_dataset_are_not_committed(tmp_path: Path) -> None:
+    with LakeWriter(str(tmp_path / "lake")) as writer:
+        reservation = writer.reserve(plan())
+        block = write_counts(reservation, "RNA", 0, encoded_counts(0, 6, 8))
+        with pytest.raises(InputRefused, match="cover rows 0 to 6 of 10"):
+            writer.commit(reservation, pd.DataFrame(index=range(10)), [block])
+    assert open_lake(str(tmp_path / "lake")).organisms == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0, 2.0**24 + 2])
+def test_impossible_counts_are_refused_with_cell_and_feature(tmp_path: Path, value: float) -> None:
+    counts = encoded_counts(0, 10, 8)
+    counts.data[:] = 1
+    at = int(counts.indptr[4])
+    counts.data[at] = value
+    with LakeWriter(str(tmp_path / "lake")) as writer:
+        reservation = writer.reserve(plan())
+        with pytest.raises(InputRefused, match=rf"cell 4, feature 'RNA000{counts.indices[at]}'"):
+            write_counts(reservation, "RNA", 0, counts)
+
+
+def test_unknown_things_are_named_with_the_known_ones(tiny_lake: Path, tmp_path: Path) -> None:
+    lake = open_lake(str(tiny_lake))
+    with pytest.raises(UsageError, match="organisms here: homo_sapiens, mus_musculus"):
+        lake.obs("rattus_norvegicus")
+    with pytest.raises(UsageError, match="Column tisue does not exist"):
+        lake.obs("homo_sapiens", "tisue == 'blood'")
+    with pytest.raises(MissingError, match="commits 0 to 3"):
+        open_lake(str(tiny_lake), 9)
+    with pytest.raises(MissingError, match="python -m ingest run"):
+        open_lake(str(tmp_path / "nothing"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(ConflictError, match="not a lake"):
+        create_lake(str(tmp_path / "full"))
+
+
+def test_features_with_the_same_id_are_refused() -> None:
+    with pytest.raises(InputRefused, match="'g' stands twice"):
+        Features(["g", "g"], ["a", "b"], ["gene"] * 2, [1, 2])
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import tiledbsoma
+from store import records
+from encoded import add_dataset
+from store.writer import LakeWriter
+
+steps = int(sys.argv[1])
+def counted(function):
+    def wrapper(*args, **kwargs):
+        global steps
+        steps -= 1
+        if steps == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapper
+for owner, name in ((tiledbsoma.DataFrame, "write"), (tiledbsoma.SparseNDArray, "write"), (records, "create"),
+                    (tiledbsoma.Collection, "set"), (tiledbsoma.Collection, "add_new_dataframe")):
+    setattr(owner, name, counted(getattr(owner, name)))
+with LakeWriter({uri!r}) as writer:
+    add_dataset(writer, "second", 90, {{"RNA": 60, "protein": 5}})
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    uri = str(tmp_path_factory.mktemp("lakes") / "unbroken")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 70, {"RNA": 40})
+        add_dataset(writer, "second", 90, {"RNA": 60, "protein": 5})
+    return open_lake(uri)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 6, 8, 10, 12, 13, 14, 15, 16])
+def test_a_killed_ingest_run_again_equals_an_unbroken_one_and_is_never_half_seen(
+    tmp_path: Path, unbroken: Lake, step: int
+) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 70, {"RNA": 40})
+    script = textwrap.dedent(KILLED.format(tests=str(ROOT / "tests"), uri=uri))
+    died = subprocess.run([sys.executable, "-c", script, str(step)], cwd=ROOT, check=False, capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    seen = open_lake(uri)
+    assert seen.commit.number == 1
+    assert seen.obs("homo_sapiens").num_rows == 70
+    assert all(not check.problem for check in validate(seen))
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "second", 90, {"RNA": 60, "protein": 5})
+    lake = open_lake(uri)
+    assert [c.content for c in lake.history] == [c.content for c in unbroken.history]
+    assert lake.obs("homo_sapiens").to_pandas().equals(unbroken.obs("homo_sapiens").to_pandas())
+    assert lake.var("homo_sapiens", "RNA").equals(unbroken.var("homo_sapiens", "RNA"))
+    assert all(not check.problem for check in validate(lake))
+
+
+def test_a_flipped_bit_in_counts_is_found_not_read(tmp_path: Path) -> None:
+    uri = tmp_path / "lake"
+    with LakeWriter(str(uri)) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30})
+    data = next((uri / "census_data/homo_sapiens/ms/RNA/X/raw/__fragments").glob("*/a0.tdb"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    problems = [check for check in validate(open_lake(str(uri))) if check.problem]
+    assert [(check.name, check.subject) for check in problems] == [("counts", "a/RNA")]
+
+
+def test_a_damaged_read_back_stops_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LakeWriter(str(tmp_path / "lake")) as writer:
+        reservation = writer.reserve(plan())
+        monkeypatch.setattr("store.writer._write_block", lambda *args: None)
+        with pytest.raises(VerificationError, match="read back differ"):
+            write_counts(reservation, "RNA", 0, encoded_counts(0, 10, 8))
+
+
+def test_paths_are_absolute_wherever_the_command_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    create_lake("lake")
+    lake = open_lake("lake")
+    os.chdir("/")
+    assert lake.uri == str(tmp_path / "lake")
+    assert lake.datasets().num_rows == 0
