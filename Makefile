@@ -16,8 +16,9 @@ setup: $(VENV)/.ready  ## make the virtual environment and install the locked de
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("somaflow needs Python 3.11 or newer; this is %d.%d: set PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@echo "installing the locked dependencies into $(VENV): some minutes the first time"
+	$(BIN)/python -m pip install --disable-pip-version-check -qq -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: setup  ## run the whole road on this machine: ingest, snapshot, train, serve, ask
@@ -41,7 +42,7 @@ format: setup  ## write the code the way ruff wants it
 
 lock:  ## resolve the newest allowed versions into requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet torch==2.13.0 ".[dev]"
+	build/lock/bin/python -m pip install -qq torch==2.13.0 ".[dev]"
 	build/lock/bin/python -m pip freeze --exclude somaflow --all | grep -vE '^(pip|setuptools|wheel)==' | sed -E 's/\+cpu$$//' > requirements.lock
 	rm -rf build/lock
 
