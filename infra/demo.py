@@ -1,0 +1,286 @@
+"""This module is the demo: the whole road on one machine, by the commands that a user would type.
+
+It starts the project's own command lines, shows what they print, asks the served model over HTTP, draws the cells and
+ends with the list of commands, so that each can be repeated alone. It imports none of the project's packages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import anndata
+import matplotlib as mpl
+import mudata
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+console = Console(highlight=False)
+CELLS_PER_REQUEST = 256
+
+
+class Road:
+    """The steps, and what was run so far."""
+
+    def __init__(self, folder: Path, lake: Path, *, small: bool) -> None:
+        self.folder = folder
+        self.lake = _short(lake)
+        self.small = small
+        self.commands: list[str] = []
+        self.port = _free_port()
+
+    def run(self, title: str, *words: str) -> None:
+        """Run one command of ours; its output goes where ours goes; a failure ends the demo with its status."""
+        console.rule(f"[bold]{title}")
+        command = ["python", "-m", *words]
+        self._note(command)
+        done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=False)
+        if done.returncode:
+            console.print(f"[red]stopped:[/] the command above ended with status {done.returncode}")
+            sys.exit(done.returncode)
+
+    def _note(self, command: list[str]) -> None:
+        line = shlex.join(command)
+        self.commands.append(line)
+        console.print(f"[dim]$ {line}[/]", soft_wrap=True)
+
+    def path(self, *parts: str) -> str:
+        """Return a path below the demo's folder, short when it lies in the checkout."""
+        return _short(self.folder.joinpath(*parts))
+
+    def write(self, name: str, text: str) -> str:
+        """Write a file below the demo's folder; return its path."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_text(text, encoding="utf-8")
+        return self.path(name)
+
+    # ------------------------------------------------------------------ the steps
+    def ingest(self) -> None:
+        """Bring three sources of different kinds into the lake; the second run shows that nothing comes twice."""
+        n_cells = 600 if self.small else 2400
+        time_course = 300 if self.small else 900
+        self.run(
+            "1  make a time course as a 10x folder and an h5mu file",
+            *("ingest", "simulate", self.path("source"), "--cells", str(time_course), "--seed", "7"),
+        )
+        job = self.write("ingest.toml", _INGEST.format(
+            lake=self.lake, cells=n_cells, folder=self.path("source"), real=_real_cells(),
+            truth=self.path("truth"),
+        ))
+        self.run("2  ingest three sources of different kinds", "ingest", "run", job)
+        self.run("3  the same again adds nothing", "ingest", "run", job)
+        self.run("4  prove the lake", "store", "validate", "--lake", self.lake)
+        self.run("5  what is in it", "store", "info", "--lake", self.lake)
+
+    def train(self) -> None:
+        """Shuffle the lake into a snapshot and train on it."""
+        if not Path(ROOT, self.lake, "snapshots", "demo", "snapshot.json").exists():
+            words = ("snapshot", "create", "demo", "--lake", self.lake, "--set", "seed=1")
+            self.run("6  shuffle the lake into a snapshot", "store", *words)
+        steps = 60 if self.small else 400
+        recipe = self.write("train.toml", _TRAIN.format(lake=self.lake, output=self.path("runs"), steps=steps))
+        self.run("7  train on two workers", "train", recipe)
+
+    def serve(self) -> dict[str, Any]:
+        """Serve the checkpoint, ask it, and stop it."""
+        cells = self.path("cells.h5mu")
+        self.run(
+            "8  take cells out of the lake to ask about",
+            *("store", "export", cells, "--organism", "synthetic_construct", "--lake", self.lake),
+            *("--measurement", "RNA", "--measurement", "protein"),
+        )
+        console.print()
+        console.rule("[bold]9  serve the checkpoint and ask it over HTTP")
+        words = ["serve", "run", self.path("runs", "demo", "checkpoint"), "--port", str(self.port)]
+        self._note(["python", "-m", *words])
+        server = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, start_new_session=True)
+        try:
+            return self._ask(server, mudata.read_h5mu(cells))
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+    def _ask(self, server: subprocess.Popen[bytes], cells: mudata.MuData) -> dict[str, Any]:
+        self._wait(server)
+        rna = cells["rna"]
+        control = list(rna.obs_names[rna.obs["perturbation"].isin(["", "control"])][:128])
+        targets = [name for name in self._get("/v1/perturbations")["perturbations"] if name in set(_targets(rna))]
+        body = {"counts": _counts(cells, control), "perturbations": targets, "options": {"vectors": True, "top": 3}}
+        first = self.write("embed.json", json.dumps({"counts": _counts(cells, control[:2])}))
+        asked = self.write("perturb.json", json.dumps(body))
+        for path, file in (("embed", first), ("perturb", asked)):
+            url = f"http://127.0.0.1:{self.port}/v1/{path}"
+            self._note(["curl", "-s", url, "-H", "Content-Type: application/json", "-d", f"@{file}"])
+        parts = [self._embed(cells, names) for names in _chunks(list(rna.obs_names), CELLS_PER_REQUEST)]
+        return {"embedding": np.concatenate(parts), "obs": rna.obs, "perturb": self._post("/v1/perturb", body)}
+
+    def _embed(self, cells: mudata.MuData, names: list[str]) -> NDArray[np.float32]:
+        body = {"counts": _counts(cells, names), "options": {"encoding": "base64"}}
+        return _decoded(self._post("/v1/embed", body)["embeddings"])
+
+    def _wait(self, server: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
+            if server.poll() is not None:
+                sys.exit(f"the server ended with status {server.returncode} before it answered")
+            try:
+                self._get("/v1/health/ready")
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+            else:
+                return
+        sys.exit("the server was not ready within 120 s")
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as reply:
+            return dict(json.load(reply))
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return dict(json.load(reply))
+
+    def report(self, answers: dict[str, Any], seconds: float) -> None:
+        """Draw the cells, print what was found and the commands that were run."""
+        picture = self.folder / "cells.png"
+        _draw(answers["embedding"], answers["obs"], picture)
+        table = Table(title="what the served model says of each knock-out, beside the simulator's truth")
+        for column in ("knock-out", "genes it moves most", "r with the truth", "size of effect"):
+            table.add_column(column)
+        for row in _effects(answers["perturb"], json.loads((self.folder / "truth/truth.json").read_text())):
+            table.add_row(*row)
+        console.print(table)
+        provenance = answers["perturb"]["provenance"]
+        console.print(f"answered by model {provenance['model_sha256'][:12]} after {provenance['global_step']} steps")
+        console.print(f"picture of the cells: [bold]{self.path('cells.png')}[/]")
+        console.rule("[bold]the same, one by one")
+        for command in self.commands:
+            console.print(command, soft_wrap=True, markup=False)
+        console.print(f"\n[green]the whole road took {seconds:.0f} s[/]")
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _targets(rna: anndata.AnnData) -> list[str]:
+    return [name for name in rna.obs["perturbation"].unique() if name not in ("", "control")]
+
+
+def _counts(cells: mudata.MuData, names: list[str]) -> dict[str, Any]:
+    """Write cells as the API's CSR matrices."""
+    counts = {}
+    for measurement, modality in (("RNA", "rna"), ("protein", "prot")):
+        part = cells[modality][names]
+        counts[measurement] = {
+            "features": list(part.var_names),
+            "indptr": part.X.indptr.tolist(),
+            "indices": part.X.indices.tolist(),
+            "data": part.X.data.astype(float).tolist(),
+        }
+    return counts
+
+
+def _chunks(names: list[str], size: int) -> list[list[str]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def _decoded(tensor: dict[str, Any]) -> NDArray[np.float32]:
+    values = np.frombuffer(base64.b64decode(tensor["base64"]), dtype=tensor["dtype"])
+    return values.reshape(tensor["shape"])
+
+
+def _effects(reply: dict[str, Any], truth: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Compare predicted changes of genes with the log fold changes that the simulator applied."""
+    order = {name: number for number, name in enumerate(reply["features"]["RNA"])}
+    shared = [number for number, name in enumerate(truth["genes"]) if name in order]
+    columns = [order[truth["genes"][number]] for number in shared]
+    rows = []
+    for effect in reply["perturbations"]:
+        rna = effect["effects"]["RNA"]
+        predicted = np.array(rna["delta"])[columns]
+        applied = np.array(truth["log_fold_change"][effect["perturbation"]])[shared]
+        top = ", ".join(f"{item['feature_name']} {item['delta']:+.2f}" for item in rna["top"][:3])
+        null = not np.any(applied)
+        r = "no effect applied" if null else f"{np.corrcoef(predicted, applied)[0, 1]:.2f}"
+        rows.append((effect["perturbation"], top, r, f"{np.sqrt(np.mean(predicted**2)):.3f}"))
+    return rows
+
+
+def _draw(embedding: NDArray[np.float32], obs: Any, path: Path) -> None:
+    """Draw the cells' embeddings in two dimensions, coloured by type and by perturbation."""
+    from umap import UMAP
+
+    place = UMAP(n_neighbors=20, min_dist=0.3, random_state=0, n_jobs=1).fit_transform(embedding)
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    for panel, column in zip(panels, ("cell_type", "perturbation"), strict=True):
+        labels = obs[column].astype(str).replace("", "none").to_numpy()
+        for number, label in enumerate(sorted(set(labels))):
+            mine = labels == label
+            colour = plt.get_cmap("tab20")(number % 20)
+            panel.scatter(*place[mine].T, s=5, color=colour, label=f"{label} ({mine.sum()})", linewidths=0)
+        panel.set_title(f"{len(obs):,} cells by {column.replace('_', ' ')}")
+        panel.set(xticks=[], yticks=[], xlabel="UMAP 1 of the served embeddings", ylabel="UMAP 2")
+        panel.legend(markerscale=3, fontsize=8, frameon=False, loc="best")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _real_cells() -> str:
+    """Return the h5ad of 700 blood cells that comes inside scanpy."""
+    found = importlib.util.find_spec("scanpy")
+    if found is None or found.origin is None:
+        sys.exit("scanpy is not installed; run: make setup")
+    return str(Path(found.origin).parent / "datasets" / "10x_pbmc68k_reduced.h5ad")
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description="The whole road on one machine.")
+    parser.add_argument("--small", action="store_true", help="fewer cells and steps, for a check")
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where everything but the lake goes")
+    parser.add_argument("--lake", type=Path, default=ROOT / "lake", help="the lake, made when it is missing")
+    options = parser.parse_args()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    begin = time.monotonic()
+    road = Road(options.folder.resolve(), options.lake.resolve(), small=options.small)
+    road.ingest()
+    road.train()
+    answers = road.serve()
+    road.report(answers, time.monotonic() - begin)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""This module is ``python -m ingest``: bring cells into a lake, see what would come, see what came."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ingest.job import JobSettings, SourceSettings
+from ingest.simulate import SimulationSettings, simulate, write_files
+from store import command
+from store.command import answer, console
+from store.errors import PARTIAL, InputRefused, UsageError
+from store.lake import open_lake
+from store.settings import load_settings, parse_settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+What = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[JOB.toml | SOURCE ...]", help="A job file, or files, folders and Censuses to ingest."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value: a key of the job, or of every SOURCE given here (dataset_id, genes, ...)."),
+]
+LakeOption = Annotated[str | None, typer.Option("--lake", help="The lake: a folder or s3:// URI. [./lake]")]
+WorkersOption = Annotated[int | None, typer.Option(help="Ray tasks at a time. [2]")]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster. [starts Ray here]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
+
+
+def _job(
+    what: list[str] | None, lake: str | None, overrides: list[str] | None, workers: int | None, address: str | None
+) -> JobSettings:
+    what, overrides = what or [], overrides or []
+    of_job = [item for item in overrides if re.split(r"[=.]", item)[0] in JobSettings.model_fields]
+    of_source = [item for item in overrides if item not in of_job]
+    if len(what) == 1 and what[0].endswith(".toml"):
+        if of_source:
+            raise UsageError(f"--set {of_source[0]}: is no key of the job; edit the [[source]] in {what[0]}")
+        job = load_settings(JobSettings, what[0], of_job)
+    else:
+        common = load_settings(SourceSettings, None, ["uri=-", *of_source])
+        given = common.model_dump(exclude_unset=True)
+        found = [parse_settings(SourceSettings, {**given, "uri": uri}, where=uri) for uri in what]
+        job = load_settings(JobSettings, None, of_job).model_copy(update={"source": tuple(found)})
+    changes = {"lake": lake, "workers": workers, "address": address}
+    return job.model_copy(update={key: value for key, value in changes.items() if value is not None})
+
+
+@app.command()
+def run(
+    what: What = None,
+    lake: LakeOption = None,
+    overrides: Overrides = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Ingest sources into a lake; what is there already is not added again.
+
+    Killed, the same command goes on. Exit code 1: some sources were refused and the others are in; 4: all were refused.
+
+    Example: python -m ingest run pbmc.h5ad filtered_feature_bc_matrix/ --lake ./lake --set organism=mus_musculus
+    """
+    from ingest.run import run as run_job
+
+    job = _job(what, lake, overrides, workers, address)
+    outcomes = run_job(job)
+    if json:
+        answer("ingest-run/v1", lake=job.lake, datasets=[asdict(outcome) for outcome in outcomes])
+    _show(outcomes)
+    _leave(outcomes)
+
+
+@app.command()
+def plan(
+    what: What = None,
+    lake: LakeOption = None,
+    overrides: Overrides = None,
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what would come in and what is wrong with it; writes nothing.
+
+    Example: python -m ingest plan pbmc.h5ad --set genes=genes_homo_sapiens.csv.gz
+    """
+    from ingest.run import plan as plan_job
+
+    outcomes = plan_job(_job(what, lake, overrides, workers, address))
+    if json:
+        answer("ingest-plan/v1", datasets=[asdict(outcome) for outcome in outcomes])
+    _show(outcomes)
+    _leave(outcomes)
+
+
+def _leave(outcomes: list) -> None:  # type: ignore[type-arg]
+    refused = [outcome for outcome in outcomes if outcome.error]
+    if refused:
+        sys.exit(PARTIAL if len(refused) < len(outcomes) else InputRefused.exit_code)
+
+
+@app.command()
+def status(lake: LakeOption = None, json: JsonOption = False) -> None:
+    """Say which datasets are in a lake, and which were begun and not committed.
+
+    Example: python -m ingest status --lake ./lake
+    """
+    opened = open_lake(lake or "lake")
+    committed = [commit.dataset | {"commit": commit.number} for commit in opened.history if commit.dataset]
+    pending = [asdict(begun) for begun in opened.pending()]
+    if json:
+        answer("ingest-status/v1", lake=opened.uri, commit=opened.commit.number, committed=committed, pending=pending)
+        return
+    table = Table("dataset", "organism", "cells", "state")
+    for row in committed:
+        table.add_row(row["dataset_id"], row["organism"], f"{row['n_obs']:,}", f"commit {row['commit']}")
+    for row in pending:
+        table.add_row(
+            row["dataset_id"], row["organism"], f"{row['n_obs']:,}", "begun; the same ingest run completes it"
+        )
+    console.print(table)
+
+
+@app.command("simulate")
+def simulate_files(
+    folder: Annotated[Path, typer.Argument(help="Where to write: 10x/, cells.h5mu, truth.json.")],
+    cells: Annotated[int, typer.Option(help="Cells.")] = 3000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same cells.")] = 0,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="genes, proteins, peaks, targets, ...")] = None,
+) -> None:
+    """Make simulated cells of known truth, in files as other tools leave them.
+
+    Example: python -m ingest simulate demo/source --cells 900 --seed 7
+    """
+    settings = load_settings(SimulationSettings, None, [f"cells={cells}", f"seed={seed}", *(overrides or ())])
+    for path in write_files(folder, simulate(settings)):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _show(outcomes: list) -> None:  # type: ignore[type-arg]
+    table = Table("dataset", "cells", "features", "state")
+    for outcome in outcomes:
+        features = ", ".join(f"{count:,} {name}" for name, count in outcome.measurements.items())
+        state = {"committed": f"in the lake, commit {outcome.commit}", "present": "in the lake already"}.get(
+            outcome.state, outcome.state
+        )
+        table.add_row(outcome.dataset_id or outcome.source, f"{outcome.cells:,}", features, state)
+    console.print(table)
+    for outcome in outcomes:
+        for note in outcome.notes:
+            console.print(f"[yellow]note[/] {outcome.dataset_id}: {note}", soft_wrap=True)
+        if outcome.error:
+            console.print(f"[red]refused[/] {outcome.dataset_id or outcome.source}: ", end="")
+            console.print(outcome.error, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    command.run(app, "ingest")
+
+
+if __name__ == "__main__":
+    main()

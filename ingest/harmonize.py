@@ -1,0 +1,251 @@
+"""This module brings a source's names into the lake's: genes to ids, obs to the lake's columns. It reads no counts.
+
+Shape letters used in this module:
+    C  cells      F  features of the source      G  features after mapping
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+from numpy.typing import NDArray
+
+from store.errors import InputRefused, MissingError
+from store.schema import OBS_DEFAULTS, Features
+
+ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?$|^(WBGene\d{8}|FBgn\d{7})$")
+ID_COLUMNS = ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl_gene_id", "Accession")
+NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_short_name", "symbol", "Gene")
+
+OBS_ALIASES = {
+    "cell_type": ("celltype", "cell_types", "CellType", "cell.type", "cell_ontology_class", "bulk_labels"),
+    "donor_id": ("donor", "individual", "patient", "patient_id", "ind"),
+    "sample_id": ("sample", "orig.ident", "library_id"),
+    "batch": ("bio_rep", "replicate", "batch_id"),
+    "perturbation": ("target_gene", "perturbed_gene", "gene_target"),
+    "perturbation_id": ("guide_max", "guide_id", "guide_identity"),
+    "dose": ("dose_value",),
+    "time": ("time_point", "timepoint"),
+}
+"""Customary names of columns, used where the source has no column of the lake's own name."""
+
+CONTROL = re.compile(
+    r"^(nt|non[-_ ]?target(ing)?|control|ctrl|neg(ative)?[-_ ]?c(on)?tr(o)?l|safe[-_ ]?targeting|vehicle|dmso)\w*$",
+    re.I,
+)
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Where each of a source's columns goes.
+
+    Attributes:
+        features: Features after mapping, each once.
+        column_F: Position among ``features`` of each of the source's columns.
+        notes: Sentences about what was not as expected.
+    """
+
+    features: Features
+    column_F: NDArray[np.int64]
+    notes: list[str] = field(default_factory=list)
+
+    def apply(self, counts_CF: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+        """Return counts_CG; columns that map to one feature are summed."""
+        parts = (counts_CF.data, self.column_F[counts_CF.indices], counts_CF.indptr)
+        mapped = scipy.sparse.csr_matrix(parts, shape=(counts_CF.shape[0], len(self.features)))
+        mapped.sum_duplicates()
+        return mapped
+
+
+@lru_cache(maxsize=4)
+def gene_table(path: str) -> pd.DataFrame:
+    """Read a gene table (id, name, chromosome, length, type; no header), indexed by id.
+
+    Raises:
+        MissingError: It is not there.
+        InputRefused: It does not have five columns.
+    """
+    try:
+        table = pd.read_csv(path, header=None, dtype=str)
+    except FileNotFoundError:
+        raise MissingError(f"{path}: no such gene table") from None
+    if table.shape[1] != 5:
+        raise InputRefused(
+            f"{path}: a gene table has 5 columns (id, name, chromosome, length, type), not {table.shape[1]}"
+        )
+    table.columns = pd.Index(["id", "name", "chromosome", "length", "type"])
+    return table.drop_duplicates("id").set_index("id")
+
+
+def map_genes(var: pd.DataFrame, genes: str | None = None) -> FeatureMap:
+    """Map genes to Ensembl ids: from the index or a customary column, or from symbols through a gene table.
+
+    Version suffixes go. A symbol that several genes carry, or none, stays as its own id, and a note says so. Columns
+    that come to the same id are summed, and a note says so.
+    """
+    index = var.index.astype(str)
+    ids = _ensembl(pd.Series(index))
+    if ids.notna().mean() < 0.5:
+        ids = next(
+            (
+                found
+                for column in ID_COLUMNS
+                if column in var and (found := _ensembl(var[column])).notna().mean() >= 0.5
+            ),
+            ids,
+        )
+    names = next((var[column].astype(str).tolist() for column in NAME_COLUMNS if column in var), index.tolist())
+    table = gene_table(genes) if genes else None
+    id_list: list[str] = [name if isinstance(name, str) else "" for name in ids.tolist()]
+    if table is not None:
+        id_list = _from_symbols(id_list, names, table)
+    unmapped = [name for name, found in zip(names, id_list, strict=True) if not found]
+    id_list = [found or str(name) for found, name in zip(id_list, index, strict=True)]
+    notes = []
+    if unmapped:
+        reason = "set genes=TABLE to map symbols" if table is None else f"not in {genes}"
+        notes.append(
+            f"{len(unmapped):,} of {len(names):,} genes have no Ensembl id ({', '.join(unmapped[:3])}, ...): {reason}; "
+            "their symbols stand as ids"
+        )
+    return _unique(id_list, names, _known(id_list, table, var), notes)
+
+
+def _ensembl(values: pd.Series) -> pd.Series:
+    found = values.astype(str).str.extract(ENSEMBL)
+    return found[0].fillna(found[3])
+
+
+def _from_symbols(ids: list[str], names: list[str], table: pd.DataFrame) -> list[str]:
+    by_name = table.reset_index().drop_duplicates("name", keep=False).set_index("name")["id"]
+    exact = by_name.to_dict()
+    folded = {str(name).casefold(): found for name, found in exact.items()} if _mouse(table) else {}
+    return [
+        found or str(exact.get(name) or folded.get(name.casefold()) or "")
+        for found, name in zip(ids, names, strict=True)
+    ]
+
+
+def _mouse(table: pd.DataFrame) -> bool:
+    return bool(str(table.index[0]).startswith("ENSMUSG"))
+
+
+def _known(ids: list[str], table: pd.DataFrame | None, var: pd.DataFrame) -> tuple[list[str], list[int]]:
+    if table is not None:
+        rows = table.reindex(ids)
+        return rows["type"].fillna("gene").tolist(), pd.to_numeric(rows["length"]).fillna(0).astype(int).tolist()
+    types = var["feature_type"] if "feature_type" in var else pd.Series(["gene"] * len(ids))
+    lengths = var["feature_length"] if "feature_length" in var else pd.Series([0] * len(ids))
+    return types.astype(str).tolist(), pd.to_numeric(lengths, errors="coerce").fillna(0).astype(int).tolist()
+
+
+def map_plain(var: pd.DataFrame, kind: str) -> FeatureMap:
+    """Take features by the names that the source gives them (antibodies, peaks, guides)."""
+    names = [str(name) for name in var.index]
+    return _unique(names, names, ([kind] * len(names), [0] * len(names)), [])
+
+
+def _unique(ids: list[str], names: list[str], known: tuple[list[str], list[int]], notes: list[str]) -> FeatureMap:
+    position: dict[str, int] = {}
+    first: list[int] = []
+    for column, name in enumerate(ids):
+        if name not in position:
+            position[name] = len(first)
+            first.append(column)
+    if len(first) < len(ids):
+        twice = next(name for column, name in enumerate(ids) if first[position[name]] != column)
+        notes = [
+            *notes,
+            f"{len(ids) - len(first):,} features stand more than once (such as {twice}): their counts are summed",
+        ]
+    types, lengths = known
+    features = Features(
+        [ids[c] for c in first], [names[c] for c in first], [types[c] for c in first], [lengths[c] for c in first]
+    )
+    return FeatureMap(features, np.array([position[name] for name in ids], dtype=np.int64), notes)
+
+
+def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Bring obs into the lake's columns.
+
+    Args:
+        obs: As the source has it, indexed by its names of the cells.
+        given: Column of the lake to a column of the source or ``=text``; wins over what is recognised.
+
+    Returns:
+        The lake's columns, and the columns that have no place among them (for the side table).
+
+    Raises:
+        InputRefused: ``given`` names a column that one of the two does not have, or values do not fit.
+    """
+    unknown = sorted(set(given) - set(OBS_DEFAULTS))
+    if unknown:
+        raise InputRefused(f"obs.{unknown[0]}: not a column of the lake; columns: {', '.join(OBS_DEFAULTS)}")
+    mapped: dict[str, Any] = {"cell_id": obs.index.astype(str).to_numpy()}
+    used: set[str] = set()
+    for column in OBS_DEFAULTS:
+        source = given.get(column) or _recognised(column, obs)
+        if not source:
+            continue
+        if source.startswith("="):
+            mapped[column] = np.full(len(obs), source[1:], dtype=object)
+            continue
+        if source not in obs:
+            raise InputRefused(
+                f"obs.{column} = {source!r}: the source has no such column; columns: {', '.join(obs.columns)}"
+            )
+        mapped[column] = obs[source].to_numpy()
+        used.add(source)
+    frame = pd.DataFrame(mapped)
+    _normalise(frame)
+    return frame, obs[[column for column in obs if column not in used]]
+
+
+def _recognised(column: str, obs: pd.DataFrame) -> str | None:
+    return next((name for name in (column, *OBS_ALIASES.get(column, ())) if name in obs), None)
+
+
+def _normalise(frame: pd.DataFrame) -> None:
+    for column, default in OBS_DEFAULTS.items():
+        if column not in frame:
+            continue
+        if isinstance(default, float):
+            try:
+                frame[column] = pd.to_numeric(frame[column]).astype(float)
+            except (ValueError, TypeError) as error:
+                raise InputRefused(
+                    f"obs.{column}: not numbers: {error}; map another column with obs.{column}=NAME"
+                ) from None
+        elif isinstance(default, bool):
+            frame[column] = frame[column].map(_truth)
+    if "perturbation" in frame:
+        frame["perturbation"] = frame["perturbation"].map(perturbation_name)
+        if "perturbation_type" not in frame:
+            frame["perturbation_type"] = np.where(frame["perturbation"] == "", "none", "genetic")
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, str):
+        if value.lower() not in ("true", "false"):
+            raise InputRefused(f"obs.is_primary_data holds {value!r}; it is true or false")
+        return value.lower() == "true"
+    return bool(value)
+
+
+def perturbation_name(value: Any) -> str:
+    """Write a perturbation the lake's way: ``""``, ``control``, or targets sorted and joined by ``+``.
+
+    Non-targeting guides and vehicles come under many names; each is ``control``. ``A+ctrl`` is ``A``.
+    """
+    if value is None or value != value or str(value).strip().lower() in ("", "nan", "none", "na", "unperturbed"):
+        return ""
+    parts = [part.strip() for part in re.split(r"[+,|]", str(value)) if part.strip()]
+    targets = sorted({part for part in parts if not CONTROL.match(part)})
+    return "+".join(targets) or "control"

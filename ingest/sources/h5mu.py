@@ -1,0 +1,96 @@
+"""This module reads MuData files: several modalities, whose cells overlap wholly or in part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+from numpy.typing import NDArray
+
+from ingest.job import SourceSettings
+from ingest.sources.form import Part, Rows, SourceDataset, content_digest, dataset_name
+from ingest.sources.h5ad import matrix_rows, open_file, read_table
+from store.errors import InputRefused
+
+MEASUREMENT = {
+    "rna": "RNA",
+    "gex": "RNA",
+    "gene expression": "RNA",
+    "mrna": "RNA",
+    "prot": "protein",
+    "protein": "protein",
+    "adt": "protein",
+    "atac": "ATAC",
+    "peaks": "ATAC",
+    "guide": "guide",
+    "crispr": "guide",
+    "mirna": "miRNA",
+    "methylation": "methylation",
+    "metabolites": "metabolite",
+}
+"""What a modality's name (in lower case) stands for."""
+
+
+def names(source: SourceSettings) -> list[str]:
+    """A file is one dataset."""
+    return [dataset_name(source)]
+
+
+def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
+    """Open a file; its cells are all that any modality has, in the order of the file's obs.
+
+    Raises:
+        InputRefused: Not a MuData file, or a modality that is not known.
+    """
+    file = open_file(source.uri)
+    if "mod" not in file:
+        raise InputRefused(f"{source.uri}: has no modalities; is it a MuData file?")
+    unknown = sorted(key for key in file["mod"] if key.lower() not in MEASUREMENT)
+    if unknown:
+        raise InputRefused(f"{source.uri}: unknown modality {unknown[0]!r}; known: {', '.join(MEASUREMENT)}")
+    obs = read_table(file, "obs", source.uri)
+    parts: dict[str, Part] = {}
+    for key in file["mod"]:
+        group, where = file["mod"][key], f"{source.uri}: mod/{key}"
+        own = read_table(group, "obs", where)
+        position = own.index.get_indexer(obs.index)
+        var = read_table(group, "var", where)
+        rows = _placed(matrix_rows(group["X"], f"{where}/X"), position, len(var))
+        parts[MEASUREMENT[key.lower()]] = Part(var, rows, position >= 0)
+        fresh = [column for column in own if column not in obs and f"{key}:{column}" not in obs]
+        obs = obs.join(own[fresh])
+    obs.columns = pd.Index([_plain(column, set(obs.columns), list(file["mod"])) for column in obs.columns])
+    return SourceDataset(
+        dataset_id=name,
+        organism=source.organism,
+        obs=obs,
+        parts=parts,
+        digest=content_digest(source.uri),
+        info={"dataset_title": source.title},
+    )
+
+
+def _plain(column: str, taken: set[str], modalities: list[str]) -> str:
+    """Return ``rna:bio_rep`` as ``bio_rep``, unless that is another column or two modalities have it."""
+    modality, colon, rest = column.partition(":")
+    twins = sum(f"{other}:{rest}" in taken for other in modalities)
+    return rest if colon and modality in modalities and rest not in taken and twins == 1 else column
+
+
+def _placed(rows: Rows, position: NDArray[np.intp], n_features: int) -> Rows:
+    """Return rows in the order of the file's obs; a cell that the modality lacks is an empty row."""
+
+    def read(start: int, stop: int) -> scipy.sparse.csr_matrix:
+        wanted = position[start:stop]
+        there = wanted[wanted >= 0]
+        if len(there) == 0:
+            return scipy.sparse.csr_matrix(np.zeros((stop - start, n_features), dtype=np.float32))
+        first, last = int(there.min()), int(there.max()) + 1
+        found = rows(first, last)
+        if len(there) == last - first == stop - start and bool(np.all(np.diff(there) == 1)):
+            return found
+        placing = (np.ones(len(there)), (np.flatnonzero(wanted >= 0), there - first))
+        chooser = scipy.sparse.coo_matrix(placing, shape=(stop - start, last - first)).tocsr()
+        return scipy.sparse.csr_matrix(chooser @ found)
+
+    return read
