@@ -1,0 +1,1 @@
+"""Training: sample plan, stream, tokens, model, loop, launch, checkpoint, predictor."""

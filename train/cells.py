@@ -1,0 +1,82 @@
+"""This module is the form in which stream, predictor and server hand cells around: ragged counts and codes, numpy only.
+
+Shape letters used in this module:
+    C  cells      T  perturbation targets of a cell at most
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROMPTS = ("organism", "tissue", "assay", "disease", "sex", "development_stage", "cell_type")
+"""Prompt fields, each one code per cell; perturbations and numbers stand beside them."""
+
+NUMBERS = ("time", "dose")
+
+
+@dataclass(frozen=True)
+class Csr:
+    """Ragged rows: row i holds features[indptr[i]:indptr[i + 1]] and their counts."""
+
+    indptr: NDArray[np.int64]
+    features: NDArray[np.int32]
+    counts: NDArray[np.float32]
+
+    def take(self, rows: NDArray[np.int64]) -> Csr:
+        """Return these rows, in this order."""
+        length = np.diff(self.indptr)[rows]
+        indptr = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+        where = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], length)
+        return Csr(indptr, self.features[where], self.counts[where])
+
+    @staticmethod
+    def concatenate(parts: list[Csr]) -> Csr:
+        """Return the rows of all parts, one after the other."""
+        starts = np.cumsum([0, *(part.indptr[-1] for part in parts)])
+        indptr = [part.indptr[1:] + start for part, start in zip(parts, starts, strict=False)]
+        return Csr(
+            np.concatenate([[0], *indptr]).astype(np.int64),
+            np.concatenate([part.features for part in parts]),
+            np.concatenate([part.counts for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells in a checkpoint's vocabulary order.
+
+    Attributes:
+        n_cells: C.
+        counts: Measurement to ragged raw counts; a cell that was not measured is an empty row.
+        measured: Measurement to [C]: was the cell measured at all? Absent is never zero.
+        panel: [C] number of the dataset whose panel says which features were measured; -1 when nobody knows.
+        prompts: Field of ``PROMPTS`` to [C] code in the prompt vocabulary; 0 is "not said".
+        perturbation: [C, T] codes of the targets hit together; 0 fills up.
+        numbers: Name of ``NUMBERS`` to [C]; NaN is "not said".
+        row: [C] a number that stays with the cell (its row in the snapshot), so that chance can depend on it.
+    """
+
+    n_cells: int
+    counts: dict[str, Csr]
+    measured: dict[str, NDArray[np.bool_]]
+    panel: NDArray[np.int32]
+    prompts: dict[str, NDArray[np.int32]]
+    perturbation: NDArray[np.int32]
+    numbers: dict[str, NDArray[np.float32]]
+    row: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.int64]) -> Cells:
+        """Return these cells, in this order."""
+        return Cells(
+            n_cells=len(rows),
+            counts={name: part.take(rows) for name, part in self.counts.items()},
+            measured={name: part[rows] for name, part in self.measured.items()},
+            panel=self.panel[rows],
+            prompts={name: part[rows] for name, part in self.prompts.items()},
+            perturbation=self.perturbation[rows],
+            numbers={name: part[rows] for name, part in self.numbers.items()},
+            row=self.row[rows],
+        )

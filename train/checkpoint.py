@@ -1,0 +1,224 @@
+"""This module saves and loads checkpoints: the training state to go on from, and the export that is served.
+
+A directory counts only with a valid ``manifest.json``, which is written last and holds the SHA-256 of every other file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from store.errors import InputRefused, MissingError
+from store.lake import utc_now
+from train.model import CellModel, ModelConfig
+from train.tokens import TokenSettings
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+VERSIONED = ("torch", "accelerate", "ray", "numpy", "safetensors", "tiledbsoma")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One measurement's features in the model's order."""
+
+    feature_id: list[str]
+    feature_name: list[str]
+    organism: list[str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded export: the model in evaluation mode and all that its inputs are coded with."""
+
+    model: CellModel
+    tokens: TokenSettings
+    vocabulary: dict[str, Vocabulary]
+    prompts: dict[str, list[str]]
+    manifest: dict[str, Any]
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """Write a directory's manifest, whole and last."""
+    files = {
+        str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    temporary = folder / f".{MANIFEST}.{secrets.token_hex(4)}"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({**values, "format": FORMAT, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MANIFEST)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read a directory's manifest and compare every file with it.
+
+    Raises:
+        MissingError: There is no directory, or none with a manifest: it was never finished.
+        InputRefused: A file is missing, has other bytes, or is not named in the manifest.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingError(
+            f"{folder}: no checkpoint here (no {MANIFEST}); a run leaves one in <output>/<name>/checkpoint"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise InputRefused(f"{folder / MANIFEST}: damaged: {error}") from None
+    for name, entry in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            raise InputRefused(f"{path}: named in the manifest and not there; copy the checkpoint again")
+        if sha256(path) != entry["sha256"]:
+            raise InputRefused(f"{path}: its SHA-256 differs from the manifest's; copy the checkpoint again")
+    return dict(manifest)
+
+
+# ------------------------------------------------------------------------------------------------- training state
+def save_state(folder: Path, state: dict[str, Any], values: dict[str, Any]) -> Path:
+    """Save a training state as ``folder/step_<global_step>_<random>``; older ones than the last two go.
+
+    ``values`` hold ``global_step``. Only one rank calls this.
+    """
+    target = folder / f"step_{values['global_step']:09d}_{secrets.token_hex(4)}"
+    target.mkdir(parents=True)
+    dcp_save(state, checkpoint_id=target, no_dist=True)
+    write_manifest(target, {**values, "created": utc_now()})
+    for old in valid_states(folder)[:-2]:
+        (old / MANIFEST).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def valid_states(folder: Path) -> list[Path]:
+    """Return the finished states in a folder, oldest first; bytes are compared when one is loaded."""
+    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
+
+
+def load_state(folder: Path, state: dict[str, Any]) -> dict[str, Any] | None:
+    """Load the newest valid state into ``state`` (in place); return its manifest, or None when there is none."""
+    for path in reversed(valid_states(folder)):
+        try:
+            manifest = read_manifest(path)
+        except InputRefused:
+            continue
+        dcp_load(state, checkpoint_id=path, no_dist=True)
+        return manifest
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------- export
+def export(
+    folder: Path,
+    model: CellModel,
+    tokens: TokenSettings,
+    vocabulary: dict[str, Vocabulary],
+    prompts: dict[str, list[str]],
+    provenance: dict[str, Any],
+    card: str,
+) -> Path:
+    """Write what is served: safetensors, JSON, a card, and the manifest last; one that stands there is replaced whole.
+
+    Args:
+        folder: The checkpoint's directory.
+        model: Its weights go to ``model.safetensors``, its sizes to ``config.json``.
+        tokens: How cells become tokens, to ``config.json``.
+        vocabulary: Measurement to features, to ``vocabulary.json``.
+        prompts: Prompt field to values, code by code, to ``vocabulary.json``.
+        provenance: Snapshot, steps, seed and figures for the manifest.
+        card: ``README.md``.
+    """
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    save_file({name: part.contiguous() for name, part in model.state_dict().items()}, temporary / "model.safetensors")
+    _write_json(temporary / "config.json", {"model": asdict(model.config), "tokens": asdict(tokens)})
+    words = {"features": {name: asdict(part) for name, part in vocabulary.items()}, "prompts": prompts}
+    _write_json(temporary / "vocabulary.json", words)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    manifest = {
+        **provenance,
+        "model_sha256": sha256(temporary / "model.safetensors"),
+        "vocabulary_hash": sha256(temporary / "vocabulary.json"),
+        "created": utc_now(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        "code_commit": code_commit(),
+    }
+    write_manifest(temporary, manifest)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, folder)
+    return folder
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=None, sort_keys=True), encoding="utf-8")
+
+
+def code_commit() -> str:
+    """Return the git commit of the code, or "" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
+def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
+    """Load an export after comparing every file with the manifest; nothing in it can run code.
+
+    Raises:
+        MissingError: No checkpoint there.
+        InputRefused: It is damaged or of another format.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        config["tokens"]["hide"] = tuple(config["tokens"]["hide"])
+        vocabulary = {name: Vocabulary(**part) for name, part in words["features"].items()}
+        sizes = ModelConfig(**config["model"])
+        ordered = {name: vocabulary[name] for name in manifest["measurements"]}
+        model = CellModel(_in_order(sizes, manifest))
+        model.load_state_dict(load_file(folder / "model.safetensors", device=device))
+        tokens = TokenSettings(**config["tokens"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputRefused(f"{folder}: not a checkpoint of this version: {error}") from error
+    return Checkpoint(model.to(torch.device(device)).eval(), tokens, ordered, dict(words["prompts"]), manifest)
+
+
+def _in_order(config: ModelConfig, manifest: dict[str, Any]) -> ModelConfig:
+    """Put measurements and prompts back into the order they were trained in: sorted JSON does not keep it."""
+    values = asdict(config)
+    values["n_features"] = {name: values["n_features"][name] for name in manifest["measurements"]}
+    values["n_prompts"] = {name: values["n_prompts"][name] for name in manifest["prompt_fields"]}
+    return ModelConfig(**values)

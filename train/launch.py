@@ -1,0 +1,154 @@
+"""This module launches a run on Ray Train: workers, process group, restarts, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+
+from store.errors import SomaflowError, StorageError
+from store.snapshot import open_snapshot
+from train.loop import Run, Summary, fingerprint, run_folder
+from train.settings import RunSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL_S = 0.5
+Progress = Callable[[int, float], None]
+"""Called with the last finished step and its loss."""
+
+
+@contextmanager
+def cluster(settings: RunSettings) -> Iterator[None]:
+    """Join the Ray cluster that the run or ``RAY_ADDRESS`` names, or start one here for as long as this lasts."""
+    if ray.is_initialized():
+        yield
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        if address:
+            ray.init(address=address, **common)
+        else:
+            ray.init(
+                num_cpus=max(settings.workers, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=256 * 2**20,
+                runtime_env={"env_vars": {"PYTHONPATH": path}},
+                **common,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StorageError(f"Ray at {address or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Run in each worker's process; the first one leaves the summary in the run's folder."""
+    settings = RunSettings.model_validate(config)
+    world = ray.train.get_context().get_world_size()
+    summary = Run(settings, world).train()
+    ray.train.report({"loss": summary.loss_last})
+
+
+def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) -> Summary:
+    """Train on ``settings.workers`` workers and return what came of it; the same run again goes on or is done.
+
+    Raises:
+        MissingError: No lake or snapshot.
+        ConflictError: The run's folder belongs to other settings.
+        SomaflowError: What stopped the workers.
+    """
+    settings = settings.model_copy(
+        update={"output": str(Path(settings.output).absolute()), "lake": _absolute(settings.lake)}
+    )
+    snapshot = open_snapshot(settings.lake, settings.snapshot)
+    folder = run_folder(settings)
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress), daemon=True)
+    use_gpu = bool(_gpus())
+    with cluster(settings):
+        watcher.start()
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config=settings.model_dump(mode="json"),
+            torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{settings.name}-{fingerprint(settings, snapshot.id)[:12]}",
+                storage_path=str(folder / "ray"),
+                failure_config=ray.train.FailureConfig(max_failures=2),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _cause(error) from error
+        finally:
+            done.set()
+            watcher.join(5)
+    return _read_summary(folder)
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).absolute())
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Find the error of ours, or the first of a worker, in what Ray Train raises."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, SomaflowError):
+            return cause
+    for failure in failures.values():
+        return SomaflowError(f"a worker failed: {failure}")
+    return error
+
+
+def _watch(path: Path, done: threading.Event, progress: Progress) -> None:
+    """Follow the metrics file and tell of the newest step."""
+    while True:
+        last = done.wait(POLL_S)
+        try:
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - 4096))
+                lines = file.read().decode().splitlines()
+            row = json.loads(lines[-1])
+            progress(int(row["step"]), float(row["loss"]))
+        except (OSError, IndexError, ValueError, KeyError):
+            pass
+        if last:
+            return
+
+
+def _read_summary(folder: Path) -> Summary:
+    values = json.loads((folder / "summary.json").read_text())
+    return Summary(**values, checkpoint=str(folder / "checkpoint"))
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Return a summary as plain values."""
+    return asdict(summary)

@@ -1,0 +1,385 @@
+"""This module is the training loop: Accelerate around a model, a stream in, metrics and checkpoints out.
+
+It knows nothing of Ray: it runs in one process, under torchrun, and under Ray Train, which give it the process group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from store.errors import ConflictError, VerificationError
+from store.snapshot import Snapshot, open_snapshot
+from train import checkpoint
+from train.card import write_card
+from train.cells import PROMPTS, Cells
+from train.checkpoint import Vocabulary
+from train.model import CellModel, ModelConfig
+from train.objective import Objective
+from train.settings import RunSettings
+from train.stream import Labels, Stream, read_labels
+from train.tokens import TokenSettings
+
+BASELINE_CELLS = 16384
+EVALUATION_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to."""
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    loss_test: float
+    cells_per_s: float
+    data_wait_share: float
+    parameters: int
+    checkpoint: str
+    resumed_from: int
+
+
+def run_folder(settings: RunSettings) -> Path:
+    """Return the folder of a run."""
+    return Path(settings.output).absolute() / settings.name
+
+
+def fingerprint(settings: RunSettings, snapshot_id: str) -> str:
+    """Digest what a run must keep to be the same run: everything but its length, workers and where it stands."""
+    free = {"steps", "workers", "output", "lake", "address", "threads", "checkpoint_every"}
+    values = settings.model_dump(mode="json", exclude=free) | {"snapshot_id": snapshot_id}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class Run:
+    """One run in one process of it."""
+
+    def __init__(self, settings: RunSettings, world: int) -> None:
+        """Open everything.
+
+        Args:
+            settings: The run's settings.
+            world: Processes that there should be; Accelerate must see as many, or gradients would not be shared.
+        """
+        if not torch.cuda.is_available():
+            torch.set_num_threads(settings.threads)
+        self.settings = settings
+        self.folder = run_folder(settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=settings.precision,
+            log_with="tensorboard",
+            project_dir=str(self.folder / "tensorboard"),
+        )
+        if self.accelerator.num_processes != world:
+            raise VerificationError(
+                f"Accelerate sees {self.accelerator.num_processes} processes and the launcher started {world}; "
+                "gradients would not be shared"
+            )
+        self.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, world
+        self.snapshot: Snapshot = open_snapshot(settings.lake, settings.snapshot)
+        self.labels: Labels = read_labels(self.snapshot)
+        self.stream = self._stream(settings.data.split)
+        self.vocabulary = _vocabulary(self.snapshot)
+        self.fingerprint = fingerprint(settings, self.snapshot.id)
+        torch.manual_seed(settings.seed)
+        self.plain = CellModel(self._config())
+        self.plain.set_baseline(self._shares())
+        optimizer = torch.optim.AdamW(
+            self.plain.parameters(), lr=settings.optim.lr, betas=(0.9, 0.98), weight_decay=settings.optim.weight_decay
+        )
+        self.step = self._resume(optimizer)
+        self.resumed_from = self.step
+        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
+        panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
+        tokens = TokenSettings(budget=settings.data.tokens)
+        self.objective = Objective(panels, tokens, settings.data.matched_controls, settings.seed, self.device)
+        self.rows: list[dict[str, float]] = []
+
+    def _stream(self, split: str) -> Stream:
+        data = self.settings.data
+        return Stream(
+            self.snapshot,
+            batch=data.global_batch,
+            seed=self.settings.seed,
+            split=split,
+            block=data.block,
+            window=data.window,
+            labels=self.labels,
+        )
+
+    def _config(self) -> ModelConfig:
+        return ModelConfig(
+            n_features={name: len(part.feature_id) for name, part in self.vocabulary.items()},
+            n_prompts={name: len(self.labels.values[name]) for name in PROMPTS},
+            n_perturbations=len(self.labels.values["perturbation"]),
+            **self.settings.model.model_dump(),
+        )
+
+    def _shares(self) -> dict[str, torch.Tensor]:
+        """Return each feature's share of the counts of the first training rows, with half a count for all."""
+        shares = {}
+        stop = min(int(self.stream.rows[-1]) + 1, BASELINE_CELLS)
+        training = torch.from_numpy(self.labels.split[:stop] == self.settings.data.split)
+        for name, part in self.vocabulary.items():
+            block = self.snapshot.block(name, 0, stop)
+            per_row = torch.from_numpy(block.indptr[1:] - block.indptr[:-1])
+            kept = torch.repeat_interleave(training, per_row)
+            counts = torch.full((len(part.feature_id),), 0.5, dtype=torch.float64)
+            counts.index_add_(
+                0, torch.from_numpy(block.features).long()[kept], torch.from_numpy(block.counts).double()[kept]
+            )
+            shares[name] = (counts / counts.sum()).float()
+        return shares
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Load the newest valid state into model and optimizer; return the step to go on with."""
+        known = checkpoint.valid_states(self.folder / "state")
+        if not known:
+            return 0
+        _materialise(optimizer)
+        state = {"model": self.plain.state_dict(), "optimizer": optimizer.state_dict()}
+        manifest = checkpoint.load_state(self.folder / "state", state)
+        if manifest is None:
+            return 0
+        if manifest["fingerprint"] != self.fingerprint:
+            raise ConflictError(
+                f"{self.folder}: run {self.settings.name!r} was begun with other settings or another snapshot; choose "
+                "another name, or remove the folder"
+            )
+        self.plain.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return int(manifest["global_step"])
+
+    def save(self) -> None:
+        """Save the training state; every rank calls it, the first one writes."""
+        if self.rank == 0:
+            optimizer = self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer
+            state = {"model": self.plain.state_dict(), "optimizer": optimizer.state_dict()}
+            values = {
+                "global_step": self.step,
+                "fingerprint": self.fingerprint,
+                "seed": self.settings.seed,
+                "world": self.world,
+                "snapshot": self.provenance()["snapshot"],
+            }
+            checkpoint.save_state(self.folder / "state", state, values)
+        self.accelerator.wait_for_everyone()
+
+    def provenance(self) -> dict[str, Any]:
+        """Return where the model comes from, for manifests."""
+        snapshot = self.snapshot
+        return {
+            "snapshot": {
+                "name": snapshot.name,
+                "id": snapshot.id,
+                "commit_id": snapshot.commit_id,
+                "lake_timestamp": snapshot.lake_timestamp,
+                "vocabulary_hash": snapshot.vocabulary_hash,
+                "n_cells": snapshot.n_cells,
+            },
+            "global_step": self.step,
+            "seed": self.settings.seed,
+            "settings": self.settings.model_dump(mode="json"),
+            "measurements": list(self.vocabulary),
+            "prompt_fields": list(PROMPTS),
+        }
+
+    # ------------------------------------------------------------------------------------------------------- steps
+    def train(self) -> Summary:
+        """Train to the last step, evaluate, export; return what came of it."""
+        if self.rank == 0:
+            _write_json(self.folder / "settings.json", self.settings.model_dump(mode="json"))
+        self.accelerator.init_trackers("")
+        begin = time.monotonic()
+        first_step = self.step
+        batches = self.stream.steps(self.step, self.settings.steps, rank=self.rank, world=self.world)
+        with _Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
+            for cells, waited in _timed(batches):
+                row = self._one(cells) | {"data_wait_s": waited}
+                self.step += 1
+                if self.rank == 0:
+                    metrics.write({"step": self.step, "time": time.time(), **row})
+                    self.accelerator.log({key: row[key] for key in ("loss", "lr", "grad_norm")}, step=self.step)
+                self.rows.append(row)
+                if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
+                    self.save()
+        seconds = time.monotonic() - begin
+        if self.step > first_step:
+            self.save()
+        test = self.evaluate()
+        for tracker in self.accelerator.trackers:  # end_training() would also end the launcher's process group
+            tracker.finish()
+        summary = self._summary(test, seconds)
+        if self.rank == 0:
+            self._export(summary)
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _one(self, cells: Cells) -> dict[str, float]:
+        """Take one step; the loss is that of all ranks together."""
+        begin = time.monotonic()
+        rate = learning_rate(self.settings, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with self.accelerator.autocast():
+            loss, n_tokens = self.objective(self.model, self.plain, cells, self.step)
+        sums = self._sum(loss.total.detach(), loss.pairs, cells.n_cells, n_tokens)
+        mean = float(sums[0] / sums[1])
+        if not math.isfinite(mean):
+            raise VerificationError(
+                f"step {self.step}: the loss is {mean}; rows {cells.row[:8].tolist()}... of snapshot "
+                f"{self.snapshot.name!r} on rank {self.rank}; lower optim.lr or look at these cells"
+            )
+        self.accelerator.backward(loss.total * self.world / sums[1])
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip_norm)
+        middle = time.monotonic()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = time.monotonic()
+        return {
+            "loss": mean,
+            "lr": rate,
+            "grad_norm": float(norm),
+            "cells": float(sums[2]),
+            "tokens": float(sums[3]),
+            "forward_backward_s": middle - begin,
+            "optimizer_s": end - middle,
+        }
+
+    def _sum(self, *values: Any) -> torch.Tensor:
+        """Add up values over all ranks."""
+        sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def evaluate(self) -> float:
+        """Return the mean loss on the test split, over at most ``EVALUATION_STEPS`` batches; NaN when there is none."""
+        split = self.settings.data.test_split
+        if not split or not (self.labels.split == split).any():
+            return math.nan
+        stream = self._stream(split)
+        steps = min(stream.plan.steps_per_epoch, EVALUATION_STEPS)
+        total = torch.zeros(2, dtype=torch.float64)
+        self.plain.eval()
+        with torch.no_grad():
+            for cells in stream.steps(0, steps, rank=self.rank, world=self.world):
+                loss, _ = self.objective(self.plain, self.plain, cells, None)
+                total += torch.tensor([float(loss.total), float(loss.pairs)], dtype=torch.float64)
+        self.plain.train()
+        sums = self._sum(*total)
+        return float(sums[0] / sums[1])
+
+    def _summary(self, test: float, seconds: float) -> Summary:
+        done = self.rows or [{"loss": math.nan, "cells": 0.0, "data_wait_s": 0.0}]
+        return Summary(
+            steps=self.step,
+            loss_first=done[0]["loss"],
+            loss_last=sum(row["loss"] for row in done[-20:]) / len(done[-20:]),
+            loss_test=test,
+            cells_per_s=sum(row["cells"] for row in done) / max(seconds, 1e-9),
+            data_wait_share=sum(row["data_wait_s"] for row in done) / max(seconds, 1e-9),
+            parameters=sum(part.numel() for part in self.plain.parameters()),
+            checkpoint=str(self.folder / "checkpoint"),
+            resumed_from=self.resumed_from,
+        )
+
+    def _export(self, summary: Summary) -> None:
+        figures = {key: value for key, value in asdict(summary).items() if key != "checkpoint"}
+        _write_json(self.folder / "summary.json", figures)
+        provenance = self.provenance() | {"figures": figures}
+        checkpoint.export(
+            self.folder / "checkpoint",
+            self.plain,
+            self.objective.settings,
+            self.vocabulary,
+            {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")},
+            provenance,
+            write_card(self.snapshot, self.settings, provenance),
+        )
+
+
+def learning_rate(settings: RunSettings, step: int) -> float:
+    """Return the rate of a step: linear warm-up, then a cosine to a tenth of the peak."""
+    peak, warm = settings.optim.lr, settings.optim.warmup_steps
+    if step < warm:
+        return peak * (step + 1) / (warm + 1)
+    progress = (step - warm) / max(1, settings.steps - warm)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def _materialise(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer that never stepped the state that a saved one has, so that it can be loaded in place."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _vocabulary(snapshot: Snapshot) -> dict[str, Vocabulary]:
+    tables = {name: snapshot.vocabulary(name) for name in snapshot.measurements}
+    columns = ("feature_id", "feature_name", "organism")
+    return {name: Vocabulary(*(table[column].to_pylist() for column in columns)) for name, table in tables.items()}
+
+
+def _timed(batches: Iterator[Cells]) -> Iterator[tuple[Cells, float]]:
+    """Yield each batch with the seconds that were waited for it."""
+    while True:
+        begin = time.monotonic()
+        try:
+            cells = next(batches)
+        except StopIteration:
+            return
+        yield cells, time.monotonic() - begin
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class _Metrics:
+    """One JSON line for each step; lines after the step that a run resumes from are dropped, they come again."""
+
+    def __init__(self, path: Path, rank: int, step: int) -> None:
+        self.path = path
+        self.rank = rank
+        self.step = step
+
+    def __enter__(self) -> _Metrics:
+        if self.rank == 0:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if line and json.loads(line)["step"] <= self.step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+            self.file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.rank == 0:
+            self.file.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append a row."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()

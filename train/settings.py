@@ -1,0 +1,96 @@
+"""This module is what a RUN.toml may say; every key has a default that suits a laptop."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from store.settings import Settings
+
+
+class ModelSettings(Settings):
+    """Sizes of the model."""
+
+    width: int = Field(default=64, ge=8)
+    """Size of an embedding."""
+    layers: int = Field(default=2, ge=1)
+    """Encoder blocks."""
+    heads: int = Field(default=4, ge=1)
+    """Attention heads; divides the width."""
+    bins: int = Field(default=16, ge=2)
+    """Soft bins of a value's embedding."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelSettings:
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+        return self
+
+
+class DataSettings(Settings):
+    """What is streamed."""
+
+    global_batch: int = Field(default=64, ge=1)
+    """Cells of a step, over all workers."""
+    split: str = "train"
+    """The snapshot's split to train on."""
+    test_split: str = "test"
+    """The split whose loss is reported at the end; empty reports none."""
+    block: int = Field(default=1024, ge=1)
+    """Consecutive rows that are read together."""
+    window: int = Field(default=16, ge=1)
+    """Blocks whose rows are mixed; two windows are held in memory."""
+    tokens: int = Field(default=128, ge=8)
+    """Tokens of a cell at most."""
+    matched_controls: float = Field(default=0.5, ge=0, le=1)
+    """Share of perturbed cells that are predicted from a matched control of the same batch."""
+
+
+class OptimSettings(Settings):
+    """How weights are changed."""
+
+    lr: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+
+
+class RunSettings(Settings):
+    """One training run."""
+
+    lake: str = "lake"
+    """The lake that holds the snapshot."""
+    snapshot: str
+    """The snapshot's name."""
+    output: str = "runs"
+    """Folder of runs; this one's is ``<output>/<name>``."""
+    name: str = "run"
+    """The run's name; the same name goes on with the same run."""
+    seed: int = Field(default=0, ge=0)
+    """Decides weights, order and masks."""
+    steps: int = Field(default=300, ge=1)
+    """Optimizer steps."""
+    workers: int = Field(default=2, ge=1)
+    """Processes that train; a GPU each where there are some."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Accelerate's mixed precision."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between saves of the training state."""
+    threads: int = Field(default=1, ge=1)
+    """Torch threads of a worker on CPU."""
+    address: str | None = None
+    """A running Ray cluster; left out, Ray is started here and stopped at the end."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    optim: OptimSettings = OptimSettings()
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> RunSettings:
+        if self.optim.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps={self.optim.warmup_steps} never ends: steps={self.steps}")
+        return self
