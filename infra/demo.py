@@ -17,12 +17,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import anndata
+import httpx
 import matplotlib as mpl
 import mudata
 import numpy as np
@@ -35,7 +34,44 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 console = Console(highlight=False)
+PYTHON = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
 CELLS_PER_REQUEST = 256
+
+INGEST = """\
+# Three sources of different kinds: simulated cells with knock-outs (RNA, proteins, chromatin), an unperturbed time
+# course as a 10x folder (RNA, antibodies), and 700 real blood cells as an h5ad of log1p values, restored to counts.
+lake = "{lake}"
+
+[[source]]
+uri = "simulated:"
+dataset_id = "knock-outs"
+truth = "{truth}"
+simulation.cells = {cells}
+
+[[source]]
+uri = "{folder}/10x"
+dataset_id = "time-course"
+organism = "synthetic_construct"
+
+[[source]]
+uri = "{real}"
+dataset_id = "pbmc68k"
+layer = "raw"
+values = "log1p"
+title = "700 blood cells, cut from 68k PBMC (Zheng et al. 2017)"
+obs.tissue = "=blood"
+"""
+
+TRAIN = """\
+# A small model: 2 workers on 2 cores, about a minute.
+lake = "{lake}"
+snapshot = "demo"
+output = "{output}"
+name = "demo"
+steps = {steps}
+workers = 2
+optim.lr = 3e-3
+"""
 
 
 class Road:
@@ -47,11 +83,12 @@ class Road:
         self.small = small
         self.commands: list[str] = []
         self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def run(self, title: str, *words: str) -> None:
         """Run one command of ours; its output goes where ours goes; a failure ends the demo with its status."""
         console.rule(f"[bold]{title}")
-        command = ["python", "-m", *words]
+        command = [PYTHON, "-m", *words]
         self._note(command)
         done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=False)
         if done.returncode:
@@ -80,12 +117,19 @@ class Road:
         time_course = 300 if self.small else 900
         self.run(
             "1  make a time course as a 10x folder and an h5mu file",
-            *("ingest", "simulate", self.path("source"), "--cells", str(time_course), "--seed", "7"),
+            *("ingest", "simulate", self.path("source"), "--cells", str(time_course)),
+            *("--seed", "7", "--set", "perturbed=0"),
         )
-        job = self.write("ingest.toml", _INGEST.format(
-            lake=self.lake, cells=n_cells, folder=self.path("source"), real=_real_cells(),
-            truth=self.path("truth"),
-        ))
+        job = self.write(
+            "ingest.toml",
+            INGEST.format(
+                lake=self.lake,
+                cells=n_cells,
+                folder=self.path("source"),
+                real=_real_cells(),
+                truth=self.path("truth"),
+            ),
+        )
         self.run("2  ingest three sources of different kinds", "ingest", "run", job)
         self.run("3  the same again adds nothing", "ingest", "run", job)
         self.run("4  prove the lake", "store", "validate", "--lake", self.lake)
@@ -97,24 +141,26 @@ class Road:
             words = ("snapshot", "create", "demo", "--lake", self.lake, "--set", "seed=1")
             self.run("6  shuffle the lake into a snapshot", "store", *words)
         steps = 60 if self.small else 400
-        recipe = self.write("train.toml", _TRAIN.format(lake=self.lake, output=self.path("runs"), steps=steps))
+        recipe = self.write("train.toml", TRAIN.format(lake=self.lake, output=self.path("runs"), steps=steps))
         self.run("7  train on two workers", "train", recipe)
 
     def serve(self) -> dict[str, Any]:
         """Serve the checkpoint, ask it, and stop it."""
-        cells = self.path("cells.h5mu")
+        cells, blood = self.path("cells.h5mu"), self.path("blood.h5ad")
         self.run(
             "8  take cells out of the lake to ask about",
             *("store", "export", cells, "--organism", "synthetic_construct", "--lake", self.lake),
             *("--measurement", "RNA", "--measurement", "protein"),
         )
+        self.run("   and the real ones", "store", "export", blood, "--lake", self.lake)
         console.print()
         console.rule("[bold]9  serve the checkpoint and ask it over HTTP")
         words = ["serve", "run", self.path("runs", "demo", "checkpoint"), "--port", str(self.port)]
-        self._note(["python", "-m", *words])
+        self._note([PYTHON, "-m", *words])
         server = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, start_new_session=True)
         try:
-            return self._ask(server, mudata.read_h5mu(cells))
+            with mudata.set_options(pull_on_update=False):
+                return self._ask(server, mudata.read_h5mu(cells), anndata.read_h5ad(blood))
         finally:
             server.send_signal(signal.SIGINT)
             try:
@@ -122,23 +168,34 @@ class Road:
             except subprocess.TimeoutExpired:
                 server.kill()
 
-    def _ask(self, server: subprocess.Popen[bytes], cells: mudata.MuData) -> dict[str, Any]:
+    def _ask(self, server: subprocess.Popen[bytes], cells: mudata.MuData, blood: anndata.AnnData) -> dict[str, Any]:
         self._wait(server)
         rna = cells["rna"]
+        modalities = {"RNA": rna, "protein": cells["prot"]}
         control = list(rna.obs_names[rna.obs["perturbation"].isin(["", "control"])][:128])
         targets = [name for name in self._get("/v1/perturbations")["perturbations"] if name in set(_targets(rna))]
-        body = {"counts": _counts(cells, control), "perturbations": targets, "options": {"vectors": True, "top": 3}}
-        first = self.write("embed.json", json.dumps({"counts": _counts(cells, control[:2])}))
+        options = {"vectors": True, "top": 3}
+        body = {"counts": _counts(modalities, control), "perturbations": targets, "options": options}
+        first = self.write("embed.json", json.dumps({"counts": _counts(modalities, control[:2])}))
         asked = self.write("perturb.json", json.dumps(body))
         for path, file in (("embed", first), ("perturb", asked)):
-            url = f"http://127.0.0.1:{self.port}/v1/{path}"
-            self._note(["curl", "-s", url, "-H", "Content-Type: application/json", "-d", f"@{file}"])
-        parts = [self._embed(cells, names) for names in _chunks(list(rna.obs_names), CELLS_PER_REQUEST)]
-        return {"embedding": np.concatenate(parts), "obs": rna.obs, "perturb": self._post("/v1/perturb", body)}
+            self._note(
+                ["curl", "-s", f"{self.url}/v1/{path}", "-H", "Content-Type: application/json", "-d", f"@{file}"]
+            )
+        return {
+            "simulated": (self._embed(modalities), rna.obs),
+            "blood": (self._embed({"RNA": blood}), blood.obs),
+            "perturb": self._post("/v1/perturb", body),
+        }
 
-    def _embed(self, cells: mudata.MuData, names: list[str]) -> NDArray[np.float32]:
-        body = {"counts": _counts(cells, names), "options": {"encoding": "base64"}}
-        return _decoded(self._post("/v1/embed", body)["embeddings"])
+    def _embed(self, modalities: dict[str, anndata.AnnData]) -> NDArray[np.float32]:
+        names = list(modalities["RNA"].obs_names)
+        parts = []
+        for start in range(0, len(names), CELLS_PER_REQUEST):
+            body = {"counts": _counts(modalities, names[start : start + CELLS_PER_REQUEST])}
+            reply = self._post("/v1/embed", body | {"options": {"encoding": "base64"}})
+            parts.append(_decoded(reply["embeddings"]))
+        return np.concatenate(parts)
 
     def _wait(self, server: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + 120
@@ -146,30 +203,24 @@ class Road:
             if server.poll() is not None:
                 sys.exit(f"the server ended with status {server.returncode} before it answered")
             try:
-                self._get("/v1/health/ready")
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-            else:
-                return
+                if httpx.get(f"{self.url}/v1/health/ready", timeout=5).status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
         sys.exit("the server was not ready within 120 s")
 
     def _get(self, path: str) -> dict[str, Any]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as reply:
-            return dict(json.load(reply))
+        return dict(httpx.get(self.url + path, timeout=60).raise_for_status().json())
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as reply:
-            return dict(json.load(reply))
+        return dict(httpx.post(self.url + path, json=body, timeout=120).raise_for_status().json())
 
     def report(self, answers: dict[str, Any], seconds: float) -> None:
         """Draw the cells, print what was found and the commands that were run."""
         picture = self.folder / "cells.png"
-        _draw(answers["embedding"], answers["obs"], picture)
+        panels = [("simulated", "cell_type"), ("simulated", "perturbation"), ("blood", "cell_type")]
+        _draw({name: answers[name] for name in ("simulated", "blood")}, panels, picture)
         table = Table(title="what the served model says of each knock-out, beside the simulator's truth")
         for column in ("knock-out", "genes it moves most", "r with the truth", "size of effect"):
             table.add_column(column)
@@ -193,11 +244,11 @@ def _targets(rna: anndata.AnnData) -> list[str]:
     return [name for name in rna.obs["perturbation"].unique() if name not in ("", "control")]
 
 
-def _counts(cells: mudata.MuData, names: list[str]) -> dict[str, Any]:
+def _counts(modalities: dict[str, anndata.AnnData], names: list[str]) -> dict[str, Any]:
     """Write cells as the API's CSR matrices."""
     counts = {}
-    for measurement, modality in (("RNA", "rna"), ("protein", "prot")):
-        part = cells[modality][names]
+    for measurement, modality in modalities.items():
+        part = modality[names]
         counts[measurement] = {
             "features": list(part.var_names),
             "indptr": part.X.indptr.tolist(),
@@ -205,10 +256,6 @@ def _counts(cells: mudata.MuData, names: list[str]) -> dict[str, Any]:
             "data": part.X.data.astype(float).tolist(),
         }
     return counts
-
-
-def _chunks(names: list[str], size: int) -> list[list[str]]:
-    return [names[start : start + size] for start in range(0, len(names), size)]
 
 
 def _decoded(tensor: dict[str, Any]) -> NDArray[np.float32]:
@@ -233,22 +280,29 @@ def _effects(reply: dict[str, Any], truth: dict[str, Any]) -> list[tuple[str, st
     return rows
 
 
-def _draw(embedding: NDArray[np.float32], obs: Any, path: Path) -> None:
-    """Draw the cells' embeddings in two dimensions, coloured by type and by perturbation."""
+def _draw(groups: dict[str, tuple[NDArray[np.float32], Any]], panels: list[tuple[str, str]], path: Path) -> None:
+    """Draw the cells' embeddings in two dimensions, each panel coloured by one column of obs."""
     from umap import UMAP
 
-    place = UMAP(n_neighbors=20, min_dist=0.3, random_state=0, n_jobs=1).fit_transform(embedding)
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    for panel, column in zip(panels, ("cell_type", "perturbation"), strict=True):
+    places = {
+        name: UMAP(n_neighbors=20, min_dist=0.3, random_state=0, n_jobs=1).fit_transform(embedding)
+        for name, (embedding, _) in groups.items()
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5.6), layout="constrained")
+    for axis, (name, column) in zip(axes, panels, strict=True):
+        obs = groups[name][1]
         labels = obs[column].astype(str).replace("", "none").to_numpy()
-        for number, label in enumerate(sorted(set(labels))):
+        known = sorted(set(labels))
+        colours = plt.get_cmap("tab10" if len(known) <= 10 else "tab20")
+        for number, label in enumerate(known):
             mine = labels == label
-            colour = plt.get_cmap("tab20")(number % 20)
-            panel.scatter(*place[mine].T, s=5, color=colour, label=f"{label} ({mine.sum()})", linewidths=0)
-        panel.set_title(f"{len(obs):,} cells by {column.replace('_', ' ')}")
-        panel.set(xticks=[], yticks=[], xlabel="UMAP 1 of the served embeddings", ylabel="UMAP 2")
-        panel.legend(markerscale=3, fontsize=8, frameon=False, loc="best")
-    figure.savefig(path, dpi=110)
+            axis.scatter(
+                *places[name][mine].T, s=5, color=colours(number), label=f"{label} ({mine.sum()})", linewidths=0
+            )
+        axis.set_title(f"{len(obs):,} {name} cells by {column.replace('_', ' ')}")
+        axis.set(xticks=[], yticks=[], xlabel="UMAP 1 of the served embeddings", ylabel="UMAP 2")
+        axis.legend(markerscale=3, fontsize=8, frameon=False, loc="best")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

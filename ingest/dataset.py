@@ -29,7 +29,7 @@ TRANSFORM_VERSION = 1
 
 BLOCK_NNZ = 2**22
 BLOCK_CELLS = 16384
-FEATURE_KIND = {"protein": "protein", "ATAC": "peak", "guide": "guide"}
+FEATURE_KIND = {"RNA": "gene", "protein": "protein", "ATAC": "peak", "guide": "guide"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class OpenDataset:
         genes = self.source.genes
         return {
             name: harmonize.map_genes(part.var, genes)
-            if name == "RNA"
+            if name == "RNA" and self.form.organism != "synthetic_construct"
             else harmonize.map_plain(part.var, FEATURE_KIND.get(name, name))
             for name, part in self.form.parts.items()
         }

@@ -148,8 +148,9 @@ def _known(ids: list[str], table: pd.DataFrame | None, var: pd.DataFrame) -> tup
 
 def map_plain(var: pd.DataFrame, kind: str) -> FeatureMap:
     """Take features by the names that the source gives them (antibodies, peaks, guides)."""
-    names = [str(name) for name in var.index]
-    return _unique(names, names, ([kind] * len(names), [0] * len(names)), [])
+    ids = [str(name) for name in var.index]
+    names = var["gene_symbols"].astype(str).tolist() if "gene_symbols" in var else ids
+    return _unique(ids, names, ([kind] * len(ids), [0] * len(ids)), [])
 
 
 def _unique(ids: list[str], names: list[str], known: tuple[list[str], list[int]], notes: list[str]) -> FeatureMap:

@@ -46,8 +46,10 @@ class SimulationSettings(Settings):
     """Of the targets, those whose loss changes nothing."""
     perturbed: float = Field(default=0.6, ge=0, le=1)
     """Share of cells with a knock-out; the others carry a non-targeting guide."""
+    truth_seed: int = Field(default=0, ge=0)
+    """Decides programs, effects and links: simulations of one truth can be mixed."""
     seed: int = Field(default=0, ge=0)
-    """Decides everything."""
+    """Decides the cells."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Simulation:
 
 def make_truth(settings: SimulationSettings) -> Truth:
     """Draw programs, effects and links."""
-    rng = np.random.default_rng([settings.seed, 1])
+    rng = np.random.default_rng([settings.truth_seed, 1])
     n_genes, n_targets = settings.genes, settings.targets
     membership = np.zeros((N_PROGRAMS, n_genes))
     for program in range(N_PROGRAMS):
@@ -128,7 +130,7 @@ def make_truth(settings: SimulationSettings) -> Truth:
 def simulate(settings: SimulationSettings) -> Simulation:
     """Draw cells; each has RNA, protein and ATAC counts."""
     truth = make_truth(settings)
-    rng = np.random.default_rng([settings.seed, 2])
+    rng = np.random.default_rng([settings.truth_seed, 2, settings.seed])
     n_cells = settings.cells
     cell_type = rng.integers(len(CELL_TYPES), size=n_cells)
     time = np.array(TIMES)[rng.integers(len(TIMES), size=n_cells)]

@@ -43,7 +43,7 @@ def create(uri: str, values: dict[str, Any]) -> bool:
     Raises:
         StorageError: The place cannot be written.
     """
-    data = json.dumps(values, sort_keys=True).encode()
+    data = json.dumps(values).encode()
     try:
         if is_local(uri):
             return _create_local(Path(uri), data)

@@ -51,7 +51,7 @@ def train(
         summary = launch(settings, lambda step, loss: bars.update(bar, completed=step, loss=loss))
     if json:
         answer("train-run/v1", **as_json(summary))
-    table = Table("steps", "loss first", "loss last", "loss test", "cells/s", "data wait", "parameters")
+    table = Table("steps", "loss first", "loss last", "loss test", "cells/s", "data wait", "weights")
     table.add_row(
         f"{summary.steps:,}",
         f"{summary.loss_first:.4f}",

@@ -15,9 +15,10 @@ import ray
 import ray.train
 import ray.train.torch
 
-from store.errors import SomaflowError, StorageError
+from store.errors import InputRefused, MissingError, SomaflowError, StorageError
 from store.snapshot import open_snapshot
-from train.loop import Run, Summary, fingerprint, run_folder
+from train import checkpoint
+from train.loop import Run, Summary, fingerprint, read_summary, run_folder
 from train.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,10 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     )
     snapshot = open_snapshot(settings.lake, settings.snapshot)
     folder = run_folder(settings)
+    if _finished(folder, settings, fingerprint(settings, snapshot.id)):
+        summary = read_summary(folder)
+        progress(summary.steps, summary.loss_last)
+        return summary
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     done = threading.Event()
@@ -103,7 +108,19 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
         finally:
             done.set()
             watcher.join(5)
-    return _read_summary(folder)
+    return read_summary(folder)
+
+
+def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:
+    """Say whether the run was trained to its last step and exported; its files are compared with their manifests."""
+    states = checkpoint.valid_states(folder / "state")
+    try:
+        state = checkpoint.read_manifest(states[-1]) if states else {}
+        exported = checkpoint.read_manifest(folder / "checkpoint")
+    except (InputRefused, MissingError):
+        return False
+    same = state.get("fingerprint") == wanted and exported["global_step"] == state["global_step"] == settings.steps
+    return same and (folder / "summary.json").exists()
 
 
 def _absolute(uri: str) -> str:
@@ -142,11 +159,6 @@ def _watch(path: Path, done: threading.Event, progress: Progress) -> None:
             pass
         if last:
             return
-
-
-def _read_summary(folder: Path) -> Summary:
-    values = json.loads((folder / "summary.json").read_text())
-    return Summary(**values, checkpoint=str(folder / "checkpoint"))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

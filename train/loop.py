@@ -107,7 +107,6 @@ class Run:
         panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
         tokens = TokenSettings(budget=settings.data.tokens)
         self.objective = Objective(panels, tokens, settings.data.matched_controls, settings.seed, self.device)
-        self.rows: list[dict[str, float]] = []
 
     def _stream(self, split: str) -> Stream:
         data = self.settings.data
@@ -205,7 +204,6 @@ class Run:
         if self.rank == 0:
             _write_json(self.folder / "settings.json", self.settings.model_dump(mode="json"))
         self.accelerator.init_trackers("")
-        begin = time.monotonic()
         first_step = self.step
         batches = self.stream.steps(self.step, self.settings.steps, rank=self.rank, world=self.world)
         with _Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
@@ -215,20 +213,17 @@ class Run:
                 if self.rank == 0:
                     metrics.write({"step": self.step, "time": time.time(), **row})
                     self.accelerator.log({key: row[key] for key in ("loss", "lr", "grad_norm")}, step=self.step)
-                self.rows.append(row)
                 if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
                     self.save()
-        seconds = time.monotonic() - begin
         if self.step > first_step:
             self.save()
         test = self.evaluate()
         for tracker in self.accelerator.trackers:  # end_training() would also end the launcher's process group
             tracker.finish()
-        summary = self._summary(test, seconds)
         if self.rank == 0:
-            self._export(summary)
+            self._export(self._summary(test))
         self.accelerator.wait_for_everyone()
-        return summary
+        return read_summary(self.folder)
 
     def _one(self, cells: Cells) -> dict[str, float]:
         """Take one step; the loss is that of all ranks together."""
@@ -285,15 +280,18 @@ class Run:
         sums = self._sum(*total)
         return float(sums[0] / sums[1])
 
-    def _summary(self, test: float, seconds: float) -> Summary:
-        done = self.rows or [{"loss": math.nan, "cells": 0.0, "data_wait_s": 0.0}]
+    def _summary(self, test: float) -> Summary:
+        """Sum up the whole run, also the part before a resume, from its metrics."""
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        last = rows[-20:]
+        seconds = sum(row["data_wait_s"] + row["forward_backward_s"] + row["optimizer_s"] for row in rows)
         return Summary(
             steps=self.step,
-            loss_first=done[0]["loss"],
-            loss_last=sum(row["loss"] for row in done[-20:]) / len(done[-20:]),
+            loss_first=rows[0]["loss"],
+            loss_last=sum(row["loss"] for row in last) / len(last),
             loss_test=test,
-            cells_per_s=sum(row["cells"] for row in done) / max(seconds, 1e-9),
-            data_wait_share=sum(row["data_wait_s"] for row in done) / max(seconds, 1e-9),
+            cells_per_s=sum(row["cells"] for row in rows) / seconds,
+            data_wait_share=sum(row["data_wait_s"] for row in rows) / seconds,
             parameters=sum(part.numel() for part in self.plain.parameters()),
             checkpoint=str(self.folder / "checkpoint"),
             resumed_from=self.resumed_from,
@@ -312,6 +310,17 @@ class Run:
             provenance,
             write_card(self.snapshot, self.settings, provenance),
         )
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read a run's metrics, one dictionary for each finished step."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def read_summary(folder: Path) -> Summary:
+    """Read what a finished run came to."""
+    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return Summary(**values, checkpoint=str(folder / "checkpoint"))
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
@@ -369,9 +378,9 @@ class _Metrics:
 
     def __enter__(self) -> _Metrics:
         if self.rank == 0:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line and json.loads(line)["step"] <= self.step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            rows = read_metrics(self.path) if self.path.exists() else []
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+            self.path.write_text("".join(kept), encoding="utf-8")
             self.file = self.path.open("a", encoding="utf-8")
         return self
 

@@ -30,7 +30,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     A ``metadata.tsv`` in a folder, whose first column names the cells, becomes obs.
     """
     counts = _read(Path(source.uri))
-    counts.var_names_make_unique()
+    counts.var = counts.var.rename_axis("gene_symbols").reset_index().set_index("gene_ids")
     types = (
         counts.var["feature_types"] if "feature_types" in counts.var else pd.Series(["Gene Expression"] * counts.n_vars)
     )

@@ -1,0 +1,1 @@
+"""Checkpoints answered over HTTP: embeddings of cells, effects of perturbations."""

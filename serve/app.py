@@ -1,0 +1,304 @@
+"""This module is the HTTP interface: routes, statuses and problem reports around something that answers like a replica.
+
+The model is any :class:`serve.model.Model`, so the same app runs over a model in this process or over a Ray Serve
+deployment. OpenAPI is at ``/openapi.json``; there are no pages that load scripts from elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from serve import encode
+from serve.body import BodyLimit
+from serve.decode import Decoder
+from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleVocabulary, Unavailable
+from serve.messages import (
+    EmbedReply,
+    EmbedRequest,
+    Feature,
+    FeaturesReply,
+    FieldProblem,
+    Health,
+    ModelCard,
+    ModelsReply,
+    PerturbationsReply,
+    PerturbReply,
+    PerturbRequest,
+    Problem,
+    PromptsReply,
+)
+from serve.model import Description, Model
+from serve.settings import Limits
+from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
+
+log = logging.getLogger("somaflow.serve")
+
+STATUS: dict[type[Exception], int] = {
+    Overloaded: 429,
+    DeadlineExceeded: 504,
+    Unavailable: 503,
+    StaleVocabulary: 503,
+    ConflictError: 409,
+    MissingError: 404,
+    StorageError: 503,
+    InputRefused: 422,
+    SomaflowError: 500,
+}
+"""The HTTP status of each error; the first class that fits decides, so subclasses stand before their parents."""
+
+RETRY_AFTER_S = {503: 1}
+MAX_PROBLEMS = 10
+_TITLES = {
+    400: "The request is not valid JSON",
+    404: "There is nothing at this address",
+    405: "This address does not take this method",
+    408: "The request came too slowly",
+    409: "Somebody else changed what this needs",
+    413: "The request is too large",
+    415: "The request is not JSON",
+    422: "The request cannot be used",
+    429: "The server is busy",
+    500: "The server made a mistake",
+    503: "The server is not ready",
+    504: "The answer took too long",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The checkpoint that answers now, and the decoder made for it."""
+
+    description: Description
+    decoder: Decoder
+
+
+class Desk:
+    """Keeps the decoder in step with the checkpoint that the model has loaded."""
+
+    def __init__(self, model: Model, limits: Limits) -> None:
+        self.model = model
+        self.limits = limits
+        self._loaded: Loaded | None = None
+
+    async def loaded(self) -> Loaded:
+        """Return the present checkpoint, asking the model the first time."""
+        if self._loaded is None:
+            description = await self.model.describe()
+            decoder = Decoder(
+                description.vocabulary, description.prompts, str(description.manifest["vocabulary_hash"]), self.limits
+            )
+            self._loaded = Loaded(description, decoder)
+        return self._loaded
+
+    def forget(self) -> None:
+        """Ask the model again next time: it holds another checkpoint now."""
+        self._loaded = None
+
+    async def embed(self, request: EmbedRequest) -> EmbedReply:
+        """Answer an embedding request."""
+        loaded = await self.loaded()
+        decoded = await asyncio.to_thread(
+            loaded.decoder.decode, request.counts, request.prompts, min_coverage=request.options.min_coverage
+        )
+        embedding_CD = await self.model.embed(decoded.cells)
+        return await asyncio.to_thread(encode.embed_reply, embedding_CD, request.options, decoded, loaded.description)
+
+    async def perturb(self, request: PerturbRequest) -> PerturbReply:
+        """Answer a perturbation request."""
+        loaded = await self.loaded()
+        if len(request.perturbations) > self.limits.perturbations:
+            raise FieldRefused("perturbations", f"send at most {self.limits.perturbations} in a request")
+        if "perturbation" in request.prompts:
+            raise FieldRefused("prompts.perturbation", "name perturbations in 'perturbations'; the cells are controls")
+        asked = [_targets(item, position, loaded) for position, item in enumerate(request.perturbations)]
+        decoded = await asyncio.to_thread(
+            loaded.decoder.decode, request.counts, request.prompts, min_coverage=request.options.min_coverage
+        )
+        shifts = await self.model.perturb(decoded.cells, asked)
+        return await asyncio.to_thread(
+            encode.perturb_reply, asked, shifts, request.options, decoded, loaded.description
+        )
+
+
+def _targets(item: str | list[str], position: int, loaded: Loaded) -> list[str]:
+    where = f"perturbations.{position}"
+    targets = sorted(set(item.split("+") if isinstance(item, str) else item))
+    if not targets:
+        raise FieldRefused(where, "a combined perturbation needs at least one target")
+    for target in targets:
+        if not target:
+            raise FieldRefused(where, "an empty name is no target; see GET /v1/perturbations")
+        loaded.decoder.check_prompt("perturbation", target, where)
+    return targets
+
+
+def make_app(model: Model, limits: Limits) -> FastAPI:
+    """Build the HTTP interface over ``model``."""
+    app = FastAPI(
+        title="somaflow",
+        summary="Embeddings of cells and predicted effects of perturbations, from a multimodal cell foundation model.",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        responses={code: {"model": Problem, "description": _TITLES[code]} for code in (413, 415, 422, 429, 503, 504)},
+    )
+    app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, timeout_s=limits.timeout_s, problem=problem)
+    desk = Desk(model, limits)
+    _add_problems(app, desk)
+    _add_questions(app, desk)
+    _add_catalog(app, desk)
+    return app
+
+
+def _add_questions(app: FastAPI, desk: Desk) -> None:
+    @app.post("/v1/embed", response_model=EmbedReply, tags=["ask the model"])
+    async def embed(request: EmbedRequest) -> Response:
+        """Embed cells: one vector per cell, in the order of the request."""
+        return _json(await desk.embed(request))
+
+    @app.post("/v1/perturb", response_model=PerturbReply, tags=["ask the model"])
+    async def perturb(request: PerturbRequest) -> Response:
+        """Predict the mean expression of control cells with and without each perturbation."""
+        return _json(await desk.perturb(request))
+
+
+def _add_catalog(app: FastAPI, desk: Desk) -> None:
+    @app.get("/v1/models", tags=["look up"])
+    async def models() -> ModelsReply:
+        """List the models that answer here, with where they come from and what they accept."""
+        description = (await desk.loaded()).description
+        return ModelsReply(models=[_card(description, desk.limits)])
+
+    @app.get("/v1/features", tags=["look up"])
+    async def features(
+        measurement: str = "RNA", offset: int = Query(0, ge=0), limit: int = Query(1_000, ge=1, le=10_000)
+    ) -> FeaturesReply:
+        """List the features of one measurement in the order of the model's vocabulary."""
+        description = (await desk.loaded()).description
+        if measurement not in description.vocabulary:
+            known = ", ".join(sorted(description.vocabulary))
+            raise FieldRefused("measurement", f"this model does not know {measurement!r}; it knows {known}")
+        part = description.vocabulary[measurement]
+        rows = zip(part.feature_id, part.feature_name, part.organism, strict=True)
+        page = list(rows)[offset : offset + limit]
+        return FeaturesReply(
+            measurement=measurement,
+            total=len(part.feature_id),
+            offset=offset,
+            features=[Feature(feature_id=i, feature_name=n, organism=o) for i, n, o in page],
+            vocabulary_hash=description.manifest["vocabulary_hash"],
+        )
+
+    @app.get("/v1/perturbations", tags=["look up"])
+    async def perturbations() -> PerturbationsReply:
+        """List the perturbations that the model has seen."""
+        description = (await desk.loaded()).description
+        names = [name for name in description.prompts.get("perturbation", []) if name not in ("", "control")]
+        return PerturbationsReply(perturbations=names, vocabulary_hash=description.manifest["vocabulary_hash"])
+
+    @app.get("/v1/prompts", tags=["look up"])
+    async def prompts() -> PromptsReply:
+        """List what can be said about cells, and the values that the model has seen."""
+        description = (await desk.loaded()).description
+        return PromptsReply(
+            prompts={name: [value for value in values if value] for name, values in description.prompts.items()},
+            vocabulary_hash=description.manifest["vocabulary_hash"],
+        )
+
+    @app.get("/v1/health/live", tags=["health"])
+    async def live() -> Health:
+        """Say that the server runs."""
+        return Health(status="live")
+
+    @app.get("/v1/health/ready", tags=["health"])
+    async def ready() -> Health:
+        """Say that a model is loaded and answers; 503 otherwise."""
+        await desk.model.ready()
+        return Health(status="ready")
+
+
+def _json(reply: EmbedReply | PerturbReply) -> Response:
+    return Response(reply.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+def _card(description: Description, limits: Limits) -> ModelCard:
+    provenance = encode.provenance(description)
+    return ModelCard(
+        id=f"{provenance.snapshot_name}-{provenance.model_sha256[:12]}",
+        ready=True,
+        provenance=provenance,
+        created=str(description.manifest.get("created", "")),
+        measurements={name: len(part.feature_id) for name, part in description.vocabulary.items()},
+        embedding_size=description.embedding_size,
+        prompts=sorted(description.prompts),
+        limits=limits.model_dump(),
+    )
+
+
+def _add_problems(app: FastAPI, desk: Desk) -> None:
+    """Answer every error as RFC 9457 problem details: no stack traces, no payloads."""
+
+    @app.exception_handler(SomaflowError)
+    async def ours(request: Request, error: SomaflowError) -> Response:
+        if isinstance(error, StaleVocabulary):
+            desk.forget()
+        status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+        if status == 500:
+            log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
+            return problem(500, "internal error")
+        fields = [FieldProblem(field=error.field, message=error.message)] if isinstance(error, FieldRefused) else []
+        return problem(status, str(error), fields, getattr(error, "retry_after_s", RETRY_AFTER_S.get(status)))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method == "POST" and media != "application/json":
+            return problem(415, f"send Content-Type: application/json (got {media[:80] or 'none'!r})")
+        fields = [_field(item) for item in error.errors()[:MAX_PROBLEMS]]
+        return problem(422, "; ".join(f"{item.field}: {item.message}" for item in fields), fields)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return problem(error.status_code, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
+        return problem(500, "internal error")
+
+
+def _field(item: Any) -> FieldProblem:
+    path = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "csr", "cells"))
+    return FieldProblem(field=path[:200] or "body", message=str(item["msg"])[:300])
+
+
+def problem(
+    status: int,
+    detail: str,
+    errors: Sequence[FieldProblem] = (),
+    retry_after_s: int | None = None,
+    headers: Any = None,
+) -> Response:
+    """Write one problem report."""
+    title = _TITLES.get(status, "The request failed")
+    body = Problem(
+        type=f"urn:somaflow:problem:{status}",
+        title=title,
+        status=status,
+        detail=detail,
+        errors=list(errors),
+        retry_after_s=retry_after_s,
+    )
+    extra = dict(headers or {}) | ({"Retry-After": str(retry_after_s)} if retry_after_s is not None else {})
+    return JSONResponse(
+        body.model_dump(exclude_none=True), status, headers=extra, media_type="application/problem+json"
+    )

@@ -1,0 +1,320 @@
+"""This module asks a somaflow server from Python: AnnData or counts in, numpy out, retries included.
+
+>>> with Client("http://127.0.0.1:8000") as client:  # doctest: +SKIP
+...     vectors = client.embed(adata, prompts={"organism": "homo_sapiens"}).values
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from serve.errors import Overloaded, Unavailable
+from store.errors import InputRefused, MissingError, SomaflowError
+
+RETRIED = frozenset({429, 503})
+CHUNK_CELLS = 1_000
+CHUNK_COUNTS = 500_000
+
+Said = str | float | Sequence[str] | Sequence[float]
+Measurements = dict[str, tuple[csr_matrix, list[str]]]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One row per cell, with the server's report; warnings and coverage are those of the first chunk that has any."""
+
+    values: NDArray[np.floating]
+    coverage: dict[str, Any]
+    warnings: list[str]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one perturbation is predicted to do to one measurement; vectors follow ``feature_id``."""
+
+    perturbation: str
+    measurement: str
+    feature_id: list[str]
+    control: NDArray[np.float32]
+    perturbed: NDArray[np.float32]
+    delta: NDArray[np.float32]
+    top: list[dict[str, Any]]
+
+
+class Client:
+    """A connection to one server; close it, or use it in a ``with`` block.
+
+    Args:
+        url: Where the server listens, as in ``http://127.0.0.1:8000``.
+        timeout_s: Longest wait for one answer.
+        tries: How often a request is sent before a busy or absent server becomes an error.
+        transport: For tests.
+        sleep: For tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 120.0,
+        tries: int = 6,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._http = httpx.Client(base_url=url, timeout=timeout_s, transport=transport, trust_env=False)
+        self._tries = tries
+        self._sleep = sleep
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def models(self) -> list[dict[str, Any]]:
+        """List the models that answer."""
+        return cast("list[dict[str, Any]]", self._ask("GET", "/v1/models")["models"])
+
+    def perturbations(self) -> list[str]:
+        """List the perturbations that the model has seen."""
+        return cast("list[str]", self._ask("GET", "/v1/perturbations")["perturbations"])
+
+    def prompts(self) -> dict[str, list[str]]:
+        """List prompt fields and their values."""
+        return cast("dict[str, list[str]]", self._ask("GET", "/v1/prompts")["prompts"])
+
+    def features(self, measurement: str = "", at_most: int | None = None) -> tuple[str, list[str]]:
+        """List the feature ids of one measurement (empty: the model's first), which is named beside them."""
+        name = measurement or next(iter(self.models()[0]["measurements"]))
+        ids: list[str] = []
+        while at_most is None or len(ids) < at_most:
+            size = 10_000 if at_most is None else min(10_000, at_most - len(ids))
+            page = self._ask("GET", f"/v1/features?measurement={name}&offset={len(ids)}&limit={size}")["features"]
+            if not page:
+                break
+            ids += [feature["feature_id"] for feature in page]
+        return name, ids
+
+    def ready(self) -> bool:
+        """Say whether a model answers now; never raises, never retries."""
+        try:
+            return self._http.get("/v1/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def embed(
+        self,
+        cells: Any,
+        *,
+        prompts: Mapping[str, Said] | None = None,
+        normalize: bool = False,
+        dtype: str = "float32",
+    ) -> Embeddings:
+        """Embed cells, sent in chunks that the server accepts.
+
+        Args:
+            cells: AnnData, MuData or {measurement: AnnData} with raw counts in ``X``; {measurement: (csr, features)};
+                or a list of {feature: count}, taken as RNA.
+            prompts: What is known about the cells, one value for all or one per cell.
+            normalize: Scale each embedding to length 1.
+            dtype: ``float32`` or ``float16``.
+
+        Raises:
+            InputRefused: The server cannot use the request; the message names the field.
+            Overloaded: The server stays busy.
+            Unavailable: Nobody answers, or no model is ready.
+        """
+        measurements = as_measurements(cells)
+        replies = []
+        for rows in chunks(measurements):
+            body = _body(measurements, prompts, rows)
+            body["options"] = {"encoding": "base64", "normalize": normalize, "dtype": dtype}
+            replies.append(self._ask("POST", "/v1/embed", body))
+        first = next((reply for reply in replies if reply["warnings"]), replies[0])
+        values = np.concatenate([_array(reply["embeddings"]) for reply in replies])
+        return Embeddings(values, first["coverage"], first["warnings"], first["provenance"])
+
+    def perturb(
+        self,
+        cells: Any,
+        perturbations: Sequence[str | Sequence[str]],
+        *,
+        prompts: Mapping[str, Said] | None = None,
+        top: int = 20,
+    ) -> list[Effect]:
+        """Predict the effect of each perturbation on control cells, in one request.
+
+        Args:
+            cells: As for :meth:`embed`.
+            perturbations: Targets; several targets in a list are hit together.
+            prompts: What is known about the cells.
+            top: Features with the largest change to list.
+
+        Returns:
+            One effect per perturbation and measurement.
+
+        Raises:
+            InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
+        """
+        measurements = as_measurements(cells)
+        body = _body(measurements, prompts, slice(0, _n_cells(measurements)))
+        body["perturbations"] = [item if isinstance(item, str) else list(item) for item in perturbations]
+        body["options"] = {"vectors": True, "encoding": "base64", "top": top}
+        reply = self._ask("POST", "/v1/perturb", body)
+        return [
+            Effect(
+                item["perturbation"],
+                name,
+                reply["features"][name],
+                _array(part["control"]),
+                _array(part["perturbed"]),
+                _array(part["delta"]),
+                part["top"],
+            )
+            for item in reply["perturbations"]
+            for name, part in item["effects"].items()
+        ]
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        last: SomaflowError = Unavailable(f"{self._http.base_url}: not asked")
+        for attempt in range(self._tries):
+            if attempt:
+                self._sleep(_pause_s(attempt, last))
+            try:
+                response = self._http.request(method, path, json=body)
+            except httpx.TransportError as error:
+                last = Unavailable(
+                    f"{self._http.base_url} does not answer ({type(error).__name__}); is the server running? "
+                    "start one with: python -m serve run CHECKPOINT"
+                )
+                continue
+            if response.status_code == 200:
+                return cast("dict[str, Any]", response.json())
+            last = _error(response)
+            if response.status_code not in RETRIED:
+                break
+        raise last
+
+
+def _pause_s(attempt: int, last: SomaflowError) -> float:
+    """Wait at least as long as the server asks, plus a random share that doubles each time."""
+    asked = last.retry_after_s if isinstance(last, Overloaded) else 0
+    return asked + random.uniform(0, min(8.0, 0.25 * 2**attempt))
+
+
+def _error(response: httpx.Response) -> SomaflowError:
+    try:
+        report = response.json()
+        detail = str(report["detail"])
+    except (ValueError, KeyError, TypeError):
+        detail = f"status {response.status_code} without a report"
+    where = f"{response.request.url}: {detail}"
+    status = response.status_code
+    if status in RETRIED and "retry-after" in response.headers:
+        asked = response.headers["retry-after"]
+        return Overloaded(where, int(asked) if asked.isdigit() else 1)
+    if status in RETRIED or status == 504:
+        return Unavailable(where)
+    if status == 404:
+        return MissingError(where)
+    return InputRefused(where) if 400 <= status < 500 else SomaflowError(where)
+
+
+def as_measurements(cells: Any) -> Measurements:
+    """Read the ways in which counts come as {measurement: (counts_CG, features)}."""
+    if isinstance(cells, list):
+        return {"RNA": _of_dicts(cells)}
+    if hasattr(cells, "mod"):
+        return {name: _of_anndata(part) for name, part in cells.mod.items()}
+    if isinstance(cells, Mapping):
+        return {name: _of_part(part) for name, part in cells.items()}
+    if hasattr(cells, "X") and hasattr(cells, "var_names"):
+        return {"RNA": _of_anndata(cells)}
+    raise InputRefused(
+        f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, {{measurement: (csr, features)}} "
+        "or a list of {feature: count}"
+    )
+
+
+def _of_part(part: Any) -> tuple[csr_matrix, list[str]]:
+    if hasattr(part, "var_names"):
+        return _of_anndata(part)
+    if isinstance(part, list):
+        return _of_dicts(part)
+    counts, features = part
+    return csr_matrix(counts), list(features)
+
+
+def _of_anndata(adata: Any) -> tuple[csr_matrix, list[str]]:
+    names = adata.var.get("feature_id", adata.var_names)
+    return csr_matrix(adata.X), [str(name) for name in names]
+
+
+def _of_dicts(cells: list[dict[str, float]]) -> tuple[csr_matrix, list[str]]:
+    column = {name: position for position, name in enumerate(dict.fromkeys(name for cell in cells for name in cell))}
+    indptr = np.cumsum([0, *(len(cell) for cell in cells)])
+    indices = [column[name] for cell in cells for name in cell]
+    data = [float(count) for cell in cells for count in cell.values()]
+    return csr_matrix((data, indices, indptr), shape=(len(cells), len(column))), list(column)
+
+
+def _n_cells(measurements: Measurements) -> int:
+    sizes = {name: counts.shape[0] for name, (counts, _) in measurements.items()}
+    if len(set(sizes.values())) != 1:
+        raise InputRefused(f"the measurements must list the same cells; they hold {sizes}")
+    return int(next(iter(sizes.values())))
+
+
+def chunks(measurements: Measurements) -> Iterator[slice]:
+    """Cut cells into runs of at most ``CHUNK_CELLS`` cells and about ``CHUNK_COUNTS`` counts."""
+    n_cells = _n_cells(measurements)
+    if n_cells == 0:
+        raise InputRefused("there are no cells to send")
+    before = np.sum([counts.indptr.astype(np.int64) for counts, _ in measurements.values()], axis=0)
+    start = 0
+    while start < n_cells:
+        fits = int(np.searchsorted(before, before[start] + CHUNK_COUNTS, side="right")) - 1
+        stop = min(n_cells, start + CHUNK_CELLS, max(start + 1, fits))
+        yield slice(start, stop)
+        start = stop
+
+
+def _body(measurements: Measurements, prompts: Mapping[str, Said] | None, rows: slice) -> dict[str, Any]:
+    counts = {}
+    for name, (matrix, features) in measurements.items():
+        part = matrix[rows]
+        if not np.all(np.isfinite(part.data)):
+            raise InputRefused(f"counts.{name}: holds values that are not finite; send raw counts")
+        used, indices = np.unique(part.indices, return_inverse=True)
+        counts[name] = {
+            "features": [features[column] for column in used] or features[:1],
+            "indptr": part.indptr.tolist(),
+            "indices": indices.tolist(),
+            "data": part.data.tolist(),
+        }
+    said = {
+        name: value if isinstance(value, str | float | int) else list(value)[rows]
+        for name, value in (prompts or {}).items()
+    }
+    return {"counts": counts, "prompts": said}
+
+
+def _array(tensor: dict[str, Any]) -> NDArray[Any]:
+    dtype = np.dtype(tensor["dtype"]).newbyteorder("<")
+    flat = np.frombuffer(base64.b64decode(tensor["base64"]), dtype=dtype)
+    return flat.reshape(tensor["shape"]).astype(tensor["dtype"])

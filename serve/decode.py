@@ -1,0 +1,343 @@
+"""This module turns a request's cells into count matrices in vocabulary order, and says what got lost.
+
+Sizes are checked against the limits first, values before they are used as positions, so that a request that lies about
+itself is refused with the path of the field, and never allocates what it claims.
+
+Shape letters used in this module:
+    C  cells      F  features of the request      G  features of the vocabulary      N  stored counts
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from serve.errors import CoverageTooLow, FieldRefused
+from serve.messages import Coverage, CsrCounts
+from serve.settings import Limits
+from train.cells import NUMBERS
+
+EXAMPLES = 20
+_UNKNOWN, _AMBIGUOUS = -1, -2
+
+
+Said = str | float | list[str] | list[float]
+
+
+class Vocabulary(Protocol):
+    """The features of one measurement; a feature's position is its column."""
+
+    @property
+    def feature_id(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def feature_name(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def organism(self) -> Sequence[str]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Features:
+    """A vocabulary that can be sent to another process."""
+
+    feature_id: list[str]
+    feature_name: list[str]
+    organism: list[str]
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Features:
+        """Copy any vocabulary."""
+        return cls(list(vocabulary.feature_id), list(vocabulary.feature_name), list(vocabulary.organism))
+
+
+class FeatureIndex:
+    """Finds a vocabulary's features by id, id with a version, or symbol."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.size = len(vocabulary.feature_id)
+        self._organism = list(vocabulary.organism)
+        self._by_id = {name: position for position, name in enumerate(vocabulary.feature_id)}
+        self._by_name: dict[str, list[int]] = {}
+        for position, name in enumerate(vocabulary.feature_name):
+            self._by_name.setdefault(name, []).append(position)
+
+    def positions(self, names: Sequence[str], organism: str = "") -> NDArray[np.int64]:
+        """Return each name's column, -1 for an unknown name and -2 for a symbol that several features carry.
+
+        ``organism`` (empty: any) decides between features of the same symbol.
+        """
+        return np.fromiter((self._position(name, organism) for name in names), dtype=np.int64, count=len(names))
+
+    def _position(self, name: str, organism: str) -> int:
+        found = self._by_id.get(name)
+        if found is None and name.startswith("ENS"):
+            found = self._by_id.get(name.partition(".")[0])
+        if found is not None:
+            return found
+        named = self._by_name.get(name, [])
+        if organism and len(named) > 1:
+            named = [position for position in named if self._organism[position] == organism]
+        if len(named) == 1:
+            return named[0]
+        return _AMBIGUOUS if named else _UNKNOWN
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A request's cells, ready for the model.
+
+    Attributes:
+        counts: Measurement to counts_CG, float32, columns in vocabulary order.
+        prompts: Prompt field to one value per cell.
+        vocabulary_hash: The vocabulary whose order the columns follow.
+    """
+
+    counts: dict[str, csr_matrix]
+    prompts: dict[str, list[str]]
+    n_cells: int
+    vocabulary_hash: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Cells with the report on what could be used of them."""
+
+    cells: Cells
+    coverage: dict[str, Coverage]
+    warnings: list[str]
+
+
+class Decoder:
+    """Decodes requests for one checkpoint."""
+
+    def __init__(
+        self,
+        vocabulary: Mapping[str, Vocabulary],
+        prompts: Mapping[str, Sequence[str]],
+        vocabulary_hash: str,
+        limits: Limits,
+    ) -> None:
+        self._indices = {name: FeatureIndex(part) for name, part in vocabulary.items()}
+        self._prompts = {name: list(values) for name, values in prompts.items()}
+        self._known = {name: frozenset(values) for name, values in prompts.items()}
+        self._vocabulary_hash = vocabulary_hash
+        self._limits = limits
+
+    def decode(
+        self,
+        counts: Mapping[str, CsrCounts | list[dict[str, float]]],
+        prompts: Mapping[str, Said],
+        *,
+        min_coverage: float | None = None,
+    ) -> Decoded:
+        """Check a request and write its counts in vocabulary order.
+
+        Args:
+            counts: Measurement to counts in one of the two forms.
+            prompts: One value for all cells, or one per cell.
+            min_coverage: Raises the server's own limit; cannot lower it.
+
+        Raises:
+            FieldRefused: A field is wrong; the error names it.
+            CoverageTooLow: Too small a share of the counts belongs to known features.
+        """
+        n_cells = self._n_cells(counts)
+        full_prompts = self._decode_prompts(prompts, n_cells)
+        organisms = set(full_prompts.get("organism", ()))
+        organism = organisms.pop() if len(organisms) == 1 else ""
+        least = max(self._limits.min_coverage, min_coverage or 0.0)
+        matrices: dict[str, csr_matrix] = {}
+        coverage: dict[str, Coverage] = {}
+        warnings: list[str] = []
+        for name, part in counts.items():
+            where = f"counts.{name}"
+            entries = _entries(part, where, self._limits)
+            matrices[name], coverage[name] = _map(entries, self._indices[name], organism)
+            _check_coverage(coverage[name], least, where)
+            warnings += _warn(name, entries, matrices[name])
+        return Decoded(Cells(matrices, full_prompts, n_cells, self._vocabulary_hash), coverage, warnings)
+
+    def check_prompt(self, field: str, value: str, where: str) -> None:
+        """Refuse a prompt value that the model has not seen; of targets joined by "+", each must be known.
+
+        Raises:
+            FieldRefused: The message holds the nearest known values.
+        """
+        for part in value.split("+") if field == "perturbation" else [value]:
+            if part not in self._known.get(field, ()):
+                near = difflib.get_close_matches(part, self._prompts.get(field, []), n=3)
+                remedy = f"did you mean {', '.join(map(repr, near))}?" if near else "see GET /v1/prompts"
+                raise FieldRefused(where, f"this model has not seen {field} {part!r}; {remedy}")
+
+    def _n_cells(self, counts: Mapping[str, CsrCounts | list[dict[str, float]]]) -> int:
+        """Check sizes only: nothing is converted yet."""
+        limits, total, cells = self._limits, 0, {}
+        for name, part in counts.items():
+            if name not in self._indices:
+                known = ", ".join(sorted(self._indices))
+                raise FieldRefused(f"counts.{name}", f"this model does not know this measurement; it knows {known}")
+            cells[name] = len(part) if isinstance(part, list) else len(part.indptr) - 1
+            total += sum(map(len, part)) if isinstance(part, list) else len(part.data)
+            if total > limits.nonzeros:
+                raise FieldRefused(
+                    f"counts.{name}", f"more than {limits.nonzeros:,} counts in the request; send fewer cells at a time"
+                )
+            if cells[name] > limits.cells:
+                raise FieldRefused(
+                    f"counts.{name}", f"{cells[name]:,} cells; send at most {limits.cells:,} in a request"
+                )
+        if len(set(cells.values())) > 1:
+            raise FieldRefused("counts", f"the measurements differ in their number of cells: {cells}")
+        n_cells = next(iter(cells.values()))
+        if n_cells < 1:
+            raise FieldRefused("counts", "there are no cells; send at least one")
+        return n_cells
+
+    def _decode_prompts(self, prompts: Mapping[str, Said], n_cells: int) -> dict[str, list[str]]:
+        full: dict[str, list[str]] = {}
+        for field, said in prompts.items():
+            where = f"prompts.{field}"
+            if field not in self._known and field not in NUMBERS:
+                known = ", ".join(sorted([*self._known, *NUMBERS]))
+                raise FieldRefused(where, f"this model does not know this prompt; it knows {known}")
+            values = said if isinstance(said, list) else [said] * n_cells
+            if len(values) != n_cells:
+                raise FieldRefused(where, f"{len(values)} values for {n_cells} cells; send one, or one per cell")
+            path = f"{where}.{{}}" if isinstance(said, list) else where
+            full[field] = self._numbers(values, path) if field in NUMBERS else self._words(field, values, path)
+        return full
+
+    def _words(self, field: str, values: Sequence[str | float], path: str) -> list[str]:
+        for value in dict.fromkeys(values):
+            where = path.format(values.index(value))
+            if not isinstance(value, str):
+                raise FieldRefused(where, f"{value:g} is not a text; {field} is said in words, see GET /v1/prompts")
+            self.check_prompt(field, value, where)
+        return [str(value) for value in values]
+
+    def _numbers(self, values: Sequence[str | float], path: str) -> list[str]:
+        for position, value in enumerate(values):
+            if isinstance(value, str) or not np.isfinite(value):
+                raise FieldRefused(path.format(position), f"{value!r} is not a finite number")
+        return [repr(float(value)) for value in values]
+
+
+@dataclass(frozen=True)
+class _Entries:
+    features: list[str]
+    indptr: NDArray[np.int64]
+    indices_N: NDArray[np.int64]
+    data_N: NDArray[np.float32]
+
+
+def _entries(part: CsrCounts | list[dict[str, float]], where: str, limits: Limits) -> _Entries:
+    if isinstance(part, list):
+        return _entries_of_cells(part, where, limits)
+    if len(part.features) > limits.features:
+        raise FieldRefused(f"{where}.features", f"{len(part.features):,} features; send at most {limits.features:,}")
+    indptr = _integers(part.indptr, f"{where}.indptr")
+    indices_N = _integers(part.indices, f"{where}.indices")
+    if len(part.data) != len(indices_N):
+        raise FieldRefused(f"{where}.data", f"{len(part.data)} counts for {len(indices_N)} indices; send as many")
+    if len(indptr) < 1 or indptr[0] != 0 or indptr[-1] != len(indices_N):
+        raise FieldRefused(f"{where}.indptr", f"must start with 0 and end with the number of counts, {len(indices_N)}")
+    if np.any(np.diff(indptr) < 0):
+        cell = int(np.argmax(np.diff(indptr) < 0))
+        raise FieldRefused(f"{where}.indptr.{cell + 1}", "falls; a cell cannot have fewer than no counts")
+    outside = (indices_N < 0) | (indices_N >= len(part.features))
+    if np.any(outside):
+        entry = int(np.argmax(outside))
+        raise FieldRefused(
+            f"{where}.indices.{entry}", f"{indices_N[entry]} is not a position among {len(part.features)} features"
+        )
+    return _Entries(part.features, indptr, indices_N, _values(part.data, lambda entry: f"{where}.data.{entry}"))
+
+
+def _entries_of_cells(cells: list[dict[str, float]], where: str, limits: Limits) -> _Entries:
+    column = {name: position for position, name in enumerate(dict.fromkeys(name for cell in cells for name in cell))}
+    if len(column) > limits.features:
+        raise FieldRefused(where, f"{len(column):,} features; send at most {limits.features:,}")
+    features = list(column)
+    indptr = np.zeros(len(cells) + 1, dtype=np.int64)
+    np.cumsum([len(cell) for cell in cells], out=indptr[1:])
+    indices_N = np.fromiter((column[name] for cell in cells for name in cell), dtype=np.int64, count=int(indptr[-1]))
+
+    def path(entry: int) -> str:
+        cell = int(np.searchsorted(indptr, entry, side="right")) - 1
+        return f"{where}.{cell}.{features[int(indices_N[entry])]}"
+
+    return _Entries(features, indptr, indices_N, _values([x for cell in cells for x in cell.values()], path))
+
+
+def _integers(values: list[int], where: str) -> NDArray[np.int64]:
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError:
+        raise FieldRefused(where, "holds a number beyond 64 bits") from None
+
+
+class _Path(Protocol):
+    def __call__(self, entry: int, /) -> str: ...
+
+
+def _values(values: list[float], path: _Path) -> NDArray[np.float32]:
+    exact_N = np.array(values, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        data_N = exact_N.astype(np.float32)
+    bad = ~np.isfinite(data_N) | (data_N < 0)
+    if np.any(bad):
+        entry = int(np.argmax(bad))
+        raise FieldRefused(path(entry), f"{exact_N[entry]:g} is not a count; counts are finite and not negative")
+    return data_N
+
+
+def _map(entries: _Entries, index: FeatureIndex, organism: str) -> tuple[csr_matrix, Coverage]:
+    position_F = index.positions(entries.features, organism)
+    column_N = position_F[entries.indices_N]
+    kept_N = column_N >= 0
+    before = np.concatenate([[0], np.cumsum(kept_N)])
+    counts_CG = csr_matrix(
+        (entries.data_N[kept_N], column_N[kept_N], before[entries.indptr]),
+        shape=(len(entries.indptr) - 1, index.size),
+    )
+    counts_CG.sum_duplicates()
+    counts_CG.eliminate_zeros()
+    total, kept = entries.data_N.sum(dtype=np.float64), entries.data_N[kept_N].sum(dtype=np.float64)
+    return counts_CG, Coverage(
+        features=len(position_F),
+        mapped=int((position_F >= 0).sum()),
+        share_of_counts=round(float(kept / total), 6) if total else 0.0,
+        unmapped=_named(entries.features, position_F == _UNKNOWN),
+        ambiguous=_named(entries.features, position_F == _AMBIGUOUS),
+    )
+
+
+def _named(features: list[str], chosen_F: NDArray[np.bool_]) -> list[str]:
+    return [features[position] for position in np.flatnonzero(chosen_F)[:EXAMPLES]]
+
+
+def _check_coverage(coverage: Coverage, least: float, where: str) -> None:
+    if coverage.share_of_counts >= least:
+        return
+    lost = ", ".join([*coverage.unmapped, *coverage.ambiguous][:3])
+    raise CoverageTooLow(
+        where,
+        f"only {coverage.share_of_counts:.1%} of the counts belong to features of this model, {least:.1%} are needed; "
+        f"not known: {lost or 'there are no counts'}; use ids from GET /v1/features, or name the organism",
+    )
+
+
+def _warn(name: str, entries: _Entries, counts_CG: csr_matrix) -> list[str]:
+    warnings = []
+    fractional = float(np.mean(entries.data_N != np.floor(entries.data_N))) if len(entries.data_N) else 0.0
+    if fractional:
+        warnings.append(f"{name}: {fractional:.1%} of the values are no whole numbers; the model expects raw counts")
+    empty = int((np.diff(counts_CG.indptr) == 0).sum())
+    if empty:
+        warnings.append(f"{name}: {empty:,} cells have no counts that the model knows")
+    return warnings

@@ -1,0 +1,246 @@
+"""This module puts the app on Ray Serve: one ingress that speaks HTTP before one or more copies of the model.
+
+::
+
+    client ── HTTP ──> proxy ──> Ingress (limits, decode, encode) ──> ModelReplica (batcher, model) x replicas
+
+``serve.deploy:build`` is the import path for Serve config files; its arguments are :class:`ServeSettings`.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray.serve
+import ray.serve.exceptions
+import ray.serve.schema
+from numpy.typing import NDArray
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+import serve
+import store
+import train
+from serve.app import make_app
+from serve.batcher import Load
+from serve.decode import Cells
+from serve.errors import Unavailable
+from serve.model import Description, Shift
+from serve.replica import Predictor, Replica, load_predictor
+from serve.settings import ServeSettings
+from store.errors import InputRefused, MissingError, SomaflowError
+from store.settings import parse_settings
+
+T = TypeVar("T")
+Loader = Callable[[ServeSettings], Predictor]
+
+APP = "somaflow"
+MAX_ONGOING = 1_024
+"""Requests inside at once; far above what the batcher's own bound (in tokens) lets in."""
+
+
+class ModelReplica:
+    """A :class:`Replica` in a process of its own."""
+
+    def __init__(self, settings: dict[str, Any], load: Loader) -> None:
+        closed = ServeSettings(**settings)
+        self._replica = Replica(load(closed), closed)
+
+    async def ready(self) -> str | SomaflowError:
+        """See :class:`Replica`."""
+        return await _outcome(self._replica.ready())
+
+    async def describe(self) -> Description | SomaflowError:
+        """See :class:`Replica`."""
+        return await _outcome(self._replica.describe())
+
+    async def embed(self, cells: Cells) -> NDArray[np.float32] | SomaflowError:
+        """See :class:`Replica`."""
+        return await _outcome(self._replica.embed(cells))
+
+    async def perturb(
+        self, cells: Cells, perturbations: Sequence[Sequence[str]]
+    ) -> list[dict[str, Shift]] | SomaflowError:
+        """See :class:`Replica`."""
+        return await _outcome(self._replica.perturb(cells, perturbations))
+
+    async def load(self) -> Load:
+        """Return what waits and what was done."""
+        return self._replica.load()
+
+    def check_health(self) -> None:
+        """Tell Serve to replace this replica when its worker is gone."""
+        self._replica.check()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_replica"):
+            self._replica.close()
+
+
+async def _outcome(answer: Awaitable[T]) -> T | SomaflowError:
+    """Return an expected error as a value: Ray would log it and wrap it with a stack trace."""
+    try:
+        return await answer
+    except SomaflowError as error:
+        return error.with_traceback(None)
+
+
+class RemoteModel:
+    """A deployment handle that looks like a replica."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def ready(self) -> str:
+        """See :class:`Replica`."""
+        return await _value(self._handle.ready.remote())
+
+    async def describe(self) -> Description:
+        """See :class:`Replica`."""
+        return await _value(self._handle.describe.remote())
+
+    async def embed(self, cells: Cells) -> NDArray[np.float32]:
+        """See :class:`Replica`."""
+        return await _value(self._handle.embed.remote(cells))
+
+    async def perturb(self, cells: Cells, perturbations: Sequence[Sequence[str]]) -> list[dict[str, Shift]]:
+        """See :class:`Replica`."""
+        return await _value(self._handle.perturb.remote(cells, perturbations))
+
+
+async def _value(response: Any) -> Any:
+    try:
+        outcome = await response
+    except (
+        ray.exceptions.RayActorError,
+        ray.serve.exceptions.DeploymentUnavailableError,
+        ray.serve.exceptions.BackPressureError,
+    ):
+        raise Unavailable("the model's process is gone or not yet started; try again") from None
+    if isinstance(outcome, SomaflowError):
+        raise outcome
+    return outcome
+
+
+@ray.serve.ingress()
+class Ingress:
+    """The HTTP side; checks and decodes requests, so that the model's process only sees good ones."""
+
+    def __init__(self, settings: dict[str, Any], model: DeploymentHandle) -> None:
+        self._settings = ServeSettings(**settings)
+        self._model = model
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return make_app(RemoteModel(self._model), self._settings.limits)
+
+
+def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.serve.Application:
+    """Put the two deployments together; ``load`` gives each copy its model."""
+    values = settings.model_dump()
+    deployment = partial(
+        ray.serve.deployment,
+        max_ongoing_requests=MAX_ONGOING,
+        max_constructor_retry_count=1,
+        graceful_shutdown_wait_loop_s=0.2,
+    )
+    n_gpus = 1 if settings.device.startswith("cuda") else 0
+    model = deployment(
+        ModelReplica,
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.threads, "num_gpus": n_gpus},
+    )
+    ingress = deployment(Ingress, ray_actor_options={"num_cpus": 0})
+    return ingress.bind(values, model.bind(values, load))
+
+
+def build(args: dict[str, Any]) -> ray.serve.Application:
+    """Build the application from a Serve config's ``args``; an unknown key is an error."""
+    return application(parse_settings(ServeSettings, args, where="args"))
+
+
+@contextmanager
+def serving(settings: ServeSettings, load: Loader = load_predictor) -> Iterator[str]:
+    """Serve a checkpoint while the block runs; yield the URL.
+
+    Without an ``address`` a Ray cluster is started on this machine and ended with the block; in a cluster that runs
+    already only our application is removed.
+
+    Raises:
+        MissingError: No Ray cluster answers at the address.
+        InputRefused: The model did not start.
+    """
+    started = not ray.is_initialized()
+    if started:
+        _start_ray(settings)
+    try:
+        _start_serve(settings, load)
+        yield f"http://{_host_in_url(settings.host)}:{settings.port}"
+    finally:
+        with redirect_stdout(io.StringIO()):  # Ray tells stdout that the controller, which ends itself, has died
+            if settings.address:
+                ray.serve.delete(APP)
+            else:
+                ray.serve.shutdown()
+            if started:
+                ray.shutdown()
+
+
+def _start_ray(settings: ServeSettings) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not settings.address:
+        n_cpus = max(os.cpu_count() or 1, settings.replicas * settings.threads)
+        ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
+        return
+    _check_address(settings.address)
+    packages = [str(Path(module.__file__).parent) for module in (serve, store, train) if module.__file__]
+    try:
+        ray.init(settings.address, runtime_env={"py_modules": packages}, **quiet)
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise MissingError(f"no Ray cluster answers at {settings.address!r} ({reason}); check --address") from None
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nobody listens: Ray itself would try for ten minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise MissingError(f"no Ray cluster answers at {address!r} ({error}); check --address") from None
+
+
+def _start_serve(settings: ServeSettings, load: Loader) -> None:
+    logs = ray.serve.schema.LoggingConfig(log_level="WARNING", enable_access_log=False)
+    http = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.timeout_s + 5}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    ray.serve.start(http_options=http, logging_config=logs)
+    try:
+        ray.serve.run(application(settings, load), name=APP, route_prefix="/", logging_config=logs)
+    except RuntimeError:
+        raise InputRefused(f"{settings.checkpoint}: the model did not start: {_reason()}") from None
+
+
+def _reason() -> str:
+    """Find in Serve's status the line that says why a deployment failed."""
+    found = ray.serve.status().applications.get(APP)
+    messages = [part.message for part in found.deployments.values()] if found else []
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Refused"))]
+    return (errors or lines or ["no reason given"])[-1]
+
+
+def _host_in_url(host: str) -> str:
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not bound to
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

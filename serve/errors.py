@@ -1,0 +1,57 @@
+"""This module is the part of the error tree that only a server needs.
+
+::
+
+    InputRefused
+    ├── FieldRefused      names the field of the request that is wrong
+    └── CoverageTooLow    too little of what was sent is known to the model
+    ConflictError
+    ├── Overloaded        the queue is full: come back after ``retry_after_s``
+    ├── DeadlineExceeded  no answer within the time that was allowed
+    ├── Unavailable       no model is ready to answer
+    └── StaleVocabulary   the request was written for another checkpoint than the one that is loaded now
+"""
+
+from __future__ import annotations
+
+from store.errors import ConflictError, InputRefused
+
+
+class FieldRefused(InputRefused):
+    """One field of a request is wrong; ``field`` is its path, as in ``counts.RNA.indptr``."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(field, message)
+        self.field = field
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}"
+
+
+class CoverageTooLow(FieldRefused):
+    """Too small a share of the counts belongs to features that the model knows."""
+
+
+class Overloaded(ConflictError):
+    """More work is waiting than the server allows; try again after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeadlineExceeded(ConflictError, TimeoutError):
+    """The answer was not ready within the time allowed; the work was dropped."""
+
+
+class Unavailable(ConflictError):
+    """No model is ready to answer: it is starting, stopping, or has failed."""
+
+
+class StaleVocabulary(ConflictError):
+    """The request was decoded with another vocabulary than that of the loaded checkpoint."""

@@ -1,0 +1,286 @@
+"""This module holds the requests and replies of the HTTP interface; their descriptions are the API's manual."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic.config import JsonDict
+
+
+class Request(BaseModel):
+    """A closed message from a client: an unknown key, or a text where a number belongs, is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Reply(BaseModel):
+    """A closed message to a client."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Name = Annotated[str, Field(max_length=256)]
+Names = Annotated[list[Name], Field(fail_fast=True)]
+Integers = Annotated[list[int], Field(fail_fast=True)]
+Numbers = Annotated[list[float], Field(fail_fast=True)]
+Encoding = Literal["float", "base64"]
+
+
+class CsrCounts(Request):
+    """Counts of all cells as a compressed sparse row matrix: cell i owns entries ``indptr[i]`` to ``indptr[i + 1]``."""
+
+    features: Names = Field(description="Feature ids (Ensembl) or symbols, one per column.", min_length=1)
+    indptr: Integers = Field(description="Starts with 0, never falls; one more than the cells.")
+    indices: Integers = Field(description="Column of each entry, a position in `features`.")
+    data: Numbers = Field(description="Raw count of each entry, finite and not negative.")
+
+
+CellCounts = Annotated[dict[Name, float], Field(examples=[{"CD3D": 4, "IL7R": 2}])]
+
+
+def _form(value: Any) -> str:
+    return "cells" if isinstance(value, list) else "csr"
+
+
+Measurement = Annotated[
+    Annotated[CsrCounts, Tag("csr")] | Annotated[list[CellCounts], Tag("cells"), Field(fail_fast=True)],
+    Discriminator(_form),
+]
+Counts = Annotated[
+    dict[Name, Measurement],
+    Field(
+        min_length=1,
+        max_length=16,
+        description="Raw counts under the name of the measurement (RNA, protein, ATAC, ...): either one CSR matrix or "
+        "a list with one {feature: count} object per cell. Every measurement lists the same cells in the same order; a "
+        "measurement that is left out was not measured.",
+    ),
+]
+Prompts = Annotated[
+    dict[Name, Name | float | Names | Numbers],
+    Field(
+        max_length=32,
+        description="What is known about the cells, as one value for all or one per cell; values from GET /v1/prompts, "
+        "numbers for time and dose.",
+        examples=[{"organism": "homo_sapiens", "tissue": ["blood", "lung"]}],
+    ),
+]
+
+_CELLS_EXAMPLE: JsonDict = {"RNA": [{"CD3D": 4, "IL7R": 2, "LTB": 7}, {"MS4A1": 3, "CD79A": 5}]}
+_CSR_EXAMPLE: JsonDict = {
+    "RNA": {
+        "features": ["ENSG00000167286", "ENSG00000156738"],
+        "indptr": [0, 1, 3],
+        "indices": [0, 0, 1],
+        "data": [4, 1, 3],
+    }
+}
+
+
+class EmbedOptions(Request):
+    """How embeddings are written."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    encoding: Encoding = Field(
+        default="float", description="`float`: nested JSON numbers; `base64`: little-endian bytes."
+    )
+    normalize: bool = Field(default=False, description="Scale each embedding to length 1.")
+    min_coverage: float | None = Field(
+        default=None, ge=0, le=1, description="Refuse when a smaller share of the counts is known to the model."
+    )
+
+
+class EmbedRequest(Request):
+    """Cells to embed."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"counts": _CELLS_EXAMPLE},
+                {"counts": _CSR_EXAMPLE, "options": {"encoding": "base64", "normalize": True}},
+            ]
+        }
+    )
+
+    counts: Counts
+    prompts: Prompts = Field(default_factory=dict)
+    options: EmbedOptions = EmbedOptions()
+
+
+class PerturbOptions(Request):
+    """How effects are written."""
+
+    top: int = Field(
+        default=20, ge=0, le=1_000, description="Features with the largest change to list, per measurement."
+    )
+    vectors: bool = Field(default=False, description="Also give control, perturbed and delta of every feature.")
+    encoding: Encoding = Field(default="float", description="Form of the vectors.")
+    min_coverage: float | None = Field(default=None, ge=0, le=1)
+
+
+class PerturbRequest(Request):
+    """Control cells and the perturbations whose effect on them is asked."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"counts": _CELLS_EXAMPLE, "perturbations": ["STAT1", ["IRF1", "STAT1"]]}],
+        }
+    )
+
+    counts: Counts
+    prompts: Prompts = Field(default_factory=dict)
+    perturbations: list[Name | Names] = Field(
+        min_length=1, description="Targets from GET /v1/perturbations; a list of targets is one combined perturbation."
+    )
+    options: PerturbOptions = PerturbOptions()
+
+
+class Provenance(Reply):
+    """Which model answered, and which data it learned from."""
+
+    model_sha256: str
+    vocabulary_hash: str
+    global_step: int
+    snapshot_name: str
+    snapshot_id: str
+    commit_id: str
+
+
+class Coverage(Reply):
+    """How much of one measurement of the request the model could use."""
+
+    features: int = Field(description="Features named in the request.")
+    mapped: int = Field(description="Of these, features that the model knows.")
+    share_of_counts: float = Field(description="Share of all counts that belongs to mapped features.")
+    unmapped: list[str] = Field(description="The first 20 features that the model does not know.")
+    ambiguous: list[str] = Field(description="The first 20 symbols that several features carry; not used.")
+
+
+class Tensor(Reply):
+    """An array as base64 of its little-endian bytes, last axis fastest."""
+
+    dtype: str
+    shape: list[int]
+    base64: str
+
+
+class EmbedReply(Reply):
+    """One embedding per cell, in the order of the request."""
+
+    embeddings: list[list[float]] | Tensor
+    coverage: dict[str, Coverage]
+    warnings: list[str]
+    provenance: Provenance
+
+
+class FeatureEffect(Reply):
+    """Predicted mean expression, log1p of counts per 10,000, of one feature without and with the perturbation."""
+
+    feature_id: str
+    feature_name: str
+    control: float
+    perturbed: float
+    delta: float
+
+
+class MeasurementEffect(Reply):
+    """Effect on one measurement, averaged over the cells; vectors follow ``features`` of the reply."""
+
+    top: list[FeatureEffect]
+    control: list[float] | Tensor | None = None
+    perturbed: list[float] | Tensor | None = None
+    delta: list[float] | Tensor | None = None
+
+
+class Effect(Reply):
+    """What one perturbation is predicted to do."""
+
+    perturbation: str
+    effects: dict[str, MeasurementEffect]
+
+
+class PerturbReply(Reply):
+    """One effect per perturbation, in the order of the request."""
+
+    perturbations: list[Effect]
+    features: dict[str, list[str]] = Field(description="Feature ids behind the vectors; empty without `vectors`.")
+    cells: int
+    coverage: dict[str, Coverage]
+    warnings: list[str]
+    provenance: Provenance
+
+
+class ModelCard(Reply):
+    """A model that answers here."""
+
+    id: str
+    ready: bool
+    provenance: Provenance
+    created: str
+    measurements: dict[str, int] = Field(description="Measurement to the number of its features.")
+    embedding_size: int
+    prompts: list[str]
+    limits: dict[str, int | float]
+
+
+class ModelsReply(Reply):
+    """All models of this server."""
+
+    models: list[ModelCard]
+
+
+class Feature(Reply):
+    """One feature of the model's vocabulary."""
+
+    feature_id: str
+    feature_name: str
+    organism: str
+
+
+class FeaturesReply(Reply):
+    """A page of one measurement's features in vocabulary order."""
+
+    measurement: str
+    total: int
+    offset: int
+    features: list[Feature]
+    vocabulary_hash: str
+
+
+class PerturbationsReply(Reply):
+    """Perturbations that the model has seen."""
+
+    perturbations: list[str]
+    vocabulary_hash: str
+
+
+class PromptsReply(Reply):
+    """Prompt fields and the values that the model has seen."""
+
+    prompts: dict[str, list[str]]
+    vocabulary_hash: str
+
+
+class Health(Reply):
+    """The server's state."""
+
+    status: Literal["live", "ready"]
+
+
+class FieldProblem(Reply):
+    """One field that is wrong."""
+
+    field: str
+    message: str
+
+
+class Problem(Reply):
+    """Why a request was not answered (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldProblem] = []
+    retry_after_s: int | None = None

@@ -1,0 +1,58 @@
+"""This module holds the settings of a server: where it listens, how much it accepts, how it batches."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from store.settings import Settings
+
+
+class Limits(Settings):
+    """What one request may hold; checked before anything is allocated for it."""
+
+    body_bytes: int = Field(default=32 * 2**20, gt=0)
+    """Largest request body; a larger one is answered 413 before it is read."""
+    cells: int = Field(default=10_000, gt=0)
+    """Most cells in a request."""
+    nonzeros: int = Field(default=4_000_000, gt=0)
+    """Most stored counts in a request, over all measurements."""
+    features: int = Field(default=200_000, gt=0)
+    """Most features that one measurement of a request may name."""
+    perturbations: int = Field(default=64, gt=0)
+    """Most perturbations in a request."""
+    min_coverage: float = Field(default=0.05, ge=0, le=1)
+    """Least share of a measurement's counts that must belong to features of the model; less is refused."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Longest time from acceptance to answer."""
+
+
+class Batching(Settings):
+    """How requests share the model."""
+
+    budget_tokens: int = Field(default=32_768, gt=0)
+    """Most tokens, padding included, in one forward pass; bounds the memory that a pass needs."""
+    piece_tokens: int = Field(default=8_192, gt=0)
+    """Size of the pieces into which a large request is cut, so that small requests find room beside it."""
+    queue_tokens: int = Field(default=2_097_152, gt=0)
+    """Most tokens that wait for the model; more are answered 429."""
+
+
+class ServeSettings(Settings):
+    """Everything that ``python -m serve run`` can be told."""
+
+    checkpoint: str
+    """Directory of the checkpoint (safetensors, vocabulary, manifest)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anyone who reaches it can ask the model: there is no log-in yet."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """TCP port to listen on; 0 takes a free one."""
+    replicas: int = Field(default=1, gt=0)
+    """Copies of the model that answer side by side."""
+    threads: int = Field(default=1, gt=0)
+    """CPU threads of each copy."""
+    device: str = "cpu"
+    """Torch device of each copy, as in ``cpu`` or ``cuda``."""
+    address: str = ""
+    """Ray cluster to join; empty starts one on this machine that ends with the command."""
+    limits: Limits = Limits()
+    batching: Batching = Batching()

@@ -1,0 +1,47 @@
+"""This module writes a small checkpoint with random weights, for tests that need a real one but no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from train import checkpoint
+from train.cells import PROMPTS
+from train.checkpoint import Vocabulary
+from train.model import CellModel, ModelConfig
+from train.tokens import TokenSettings
+
+GENES = [f"ENSG{i:011d}" for i in range(40)]
+PROTEINS = [f"P{i}" for i in range(5)]
+
+
+def write_checkpoint(folder: Path, *, width: int = 16, tokens: int = 24) -> Path:
+    """Write ``folder``: 40 genes with symbols G0 .., 5 proteins, two tissues, perturbations of G1 and G2."""
+    vocabulary = {
+        "RNA": Vocabulary(GENES, [f"G{i}" for i in range(40)], ["homo_sapiens"] * 40),
+        "protein": Vocabulary(PROTEINS, [f"CD{i}" for i in range(5)], ["homo_sapiens"] * 5),
+    }
+    prompts = {name: [""] for name in PROMPTS} | {
+        "organism": ["", "homo_sapiens"],
+        "tissue": ["", "blood", "lung"],
+        "perturbation": ["", "control", "G1", "G2"],
+    }
+    torch.manual_seed(0)
+    model = CellModel(
+        ModelConfig(
+            n_features={name: len(part.feature_id) for name, part in vocabulary.items()},
+            n_prompts={name: len(prompts[name]) for name in PROMPTS},
+            n_perturbations=len(prompts["perturbation"]),
+            width=width,
+        )
+    )
+    torch.nn.init.normal_(model.target.weight)
+    provenance = {
+        "snapshot": {"name": "small", "id": "c" * 64, "commit_id": "d" * 64, "lake_timestamp": 1},
+        "global_step": 3,
+        "measurements": list(vocabulary),
+        "prompt_fields": list(PROMPTS),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return checkpoint.export(folder, model, TokenSettings(budget=tokens), vocabulary, prompts, provenance, "# small\n")

@@ -1,0 +1,311 @@
+"""The HTTP interface over a predictor in this process: answers, limits, problem reports."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_predictor import FakePredictor
+from starlette.testclient import TestClient
+
+from serve.app import STATUS, make_app
+from serve.decode import Cells
+from serve.errors import DeadlineExceeded, Overloaded, StaleVocabulary, Unavailable
+from serve.model import Description, Shift
+from serve.replica import Replica
+from serve.settings import Batching, Limits, ServeSettings
+from store.errors import SomaflowError
+
+CELLS = {"RNA": [{"G0": 1, "G1": 4}, {"G2": 2, "NOPE": 1}]}
+
+
+@pytest.fixture(scope="module")
+def replica() -> Iterator[Replica]:
+    settings = ServeSettings(checkpoint="fake", batching=Batching(budget_tokens=64, piece_tokens=16))
+    replica = Replica(FakePredictor(), settings)
+    yield replica
+    replica.close()
+
+
+@pytest.fixture(scope="module")
+def client(replica: Replica) -> Iterator[TestClient]:
+    limits = Limits(body_bytes=20_000, cells=100, perturbations=4)
+    with TestClient(make_app(replica, limits), raise_server_exceptions=False) as client:
+        yield client
+
+
+class Failing:
+    """A model that raises what it is told to."""
+
+    def __init__(self, real: Replica, error: Exception) -> None:
+        self.real, self.error, self.asked = real, error, 0
+
+    async def ready(self) -> str:
+        return await self.real.ready()
+
+    async def describe(self) -> Description:
+        self.asked += 1
+        return await self.real.describe()
+
+    async def embed(self, cells: Cells) -> Any:
+        raise self.error
+
+    async def perturb(self, cells: Cells, perturbations: Sequence[Sequence[str]]) -> list[dict[str, Shift]]:
+        raise self.error
+
+
+def check_problem(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    report = response.json()
+    assert report["status"] == status
+    assert report["type"] == f"urn:somaflow:problem:{status}"
+    assert "Traceback" not in response.text
+    return report
+
+
+def test_embed_answers_each_cell_in_order_with_coverage_and_provenance(client: TestClient) -> None:
+    reply = client.post("/v1/embed", json={"counts": CELLS, "prompts": {"tissue": ["", "lung"]}}).json()
+    assert reply["embeddings"] == [[5, 0, 0, 1], [2, 0, 2, 0]]
+    assert reply["coverage"]["RNA"]["unmapped"] == ["NOPE"]
+    assert reply["provenance"] == {
+        "model_sha256": "a" * 64,
+        "vocabulary_hash": "b" * 64,
+        "global_step": 7,
+        "snapshot_name": "tiny",
+        "snapshot_id": "c" * 64,
+        "commit_id": "d" * 64,
+    }
+
+
+def test_a_request_cut_into_many_pieces_comes_back_in_order(client: TestClient) -> None:
+    cells = [{f"G{feature}": cell + 1 for feature in range(cell % 8 + 1)} for cell in range(100)]
+    reply = client.post("/v1/embed", json={"counts": {"RNA": cells}}).json()
+    assert reply["embeddings"] == [[sum(cell.values()), 0, 0, cell["G0"]] for cell in cells]
+
+
+def test_binary_and_normalised_embeddings_are_the_same_numbers(client: TestClient) -> None:
+    plain = np.array(client.post("/v1/embed", json={"counts": CELLS}).json()["embeddings"], dtype=np.float32)
+    options = {"encoding": "base64", "normalize": True, "dtype": "float16"}
+    tensor = client.post("/v1/embed", json={"counts": CELLS, "options": options}).json()["embeddings"]
+    values = np.frombuffer(base64.b64decode(tensor["base64"]), dtype="<f2").reshape(tensor["shape"])
+    assert tensor["dtype"] == "float16"
+    np.testing.assert_allclose(values, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-3)
+
+
+def test_perturb_averages_over_all_cells_and_ranks_by_change(client: TestClient) -> None:
+    cells = [{"G0": 1, "G1": 4, "G2": 1}, {"G1": 2, "G2": 3}] * 10
+    request = {"counts": {"RNA": cells}, "perturbations": ["G1", ["G2", "G1"]], "options": {"top": 2, "vectors": True}}
+    reply = client.post("/v1/perturb", json=request).json()
+    single, double = reply["perturbations"]
+    assert (single["perturbation"], double["perturbation"]) == ("G1", "G1+G2")
+    assert single["effects"]["RNA"]["top"][0] == {
+        "feature_id": "ENSG00000000001",
+        "feature_name": "G1",
+        "control": 3,
+        "perturbed": 0,
+        "delta": -3,
+    }
+    assert double["effects"]["RNA"]["delta"][:4] == [0, -3, -2, 0]
+    assert double["effects"]["RNA"]["control"][:4] == [0.5, 3, 2, 0]
+    assert reply["features"]["RNA"][1] == "ENSG00000000001"
+    assert reply["cells"] == 20
+
+
+def test_effects_are_short_unless_vectors_are_asked_for(client: TestClient) -> None:
+    reply = client.post("/v1/perturb", json={"counts": CELLS, "perturbations": ["G1"]}).json()
+    assert set(reply["perturbations"][0]["effects"]["RNA"]) == {"top"}
+    assert reply["features"] == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"perturbations": ["G7"]}, "perturbations.0"),
+        ({"perturbations": ["G1", []]}, "perturbations.1"),
+        ({"perturbations": [""]}, "perturbations.0"),
+        ({"perturbations": ["G1"] * 5}, "perturbations"),
+        ({"prompts": {"perturbation": "G1"}}, "prompts.perturbation"),
+    ],
+)
+def test_a_perturbation_that_cannot_be_asked_is_named(client: TestClient, change: dict[str, Any], field: str) -> None:
+    report = check_problem(client.post("/v1/perturb", json={"counts": CELLS, "perturbations": ["G1"]} | change), 422)
+    assert report["errors"][0]["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "counts"),
+        ({"counts": {}}, "counts"),
+        ({"counts": CELLS, "colour": "red"}, "colour"),
+        ({"counts": {"RNA": [{"G1": "4"}]}}, "counts.RNA.0.G1"),
+        ({"counts": {"RNA": {"features": ["G1"], "indptr": [0, 1], "indices": [0]}}}, "counts.RNA.data"),
+        ({"counts": {"RNA": 4}}, "counts.RNA"),
+        ({"counts": {"RNA": [{"G1": -4}]}}, "counts.RNA.0.G1"),
+        ({"counts": CELLS, "options": {"encoding": "morse"}}, "options.encoding"),
+        ([], "body"),
+    ],
+)
+def test_a_request_that_is_wrong_is_answered_with_the_path_of_the_field(
+    client: TestClient, body: Any, field: str
+) -> None:
+    report = check_problem(client.post("/v1/embed", json=body), 422)
+    assert report["errors"][0]["field"] == field, report
+
+
+def test_numbers_that_json_does_not_have_are_refused(client: TestClient) -> None:
+    for text in ("NaN", "Infinity", "1e999", "1" * 400, "1" * 5_000):
+        body = f'{{"counts": {{"RNA": [{{"G1": {text}}}]}}}}'
+        response = client.post("/v1/embed", content=body, headers={"Content-Type": "application/json"})
+        check_problem(response, 400 if len(text) == 5_000 else 422)
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b"[" * 10_000, b'{"counts": ' + b'{"a":' * 3_000])
+def test_a_body_that_is_not_json_is_refused(client: TestClient, body: bytes) -> None:
+    response = client.post("/v1/embed", content=body, headers={"Content-Type": "application/json"})
+    check_problem(response, response.status_code)
+    assert response.status_code in (400, 422)
+
+
+def test_another_content_type_is_refused(client: TestClient) -> None:
+    body = json.dumps({"counts": CELLS}).encode()
+    check_problem(client.post("/v1/embed", content=body, headers={"Content-Type": "text/plain"}), 415)
+
+
+def test_a_thousand_wrong_values_give_a_short_report_without_the_payload(client: TestClient) -> None:
+    report = check_problem(client.post("/v1/embed", json={"counts": {"RNA": [{"G1": "secret"}] * 500}}), 422)
+    assert len(json.dumps(report)) < 2_000
+    assert "secret" not in json.dumps(report)
+
+
+def test_a_body_over_the_limit_is_answered_before_it_is_read(replica: Replica) -> None:
+    app = make_app(replica, Limits(body_bytes=1_000))
+    read: list[int] = []
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        read.append(1)
+        return {"type": "http.request", "body": b"x" * 400, "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    def scope(*headers: tuple[bytes, bytes]) -> dict[str, Any]:
+        return {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/embed",
+            "raw_path": b"/v1/embed",
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "server": ("test", 80),
+            "headers": [(b"content-type", b"application/json"), *headers],
+        }
+
+    asyncio.run(app(scope((b"content-length", b"999999999999")), receive, send))
+    assert (sent[0]["status"], read) == (413, [])
+    assert json.loads(sent[1]["body"])["status"] == 413
+    sent.clear()
+    asyncio.run(app(scope(), receive, send))  # no length given: counted while it comes
+    assert (sent[0]["status"], len(read)) == (413, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (Overloaded("full", 3), 429, "3"),
+        (DeadlineExceeded("late"), 504, None),
+        (Unavailable("starting"), 503, "1"),
+        (StaleVocabulary("changed"), 503, "1"),
+        (SomaflowError("a secret detail"), 500, None),
+        (RuntimeError("a secret detail"), 500, None),
+    ],
+)
+def test_each_error_has_its_status(replica: Replica, error: Exception, status: int, retry_after: str | None) -> None:
+    with TestClient(make_app(Failing(replica, error), Limits()), raise_server_exceptions=False) as client:
+        response = client.post("/v1/embed", json={"counts": CELLS})
+    report = check_problem(response, status)
+    assert response.headers.get("retry-after") == retry_after
+    assert "secret" not in json.dumps(report)
+
+
+def test_in_the_table_of_statuses_no_class_hides_behind_its_parent() -> None:
+    kinds = list(STATUS)
+    for position, kind in enumerate(kinds):
+        assert not any(issubclass(kind, earlier) for earlier in kinds[:position]), kind
+
+
+def test_a_changed_checkpoint_is_described_anew(replica: Replica) -> None:
+    model = Failing(replica, StaleVocabulary("changed"))
+    with TestClient(make_app(model, Limits())) as client:
+        client.get("/v1/models")
+        client.get("/v1/models")
+        assert model.asked == 1
+        client.post("/v1/embed", json={"counts": CELLS})
+        client.get("/v1/models")
+        assert model.asked == 2
+
+
+def test_unknown_addresses_and_methods_are_problems_too(client: TestClient) -> None:
+    check_problem(client.get("/v1/nothing"), 404)
+    check_problem(client.get("/v1/embed"), 405)
+    check_problem(client.get("/docs"), 404)
+
+
+def test_the_model_says_what_it_knows(client: TestClient) -> None:
+    card = client.get("/v1/models").json()["models"][0]
+    assert card["measurements"] == {"RNA": 10, "protein": 3}
+    assert (card["id"], card["embedding_size"]) == ("tiny-" + "a" * 12, 4)
+    page = client.get("/v1/features", params={"measurement": "RNA", "offset": 8, "limit": 5}).json()
+    assert [feature["organism"] for feature in page["features"]] == ["homo_sapiens", "mus_musculus"]
+    assert client.get("/v1/perturbations").json()["perturbations"] == ["G1", "G2"]
+    assert client.get("/v1/prompts").json()["prompts"]["tissue"] == ["blood", "lung"]
+    check_problem(client.get("/v1/features", params={"measurement": "smell"}), 422)
+    check_problem(client.get("/v1/features", params={"limit": 0}), 422)
+
+
+def test_health_follows_the_model() -> None:
+    replica = Replica(FakePredictor(), ServeSettings(checkpoint="fake"))
+    with TestClient(make_app(replica, Limits())) as client:
+        assert client.get("/v1/health/ready").json() == {"status": "ready"}
+        replica.close()
+        check_problem(client.get("/v1/health/ready"), 503)
+        assert client.get("/v1/health/live").json() == {"status": "live"}
+
+
+def test_every_example_in_the_openapi_document_is_a_valid_request(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    for name in ("EmbedRequest", "PerturbRequest"):
+        assert document["components"]["schemas"][name]["examples"]
+    from serve.messages import EmbedRequest, PerturbRequest
+
+    for model in (EmbedRequest, PerturbRequest):
+        for example in document["components"]["schemas"][model.__name__]["examples"]:
+            model.model_validate(example)
+
+
+def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica) -> None:
+    def cells(*counts: int, protein: bool = False) -> Cells:
+        from serve.decode import Decoder
+
+        fake = FakePredictor()
+        decoder = Decoder(fake.vocabulary, fake.prompts, "b" * 64, Limits())
+        request: dict[str, Any] = {"RNA": [{"G0": count} for count in counts]}
+        if protein:
+            request["protein"] = [{"CD4": 1} for _ in counts]
+        return decoder.decode(request, {}).cells
+
+    async def scenario() -> list[Any]:
+        asked = [cells(number + 1, number + 2, protein=number % 2 == 0) for number in range(40)]
+        return await asyncio.gather(*(replica.embed(part) for part in asked))
+
+    for number, answer in enumerate(asyncio.run(scenario())):
+        protein = 1 - number % 2
+        assert answer.tolist() == [[number + 1, protein, 0, number + 1], [number + 2, protein, 0, number + 2]]

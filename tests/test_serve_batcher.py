@@ -1,0 +1,291 @@
+"""The batcher against a model that only sleeps and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve.batcher import Batcher, Piece, cut
+from serve.errors import DeadlineExceeded, Overloaded, Unavailable
+
+
+class Recorder:
+    """A model that doubles numbers, remembers its batches, and can be held up."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.started = threading.Event()
+        self.go = threading.Event()
+        self.go.set()
+
+    def __call__(self, payloads: list[int]) -> list[int]:
+        self.batches.append(payloads)
+        self.started.set()
+        assert self.go.wait(10)
+        if any(payload < 0 for payload in payloads):
+            raise ValueError("negative")
+        return [2 * payload for payload in payloads]
+
+    def hold(self) -> None:
+        self.started.clear()
+        self.go.clear()
+
+
+@contextmanager
+def running(model: Callable[[list[int]], list[int]], budget: int = 100, queue: int = 1_000) -> Iterator[Batcher]:
+    batcher: Batcher[int, int] = Batcher(model, budget_tokens=budget, queue_tokens=queue)
+    try:
+        yield batcher
+    finally:
+        batcher.close(5)
+
+
+def ask(batcher: Batcher, *payloads: int, rows: int = 1, longest: int = 10, key: str | None = "embed", timeout_s=5.0):
+    pieces = [Piece(payload, rows, longest) for payload in payloads]
+    return asyncio.ensure_future(batcher.submit(pieces, key=key, timeout_s=timeout_s))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def held(batcher: Batcher, model: Recorder) -> asyncio.Future:
+    """Occupy the model with one job, so that what follows has to wait."""
+    model.hold()
+    first = ask(batcher, 0)
+    await until(model.started.is_set)
+    return first
+
+
+def test_results_come_in_the_order_of_the_pieces() -> None:
+    async def scenario() -> None:
+        with running(Recorder(), budget=20) as batcher:
+            assert await ask(batcher, *range(50)) == [2 * number for number in range(50)]
+
+    asyncio.run(scenario())
+
+
+def test_a_lone_request_runs_at_once_and_requests_that_gather_share_a_batch() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model) as batcher:
+            first = await held(batcher, model)
+            others = [ask(batcher, number) for number in (1, 2, 3)]
+            await until(lambda: batcher.load().waiting_jobs == 3)
+            model.go.set()
+            assert await asyncio.gather(first, *others) == [[0], [2], [4], [6]]
+        assert model.batches == [[0], [1, 2, 3]]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_never_exceeds_the_budget_with_its_padding() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model, budget=60) as batcher:
+            first = await held(batcher, model)
+            jobs = [ask(batcher, 1, longest=10), ask(batcher, 2, longest=30), ask(batcher, 3, longest=10)]
+            await until(lambda: batcher.load().waiting_jobs == 3)
+            model.go.set()
+            await asyncio.gather(first, *jobs)
+        assert model.batches == [[0], [1, 2], [3]]  # 3 cells padded to 30 tokens would cost 90
+
+    asyncio.run(scenario())
+
+
+def test_a_piece_larger_than_the_budget_runs_alone() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model, budget=20) as batcher:
+            first = await held(batcher, model)
+            jobs = [ask(batcher, 1, longest=500), ask(batcher, 2)]
+            await until(lambda: batcher.load().waiting_jobs == 2)
+            model.go.set()
+            assert await asyncio.gather(first, *jobs) == [[0], [2], [4]]
+        assert model.batches == [[0], [1], [2]]
+
+    asyncio.run(scenario())
+
+
+def test_a_large_request_does_not_block_a_small_one() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model, budget=20) as batcher:
+            first = await held(batcher, model)
+            large = ask(batcher, *range(100, 120))
+            await until(lambda: batcher.load().waiting_jobs == 1)
+            small = ask(batcher, 1)
+            await until(lambda: batcher.load().waiting_jobs == 2)
+            model.go.set()
+            await asyncio.gather(first, large, small)
+        assert 1 in model.batches[1]
+
+    asyncio.run(scenario())
+
+
+def test_no_request_starves_while_others_keep_coming() -> None:
+    async def scenario() -> None:
+        with running(Recorder(), budget=20) as batcher:
+            large = ask(batcher, *range(20), longest=20)
+            rounds = 0
+            while not large.done():
+                await ask(batcher, 1, longest=1)
+                rounds += 1
+            assert rounds < 100
+
+    asyncio.run(scenario())
+
+
+def test_jobs_of_different_keys_never_share_a_batch_and_no_key_means_alone() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model) as batcher:
+            first = await held(batcher, model)
+            jobs = [ask(batcher, 1, key="a"), ask(batcher, 2, key="b"), ask(batcher, 3, key="a")]
+            jobs.append(ask(batcher, 4, 5, key=None))
+            await until(lambda: batcher.load().waiting_jobs == 4)
+            model.go.set()
+            await asyncio.gather(first, *jobs)
+        assert sorted(model.batches) == [[0], [1, 3], [2], [4], [5]]
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_is_bounded_in_tokens_and_the_refusal_says_when_to_come_back() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model, queue=50) as batcher:
+            first = await held(batcher, model)
+            accepted = ask(batcher, 1, 2, 3, 4, 5)
+            await until(lambda: batcher.load().waiting_tokens == 50)
+            with pytest.raises(Overloaded, match="50 tokens wait already") as refused:
+                await ask(batcher, 6)
+            assert 1 <= refused.value.retry_after_s <= 30
+            model.go.set()
+            await asyncio.gather(first, accepted)
+            assert await ask(batcher, 6) == [12]
+
+    asyncio.run(scenario())
+
+
+def test_a_job_larger_than_the_whole_queue_is_taken_when_nothing_waits() -> None:
+    async def scenario() -> None:
+        with running(Recorder(), queue=50) as batcher:
+            assert len(await ask(batcher, *range(20))) == 20
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_requests_are_dropped_and_give_back_their_room() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model) as batcher:
+            first = await held(batcher, model)
+            gone = ask(batcher, 1, 2)
+            await until(lambda: batcher.load().waiting_tokens == 20)
+            gone.cancel()
+            await until(lambda: batcher.load().waiting_tokens == 0)
+            model.go.set()
+            assert await first == [0]
+            assert await ask(batcher, 3) == [6]
+        assert model.batches == [[0], [3]]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_past_its_deadline_is_dropped() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model) as batcher:
+            first = await held(batcher, model)
+            with pytest.raises(DeadlineExceeded, match=r"within 0.05 s"):
+                await ask(batcher, 1, timeout_s=0.05)
+            model.go.set()
+            await first
+            assert await ask(batcher, 2) == [4]
+        assert [1] not in model.batches
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_request_fails_alone() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model) as batcher:
+            first = await held(batcher, model)
+            jobs = [ask(batcher, 1), ask(batcher, -1, 4), ask(batcher, 2)]
+            await until(lambda: batcher.load().waiting_jobs == 3)
+            model.go.set()
+            await first
+            assert await jobs[0] == [2]
+            with pytest.raises(ValueError, match="negative"):
+                await jobs[1]
+            assert await jobs[2] == [4]
+            assert batcher.load().waiting_tokens == 0
+
+    asyncio.run(scenario())
+
+
+def test_closing_finishes_what_waits_and_refuses_what_comes() -> None:
+    async def scenario() -> None:
+        model = Recorder()
+        with running(model) as batcher:
+            jobs = [ask(batcher, number) for number in range(5)]
+            await until(lambda: bool(model.batches))
+            await asyncio.to_thread(batcher.close, 5)
+            assert await asyncio.gather(*jobs) == [[0], [2], [4], [6], [8]]
+            with pytest.raises(Unavailable):
+                await ask(batcher, 6)
+
+    asyncio.run(scenario())
+
+
+def test_one_thread_owns_the_model() -> None:
+    names = set()
+
+    def model(payloads: list[int]) -> list[int]:
+        names.add(threading.current_thread().name)
+        return payloads
+
+    async def scenario() -> None:
+        with running(model, budget=10) as batcher:
+            await asyncio.gather(*(ask(batcher, number) for number in range(30)))
+
+    asyncio.run(scenario())
+    assert names == {"model"}
+
+
+def test_under_load_batches_fill_while_the_model_works() -> None:
+    sizes = []
+
+    def model(payloads: list[int]) -> list[int]:
+        sizes.append(len(payloads))
+        time.sleep(0.02)
+        return payloads
+
+    async def scenario() -> None:
+        with running(model, budget=1_000, queue=100_000) as batcher:
+            await asyncio.gather(*(ask(batcher, number) for number in range(200)))
+
+    asyncio.run(scenario())
+    assert len(sizes) <= 5
+
+
+@given(tokens=st.lists(st.integers(0, 300), min_size=1, max_size=200), budget=st.integers(1, 500))
+@settings(max_examples=50, deadline=None)
+def test_pieces_cover_every_cell_once_and_stay_within_their_size(tokens: list[int], budget: int) -> None:
+    tokens_C = np.array(tokens)
+    pieces = cut(tokens_C, budget)
+    assert sorted(np.concatenate(pieces).tolist()) == list(range(len(tokens)))
+    for piece in pieces:
+        assert len(piece) == 1 or len(piece) * max(1, tokens_C[piece].max()) <= budget

@@ -1,0 +1,182 @@
+"""The Python client: what it sends, when it tries again, which error it raises."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anndata
+import httpx
+import numpy as np
+import pandas as pd
+import pytest
+from fake_predictor import FakePredictor
+from scipy.sparse import csr_matrix
+from starlette.testclient import TestClient
+
+from serve import client as client_module
+from serve.app import make_app
+from serve.client import Client, as_measurements, chunks
+from serve.errors import Overloaded, Unavailable
+from serve.replica import Replica
+from serve.settings import Limits, ServeSettings
+from store.errors import InputRefused, MissingError
+
+MODELS = {"models": [{"id": "tiny"}]}
+
+
+def client_of(*answers: httpx.Response | Exception, pauses: list[float] | None = None, tries: int = 3) -> Client:
+    queue = list(answers)
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        answer = queue.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    kept = pauses if pauses is not None else []
+    return Client("http://test", transport=httpx.MockTransport(handle), tries=tries, sleep=kept.append)
+
+
+def busy(retry_after: str = "3") -> httpx.Response:
+    return httpx.Response(429, json={"detail": "full"}, headers={"Retry-After": retry_after})
+
+
+class InProcess(httpx.BaseTransport):
+    """Carries requests to an app in this process."""
+
+    def __init__(self, test_client: TestClient) -> None:
+        self.test_client = test_client
+        self.bodies: list[dict[str, Any]] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        content = request.read()
+        if content:
+            self.bodies.append(json.loads(content))
+        answer = self.test_client.request(
+            request.method, request.url.raw_path.decode(), content=content, headers=dict(request.headers)
+        )
+        return httpx.Response(answer.status_code, content=answer.content, headers=dict(answer.headers))
+
+
+@pytest.fixture
+def served() -> Any:
+    replica = Replica(FakePredictor(), ServeSettings(checkpoint="fake"))
+    with TestClient(make_app(replica, Limits())) as test_client:
+        transport = InProcess(test_client)
+        with Client("http://test", transport=transport, sleep=lambda _: None) as client:
+            yield client, transport
+    replica.close()
+
+
+def test_a_busy_server_is_asked_again_no_sooner_than_it_says() -> None:
+    pauses: list[float] = []
+    with client_of(busy("3"), busy("5"), httpx.Response(200, json=MODELS), pauses=pauses) as client:
+        assert client.models() == MODELS["models"]
+    assert pauses[0] >= 3
+    assert pauses[1] >= 5
+
+
+def test_a_server_that_starts_late_is_waited_for() -> None:
+    with client_of(httpx.ConnectError("refused"), httpx.Response(200, json=MODELS)) as client:
+        assert client.models() == MODELS["models"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "message"),
+    [
+        ([busy()] * 3, Overloaded, "full"),
+        ([httpx.ConnectError("refused")] * 3, Unavailable, "is the server running"),
+        ([httpx.Response(422, json={"detail": "counts: wrong"})], InputRefused, "counts: wrong"),
+        ([httpx.Response(413, json={"detail": "too large"})], InputRefused, "too large"),
+        ([httpx.Response(404, json={"detail": "Not Found"})], MissingError, "Not Found"),
+        ([httpx.Response(504, json={"detail": "late"})], Unavailable, "late"),
+        ([httpx.Response(502, text="<html>")], Exception, "status 502 without a report"),
+    ],
+)
+def test_each_status_has_its_error(answers: list[Any], error: type[Exception], message: str) -> None:
+    with client_of(*answers) as client, pytest.raises(error, match=message):
+        client.models()
+
+
+def test_readiness_never_raises() -> None:
+    with client_of(httpx.ConnectError("refused"), httpx.Response(503), httpx.Response(200)) as client:
+        assert [client.ready(), client.ready(), client.ready()] == [False, False, True]
+
+
+def counted(n_cells: int) -> anndata.AnnData:
+    counts = np.arange(n_cells * 3, dtype=np.float32).reshape(n_cells, 3)
+    counts[:, 2] = 0
+    return anndata.AnnData(csr_matrix(counts), var=pd.DataFrame(index=["G0", "G1", "G2"]))
+
+
+def test_anndata_is_sent_in_chunks_and_comes_back_whole(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, transport = served
+    monkeypatch.setattr(client_module, "CHUNK_CELLS", 4)
+    adata = counted(10)
+    answer = client.embed(adata, prompts={"tissue": ["blood", "lung"] * 5})
+    assert len(transport.bodies) == 3
+    assert transport.bodies[0]["counts"]["RNA"]["features"] == ["G0", "G1"]
+    assert answer.values[:, 0].tolist() == np.asarray(adata.X.sum(axis=1)).ravel().tolist()
+    assert answer.values[:, 2].tolist() == [1, 2] * 5
+
+
+def test_measurements_side_by_side_and_ids_in_var_are_understood(served: Any) -> None:
+    client, _ = served
+    rna = counted(2)
+    rna.var["feature_id"] = [f"ENSG{i:011d}" for i in range(3)]
+    rna.var_names = ["x", "y", "z"]
+    protein = (csr_matrix(np.array([[5.0], [0.0]])), ["CD4"])
+    answer = client.embed({"RNA": rna, "protein": protein})
+    assert answer.values.tolist() == [[1, 5, 0, 0], [7, 0, 0, 3]]
+
+
+def test_effects_come_back_as_vectors_over_named_features(served: Any) -> None:
+    client, _ = served
+    effects = client.perturb([{"G0": 2, "G1": 4}], ["G1", ["G1", "G2"]], top=1)
+    assert [effect.perturbation for effect in effects] == ["G1", "G1+G2"]
+    assert effects[0].feature_id[1] == "ENSG00000000001"
+    assert effects[0].delta.tolist() == [0, -4, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert effects[0].top[0]["feature_name"] == "G1"
+
+
+@pytest.mark.parametrize(
+    "cells", [[], [{}], 7, {"RNA": (csr_matrix((2, 1)), ["G1"]), "protein": (csr_matrix((3, 1)), ["CD4"])}]
+)
+def test_what_cannot_be_sent_is_refused_here_or_there(served: Any, cells: Any) -> None:
+    client, _ = served
+    with pytest.raises(InputRefused):
+        client.embed(cells)
+
+
+def test_values_that_are_not_finite_never_leave() -> None:
+    with client_of() as client, pytest.raises(InputRefused, match="not finite"):
+        client.embed([{"G0": float("nan")}])
+
+
+def test_chunks_hold_every_cell_once_and_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "CHUNK_COUNTS", 10)
+    counts = csr_matrix(np.tril(np.ones((12, 12))))
+    parts = list(chunks({"RNA": (counts, [])}))
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(12))
+    for part in parts:
+        assert counts[part].nnz <= 10 or part.stop - part.start == 1
+
+
+def test_a_list_of_dictionaries_is_rna() -> None:
+    matrix, features = as_measurements([{"G1": 1}, {"G2": 2, "G1": 3}])["RNA"]
+    assert features == ["G1", "G2"]
+    assert matrix.toarray().tolist() == [[1, 0], [3, 2]]
+
+
+def test_nothing_is_retried_that_cannot_succeed() -> None:
+    pauses: list[float] = []
+    with client_of(httpx.Response(422, json={"detail": "no"}), pauses=pauses) as client, pytest.raises(InputRefused):
+        client.models()
+    assert pauses == []
+
+
+def test_features_are_listed_whole_or_in_part(served: Any) -> None:
+    client, _ = served
+    assert client.features(at_most=2) == ("RNA", ["ENSG00000000000", "ENSG00000000001"])
+    assert client.features("protein") == ("protein", ["P0", "P1", "P2"])

@@ -1,0 +1,174 @@
+"""Requests become matrices in vocabulary order, or are refused with the path of the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_predictor import FakePredictor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from scipy.sparse import csr_matrix
+
+from serve.decode import Decoded, Decoder
+from serve.errors import CoverageTooLow, FieldRefused
+from serve.messages import Counts
+from serve.settings import Limits
+
+FAKE = FakePredictor()
+PARSE = TypeAdapter(Counts)
+
+
+def decode(counts: Any, prompts: Any = None, *, min_coverage: float | None = None, **limits: Any) -> Decoded:
+    decoder = Decoder(FAKE.vocabulary, FAKE.prompts, "b" * 64, Limits(**limits))
+    return decoder.decode(PARSE.validate_python(counts), prompts or {}, min_coverage=min_coverage)
+
+
+def csr(features: list[str], indptr: list[int], indices: list[int], data: list[float]) -> dict[str, Any]:
+    return {"RNA": {"features": features, "indptr": indptr, "indices": indices, "data": data}}
+
+
+def test_symbols_ids_and_versioned_ids_reach_the_same_columns() -> None:
+    for names in (["G3", "G0"], ["ENSG00000000003", "ENSG00000000000"], ["ENSG00000000003.12", "G0"]):
+        counts = decode(csr(names, [0, 1, 3], [0, 0, 1], [5, 1, 2])).cells.counts["RNA"]
+        assert counts.shape == (2, 10)
+        assert counts.toarray()[:, [0, 3]].tolist() == [[0, 5], [2, 1]]
+        assert counts.sum() == 8
+
+
+def test_both_forms_of_a_request_give_the_same_matrix() -> None:
+    by_cell = decode({"RNA": [{"G3": 5}, {}, {"G3": 1, "G0": 2}]}).cells.counts["RNA"]
+    by_csr = decode(csr(["G3", "G0"], [0, 1, 1, 3], [0, 0, 1], [5, 1, 2])).cells.counts["RNA"]
+    assert (by_cell != by_csr).nnz == 0
+
+
+def test_two_names_of_one_feature_are_summed() -> None:
+    assert decode({"RNA": [{"G1": 2, "ENSG00000000001": 3}]}).cells.counts["RNA"][0, 1] == 5
+
+
+def test_a_symbol_of_two_organisms_is_ambiguous_until_the_organism_is_said() -> None:
+    counts = {"RNA": [{"TWIN": 1, "G1": 3}]}
+    report = decode(counts).coverage["RNA"]
+    assert (report.ambiguous, report.share_of_counts) == (["TWIN"], 0.75)
+    mouse = decode(counts, {"organism": "mus_musculus"})
+    assert mouse.cells.counts["RNA"][0, 9] == 1
+    assert mouse.coverage["RNA"].share_of_counts == 1
+
+
+def test_coverage_counts_what_was_lost_and_names_it() -> None:
+    decoded = decode({"RNA": [{"G1": 3, "NOPE": 1}, {"NADA": 4}], "protein": [{"CD4": 1}, {"CD8": 1}]})
+    report = decoded.coverage["RNA"]
+    assert (report.features, report.mapped, report.share_of_counts) == (3, 1, 0.375)
+    assert report.unmapped == ["NOPE", "NADA"]
+    assert decoded.coverage["protein"].share_of_counts == 1
+    assert decoded.warnings == ["RNA: 1 cells have no counts that the model knows"]
+
+
+def test_too_little_coverage_is_refused_and_a_request_can_only_raise_the_limit() -> None:
+    counts = {"RNA": [{"G1": 1, "NOPE": 3}]}
+    assert decode(counts).coverage["RNA"].share_of_counts == 0.25
+    with pytest.raises(CoverageTooLow, match=r"counts.RNA: only 25.0% .* not known: NOPE"):
+        decode(counts, min_coverage=0.5)
+    decoder = Decoder(FAKE.vocabulary, FAKE.prompts, "b", Limits(min_coverage=0.9))
+    with pytest.raises(CoverageTooLow, match=r"90.0% are needed"):
+        decoder.decode(counts, {}, min_coverage=0.0)
+
+
+def test_values_that_are_no_whole_numbers_are_said_to_be_wrong() -> None:
+    assert "50.0% of the values are no whole numbers" in decode({"RNA": [{"G1": 1.5, "G2": 2}]}).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "field"),
+    [
+        ({"smell": [{"G1": 1}]}, "counts.smell"),
+        ({"RNA": []}, "counts"),
+        ({"RNA": [{"G1": 1}], "protein": [{"CD4": 1}, {}]}, "counts"),
+        ({"RNA": [{"G1": 1}, {"G2": -1}]}, "counts.RNA.1.G2"),
+        ({"RNA": [{"G1": float("nan")}]}, "counts.RNA.0.G1"),
+        ({"RNA": [{"G1": 1e39}]}, "counts.RNA.0.G1"),
+        (csr(["G1"], [0, 1], [0], [float("inf")]), "counts.RNA.data.0"),
+        (csr(["G1"], [], [], []), "counts"),
+        (csr(["G1"], [0], [], []), "counts"),
+        (csr(["G1"], [1, 1], [0], [1]), "counts.RNA.indptr"),
+        (csr(["G1"], [0, 2], [0], [1]), "counts.RNA.indptr"),
+        (csr(["G1"], [0, 2, 1, 2], [0, 0], [1, 1]), "counts.RNA.indptr.2"),
+        (csr(["G1"], [0, 2**70, 1], [0], [1]), "counts.RNA.indptr"),
+        (csr(["G1"], [0, 1], [1], [1]), "counts.RNA.indices.0"),
+        (csr(["G1"], [0, 1], [-1], [1]), "counts.RNA.indices.0"),
+        (csr(["G1"], [0, 1], [0, 0], [1]), "counts.RNA.data"),
+    ],
+)
+def test_a_wrong_field_is_named(counts: Any, field: str) -> None:
+    with pytest.raises(FieldRefused) as refused:
+        decode(counts)
+    assert refused.value.field == field
+
+
+def test_sizes_are_checked_before_anything_is_allocated() -> None:
+    with pytest.raises(FieldRefused, match="send at most 2 in a request"):
+        decode({"RNA": [{}, {}, {}]}, cells=2)
+    with pytest.raises(FieldRefused, match="more than 2 counts"):
+        decode(csr(["G1"], [0, 1], [0], [1, 1, 1]), nonzeros=2)
+    with pytest.raises(FieldRefused, match="2 features; send at most 1"):
+        decode(csr(["G1", "G2"], [0, 1], [0], [1]), features=1)
+    with pytest.raises(FieldRefused, match="2 features; send at most 1"):
+        decode({"RNA": [{"G1": 1, "G2": 1}]}, features=1)
+
+
+def test_prompts_are_one_value_for_all_cells_or_one_per_cell() -> None:
+    counts = {"RNA": [{"G1": 1}, {"G1": 1}]}
+    said = {"organism": "homo_sapiens", "tissue": ["lung", ""], "perturbation": "G1+G2", "time": [1, 2.5], "dose": 3}
+    assert decode(counts, said).cells.prompts == {
+        "organism": ["homo_sapiens"] * 2,
+        "tissue": ["lung", ""],
+        "perturbation": ["G1+G2"] * 2,
+        "time": ["1.0", "2.5"],
+        "dose": ["3.0", "3.0"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompts", "field", "message"),
+    [
+        ({"mood": "good"}, "prompts.mood", "it knows dose, organism"),
+        ({"tissue": "Lung"}, "prompts.tissue", "did you mean 'lung'"),
+        ({"tissue": ["blood", "lugn"]}, "prompts.tissue.1", "did you mean 'lung'"),
+        ({"tissue": ["blood"]}, "prompts.tissue", "1 values for 2 cells"),
+        ({"tissue": 3}, "prompts.tissue", "3 is not a text"),
+        ({"perturbation": "G1+G9"}, "prompts.perturbation", "has not seen perturbation 'G9'"),
+        ({"time": ["1", "2"]}, "prompts.time.0", "'1' is not a finite number"),
+        ({"time": [1.0, float("nan")]}, "prompts.time.1", "not a finite number"),
+    ],
+)
+def test_a_wrong_prompt_is_named_with_the_nearest_known_one(prompts: Any, field: str, message: str) -> None:
+    with pytest.raises(FieldRefused, match=message) as refused:
+        decode({"RNA": [{"G1": 1}, {"G1": 1}]}, prompts)
+    assert refused.value.field == field
+
+
+@given(
+    cells=st.lists(
+        st.dictionaries(st.sampled_from(["G0", "G5", "ENSG00000000007", "NOPE"]), st.integers(0, 9), max_size=4),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_no_known_count_is_lost_moved_or_invented(cells: list[dict[str, int]]) -> None:
+    column = {"G0": 0, "G5": 5, "ENSG00000000007": 7}
+    expected = np.zeros((len(cells), 10))
+    for row, cell in enumerate(cells):
+        for name in cell.keys() & column.keys():
+            expected[row, column[name]] = cell[name]
+    try:
+        decoded = decode({"RNA": cells}, min_coverage=0.0)
+    except CoverageTooLow:
+        total = sum(sum(cell.values()) for cell in cells)
+        assert expected.sum() <= 0.05 * total
+        return
+    matrix = decoded.cells.counts["RNA"]
+    assert isinstance(matrix, csr_matrix)
+    assert matrix.toarray().tolist() == expected.tolist()

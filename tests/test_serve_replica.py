@@ -1,0 +1,109 @@
+"""A replica around a real checkpoint: the same answers as the predictor itself, whatever shares the batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_checkpoint import write_checkpoint
+
+from serve.decode import Cells, Decoder
+from serve.errors import StaleVocabulary, Unavailable
+from serve.replica import Replica, load_predictor
+from serve.settings import Batching, Limits, ServeSettings
+from store.errors import InputRefused
+from train.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def predictor(checkpoint: Path) -> Predictor:
+    return Predictor.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def replica(checkpoint: Path) -> Iterator[Replica]:
+    settings = ServeSettings(checkpoint=str(checkpoint), batching=Batching(budget_tokens=512, piece_tokens=128))
+    replica = Replica(load_predictor(settings), settings)
+    yield replica
+    replica.close()
+
+
+def some_cells(predictor: Predictor, n_cells: int, seed: int, *, protein: bool = False, **prompts: Any) -> Cells:
+    rng = np.random.default_rng(seed)
+    request: dict[str, Any] = {
+        "RNA": [
+            {f"G{gene}": int(rng.integers(1, 20)) for gene in rng.choice(40, rng.integers(1, 30), replace=False)}
+            for _ in range(n_cells)
+        ]
+    }
+    if protein:
+        request["protein"] = [{f"CD{i}": int(rng.integers(0, 50)) for i in range(5)} for _ in range(n_cells)]
+    decoder = Decoder(predictor.vocabulary, predictor.prompts, predictor.manifest["vocabulary_hash"], Limits())
+    return decoder.decode(request, prompts).cells
+
+
+def test_one_request_gets_the_predictors_own_answer(replica: Replica, predictor: Predictor) -> None:
+    cells = some_cells(predictor, 3, seed=1, protein=True, tissue="lung", time=[1, 2, 3])
+    own = predictor.embed(predictor.cells(cells.counts, cells.prompts))
+    np.testing.assert_allclose(asyncio.run(replica.embed(cells)), own, rtol=0, atol=1e-5)
+
+
+def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica, predictor: Predictor) -> None:
+    asked = [
+        some_cells(predictor, 1 + seed % 20, seed, protein=seed % 3 == 0, **({"tissue": "blood"} if seed % 2 else {}))
+        for seed in range(30)
+    ]
+
+    async def all_at_once() -> list[np.ndarray]:
+        return await asyncio.gather(*(replica.embed(cells) for cells in asked))
+
+    for cells, together in zip(asked, asyncio.run(all_at_once()), strict=True):
+        alone = predictor.embed(predictor.cells(cells.counts, cells.prompts))
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+def test_effects_over_pieces_equal_the_effect_over_all_cells(replica: Replica, predictor: Predictor) -> None:
+    cells = some_cells(predictor, 50, seed=2, protein=True)
+    single, double = asyncio.run(replica.perturb(cells, [["G1"], ["G1", "G2"]]))
+    for targets, shifts in ((["G1"], single), (["G1", "G2"], double)):
+        own = predictor.perturb(predictor.cells(cells.counts, cells.prompts), targets)
+        for name, shift in shifts.items():
+            np.testing.assert_allclose(shift.control_G, own[name].control_G, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(shift.delta_G, own[name].delta_G, rtol=0, atol=1e-4)
+            assert np.abs(shift.delta_G).max() > 0.01
+
+
+def test_cells_written_for_another_checkpoint_are_refused(replica: Replica, predictor: Predictor) -> None:
+    cells = some_cells(predictor, 1, seed=1)
+    with pytest.raises(StaleVocabulary):
+        asyncio.run(replica.embed(Cells(cells.counts, cells.prompts, 1, "another")))
+
+
+def test_threads_are_those_of_the_settings(checkpoint: Path) -> None:
+    before = torch.get_num_threads()
+    settings = ServeSettings(checkpoint=str(checkpoint), threads=2)
+    replica = Replica(load_predictor(settings), settings)
+    assert torch.get_num_threads() == 2
+    replica.close()
+    torch.set_num_threads(before)
+    with pytest.raises(Unavailable):
+        replica.check()
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_not_served(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputRefused, match=r"model\.safetensors"):
+        load_predictor(ServeSettings(checkpoint=str(folder)))
