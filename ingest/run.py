@@ -6,9 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,12 +18,11 @@ from ingest import sources
 from ingest.dataset import Inspected, OpenDataset
 from ingest.job import JobSettings, SourceSettings
 from store import records
+from store.cluster import ray_cluster
 from store.command import console
-from store.errors import ConflictError, SomaflowError, StorageError, UsageError
+from store.errors import ConflictError, SomaflowError, UsageError
 from store.lake import utc_now
 from store.writer import BlockStats, LakeWriter, Reservation, write_counts
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -41,34 +39,6 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     error: str = ""
     seconds: float = 0.0
-
-
-@contextmanager
-def cluster(job: JobSettings) -> Iterator[None]:
-    """Join the Ray cluster that the job or ``RAY_ADDRESS`` names, or start one here for as long as this lasts."""
-    if ray.is_initialized():
-        yield
-        return
-    address = job.address or os.environ.get("RAY_ADDRESS")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            ray.init(
-                num_cpus=job.workers,
-                include_dashboard=False,
-                object_store_memory=512 * 2**20,
-                runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
-                **common,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StorageError(f"Ray at {address or 'this machine'}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @ray.remote(num_cpus=1, max_retries=2)
@@ -93,9 +63,13 @@ def _cause(error: Exception) -> Exception:
     return error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
 
 
+def _cluster(job: JobSettings) -> AbstractContextManager[None]:
+    return ray_cluster(job.address, cpus=job.workers, packages=("ingest", "store"), object_store_bytes=2**29)
+
+
 def plan(job: JobSettings) -> list[Outcome]:
     """Inspect all sources; write nothing."""
-    with cluster(job):
+    with _cluster(job):
         found = [(outcome, inspected) for _, _, outcome, inspected in _inspect_all(job)]
     for outcome, inspected in found:
         if inspected is not None:
@@ -118,7 +92,7 @@ def run(job: JobSettings) -> list[Outcome]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with LakeWriter(job.lake) as writer, cluster(job), Progress(*columns, console=console) as bars:
+    with LakeWriter(job.lake) as writer, _cluster(job), Progress(*columns, console=console) as bars:
         for source, name, outcome, inspected in _inspect_all(job):
             outcomes.append(outcome)
             if inspected is not None:

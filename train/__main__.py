@@ -51,12 +51,11 @@ def train(
         summary = launch(settings, lambda step, loss: bars.update(bar, completed=step, loss=loss))
     if json:
         answer("train-run/v1", **as_json(summary))
-    table = Table("steps", "loss first", "loss last", "loss test", "cells/s", "data wait", "weights")
+    table = Table("steps", "train loss", "test loss", "cells/s", "data wait", "weights")
     table.add_row(
         f"{summary.steps:,}",
-        f"{summary.loss_first:.4f}",
-        f"{summary.loss_last:.4f}",
-        f"{summary.loss_test:.4f}",
+        f"{summary.loss_first:.4f} → {summary.loss_last:.4f}",
+        f"{summary.loss_test_first:.4f} → {summary.loss_test:.4f}",
         f"{summary.cells_per_s:,.0f}",
         f"{summary.data_wait_share:.1%}",
         f"{summary.parameters:,}",

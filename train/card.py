@@ -37,7 +37,8 @@ Licences are those of the datasets; see the lake's `census_info/datasets`.
 ## Figures
 
 Loss (mean negative log likelihood per measured feature, nats): first step {figures["loss_first"]:.4f}, last 20 steps
-{figures["loss_last"]:.4f}, split `{settings.data.test_split}` {figures["loss_test"]:.4f}.
+{figures["loss_last"]:.4f}; split `{settings.data.test_split}` {figures["loss_test_first"]:.4f} before training,
+{figures["loss_test"]:.4f} after.
 
 ## Use and limits
 

@@ -5,54 +5,24 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 
-from store.errors import InputRefused, MissingError, SomaflowError, StorageError
+from store.cluster import ray_cluster
+from store.errors import InputRefused, MissingError, SomaflowError
 from store.snapshot import open_snapshot
 from train import checkpoint
 from train.loop import Run, Summary, fingerprint, read_summary, run_folder
 from train.settings import RunSettings
 
-ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.5
 Progress = Callable[[int, float], None]
 """Called with the last finished step and its loss."""
-
-
-@contextmanager
-def cluster(settings: RunSettings) -> Iterator[None]:
-    """Join the Ray cluster that the run or ``RAY_ADDRESS`` names, or start one here for as long as this lasts."""
-    if ray.is_initialized():
-        yield
-        return
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    try:
-        if address:
-            ray.init(address=address, **common)
-        else:
-            ray.init(
-                num_cpus=max(settings.workers, os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=256 * 2**20,
-                runtime_env={"env_vars": {"PYTHONPATH": path}},
-                **common,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StorageError(f"Ray at {address or 'this machine'}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -85,7 +55,8 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress), daemon=True)
     use_gpu = bool(_gpus())
-    with cluster(settings):
+    cpus = max(settings.workers, os.cpu_count() or 1)
+    with ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
         watcher.start()
         trainer = ray.train.torch.TorchTrainer(
             _worker,

@@ -43,6 +43,7 @@ class Summary:
     loss_first: float
     loss_last: float
     loss_test: float
+    loss_test_first: float
     cells_per_s: float
     data_wait_share: float
     parameters: int
@@ -204,6 +205,10 @@ class Run:
         if self.rank == 0:
             _write_json(self.folder / "settings.json", self.settings.model_dump(mode="json"))
         self.accelerator.init_trackers("")
+        if self.step == 0:
+            before = self.evaluate()
+            if self.rank == 0:
+                _write_json(self.folder / "start.json", {"loss_test": before})
         first_step = self.step
         batches = self.stream.steps(self.step, self.settings.steps, rank=self.rank, world=self.world)
         with _Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
@@ -290,6 +295,7 @@ class Run:
             loss_first=rows[0]["loss"],
             loss_last=sum(row["loss"] for row in last) / len(last),
             loss_test=test,
+            loss_test_first=json.loads((self.folder / "start.json").read_text(encoding="utf-8"))["loss_test"],
             cells_per_s=sum(row["cells"] for row in rows) / seconds,
             data_wait_share=sum(row["data_wait_s"] for row in rows) / seconds,
             parameters=sum(part.numel() for part in self.plain.parameters()),

@@ -81,8 +81,8 @@ class Predictor:
         if strange:
             raise InputRefused(f"prompts: no field {strange[0]!r}; fields: {', '.join(sorted(fields))}")
         codes = {name: self._codes(name, prompts.get(name, [""] * n_cells)) for name in PROMPTS}
-        if not codes["organism"].any():
-            codes["organism"] = self._guess_organism(counts, n_cells)
+        guessed = self._guess_organism(counts, n_cells)
+        codes["organism"] = np.where(codes["organism"] > 0, codes["organism"], guessed).astype(np.int32)
         return Cells(
             n_cells=n_cells,
             counts={name: _csr(part) for name, part in counts.items()},
