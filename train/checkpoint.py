@@ -12,6 +12,9 @@ import os
 import secrets
 import shutil
 import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +109,21 @@ def save_state(folder: Path, state: dict[str, Any], values: dict[str, Any]) -> P
     """
     target = folder / f"step_{values['global_step']:09d}_{secrets.token_hex(4)}"
     target.mkdir(parents=True)
-    dcp_save(state, checkpoint_id=target, no_dist=True)
+    with _one_process():
+        dcp_save(state, checkpoint_id=target, no_dist=True)
     write_manifest(target, {**values, "created": utc_now()})
     for old in valid_states(folder)[:-2]:
         (old / MANIFEST).unlink()
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Keep torch from warning that one process saves alone: it is meant to, every rank holds the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def valid_states(folder: Path) -> list[Path]:
@@ -126,7 +138,8 @@ def load_state(folder: Path, state: dict[str, Any]) -> dict[str, Any] | None:
             manifest = read_manifest(path)
         except InputRefused:
             continue
-        dcp_load(state, checkpoint_id=path, no_dist=True)
+        with _one_process():
+            dcp_load(state, checkpoint_id=path, no_dist=True)
         return manifest
     return None
 

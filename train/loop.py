@@ -210,10 +210,10 @@ class Run:
             if self.rank == 0:
                 _write_json(self.folder / "start.json", {"loss_test": before})
         first_step = self.step
-        batches = self.stream.steps(self.step, self.settings.steps, rank=self.rank, world=self.world)
+        batches = self.stream.steps(self.step, self.settings.steps)
         with _Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
-            for cells, waited in _timed(batches):
-                row = self._one(cells) | {"data_wait_s": waited}
+            for batch, waited in _timed(batches):
+                row = self._one(batch) | {"data_wait_s": waited}
                 self.step += 1
                 if self.rank == 0:
                     metrics.write({"step": self.step, "time": time.time(), **row})
@@ -230,20 +230,22 @@ class Run:
         self.accelerator.wait_for_everyone()
         return read_summary(self.folder)
 
-    def _one(self, cells: Cells) -> dict[str, float]:
+    def _one(self, batch: Cells) -> dict[str, float]:
         """Take one step; the loss is that of all ranks together."""
         begin = time.monotonic()
         rate = learning_rate(self.settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self.accelerator.autocast():
-            loss, n_tokens = self.objective(self.model, self.plain, cells, self.step)
-        sums = self._sum(loss.total.detach(), loss.pairs, cells.n_cells, n_tokens)
+            loss, n_tokens, n_cells = self.objective(
+                self.model, self.plain, batch, self.step, rank=self.rank, world=self.world
+            )
+        sums = self._sum(loss.total.detach(), loss.pairs, n_cells, n_tokens)
         mean = float(sums[0] / sums[1])
         if not math.isfinite(mean):
             raise VerificationError(
-                f"step {self.step}: the loss is {mean}; rows {cells.row[:8].tolist()}... of snapshot "
-                f"{self.snapshot.name!r} on rank {self.rank}; lower optim.lr or look at these cells"
+                f"step {self.step}: the loss is {mean}; rows {batch.row[:8].tolist()}... of snapshot "
+                f"{self.snapshot.name!r}; lower optim.lr or look at these cells"
             )
         self.accelerator.backward(loss.total * self.world / sums[1])
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip_norm)
@@ -278,8 +280,8 @@ class Run:
         total = torch.zeros(2, dtype=torch.float64)
         self.plain.eval()
         with torch.no_grad():
-            for cells in stream.steps(0, steps, rank=self.rank, world=self.world):
-                loss, _ = self.objective(self.plain, self.plain, cells, None)
+            for batch in stream.steps(0, steps):
+                loss, *_ = self.objective(self.plain, self.plain, batch, None, rank=self.rank, world=self.world)
                 total += torch.tensor([float(loss.total), float(loss.pairs)], dtype=torch.float64)
         self.plain.train()
         sums = self._sum(*total)

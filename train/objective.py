@@ -56,27 +56,42 @@ class Objective:
         self.seed = seed
         self.device = device
 
-    def __call__(self, model: torch.nn.Module, plain: CellModel, cells: Cells, step: int | None) -> tuple[Loss, int]:
-        """Return the loss of a batch and its number of tokens.
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        plain: CellModel,
+        batch: Cells,
+        step: int | None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> tuple[Loss, int, int]:
+        """Return the loss of one rank's share of a batch, its number of tokens and of cells.
+
+        Controls are sought in the whole batch, so that a step is the same at any number of ranks.
 
         Args:
             model: The model as Accelerate wrapped it.
             plain: The same, unwrapped.
-            cells: One rank's share of the step's cells.
+            batch: All cells of the step.
             step: The global step; None evaluates with the masks of step 0 and without matched controls.
+            rank: This process.
+            world: All processes; a rank takes every ``world``-th cell.
         """
-        chosen = matched_controls(cells, self.share if step is not None else 0.0, self.seed, step or 0)
+        chosen = matched_controls(batch, self.share if step is not None else 0.0, self.seed, step or 0)
+        mine = np.arange(rank, batch.n_cells, world, dtype=np.int64)
+        cells = batch.take(mine)
         tokens = make_tokens(
             cells,
             plain.config.offsets,
             self.settings,
             chance=(self.seed, step or 0),
-            seen=cells.take(chosen),
+            seen=batch.take(chosen[mine]),
             device=self.device,
         )
         _, logits = model(tokens)
         counts, panels = self.targets(cells, plain)
-        return reconstruction_loss(plain, logits, counts, panels), int(tokens.valid_CL.sum())
+        return reconstruction_loss(plain, logits, counts, panels), int(tokens.valid_CL.sum()), cells.n_cells
 
     def targets(self, cells: Cells, model: CellModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return counts_CG and panel_CG of every measurement; an unmeasured cell has an empty panel."""

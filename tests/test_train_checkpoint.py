@@ -1,0 +1,159 @@
+"""Checkpoints: what is loaded is what was saved, or it is refused; answers do not depend on company."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from store.errors import InputRefused, MissingError
+from train import checkpoint
+from train.cells import PROMPTS
+from train.checkpoint import Vocabulary
+from train.model import CellModel, ModelConfig
+from train.predictor import Predictor
+from train.tokens import TokenSettings
+
+WORDS = {name: ["", "one", "two"] for name in PROMPTS} | {
+    "organism": ["", "homo_sapiens", "mus_musculus"],
+    "perturbation": ["", "control", "STAT1", "STAT2", "IRF1"],
+}
+
+
+def export(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    organisms = ["homo_sapiens"] * 8 + ["mus_musculus"] * 4
+    vocabulary = {
+        "RNA": Vocabulary([f"ENSG{n:011d}" for n in range(12)], [f"g{n}" for n in range(12)], organisms),
+        "protein": Vocabulary(["CD3", "CD4"], ["CD3", "CD4"], ["homo_sapiens"] * 2),
+    }
+    config = ModelConfig({"RNA": 12, "protein": 2}, {name: len(WORDS[name]) for name in PROMPTS}, 5, 2, 16, 1, 2)
+    model = CellModel(config)
+    torch.nn.init.normal_(model.target.weight)
+    provenance = {
+        "measurements": ["RNA", "protein"],
+        "prompt_fields": list(PROMPTS),
+        "global_step": seed,
+        "snapshot": {},
+    }
+    return checkpoint.export(folder, model, TokenSettings(budget=8), vocabulary, WORDS, provenance, "# card")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return export(tmp_path / "checkpoint")
+
+
+def counts(n_cells: int = 9, seed: int = 0) -> dict[str, csr_matrix]:
+    rng = np.random.default_rng(seed)
+    rna = rng.poisson(2.0, (n_cells, 12)).astype(np.float32)
+    rna[:, 8:] = 0
+    return {"RNA": csr_matrix(rna), "protein": csr_matrix(rng.poisson(5.0, (n_cells, 2)).astype(np.float32))}
+
+
+def test_a_loaded_checkpoint_answers_as_the_saved_one(folder: Path, tmp_path: Path) -> None:
+    first, second = Predictor.load(folder), Predictor.load(export(tmp_path / "again"))
+    cells = first.cells(counts())
+    assert np.array_equal(first.embed(cells), second.embed(cells))
+    assert first.manifest["model_sha256"] == second.manifest["model_sha256"]
+    assert first.vocabulary["RNA"].feature_name[3] == "g3"
+    other = Predictor.load(export(tmp_path / "other", seed=1))
+    assert not np.array_equal(first.embed(cells), other.embed(cells))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "vocabulary.json", "README.md"])
+def test_a_changed_byte_in_any_file_is_refused(folder: Path, name: str) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputRefused, match=rf"{name}: its SHA-256 differs"):
+        Predictor.load(folder)
+
+
+def test_without_a_manifest_there_is_no_checkpoint_and_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(InputRefused, match=r"config.json: named in the manifest and not there"):
+        Predictor.load(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(MissingError, match="no checkpoint here"):
+        Predictor.load(folder)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder.parent / "secret").write_text("x")
+    manifest["files"]["../secret"] = {"sha256": checkpoint.sha256(folder.parent / "secret"), "bytes": 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputRefused, match="secret"):
+        Predictor.load(folder)
+
+
+def test_an_export_replaces_the_one_before_whole(folder: Path) -> None:
+    export(folder, seed=3)
+    assert Predictor.load(folder).manifest["global_step"] == 3
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+
+
+def test_a_torn_training_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
+        return {"model": {"w": torch.full((4,), value)}}
+
+    for step in (1, 2, 3):
+        checkpoint.save_state(tmp_path, state(float(step)), {"global_step": step})
+    assert len(checkpoint.valid_states(tmp_path)) == 2
+    newest = checkpoint.valid_states(tmp_path)[-1]
+    torn = next(path for path in newest.iterdir() if path.suffix == ".distcp")
+    torn.write_bytes(torn.read_bytes()[:-9])
+    (tmp_path / "step_000000009_half").mkdir()
+    loaded = state(0.0)
+    manifest = checkpoint.load_state(tmp_path, loaded)
+    assert manifest is not None
+    assert manifest["global_step"] == 2
+    assert loaded["model"]["w"].tolist() == [2.0] * 4
+
+
+def test_an_answer_does_not_depend_on_the_company_of_a_cell(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    together = predictor.embed(predictor.cells(counts(300)))
+    for cell in (0, 255, 256, 299):
+        alone = predictor.embed(predictor.cells({name: part[[cell]] for name, part in counts(300).items()}))
+        np.testing.assert_allclose(alone[0], together[cell], rtol=1e-4, atol=1e-5)
+
+
+def test_the_organism_is_taken_from_the_features_cell_by_cell(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    rna = np.zeros((3, 12), np.float32)
+    rna[0, 1], rna[1, 9], rna[2, 2] = 5, 5, 5
+    given = {"organism": ["", "", "mus_musculus"]}
+    assert predictor.cells({"RNA": csr_matrix(rna)}, given).prompts["organism"].tolist() == [1, 2, 2]
+
+
+def test_effects_are_of_the_cells_organism_and_combine_targets(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    cells = predictor.cells(counts())
+    one, two = predictor.perturb(cells, ["STAT1"]), predictor.perturb(cells, ["STAT2", "STAT1"])
+    assert one["RNA"].delta_G.shape == (12,)
+    assert not one["RNA"].control_G[8:].any()
+    assert np.abs(one["RNA"].delta_G[:8]).max() > 0
+    assert np.isfinite(two["RNA"].delta_G).all()
+    assert not np.allclose(one["RNA"].delta_G, two["RNA"].delta_G)
+    np.testing.assert_allclose(one["RNA"].perturbed_G - one["RNA"].control_G, one["RNA"].delta_G)
+
+
+def test_what_the_model_never_saw_is_refused_with_what_it_did(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    cells = predictor.cells(counts())
+    with pytest.raises(InputRefused, match="perturbation 'STAT3' was never seen in training; did you mean 'STAT"):
+        predictor.perturb(cells, ["STAT3"])
+    with pytest.raises(InputRefused, match="no measurement 'ATAC'; the model knows RNA, protein"):
+        predictor.cells({"ATAC": counts()["RNA"]})
+    with pytest.raises(InputRefused, match="no field 'tisue'"):
+        predictor.cells(counts(), {"tisue": ["one"] * 9})
+    with pytest.raises(InputRefused, match="different numbers of cells"):
+        predictor.cells(counts(), {"tissue": ["one"]})
+    with pytest.raises(InputRefused, match=r"prompts\.time"):
+        predictor.cells(counts(), {"time": ["soon"] * 9})

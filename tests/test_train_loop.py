@@ -1,0 +1,196 @@
+"""The loop: learns, resumes bit for bit, gives the same gradients on two workers, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoded import add_dataset
+from safetensors.torch import load_file
+
+from ingest.simulate import SimulationSettings, simulate
+from store.errors import ConflictError, MissingError, SettingsError, VerificationError
+from store.schema import DatasetPlan, Features
+from store.settings import load_settings, parse_settings
+from store.snapshot import SnapshotSettings, create_snapshot
+from store.writer import LakeWriter, write_counts
+from train.loop import Run, learning_rate, read_metrics
+from train.predictor import Predictor
+from train.settings import RunSettings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
+    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 150, {"RNA": 40, "protein": 6})
+        add_dataset(writer, "second", 90, {"RNA": 60})
+    create_snapshot(uri, "s", SnapshotSettings(seed=2))
+    return uri
+
+
+def settings(lake: str, output: Path, **changes: object) -> RunSettings:
+    values = {
+        "lake": lake,
+        "snapshot": "s",
+        "output": str(output),
+        "steps": 12,
+        "workers": 1,
+        "checkpoint_every": 4,
+        "model": {"width": 16, "layers": 1, "heads": 2},
+        "data": {"global_batch": 24, "block": 32, "window": 2, "tokens": 32},
+        "optim": {"warmup_steps": 2, "lr": 0.003},
+    }
+    return parse_settings(RunSettings, values | changes, where="test")
+
+
+def losses(output: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(output / "run/metrics.jsonl")]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "run/checkpoint/model.safetensors")
+
+
+def test_a_run_learns_and_leaves_metrics_a_card_and_a_checkpoint(lake: str, tmp_path: Path) -> None:
+    summary = Run(settings(lake, tmp_path, steps=60), 1).train()
+    assert summary.loss_test < summary.loss_test_first
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert {"data_wait_s", "forward_backward_s", "optimizer_s", "tokens", "grad_norm"} <= set(rows[0])
+    assert Predictor.load(summary.checkpoint).manifest["global_step"] == 60
+    card = (tmp_path / "run/checkpoint/README.md").read_text()
+    assert f"{summary.loss_test:.4f}" in card
+    assert json.loads((tmp_path / "run/settings.json").read_text())["steps"] == 60
+
+
+@pytest.mark.parametrize("stop", [5, 8, 11])
+def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
+    lake: str, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Run(settings(lake, tmp_path / "whole"), 1).train()
+    step = Run._one
+
+    def dies(self: Run, cells: object) -> dict[str, float]:
+        if self.step == stop:
+            raise KeyboardInterrupt
+        return step(self, cells)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_one", dies)
+        with pytest.raises(KeyboardInterrupt):
+            Run(settings(lake, tmp_path / "broken"), 1).train()
+    run = Run(settings(lake, tmp_path / "broken"), 1)
+    assert run.resumed_from == stop // 4 * 4
+    run.train()
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_settings_under_the_same_name_are_refused(lake: str, tmp_path: Path) -> None:
+    Run(settings(lake, tmp_path), 1).train()
+    with pytest.raises(ConflictError, match="begun with other settings"):
+        Run(settings(lake, tmp_path, seed=9), 1)
+    assert Run(settings(lake, tmp_path, steps=14), 1).resumed_from == 12
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_cells(
+    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(settings(lake, tmp_path), 1)
+    with torch.no_grad():
+        run.plain.summary.fill_(torch.nan)
+    monkeypatch.setattr(run, "evaluate", lambda: 0.0)
+    with pytest.raises(VerificationError, match=r"step 0: the loss is nan; rows \["):
+        run.train()
+
+
+def test_a_world_that_accelerate_does_not_see_is_refused(lake: str, tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="Accelerate sees 1 processes and the launcher started 2"):
+        Run(settings(lake, tmp_path), 2)
+
+
+def test_the_rate_warms_up_and_decays_to_a_tenth(lake: str, tmp_path: Path) -> None:
+    run = settings(lake, tmp_path, steps=100, optim={"lr": 1.0, "warmup_steps": 10})
+    rates = [learning_rate(run, step) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_bad_settings_are_named_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="warmup_steps=1000 never ends: steps=300"):
+        parse_settings(RunSettings, {"snapshot": "s", "optim": {"warmup_steps": 1000}}, where="t")
+    with pytest.raises(SettingsError, match=r"unknown key 'optim.lrr'; did you mean 'lr'"):
+        parse_settings(RunSettings, {"snapshot": "s", "optim": {"lrr": 1}}, where="t")
+    with pytest.raises(SettingsError, match="heads=3 does not divide width=64"):
+        parse_settings(RunSettings, {"snapshot": "s", "model": {"heads": 3}}, where="t")
+    with pytest.raises(MissingError, match="no such settings file"):
+        load_settings(RunSettings, tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("recipe", ["laptop.toml", "real-cells/train.toml"])
+def test_every_recipe_is_valid(recipe: str) -> None:
+    assert load_settings(RunSettings, ROOT / "infra/runs" / recipe).steps > 0
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # ray, sockets of its own at shutdown
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ray, of its own use of others
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # ray, announcing its next version
+def test_two_workers_take_the_same_steps_as_one_and_a_finished_run_is_not_run_again(
+    lake: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    from train.launch import launch
+
+    Run(settings(lake, tmp_path / "one"), 1).train()
+    steps: list[int] = []
+    summary = launch(settings(lake, tmp_path / "two", workers=2), lambda step, loss: steps.append(step))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    assert steps[-1] == 12
+    assert launch(settings(lake, tmp_path / "two", workers=2)) == summary
+    with pytest.raises(MissingError, match=r"no snapshot 'none'"):
+        launch(settings(lake, tmp_path / "three", snapshot="none"))
+
+
+@pytest.mark.road
+def test_training_recovers_the_knock_outs_of_simulated_cells(tmp_path: Path) -> None:
+    made = simulate(SimulationSettings(cells=2400))
+    names = {"RNA": made.truth.genes, "protein": made.truth.proteins, "ATAC": made.truth.peaks}
+    features = {name: Features(ids, ids, ["x"] * len(ids), [0] * len(ids)) for name, ids in names.items()}
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        reservation = writer.reserve(DatasetPlan("sim", "synthetic_construct", "k", 2400, features))
+        blocks = [write_counts(reservation, name, 0, made.counts[name]) for name in features]
+        writer.commit(reservation, made.obs, blocks)
+    create_snapshot(uri, "s", SnapshotSettings())
+    run = Run(
+        parse_settings(
+            RunSettings,
+            {"lake": uri, "snapshot": "s", "output": str(tmp_path), "steps": 300, "workers": 1, "threads": 2},
+            where="t",
+        ),
+        1,
+    )
+    predictor = Predictor.load(run.train().checkpoint)
+    control = np.flatnonzero(made.obs["perturbation"] == "control")[:100]
+    order = [made.truth.genes.index(name) for name in predictor.vocabulary["RNA"].feature_id]
+    everything = {name: [ids.index(f) for f in predictor.vocabulary[name].feature_id] for name, ids in names.items()}
+    cells = predictor.cells({name: made.counts[name][control][:, columns] for name, columns in everything.items()})
+    sizes, fits = {}, []
+    for target, effect in zip(made.truth.targets, made.truth.effect_TG[:, order], strict=True):
+        delta = predictor.perturb(cells, [target])["RNA"].delta_G
+        sizes[target] = float(np.sqrt(np.mean(delta**2)))
+        if effect.any():
+            fits.append(np.corrcoef(delta, effect)[0, 1])
+    real = [size for target, size in sizes.items() if target not in made.truth.null_targets]
+    null = [sizes[target] for target in made.truth.null_targets]
+    assert np.median(fits) > 0.7
+    assert max(null) < min(real) / 2

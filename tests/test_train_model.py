@@ -1,0 +1,144 @@
+"""The model: hidden values never enter, company does not matter, likelihoods are those of the textbook."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from test_train_tokens import OFFSETS, cells
+
+from train.cells import NUMBERS, PROMPTS
+from train.model import CellModel, ModelConfig, log_rates, negative_log_likelihood, reconstruction_loss
+from train.objective import Objective, matched_controls
+from train.tokens import TokenSettings, make_tokens
+
+CONFIG = ModelConfig(
+    {"RNA": 30, "protein": 8}, dict.fromkeys(PROMPTS, 5), 4, n_numbers=len(NUMBERS), width=16, layers=2, heads=2
+)
+SETTINGS = TokenSettings(budget=64)
+
+
+@pytest.fixture
+def model() -> CellModel:
+    torch.manual_seed(0)
+    made = CellModel(CONFIG).eval()
+    torch.nn.init.normal_(made.target.weight)
+    return made
+
+
+def test_offsets_number_all_features_from_one() -> None:
+    assert CONFIG.offsets == OFFSETS
+
+
+def test_garbage_in_hidden_values_changes_nothing(model: CellModel) -> None:
+    batch = cells()
+    tokens = make_tokens(batch, OFFSETS, SETTINGS, chance=(0, 3))
+    shown = {(c, f) for c in range(batch.n_cells) for f in tokens.feature_CL[c][tokens.valid_CL[c]].tolist()}
+    part = batch.counts["protein"]
+    cell_of = np.repeat(np.arange(batch.n_cells), np.diff(part.indptr))
+    hidden = np.array([(c, f + OFFSETS["protein"]) not in shown for c, f in zip(cell_of, part.features, strict=True)])
+    assert hidden.any()
+    garbled = replace(part, counts=np.where(hidden, part.counts, part.counts))
+    swapped = part.features.copy()
+    depth_kept = garbled.counts.copy()
+    for cell in range(batch.n_cells):  # permute hidden counts within a cell: depths stay, values do not
+        mine = np.flatnonzero(hidden & (cell_of == cell))
+        depth_kept[mine] = depth_kept[np.roll(mine, 1)]
+    other = replace(batch, counts={**batch.counts, "protein": replace(part, counts=depth_kept, features=swapped)})
+    again = make_tokens(other, OFFSETS, SETTINGS, chance=(0, 3))
+    assert torch.equal(model(tokens)[0], model(again)[0])
+
+
+def test_a_cell_alone_is_the_same_as_in_company(model: CellModel) -> None:
+    batch = cells()
+    together = model(make_tokens(batch, OFFSETS, SETTINGS))
+    for cell in (0, 17):
+        alone = model(make_tokens(batch.take(np.array([cell])), OFFSETS, SETTINGS))
+        torch.testing.assert_close(alone[0][0], together[0][cell], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone[1]["RNA"][0], together[1]["RNA"][cell], rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_tokens_does_not_matter(model: CellModel) -> None:
+    tokens = make_tokens(cells(), OFFSETS, SETTINGS)
+    order = torch.randperm(tokens.feature_CL.shape[1], generator=torch.Generator().manual_seed(1))
+    names = ("feature_CL", "measurement_CL", "value_CL", "valid_CL")
+    shuffled = replace(tokens, **{name: getattr(tokens, name)[:, order] for name in names})
+    torch.testing.assert_close(model(shuffled)[0], model(tokens)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_measurement_that_is_absent_is_not_one_of_zeros(model: CellModel) -> None:
+    batch = cells()
+    nothing = replace(
+        batch.counts["protein"],
+        indptr=np.zeros(41, np.int64),
+        features=np.empty(0, np.int32),
+        counts=np.empty(0, np.float32),
+    )
+    zeros = replace(batch, counts={**batch.counts, "protein": nothing})
+    absent = replace(zeros, measured={**batch.measured, "protein": np.zeros(40, bool)})
+    first, second = (model(make_tokens(b, OFFSETS, SETTINGS))[0] for b in (zeros, absent))
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_likelihoods_agree_with_scipy() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(3.0, (6, 10)).astype(np.float32)
+    logits = torch.from_numpy(rng.normal(size=(6, 10)))
+    panel = torch.ones(6, 10, dtype=torch.bool)
+    panel[:, 8:] = False
+    counts[:, 8:] = 0
+    shares = log_rates(logits, panel)
+    mean = counts.sum(1, keepdims=True) * shares.exp().numpy()
+    expected = -scipy.stats.poisson.logpmf(counts[:, :8], mean[:, :8]).mean(1)
+    found = negative_log_likelihood(torch.from_numpy(counts).double(), shares, panel, None)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    r = 2.5
+    raw = torch.full((10,), float(np.log(np.expm1(r - 1e-4))), dtype=torch.float64)
+    expected = -scipy.stats.nbinom.logpmf(counts[:, :8], r, r / (r + mean[:, :8])).mean(1)
+    found = negative_log_likelihood(torch.from_numpy(counts).double(), shares, panel, raw)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+
+
+def test_an_unmeasured_feature_and_an_unmeasured_cell_carry_no_loss(model: CellModel) -> None:
+    batch = cells()
+    panels = {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}
+    panels["RNA"][0, 5] = False
+    objective = Objective(panels, SETTINGS, 0.0, 0, torch.device("cpu"))
+    counts, panel = objective.targets(batch, model)
+    logits = model(make_tokens(batch, OFFSETS, SETTINGS))[1]
+    before = reconstruction_loss(model, logits, counts, panel)
+    moved = {name: values.clone() for name, values in logits.items()}
+    moved["RNA"][:, 5] += 100.0
+    after = reconstruction_loss(model, moved, counts, panel)
+    assert float(before.pairs) == 80
+    torch.testing.assert_close(before.total, after.total)
+    absent = replace(batch, measured={**batch.measured, "protein": np.arange(40) < 10})
+    _, panel = objective.targets(absent, model)
+    assert float(reconstruction_loss(model, logits, counts, panel).pairs) == 50
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    torch.manual_seed(0)
+    model = CellModel(CONFIG)
+    torch.nn.init.normal_(model.target.weight)
+    objective = Objective(
+        {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}, SETTINGS, 0.5, 0, torch.device("cpu")
+    )
+    loss, *_ = objective(model, model, cells(), 1)
+    loss.total.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_controls_match_in_dataset_type_and_time() -> None:
+    batch = cells(60)
+    code = np.where(np.arange(60) % 2 == 0, 1, 2).astype(np.int32)  # even cells are controls
+    kind = (np.arange(60) % 3).astype(np.int32)
+    batch = replace(batch, perturbation=code[:, None], prompts={**batch.prompts, "cell_type": kind})
+    chosen = matched_controls(batch, 1.0, seed=0, step=4)
+    assert (chosen[::2] == np.arange(0, 60, 2)).all()
+    assert (chosen[1::2] % 2 == 0).all()
+    assert (kind[chosen] == kind).all()
+    assert (matched_controls(batch, 0.0, seed=0, step=4) == np.arange(60)).all()

@@ -1,0 +1,108 @@
+"""Tokens: right values, nothing hidden in them, and chance that belongs to the cell and not to its company."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from train.cells import NUMBERS, PROMPTS, Cells, Csr
+from train.tokens import SCALE, Tokens, TokenSettings, make_tokens, uniform
+
+OFFSETS = {"RNA": 1, "protein": 31}
+
+
+def cells(n_cells: int = 40, seed: int = 0) -> Cells:
+    rng = np.random.default_rng(seed)
+    counts = {}
+    for name, size in (("RNA", 30), ("protein", 8)):
+        dense = rng.poisson(0.8, (n_cells, size))
+        indptr = np.concatenate([[0], np.cumsum((dense > 0).sum(1))]).astype(np.int64)
+        row, column = np.nonzero(dense)
+        counts[name] = Csr(indptr, column.astype(np.int32), dense[row, column].astype(np.float32))
+    return Cells(
+        n_cells,
+        counts,
+        {name: np.ones(n_cells, bool) for name in counts},
+        np.zeros(n_cells, np.int32),
+        {name: np.full(n_cells, 3, np.int32) for name in PROMPTS},
+        np.full((n_cells, 2), 2, np.int32),
+        {name: np.full(n_cells, 24.0, np.float32) for name in NUMBERS},
+        np.arange(100, 100 + n_cells),
+    )
+
+
+def seen(tokens: Tokens, cell: int) -> dict[int, float]:
+    valid = tokens.valid_CL[cell]
+    return dict(zip(tokens.feature_CL[cell][valid].tolist(), tokens.value_CL[cell][valid].tolist(), strict=True))
+
+
+def reference(batch: Cells, cell: int) -> dict[int, float]:
+    """Values worked out one by one."""
+    out = {}
+    for name, offset in OFFSETS.items():
+        part = batch.counts[name]
+        mine = slice(part.indptr[cell], part.indptr[cell + 1])
+        depth = sum(part.counts[mine].tolist())
+        for feature, count in zip(part.features[mine].tolist(), part.counts[mine].tolist(), strict=True):
+            out[offset + feature] = float(np.log1p(count / depth * SCALE))
+    return out
+
+
+def test_inference_sees_every_value_within_the_budget() -> None:
+    batch = cells()
+    tokens = make_tokens(batch, OFFSETS, TokenSettings(budget=100))
+    for cell in range(batch.n_cells):
+        assert seen(tokens, cell) == pytest.approx(reference(batch, cell), rel=1e-6)
+
+
+def test_inference_fills_a_small_budget_with_the_strongest_values_and_no_chance() -> None:
+    batch = cells()
+    tokens = make_tokens(batch, OFFSETS, TokenSettings(budget=5))
+    for cell in range(batch.n_cells):
+        mine, everything = seen(tokens, cell), reference(batch, cell)
+        assert len(mine) == min(5, len(everything))
+        assert sorted(mine.values()) == pytest.approx(sorted(everything.values())[-len(mine) :], rel=1e-6)
+    alone = make_tokens(batch.take(np.array([7])), OFFSETS, TokenSettings(budget=5))
+    assert seen(alone, 0) == seen(tokens, 7)
+
+
+def test_masks_belong_to_the_cell_and_the_step_not_to_the_batch() -> None:
+    batch, settings = cells(), TokenSettings(budget=100)
+    whole = make_tokens(batch, OFFSETS, settings, chance=(1, 5))
+    part = make_tokens(batch.take(np.array([30, 2, 11])), OFFSETS, settings, chance=(1, 5))
+    for position, cell in enumerate((30, 2, 11)):
+        assert seen(part, position) == seen(whole, cell)
+        assert part.prompt_CF[position].tolist() == whole.prompt_CF[cell].tolist()
+    other = make_tokens(batch, OFFSETS, settings, chance=(1, 6))
+    assert any(seen(other, cell) != seen(whole, cell) for cell in range(batch.n_cells))
+
+
+def test_about_the_right_share_is_hidden_and_dropped() -> None:
+    batch, settings = cells(3000), TokenSettings(budget=100)
+    tokens = make_tokens(batch, OFFSETS, settings, chance=(0, 0))
+    total = sum(part.indptr[-1] for part in batch.counts.values())
+    shown = float(tokens.valid_CL.sum()) / total
+    assert shown == pytest.approx(0.8 * 0.4, abs=0.02)  # 1 - mean hidden share .6, measurements kept .8
+    dropped = (tokens.prompt_CF == 0).float().mean(0)
+    expected = [0.5 if name == "cell_type" else 0.15 for name in PROMPTS]
+    assert dropped.tolist() == pytest.approx(expected, abs=0.03)
+    assert float((tokens.perturbation_CT[:, 0] == 0).float().mean()) == pytest.approx(0.15, abs=0.03)
+    assert float(tokens.measured_CM.float().mean()) == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_matched_cell_lends_its_counts_and_not_its_prompts() -> None:
+    batch = cells()
+    lender = batch.take(np.roll(np.arange(batch.n_cells), 1))
+    tokens = make_tokens(batch, OFFSETS, TokenSettings(budget=100), seen=lender)
+    assert seen(tokens, 5) == pytest.approx(reference(batch, 4), rel=1e-6)
+
+
+def test_the_hash_is_uniform_and_independent_of_neighbouring_keys_and_salts() -> None:
+    keys = torch.arange(20000)
+    draws = [uniform(keys, salt).numpy() for salt in (0, 1, 2**40)]
+    for drawn in draws:
+        histogram = np.histogram(drawn, bins=20, range=(0, 1))[0]
+        assert ((histogram - 1000) ** 2 / 1000).sum() < 60  # chi-squared, 19 degrees of freedom: p < 1e-5 beyond
+        assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.03
+    assert abs(np.corrcoef(draws[0], draws[1])[0, 1]) < 0.03
