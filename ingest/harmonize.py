@@ -37,9 +37,11 @@ OBS_ALIASES = {
 """Customary names of columns, used where the source has no column of the lake's own name."""
 
 CONTROL = re.compile(
-    r"^(nt|non[-_ ]?target(ing)?|control|ctrl|neg(ative)?[-_ ]?c(on)?tr(o)?l|safe[-_ ]?targeting|vehicle|dmso)\w*$",
-    re.I,
+    r"^(nt|non[-_ ]?target(ing)?|control|ctrl|neg(ative)?[-_ ]?c(on)?tr(o)?l|safe[-_ ]?targeting|vehicle|dmso)"
+    r"([-_ ]?g?\d+)*$",
+    re.IGNORECASE,
 )
+"""Names of controls, numbered or not: ``NT``, ``NTg4``, ``non-targeting_2``; ``NTRK1`` is a gene."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def map_genes(var: pd.DataFrame, genes: str | None = None) -> FeatureMap:
 
 def _ensembl(values: pd.Series) -> pd.Series:
     found = values.astype(str).str.extract(ENSEMBL)
-    return found[0].fillna(found[3])
+    return found[0].where(found[0].notna(), found[3])
 
 
 def _from_symbols(ids: list[str], names: list[str], table: pd.DataFrame) -> list[str]:

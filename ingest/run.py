@@ -69,6 +69,7 @@ def _cluster(job: JobSettings) -> AbstractContextManager[None]:
 
 def plan(job: JobSettings) -> list[Outcome]:
     """Inspect all sources; write nothing."""
+    _refuse_nothing(job)
     with _cluster(job):
         found = [(outcome, inspected) for _, _, outcome, inspected in _inspect_all(job)]
     for outcome, inspected in found:
@@ -84,6 +85,7 @@ def run(job: JobSettings) -> list[Outcome]:
         ConflictError: Another driver writes to the lake.
         StorageError: The lake cannot be written.
     """
+    _refuse_nothing(job)
     outcomes: list[Outcome] = []
     columns = (
         TextColumn("{task.description}"),
@@ -101,10 +103,13 @@ def run(job: JobSettings) -> list[Outcome]:
     return outcomes
 
 
-def _inspect_all(job: JobSettings) -> Iterator[tuple[SourceSettings, str, Outcome, Inspected | None]]:
-    """Inspect every dataset of every source, several at a time; yield them in the order of the job."""
+def _refuse_nothing(job: JobSettings) -> None:
     if not job.source:
         raise UsageError("nothing to ingest: name a SOURCE, or a JOB.toml with [[source]] sections")
+
+
+def _inspect_all(job: JobSettings) -> Iterator[tuple[SourceSettings, str, Outcome, Inspected | None]]:
+    """Inspect every dataset of every source, several at a time; yield them in the order of the job."""
     named = [(source, _names.remote(source)) for source in job.source]
     begun: list[tuple[SourceSettings, str, Any]] = []
     refused: list[tuple[SourceSettings, str, Outcome, None]] = []

@@ -110,6 +110,7 @@ def make_truth(settings: SimulationSettings) -> Truth:
         programs = rng.choice(N_PROGRAMS, size=2, replace=False)
         effect[row] = membership[programs].T @ (rng.choice([-1.0, 1.0], size=2) * rng.uniform(1.0, 1.6, size=2))
         effect[row, target] = -2.5
+    varying = np.flatnonzero(membership.any(axis=0))
     genes = [f"SYNG{number:05d}" for number in range(n_genes)]
     return Truth(
         genes=genes,
@@ -121,8 +122,8 @@ def make_truth(settings: SimulationSettings) -> Truth:
         type_activity=rng.gamma(0.5, 1.6, size=(len(CELL_TYPES), N_PROGRAMS)),
         time_activity=np.where(rng.random(N_PROGRAMS) < 0.3, rng.normal(0, 0.6, N_PROGRAMS), 0.0),
         effect_TG=effect,
-        gene_of_protein=rng.choice(n_genes, size=settings.proteins, replace=settings.proteins > n_genes),
-        gene_of_peak=rng.choice(n_genes, size=settings.peaks, replace=settings.peaks > n_genes),
+        gene_of_protein=rng.choice(varying, size=settings.proteins, replace=settings.proteins > len(varying)),
+        gene_of_peak=rng.choice(varying, size=settings.peaks, replace=settings.peaks > len(varying)),
         baseline_G=rng.normal(0.0, 0.9, n_genes),
     )
 
@@ -143,7 +144,7 @@ def simulate(settings: SimulationSettings) -> Simulation:
     share = np.exp(log_rate - log_rate.max(axis=1, keepdims=True))
     share /= share.sum(axis=1, keepdims=True)
     depth = np.exp(rng.normal(np.log(4.0 * settings.genes), 0.3, n_cells))
-    protein_rate = np.exp(0.8 * log_rate[:, truth.gene_of_protein] + 1.5)
+    protein_rate = 4.5 * (share[:, truth.gene_of_protein] * settings.genes) ** 0.8
     peak_rate = np.exp(0.6 * (log_rate - truth.baseline_G)[:, truth.gene_of_peak] - 1.2)
     counts = {
         "RNA": _negative_binomial(rng, depth[:, None] * share, 4.0),
