@@ -97,7 +97,8 @@ class Road:
 
     def _note(self, command: list[str]) -> None:
         line = shlex.join(command)
-        self.commands.append(line)
+        if line not in self.commands:
+            self.commands.append(line)
         console.print(f"[dim]$ {line}[/]", soft_wrap=True)
 
     def path(self, *parts: str) -> str:
@@ -307,9 +308,15 @@ def _draw(groups: dict[str, tuple[NDArray[np.float32], Any]], panels: list[tuple
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return 8000, or another port where that is taken."""
+    for port in (8000, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    sys.exit("no port of this machine is free")
 
 
 def _real_cells() -> str:

@@ -19,7 +19,12 @@ from store.errors import PARTIAL, InputRefused, UsageError
 from store.lake import open_lake
 from store.settings import load_settings, parse_settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Bring cells into a lake, see what would come, see what came.",
+    pretty_exceptions_enable=False,
+)
 
 What = Annotated[
     list[str] | None,
@@ -27,11 +32,15 @@ What = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="key=value: a key of the job, or of every SOURCE given here (dataset_id, genes, ...)."),
+    typer.Option(
+        "--set", help=f"key=value; keys for every SOURCE given here: {', '.join(SourceSettings.model_fields)}."
+    ),
 ]
-LakeOption = Annotated[str | None, typer.Option("--lake", help="The lake: a folder or s3:// URI. [./lake]")]
-WorkersOption = Annotated[int | None, typer.Option(help="Ray tasks at a time. [2]")]
-AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster. [starts Ray here]")]
+LakeOption = Annotated[
+    str | None, typer.Option("--lake", help="The lake: a folder or s3:// URI; ./lake when left out.")
+]
+WorkersOption = Annotated[int | None, typer.Option(help="Ray tasks at a time; 2 when left out.")]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster; Ray is started here when left out.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
 
 

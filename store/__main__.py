@@ -18,7 +18,12 @@ from store.settings import load_settings
 from store.snapshot import SnapshotSettings
 from store.validate import validate as validate_lake
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Look at a lake, prove it, make snapshots of it, take cells out of it.",
+    pretty_exceptions_enable=False,
+)
 snapshots = typer.Typer(no_args_is_help=True, help="Make, list, show, verify and delete snapshots.")
 app.add_typer(snapshots, name="snapshot")
 
@@ -133,7 +138,9 @@ def validate(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonO
 def export(
     path: Annotated[Path, typer.Argument(help="Where to write: NAME.h5ad or NAME.h5mu.")],
     organism: Annotated[str, typer.Option(help="Census name of the organism.")] = "homo_sapiens",
-    measurement: Annotated[list[str] | None, typer.Option(help="Measurement; several make an h5mu. [RNA]")] = None,
+    measurement: Annotated[
+        list[str] | None, typer.Option(help="Measurement; several make an h5mu; RNA when left out.")
+    ] = None,
     where: Annotated[str | None, typer.Option(help="Value filter on obs, as in SOMA.")] = None,
     lake: LakeOption = "lake",
     commit: CommitOption = None,
@@ -154,7 +161,9 @@ def snapshot_create(
     name: NameArgument,
     settings: Annotated[Path | None, typer.Option(help="TOML with the keys of --set.")] = None,
     where: Annotated[str | None, typer.Option(help="Value filter on obs, as in SOMA.")] = None,
-    measurements: Annotated[str | None, typer.Option(help="Comma-separated, such as RNA,protein. [all]")] = None,
+    measurements: Annotated[
+        str | None, typer.Option(help="Comma-separated, such as RNA,protein; all when left out.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value; keys: where, organisms, measurements, seed, split_by, fractions."),

@@ -23,13 +23,16 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value over the file's, such as optim.lr=1e-3 or steps=50.")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster. [starts Ray here]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster; Ray is started here when left out.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")] = False,
 ) -> None:
     """Train a model on a snapshot with Accelerate under Ray Train, and export a checkpoint that can be served.
 
-    The run lives in <output>/<name>: metrics.jsonl, tensorboard/, state/ to go on from, checkpoint/ to serve. Stopped
-    or killed, the same command goes on where it was, also with another number of workers.
+    The run lives in <output>/<name>: metrics.jsonl, tensorboard/, state/ to go on from, checkpoint/ to serve.
+
+    Stopped or killed, the same command goes on where it was, also with another number of workers.
 
     Example: python -m train infra/runs/laptop.toml --set snapshot=blood --set steps=500
     """

@@ -1,0 +1,110 @@
+"""The same lake on S3: a local S3 server on loopback stands in for the real one."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import boto3
+import cellxgene_census
+import httpx
+import numpy as np
+import pytest
+import s3fs
+import tiledbsoma
+from encoded import add_dataset, encoded_counts
+
+from store import context, records
+from store.errors import ConflictError, MissingError
+from store.lake import open_lake
+from store.snapshot import SnapshotSettings, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
+from store.validate import validate
+from store.writer import LakeWriter
+
+pytestmark = [
+    pytest.mark.s3,
+    pytest.mark.filterwarnings("ignore:Transforming to str index"),  # anndata, on the Census client's obs
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # aiobotocore, sockets left at exit
+]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket on a moto server of its own process; the environment points at it meanwhile."""
+    patch = pytest.MonkeyPatch()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for key, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(key, value)
+        context.tiledb_config.cache_clear()
+        context.tiledb_context.cache_clear()
+        s3fs.S3FileSystem.clear_instance_cache()
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            try:
+                httpx.get(url)
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        boto3.client("s3").create_bucket(Bucket="lakes")
+        yield "s3://lakes"
+    finally:
+        server.terminate()
+        server.wait(20)
+        patch.undo()
+        context.tiledb_config.cache_clear()
+        context.tiledb_context.cache_clear()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_lake_on_s3_is_written_read_proved_and_opens_in_the_census_client(bucket: str) -> None:
+    uri = f"{bucket}/one"
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 70, {"RNA": 40, "protein": 6})
+        with pytest.raises(ConflictError, match="being written by process"):
+            LakeWriter(uri).__enter__()
+        add_dataset(writer, "second", 30, {"RNA": 50})
+    lake = open_lake(uri)
+    assert lake.commit.number == 2
+    counts = lake.counts("homo_sapiens", "RNA", np.arange(70, 100))
+    assert (counts != encoded_counts(0, 30, 50)).nnz == 0
+    assert all(not check.problem for check in validate(lake))
+    client = tiledbsoma.SOMATileDBContext(tiledb_config=context.tiledb_config())
+    with tiledbsoma.open(uri, context=client) as census:
+        cells = cellxgene_census.get_anndata(census, "Homo sapiens", obs_value_filter="dataset_id == 'first'")
+    assert (cells.X[:, :40] != encoded_counts(0, 70, 40)).nnz == 0
+
+
+def test_snapshots_on_s3_come_and_go_whole(bucket: str) -> None:
+    uri = f"{bucket}/two"
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 70, {"RNA": 40})
+    made = create_snapshot(uri, "s", SnapshotSettings(seed=1))
+    made.verify()
+    assert list_snapshots(uri) == ["s"]
+    assert len(open_snapshot(uri, "s").block("RNA", 10, 30).indptr) == 21
+    delete_snapshot(uri, "s")
+    assert list_snapshots(uri) == []
+    with pytest.raises(MissingError, match="no lake here"):
+        open_lake(f"{bucket}/none")
+
+
+def test_a_record_on_s3_is_created_once(bucket: str) -> None:
+    assert records.create(f"{bucket}/r/1.json", {"a": 1})
+    assert not records.create(f"{bucket}/r/1.json", {"a": 2})
+    assert records.read(f"{bucket}/r/1.json") == {"a": 1}
+    assert records.read(f"{bucket}/r/2.json") is None
