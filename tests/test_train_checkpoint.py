@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,6 +93,33 @@ def test_a_manifest_cannot_point_outside_its_folder(folder: Path) -> None:
         Predictor.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_sha256": "0" * 64}, "model_sha256 is not that of model.safetensors"),
+        ({"files": {}}, "does not name README.md"),
+        ({"files": {"README.md": "text"}}, "damaged"),
+        ({"files": [1, 2]}, "damaged"),
+        ({"format": 99}, "format 99; this version reads format 1"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(InputRefused, match=message):
+        Predictor.load(folder)
+
+
+def test_weights_that_are_none_are_refused_though_every_digest_fits(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"x" * 100)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model_sha256"] = manifest["files"]["model.safetensors"]["sha256"] = checkpoint.sha256(weights)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputRefused, match="not a checkpoint of this version"):
+        Predictor.load(folder)
+
+
 def test_an_export_replaces_the_one_before_whole(folder: Path) -> None:
     export(folder, seed=3)
     assert Predictor.load(folder).manifest["global_step"] == 3
@@ -144,11 +172,40 @@ def test_effects_are_of_the_cells_organism_and_combine_targets(folder: Path) -> 
     np.testing.assert_allclose(one["RNA"].perturbed_G - one["RNA"].control_G, one["RNA"].delta_G)
 
 
+def test_stored_zeros_and_duplicates_are_the_matrix_that_they_stand_for_and_the_input_stays(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    plain = csr_matrix(np.array([[0, 3, 0, 2] + [0] * 8], np.float32))
+    loose = csr_matrix((np.array([2, 1, 0, 2], np.float32), [3, 1, 5, 1], [0, 4]), shape=(1, 12))
+    before = loose.data.tolist(), loose.indices.tolist()
+    first, second = (predictor.cells({"RNA": counts}) for counts in (plain, loose))
+    assert predictor.n_tokens(first).tolist() == predictor.n_tokens(second).tolist()
+    assert np.array_equal(predictor.embed(first), predictor.embed(second))
+    assert (loose.data.tolist(), loose.indices.tolist()) == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
+def test_counts_that_are_none_are_refused(folder: Path, value: float) -> None:
+    with pytest.raises(InputRefused, match=r"counts\.protein holds values that are negative or no numbers"):
+        Predictor.load(folder).cells({"protein": csr_matrix(np.array([[1.0, value]], np.float32))})
+
+
+def test_the_same_targets_in_any_order_or_number_are_the_same_perturbation(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    cells = predictor.cells(counts())
+    expected = predictor.perturb(cells, ["STAT1", "STAT2"])["RNA"].delta_G
+    for said in (["STAT2", "STAT1"], ["STAT1", "STAT2", "STAT1"], ["STAT2+STAT1"]):
+        assert np.array_equal(predictor.perturb(cells, said)["RNA"].delta_G, expected)
+
+
 def test_what_the_model_never_saw_is_refused_with_what_it_did(folder: Path) -> None:
     predictor = Predictor.load(folder)
     cells = predictor.cells(counts())
     with pytest.raises(InputRefused, match="perturbation 'STAT3' was never seen in training; did you mean 'STAT"):
         predictor.perturb(cells, ["STAT3"])
+    with pytest.raises(InputRefused, match="targets with names"):
+        predictor.perturb(cells, [""])
+    with pytest.raises(InputRefused, match=r"counts\.RNA has 2 columns and the model's vocabulary 12 features"):
+        predictor.cells({"RNA": counts()["protein"]})
     with pytest.raises(InputRefused, match="no measurement 'ATAC'; the model knows RNA, protein"):
         predictor.cells({"ATAC": counts()["RNA"]})
     with pytest.raises(InputRefused, match="no field 'tisue'"):

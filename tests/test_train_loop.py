@@ -12,10 +12,10 @@ from encoded import add_dataset
 from safetensors.torch import load_file
 
 from ingest.simulate import SimulationSettings, simulate
-from store.errors import ConflictError, MissingError, SettingsError, VerificationError
+from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.schema import DatasetPlan, Features
 from store.settings import load_settings, parse_settings
-from store.snapshot import SnapshotSettings, create_snapshot
+from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter, write_counts
 from train.loop import Run, learning_rate, read_metrics
 from train.predictor import Predictor
@@ -93,6 +93,24 @@ def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_metrics_line_that_was_cut_off_does_not_stop_a_resume(lake: str, tmp_path: Path) -> None:
+    Run(settings(lake, tmp_path, steps=8), 1).train()
+    with (tmp_path / "run/metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 9, "lo')
+    Run(settings(lake, tmp_path), 1).train()
+    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 13))
+
+
+def test_what_was_not_measured_is_null_in_json_and_no_number_in_python(lake: str, tmp_path: Path) -> None:
+    data = {"global_batch": 24, "tokens": 32, "test_split": ""}
+    summary = Run(settings(lake, tmp_path, data=data), 1).train()
+    assert np.isnan(summary.loss_test)
+    for name in ("summary.json", "start.json", "checkpoint/manifest.json"):
+        text = (tmp_path / "run" / name).read_text()
+        assert "NaN" not in text
+        assert '"loss_test": null' in text
+
+
 def test_other_settings_under_the_same_name_are_refused(lake: str, tmp_path: Path) -> None:
     Run(settings(lake, tmp_path), 1).train()
     with pytest.raises(ConflictError, match="begun with other settings"):
@@ -150,12 +168,21 @@ def test_two_workers_take_the_same_steps_as_one_and_a_finished_run_is_not_run_ag
 ) -> None:
     from train.launch import launch
 
-    Run(settings(lake, tmp_path / "one"), 1).train()
+    n_cells = open_snapshot(lake, "s").manifest["splits"]["train"]
+    lonely = next(size for size in range(20, n_cells) if n_cells % size == 1)  # an epoch ends on a batch of one cell
+    data = {"global_batch": lonely, "block": 32, "window": 2, "tokens": 32}
+    assert n_cells // lonely < 12
+    Run(settings(lake, tmp_path / "one", data=data), 1).train()
     steps: list[int] = []
-    summary = launch(settings(lake, tmp_path / "two", workers=2), lambda step, loss: steps.append(step))
+    two = settings(lake, tmp_path / "two", workers=2, data=data)
+    summary = launch(two, lambda step, loss: steps.append(step))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
     assert steps[-1] == 12
-    assert launch(settings(lake, tmp_path / "two", workers=2)) == summary
+    assert launch(two) == summary
+    with pytest.raises(ConflictError, match="begun with other settings"):
+        launch(two.model_copy(update={"seed": 9}))
+    with pytest.raises(UsageError, match="no cell is in split 'validation'"):
+        launch(settings(lake, tmp_path / "three", data={"split": "validation"}))
     with pytest.raises(MissingError, match=r"no snapshot 'none'"):
         launch(settings(lake, tmp_path / "three", snapshot="none"))
 
@@ -174,7 +201,13 @@ def test_training_recovers_the_knock_outs_of_simulated_cells(tmp_path: Path) -> 
     run = Run(
         parse_settings(
             RunSettings,
-            {"lake": uri, "snapshot": "s", "output": str(tmp_path), "steps": 300, "workers": 1, "threads": 2},
+            {
+                "lake": uri,
+                "snapshot": "s",
+                "output": str(tmp_path),
+                "steps": 300,
+                "workers": 1,
+            },  # one thread: two crawl when the cores are busy
             where="t",
         ),
         1,

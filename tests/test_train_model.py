@@ -33,7 +33,8 @@ def test_offsets_number_all_features_from_one() -> None:
     assert CONFIG.offsets == OFFSETS
 
 
-def test_garbage_in_hidden_values_changes_nothing(model: CellModel) -> None:
+def test_garbage_in_hidden_values_changes_nothing_at_the_same_depth(model: CellModel) -> None:
+    """The depth is told on purpose (a prompt, and the unit of visible values); hidden counts are in that sum only."""
     batch = cells()
     tokens = make_tokens(batch, OFFSETS, SETTINGS, chance=(0, 3))
     shown = {(c, f) for c in range(batch.n_cells) for f in tokens.feature_CL[c][tokens.valid_CL[c]].tolist()}
@@ -41,13 +42,13 @@ def test_garbage_in_hidden_values_changes_nothing(model: CellModel) -> None:
     cell_of = np.repeat(np.arange(batch.n_cells), np.diff(part.indptr))
     hidden = np.array([(c, f + OFFSETS["protein"]) not in shown for c, f in zip(cell_of, part.features, strict=True)])
     assert hidden.any()
-    garbled = replace(part, counts=np.where(hidden, part.counts, part.counts))
-    swapped = part.features.copy()
-    depth_kept = garbled.counts.copy()
-    for cell in range(batch.n_cells):  # permute hidden counts within a cell: depths stay, values do not
+    garbled = part.counts.copy()
+    for cell in range(batch.n_cells):  # all hidden counts of a cell go to one feature: the depth stays
         mine = np.flatnonzero(hidden & (cell_of == cell))
-        depth_kept[mine] = depth_kept[np.roll(mine, 1)]
-    other = replace(batch, counts={**batch.counts, "protein": replace(part, counts=depth_kept, features=swapped)})
+        if len(mine):
+            garbled[mine[1:]], garbled[mine[0]] = 0, part.counts[mine].sum()
+    assert not np.array_equal(garbled, part.counts)
+    other = replace(batch, counts={**batch.counts, "protein": replace(part, counts=garbled)})
     again = make_tokens(other, OFFSETS, SETTINGS, chance=(0, 3))
     assert torch.equal(model(tokens)[0], model(again)[0])
 
@@ -130,6 +131,17 @@ def test_every_parameter_gets_a_gradient() -> None:
     loss, *_ = objective(model, model, cells(), 1)
     loss.total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_rank_without_cells_adds_nothing_and_still_has_gradients(model: CellModel) -> None:
+    objective = Objective(
+        {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}, SETTINGS, 0.5, 0, torch.device("cpu")
+    )
+    loss, n_tokens, n_cells = objective(model, model, cells(1), 1, rank=1, world=2)
+    loss.total.backward()
+    assert (float(loss.total.detach()), float(loss.pairs), n_tokens, n_cells) == (0.0, 0.0, 0, 0)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(grad is not None and not grad.any() for grad in gradients.values()), gradients
 
 
 def test_controls_match_in_dataset_type_and_time() -> None:

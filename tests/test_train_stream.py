@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from encoded import add_dataset, encoded_counts
@@ -80,6 +82,24 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer(
     monkeypatch.setattr(Snapshot, "block", broken)
     with pytest.raises(VerificationError, match="damaged"):
         next(stream(snapshot).epoch(0))
+
+
+def test_a_value_that_training_never_shows_has_no_code(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 150, {"RNA": 40})
+    held = create_snapshot(
+        uri, "held", SnapshotSettings(split_by="perturbation", fractions={"train": 0.5, "test": 0.5})
+    )
+    cells = held.cells().to_pandas()
+    shown = set(cells["perturbation"][cells["split"] == "train"])
+    assert len(shown) == 1
+    every, learned = read_labels(held), read_labels(held, "train")
+    assert set(every.values["perturbation"]) == {"", "control", "RNA0003"}
+    assert set(learned.values["perturbation"]) == {"", "control"} | shown
+    unknown = ~cells["perturbation"].isin(set(learned.values["perturbation"])).to_numpy()
+    assert (learned.perturbation[unknown] == 0).all()
+    assert (learned.perturbation[(cells["split"] == "train").to_numpy()] > 0).all()
 
 
 def test_a_split_without_cells_is_refused_with_those_that_have_some(snapshot: Snapshot) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -31,6 +32,7 @@ from train.tokens import TokenSettings
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+EXPORTED = ("README.md", "config.json", "model.safetensors", "vocabulary.json")
 VERSIONED = ("torch", "accelerate", "ray", "numpy", "safetensors", "tiledbsoma")
 
 
@@ -80,23 +82,27 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         MissingError: There is no directory, or none with a manifest: it was never finished.
-        InputRefused: A file is missing, has other bytes, or is not named in the manifest.
+        InputRefused: The manifest is damaged or of another format, or a file that it names is missing or has other
+            bytes.
     """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
+        found = manifest["format"]
+        digests = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
     except (FileNotFoundError, NotADirectoryError):
         raise MissingError(
             f"{folder}: no checkpoint here (no {MANIFEST}); a run leaves one in <output>/<name>/checkpoint"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputRefused(f"{folder / MANIFEST}: damaged: {error}") from None
-    for name, entry in files.items():
+    if found != FORMAT:
+        raise InputRefused(f"{folder / MANIFEST}: format {found!r}; this version reads format {FORMAT}")
+    for name, digest in digests.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             raise InputRefused(f"{path}: named in the manifest and not there; copy the checkpoint again")
-        if sha256(path) != entry["sha256"]:
+        if sha256(path) != digest:
             raise InputRefused(f"{path}: its SHA-256 differs from the manifest's; copy the checkpoint again")
     return dict(manifest)
 
@@ -214,6 +220,11 @@ def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    unlisted = [name for name in EXPORTED if name not in manifest["files"]]
+    if unlisted:
+        raise InputRefused(f"{folder / MANIFEST}: does not name {unlisted[0]}, which is served; export it again")
+    if manifest.get("model_sha256") != manifest["files"]["model.safetensors"]["sha256"]:
+        raise InputRefused(f"{folder / MANIFEST}: model_sha256 is not that of model.safetensors; export it again")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
@@ -224,7 +235,7 @@ def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
         model = CellModel(_in_order(sizes, manifest))
         model.load_state_dict(load_file(folder / "model.safetensors", device=device))
         tokens = TokenSettings(**config["tokens"])
-    except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(f"{folder}: not a checkpoint of this version: {error}") from error
     return Checkpoint(model.to(torch.device(device)).eval(), tokens, ordered, dict(words["prompts"]), manifest)
 

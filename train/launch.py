@@ -14,10 +14,10 @@ import ray.train
 import ray.train.torch
 
 from store.cluster import ray_cluster
-from store.errors import InputRefused, MissingError, SomaflowError
-from store.snapshot import open_snapshot
+from store.errors import InputRefused, MissingError, SomaflowError, UsageError
+from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
-from train.loop import Run, Summary, fingerprint, read_summary, run_folder
+from train.loop import Run, Summary, begun_otherwise, fingerprint, json_values, read_summary, run_folder
 from train.settings import RunSettings
 
 POLL_S = 0.5
@@ -39,6 +39,7 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     Raises:
         MissingError: No lake or snapshot.
         ConflictError: The run's folder belongs to other settings.
+        UsageError: The snapshot has no cell in the split to train on.
         SomaflowError: What stopped the workers.
     """
     settings = settings.model_copy(
@@ -46,7 +47,9 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     )
     snapshot = open_snapshot(settings.lake, settings.snapshot)
     folder = run_folder(settings)
-    if _finished(folder, settings, fingerprint(settings, snapshot.id)):
+    wanted = fingerprint(settings, snapshot.id)
+    _check_split(settings, snapshot)
+    if _finished(folder, settings, wanted):
         summary = read_summary(folder)
         progress(summary.steps, summary.loss_last)
         return summary
@@ -66,7 +69,7 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
                 num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
             ),
             run_config=ray.train.RunConfig(
-                name=f"{settings.name}-{fingerprint(settings, snapshot.id)[:12]}",
+                name=f"{settings.name}-{wanted[:12]}",
                 storage_path=str(folder / "ray"),
                 failure_config=ray.train.FailureConfig(max_failures=2),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
@@ -82,16 +85,32 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     return read_summary(folder)
 
 
+def _check_split(settings: RunSettings, snapshot: Snapshot) -> None:
+    """Refuse here what every worker would refuse, each after its start and again after each restart."""
+    splits = snapshot.manifest["splits"]
+    if not splits.get(settings.data.split):
+        known = ", ".join(sorted(name for name, n_cells in splits.items() if n_cells))
+        raise UsageError(
+            f"{snapshot.uri}: no cell is in split {settings.data.split!r} (data.split); splits with cells: {known}"
+        )
+
+
 def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:
-    """Say whether the run was trained to its last step and exported; its files are compared with their manifests."""
+    """Say whether the run was trained to its last step and exported; its files are compared with their manifests.
+
+    Raises:
+        ConflictError: The run was begun with other settings; said here, before any worker starts.
+    """
     states = checkpoint.valid_states(folder / "state")
     try:
         state = checkpoint.read_manifest(states[-1]) if states else {}
+        if state and state["fingerprint"] != wanted:
+            raise begun_otherwise(folder, settings)
         exported = checkpoint.read_manifest(folder / "checkpoint")
     except (InputRefused, MissingError):
         return False
-    same = state.get("fingerprint") == wanted and exported["global_step"] == state["global_step"] == settings.steps
-    return same and (folder / "summary.json").exists()
+    reached = bool(state) and exported["global_step"] == state["global_step"] == settings.steps
+    return reached and (folder / "summary.json").exists()
 
 
 def _absolute(uri: str) -> str:
@@ -134,4 +153,4 @@ def _watch(path: Path, done: threading.Event, progress: Progress) -> None:
 
 def as_json(summary: Summary) -> dict[str, Any]:
     """Return a summary as plain values."""
-    return asdict(summary)
+    return json_values(asdict(summary))

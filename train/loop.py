@@ -63,6 +63,14 @@ def fingerprint(settings: RunSettings, snapshot_id: str) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def begun_otherwise(folder: Path, settings: RunSettings) -> ConflictError:
+    """Return the error of a run whose folder holds a training state of other settings."""
+    return ConflictError(
+        f"{folder}: run {settings.name!r} was begun with other settings or another snapshot; choose another name, or "
+        "remove the folder"
+    )
+
+
 class Run:
     """One run in one process of it."""
 
@@ -92,7 +100,7 @@ class Run:
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, world
         self.snapshot: Snapshot = open_snapshot(settings.lake, settings.snapshot)
-        self.labels: Labels = read_labels(self.snapshot)
+        self.labels: Labels = read_labels(self.snapshot, settings.data.split)
         self.stream = self._stream(settings.data.split)
         self.vocabulary = _vocabulary(self.snapshot)
         self.fingerprint = fingerprint(settings, self.snapshot.id)
@@ -157,10 +165,7 @@ class Run:
         if manifest is None:
             return 0
         if manifest["fingerprint"] != self.fingerprint:
-            raise ConflictError(
-                f"{self.folder}: run {self.settings.name!r} was begun with other settings or another snapshot; choose "
-                "another name, or remove the folder"
-            )
+            raise begun_otherwise(self.folder, self.settings)
         self.plain.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         return int(manifest["global_step"])
@@ -297,7 +302,7 @@ class Run:
             loss_first=rows[0]["loss"],
             loss_last=sum(row["loss"] for row in last) / len(last),
             loss_test=test,
-            loss_test_first=json.loads((self.folder / "start.json").read_text(encoding="utf-8"))["loss_test"],
+            loss_test_first=_number(json.loads((self.folder / "start.json").read_text(encoding="utf-8"))["loss_test"]),
             cells_per_s=sum(row["cells"] for row in rows) / seconds,
             data_wait_share=sum(row["data_wait_s"] for row in rows) / seconds,
             parameters=sum(part.numel() for part in self.plain.parameters()),
@@ -315,20 +320,31 @@ class Run:
             self.objective.settings,
             self.vocabulary,
             {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")},
-            provenance,
+            provenance | {"figures": json_values(figures)},
             write_card(self.snapshot, self.settings, provenance),
         )
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read a run's metrics, one dictionary for each finished step."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """Read a run's metrics, one dictionary for each finished step; a last line that was cut off is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_summary(folder: Path) -> Summary:
     """Read what a finished run came to."""
     values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return Summary(**values, checkpoint=str(folder / "checkpoint"))
+    losses = {name: _number(values[name]) for name in ("loss_test", "loss_test_first")}
+    return Summary(**(values | losses), checkpoint=str(folder / "checkpoint"))
+
+
+def json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Write what is no number as null: JSON has no NaN, and other people's parsers refuse it."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
@@ -372,7 +388,7 @@ def _timed(batches: Iterator[Cells]) -> Iterator[tuple[Cells, float]]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    temporary.write_text(json.dumps(json_values(values), indent=1, allow_nan=False), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -398,5 +414,5 @@ class _Metrics:
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row."""
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json.dumps(json_values(row), allow_nan=False) + "\n")
         self.file.flush()

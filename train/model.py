@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
     def forward(self, x_CLD: Tensor, valid_CL: Tensor) -> Tensor:
         """Attend from every token to the valid ones."""
-        shape = (*x_CLD.shape[:2], self.heads, -1)
+        shape = (*x_CLD.shape[:2], self.heads, x_CLD.shape[2] // self.heads)  # spelt out: a share may hold no cell
         q = self.q_norm(self.q_proj(x_CLD).view(shape)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x_CLD).view(shape)).transpose(1, 2)
         v = self.v_proj(x_CLD).view(shape).transpose(1, 2)

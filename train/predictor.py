@@ -69,13 +69,13 @@ class Predictor:
                 said"; an organism that is not said is taken from the features that have counts.
 
         Raises:
-            InputRefused: An unknown measurement, field or value, or lengths that differ.
+            InputRefused: An unknown measurement, field or value, lengths that differ, columns that are not the
+                vocabulary's, or counts that are negative or no numbers.
         """
         prompts = prompts or {}
         n_cells = _common_length(counts, prompts)
-        unknown = sorted(set(counts) - set(self.vocabulary))
-        if unknown:
-            raise InputRefused(f"counts: no measurement {unknown[0]!r}; the model knows {', '.join(self.vocabulary)}")
+        for name, part in counts.items():
+            self._check(name, part)
         fields = {*PROMPTS, *NUMBERS, "perturbation"}
         strange = sorted(set(prompts) - fields)
         if strange:
@@ -93,6 +93,18 @@ class Predictor:
             numbers={name: _numbers(name, prompts.get(name), n_cells) for name in NUMBERS},
             row=np.zeros(n_cells, dtype=np.int64),
         )
+
+    def _check(self, name: str, counts: csr_matrix) -> None:
+        if name not in self.vocabulary:
+            raise InputRefused(f"counts: no measurement {name!r}; the model knows {', '.join(self.vocabulary)}")
+        n_features = len(self.vocabulary[name].feature_id)
+        if counts.shape[1] != n_features:
+            raise InputRefused(
+                f"counts.{name} has {counts.shape[1]} columns and the model's vocabulary {n_features} features; bring "
+                "the columns into the order of vocabulary.json"
+            )
+        if not (np.isfinite(counts.data).all() and (counts.data >= 0).all()):
+            raise InputRefused(f"counts.{name} holds values that are negative or no numbers; send raw counts")
 
     def _codes(self, field: str, values: list[str]) -> NDArray[np.int32]:
         known = self._code[field]
@@ -133,14 +145,15 @@ class Predictor:
         return np.concatenate(parts) if parts else np.zeros((0, self.model.config.width), dtype=np.float32)
 
     def perturb(self, cells: Cells, perturbation: list[str]) -> dict[str, Effect]:
-        """Predict what hitting these targets together does to the cells, on average.
+        """Predict what hitting these targets together does to the cells, on average; their order does not matter.
 
         Raises:
             InputRefused: A target that was never seen in training, or no cells.
         """
-        if cells.n_cells == 0 or not perturbation:
-            raise InputRefused("perturb needs at least one cell and one target")
-        targets = self._perturbations(["+".join(perturbation)])
+        named = sorted({target for targets in perturbation for target in targets.split("+")})
+        if cells.n_cells == 0 or not named or "" in named:
+            raise InputRefused(f"perturb needs at least one cell, and targets with names; got {perturbation!r}")
+        targets = self._perturbations(["+".join(named)])
         hit = replace(cells, perturbation=np.repeat(targets, cells.n_cells, axis=0))
         control = replace(cells, perturbation=np.full((cells.n_cells, 1), CONTROL, dtype=np.int32))
         without, with_it = self._mean(control), self._mean(hit)
@@ -170,8 +183,9 @@ class Predictor:
 
 
 def _csr(counts: csr_matrix) -> Csr:
-    counts = csr_matrix(counts, dtype=np.float32)
-    counts.sort_indices()
+    counts = csr_matrix(counts, dtype=np.float32, copy=True)  # the caller's matrix stays as it is
+    counts.sum_duplicates()
+    counts.eliminate_zeros()
     return Csr(counts.indptr.astype(np.int64), counts.indices.astype(np.int32), counts.data)
 
 

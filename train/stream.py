@@ -37,23 +37,32 @@ class Labels:
 NOT_SAID = {"", "unknown", "na", "nan"}
 
 
-def read_labels(snapshot: Snapshot) -> Labels:
-    """Code the labels of a snapshot; values are numbered in alphabetical order after "" (not said)."""
+def read_labels(snapshot: Snapshot, learned: str | None = None) -> Labels:
+    """Code the labels of a snapshot; values are numbered in alphabetical order after "" (not said).
+
+    Args:
+        snapshot: Whose labels.
+        learned: The split that is trained on: a value that only other splits have gets no code and is "not said"
+            there, so that a checkpoint never claims to know what it was not shown. None codes every value.
+    """
     cells = snapshot.cells().to_pandas()
+    mine = cells["split"].eq(learned) if learned is not None else pd.Series(True, index=cells.index)
     values, prompts = {}, {}
     for name in PROMPTS:
         said = cells[name].astype(str).where(~cells[name].isin(NOT_SAID), "")
-        values[name] = ["", *sorted(set(said) - {""})]
-        prompts[name] = _codes(said, values[name])
+        values[name] = ["", *sorted(set(said[mine]) - {""})]
+        prompts[name] = np.maximum(_codes(said, values[name]), 0)
     split = cells["perturbation"].astype(str).str.split("+")
-    names = sorted({name for parts in split for name in parts} - {"", "control"})
+    names = sorted({name for parts in split[mine] for name in parts} - {"", "control"})
     values["perturbation"] = ["", "control", *names]
     n_targets = max(1, int(split.str.len().max()))
     columns = [split.str[number].fillna("") for number in range(n_targets)]
+    targets = np.stack([_codes(column, values["perturbation"]) for column in columns], axis=1)
+    targets[(targets < 0).any(axis=1)] = 0  # one unknown target makes the whole combination unknown
     return Labels(
         values=values,
         prompts=prompts,
-        perturbation=np.stack([_codes(column, values["perturbation"]) for column in columns], axis=1),
+        perturbation=targets,
         numbers={name: cells[name].to_numpy(np.float32) for name in NUMBERS},
         measured={name: cells[measured_column(name)].to_numpy(bool) for name in snapshot.measurements},
         panel=_codes(cells["dataset_id"], list(snapshot.datasets)),

@@ -85,6 +85,10 @@ def read_table(group: Any, key: str, where: str) -> pd.DataFrame:
         index = "index" if "index" in records else records.columns[0]
         table = records.set_index(index)
         table.index = pd.Index([_text(name) for name in table.index])
+        for column in table:
+            if f"uns/{column}_categories" in group:
+                names = [_text(name) for name in np.atleast_1d(group[f"uns/{column}_categories"][()])]
+                table[column] = pd.Categorical.from_codes(table[column].astype(int), names)
     table.index = table.index.astype(str)
     return pd.DataFrame(table)
 
