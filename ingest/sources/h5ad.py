@@ -88,7 +88,7 @@ def read_table(group: Any, key: str, where: str) -> pd.DataFrame:
         for column in table:
             if f"uns/{column}_categories" in group:
                 names = [_text(name) for name in np.atleast_1d(group[f"uns/{column}_categories"][()])]
-                table[column] = pd.Categorical.from_codes(table[column].astype(int), names)
+                table[column] = np.array([*names, ""], dtype=object)[table[column].to_numpy(dtype=int)]
     table.index = table.index.astype(str)
     return pd.DataFrame(table)
 
