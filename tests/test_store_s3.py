@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import cellxgene_census
@@ -17,6 +18,8 @@ import s3fs
 import tiledbsoma
 from encoded import add_dataset, encoded_counts
 
+from ingest.dataset import OpenDataset
+from ingest.job import SourceSettings
 from store import context, records
 from store.errors import ConflictError, MissingError
 from store.lake import open_lake
@@ -27,6 +30,7 @@ from store.writer import LakeWriter
 pytestmark = [
     pytest.mark.s3,
     pytest.mark.filterwarnings("ignore:Transforming to str index"),  # anndata, on the Census client's obs
+    pytest.mark.filterwarnings("ignore:Variable names are not unique"),  # anndata, on 10x symbols; we use the ids
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # aiobotocore, sockets left at exit
 ]
 
@@ -108,3 +112,18 @@ def test_a_record_on_s3_is_created_once(bucket: str) -> None:
     assert not records.create(f"{bucket}/r/1.json", {"a": 2})
     assert records.read(f"{bucket}/r/1.json") == {"a": 1}
     assert records.read(f"{bucket}/r/2.json") is None
+
+
+def test_files_on_s3_are_sources_like_local_ones(bucket: str, shared_data: Path) -> None:
+    filesystem = s3fs.S3FileSystem()
+    given = {
+        "cells.h5ad": shared_data / "derived/pbmc68k_reduced_counts.h5ad",
+        "matrix.h5": shared_data / "rna/10x_v3_scanpy/filtered_feature_bc_matrix.h5",
+    }
+    for name, path in given.items():
+        filesystem.put_file(str(path), f"lakes/sources/{name}")
+        here = OpenDataset(SourceSettings(uri=str(path)), "x")
+        there = OpenDataset(SourceSettings(uri=f"{bucket}/sources/{name}"), "x")
+        assert there.form.digest == here.form.digest
+        assert (there.block("RNA", 5, 60) != here.block("RNA", 5, 60)).nnz == 0
+        assert there.form.obs.index.equals(here.form.obs.index)

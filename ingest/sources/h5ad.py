@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import anndata.io
+import fsspec
 import h5py
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from ingest.sources.form import (
     memory_rows,
 )
 from store.errors import InputRefused
+from store.records import is_local
 
 PROTEIN_TABLES = ("protein_expression", "protein_counts", "protein", "ADT", "adt")
 """obsm entries that hold antibody counts, by custom; their names stand in ``uns['protein_names']`` or the table."""
@@ -61,9 +63,9 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 
 
 def open_file(path: str) -> h5py.File:
-    """Open an HDF5 file for reading."""
+    """Open an HDF5 file for reading, also one that lies behind a URI."""
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path if is_local(path) else fsspec.open(path, "rb").open(), "r")
     except OSError as error:
         raise InputRefused(f"{path}: not a readable HDF5 file: {error}") from error
 

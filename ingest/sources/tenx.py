@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pandas as pd
 
 from ingest.job import SourceSettings
@@ -17,6 +18,7 @@ from ingest.sources.form import (
     memory_rows,
 )
 from store.errors import InputRefused
+from store.records import is_local
 
 
 def names(source: SourceSettings) -> list[str]:
@@ -29,7 +31,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 
     A ``metadata.tsv`` in a folder, whose first column names the cells, becomes obs.
     """
-    counts = _read(Path(source.uri))
+    counts = _read(source.uri)
     counts.var = counts.var.rename_axis("gene_symbols").reset_index().set_index("gene_ids")
     types = (
         counts.var["feature_types"] if "feature_types" in counts.var else pd.Series(["Gene Expression"] * counts.n_vars)
@@ -55,9 +57,11 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     )
 
 
-def _read(path: Path) -> Any:
+def _read(uri: str) -> Any:
+    """Read a folder on this machine, or a file, which is copied here first when it lies behind a URI."""
     import scanpy
 
+    path = Path(uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}"))
     try:
         if path.is_dir():
             return scanpy.read_10x_mtx(path, var_names="gene_symbols", make_unique=False, gex_only=False)
