@@ -2,9 +2,10 @@
 
 The encoder (pre-norm, RMSNorm, QK-norm, SwiGLU, plain linear projections) reads a summary token, prompt tokens and
 the visible feature tokens. The decoder takes the summary and the prompts and gives log rates of every feature of every
-measurement; hidden values never enter but through the depth of the cell, they are only compared with. Likelihoods: negative binomial for RNA and
-protein, Poisson for the others; the mean is the cell's depth times a softmax over the features that its dataset
-measures. Architecture after the reference of masked cell models (He et al. 2022; Lopez et al. 2018 for the likelihood).
+measurement; hidden values never enter (but in the sum of a cell's counts, its depth), they are only compared with.
+Likelihoods: negative binomial for RNA and protein, Poisson for the others; the mean is the cell's depth times a softmax
+over the features that its dataset measures. Architecture after the reference of masked cell models (He et al. 2022;
+Lopez et al. 2018 for the likelihood).
 
 Shape letters used in this module:
     C  cells      L  tokens      D  width      H  heads      G  features of a measurement      M  measurements
