@@ -205,12 +205,14 @@ def _write_10x(folder: Path, simulation: Simulation) -> None:
     rows = [(name, name.replace("SYNG", "syn"), "Gene Expression") for name in truth.genes]
     rows += [(name, name.replace("SYNP", "ab"), "Antibody Capture") for name in truth.proteins]
     matrix = scipy.sparse.hstack([simulation.counts["RNA"], simulation.counts["protein"]]).T.tocoo()
-    with gzip.open(folder / "matrix.mtx.gz", "wb") as file:
+    with gzip.GzipFile(
+        folder / "matrix.mtx.gz", "wb", mtime=0
+    ) as file:  # no time of day: the same seed, the same bytes
         scipy.io.mmwrite(cast(IO[bytes], file), matrix.astype(np.int64), field="integer")
-    with gzip.open(folder / "features.tsv.gz", "wt") as text:
-        text.writelines("\t".join(row) + "\n" for row in rows)
-    with gzip.open(folder / "barcodes.tsv.gz", "wt") as text:
-        text.writelines(name + "\n" for name in simulation.obs["cell_id"])
+    lines = {"features": ["\t".join(row) for row in rows], "barcodes": list(simulation.obs["cell_id"])}
+    for name, content in lines.items():
+        with gzip.GzipFile(folder / f"{name}.tsv.gz", "wb", mtime=0) as file:
+            file.write("".join(line + "\n" for line in content).encode())
     simulation.obs.to_csv(folder / "metadata.tsv", sep="\t", index=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import mudata
@@ -11,6 +12,7 @@ import pytest
 import scanpy
 
 from ingest.simulate import Simulation, SimulationSettings, simulate, write_files
+from ingest.sources.form import content_digest
 
 SMALL = SimulationSettings(cells=900, genes=120, proteins=8, peaks=20, targets=5, null_targets=1)
 
@@ -59,6 +61,10 @@ def test_proteins_follow_the_rna_of_their_gene(made: Simulation) -> None:
 @pytest.mark.filterwarnings("ignore:From 0.4:FutureWarning")  # the same
 def test_the_files_hold_the_same_cells_for_other_peoples_readers(made: Simulation, tmp_path: Path) -> None:
     write_files(tmp_path, made)
+    digest = content_digest(str(tmp_path / "10x"))
+    time.sleep(1.1)  # a file that held the time of day would differ now
+    write_files(tmp_path, made)
+    assert content_digest(str(tmp_path / "10x")) == digest
     tenx = scanpy.read_10x_mtx(tmp_path / "10x", gex_only=False)
     assert (tenx.X[:, :120] != made.counts["RNA"]).nnz == 0
     assert (tenx.X[:, 120:] != made.counts["protein"]).nnz == 0
