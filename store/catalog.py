@@ -6,6 +6,7 @@
     <lake>/somaflow/plans/000000000007.json          ranges handed out, before anything is written
     <lake>/somaflow/features/<organism>/<measurement>/000000000000.json   names of features, in joinid order
     <lake>/somaflow/commits/000000000007.json        what exists: the newest one decides what a reader sees
+    <lake>/somaflow/vacuumed/000000000005.json       commits before this one can no longer be opened
 """
 
 from __future__ import annotations
@@ -23,16 +24,26 @@ from store import records
 from store.errors import ConflictError
 from store.schema import FEATURE_CAPACITY, Features
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Content:
-    """What one measurement of a dataset holds: enough to recognise it when it is read again."""
+    """What one measurement of a dataset holds: enough to recognise it when it is read again.
+
+    Attributes:
+        nnz: Stored values.
+        total: Their sum.
+        digest: Sum of the values' digests, in hex.
+        layer: Where they stand: ``X[layer]``.
+        fragments: Names of the TileDB fragments that hold them, ascending.
+    """
 
     nnz: int
     total: float
     digest: str
+    layer: str = "raw"
+    fragments: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Commit:
         parent: The id of the commit before.
         dataset: Plan number, dataset id, organism, key and ranges of the dataset that it added; empty for number 0.
         content: Measurement to what was written and read back.
+        superseded: Plan numbers of datasets that this commit took out of the lake.
     """
 
     number: int
@@ -54,6 +66,7 @@ class Commit:
     dataset: dict[str, Any] = field(default_factory=dict)
     content: dict[str, Content] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    superseded: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -72,8 +85,27 @@ def commits(lake_uri: str) -> list[Commit]:
 
 
 def _commit(values: dict[str, Any]) -> Commit:
-    content = {name: Content(**part) for name, part in values.pop("content").items()}
-    return Commit(**values, content=content)
+    content = {
+        name: Content(**{**part, "fragments": tuple(part["fragments"])}) for name, part in values.pop("content").items()
+    }
+    return Commit(**{**values, "superseded": tuple(values["superseded"])}, content=content)
+
+
+def current(history: Sequence[Commit]) -> list[Commit]:
+    """Return the commits whose datasets are in the lake after ``history``: added, and not superseded since."""
+    gone = {number for commit in history for number in commit.superseded}
+    return [commit for commit in history if commit.dataset and commit.dataset["number"] not in gone]
+
+
+def first_openable(lake_uri: str) -> int:
+    """Return the oldest commit that can still be opened: a vacuum removes what older ones need."""
+    found = records.read_all(records.join(lake_uri, records.FOLDER, "vacuumed"))
+    return max((record["first_openable"] for record in found), default=0)
+
+
+def create_vacuumed(lake_uri: str, first: int) -> None:
+    """Record that commits before ``first`` cannot be opened any more."""
+    records.create(records.join(lake_uri, records.FOLDER, "vacuumed", _numbered(first)), {"first_openable": first})
 
 
 def create_commit(lake_uri: str, commit: Commit) -> None:
@@ -90,7 +122,10 @@ def create_commit(lake_uri: str, commit: Commit) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranges handed to one dataset: soma_joinids ``obs_start`` to ``obs_start + n_obs``, one dataset joinid."""
+    """Ranges handed to one dataset: soma_joinids ``obs_start`` to ``obs_start + n_obs``, one dataset joinid.
+
+    ``origin`` says whose next version would replace this one: a file's address, or a name that its publisher gave.
+    """
 
     number: int
     key: str
@@ -99,6 +134,7 @@ class Plan:
     dataset_joinid: int
     obs_start: int
     n_obs: int
+    origin: str = ""
 
 
 def plans(lake_uri: str) -> list[Plan]:
@@ -106,7 +142,9 @@ def plans(lake_uri: str) -> list[Plan]:
     return [Plan(**values) for values in records.read_all(records.join(lake_uri, records.FOLDER, "plans"))]
 
 
-def create_plan(lake_uri: str, known: Sequence[Plan], *, key: str, dataset_id: str, organism: str, n_obs: int) -> Plan:
+def create_plan(
+    lake_uri: str, known: Sequence[Plan], *, key: str, dataset_id: str, organism: str, n_obs: int, origin: str = ""
+) -> Plan:
     """Hand out ranges behind all that were ever handed out; a range is never given twice.
 
     Raises:
@@ -123,6 +161,7 @@ def create_plan(lake_uri: str, known: Sequence[Plan], *, key: str, dataset_id: s
         dataset_joinid=fresh if same_name is None else same_name,
         obs_start=max((plan.obs_start + plan.n_obs for plan in same_organism), default=0),
         n_obs=n_obs,
+        origin=origin,
     )
     if not records.create(records.join(lake_uri, records.FOLDER, "plans", _numbered(plan.number)), asdict(plan)):
         raise ConflictError(f"{lake_uri}: plan {plan.number} was made by another driver; run the same command again")

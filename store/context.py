@@ -11,6 +11,8 @@ import tiledb
 import tiledbsoma
 
 BUFFER_BYTES = 256 * 2**20
+THREADS = "SOMAFLOW_TILEDB_THREADS"
+"""Environment variable: threads of TileDB in this process; unset, as many as there are cores."""
 
 
 @cache
@@ -33,15 +35,27 @@ def tiledb_config() -> dict[str, Any]:
             "vfs.s3.scheme": parts.scheme,
             "vfs.s3.use_virtual_addressing": "false",
         }
+    threads = os.environ.get(THREADS)
+    if threads:
+        config |= {"sm.compute_concurrency_level": threads, "sm.io_concurrency_level": threads}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region:
         config["vfs.s3.region"] = region
     return config
 
 
-def soma_context(timestamp_ms: int | None = None) -> tiledbsoma.SOMATileDBContext:
-    """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now)."""
-    return tiledbsoma.SOMATileDBContext(tiledb_config=tiledb_config(), timestamp=timestamp_ms)
+def is_s3(uri: str) -> bool:
+    """Say whether ``uri`` lies on S3 or a server that speaks its protocol."""
+    return uri.startswith(("s3://", "s3a://"))
+
+
+def soma_context(timestamp_ms: int | None = None, buffer_bytes: int = BUFFER_BYTES) -> tiledbsoma.SOMATileDBContext:
+    """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now).
+
+    ``buffer_bytes`` is what a read may hold of each column before it hands a part over.
+    """
+    config = tiledb_config() | {"soma.init_buffer_bytes": buffer_bytes}
+    return tiledbsoma.SOMATileDBContext(tiledb_config=config, timestamp=timestamp_ms)
 
 
 @cache

@@ -80,8 +80,8 @@ def _create_collections(uri: str) -> None:
             )
 
 
-def ensure_measurement(uri: str, organism: str, measurement: str) -> None:
-    """Make the organism's experiment and its measurement where they are missing.
+def ensure_measurement(uri: str, organism: str, measurement: str, layer: str = "raw") -> None:
+    """Make the organism's experiment, its measurement and the layer of its X where they are missing.
 
     A member that a killed process made but did not enter in its group is removed and made anew: nothing can have
     been committed to it.
@@ -99,6 +99,14 @@ def ensure_measurement(uri: str, organism: str, measurement: str) -> None:
                     domain=[(0, schema.CELL_CAPACITY - 1)],
                     platform_config=schema.table_options(schema.OBS_SCHEMA),
                 )
+                presence = schema.MEASUREMENT_PRESENCE
+                experiment.add_new_dataframe(
+                    "obs_measurement_presence",
+                    schema=presence,
+                    index_column_names=["soma_joinid"],
+                    domain=[(0, schema.CELL_CAPACITY - 1)],
+                    platform_config=schema.table_options(presence),
+                )
                 experiment.add_new_collection("ms")
             data.set(organism, tiledbsoma.Experiment.open(organism_uri, context=context), use_relative_uri=True)
     ms_uri = records.join(organism_uri, "ms")
@@ -108,6 +116,22 @@ def ensure_measurement(uri: str, organism: str, measurement: str) -> None:
             records.remove(member_uri)
             _create_measurement(member_uri, measurement)
             ms.set(measurement, tiledbsoma.Measurement.open(member_uri, context=context), use_relative_uri=True)
+    with tiledbsoma.Collection.open(records.join(ms_uri, measurement, "X"), "w", context=context) as layers:
+        if layer not in layers:
+            layer_uri = records.join(ms_uri, measurement, "X", layer)
+            records.remove(layer_uri)
+            _create_layer(layer_uri, measurement)
+            layers.set(layer, tiledbsoma.SparseNDArray.open(layer_uri, context=context), use_relative_uri=True)
+
+
+def _create_layer(uri: str, measurement: str) -> None:
+    tiledbsoma.SparseNDArray.create(
+        uri,
+        type=pa.float32(),
+        shape=(schema.CELL_CAPACITY, schema.FEATURE_CAPACITY[measurement]),
+        platform_config=schema.counts_options(schema.ROW_TILE[measurement]),
+        context=soma_context(),
+    ).close()
 
 
 def _create_measurement(uri: str, measurement: str) -> None:
@@ -120,12 +144,7 @@ def _create_measurement(uri: str, measurement: str) -> None:
             domain=[(0, capacity - 1)],
             platform_config=schema.table_options(schema.VAR_SCHEMA),
         )
-        member.add_new_collection("X").add_new_sparse_ndarray(
-            "raw",
-            type=pa.float32(),
-            shape=(schema.CELL_CAPACITY, capacity),
-            platform_config=schema.counts_options(),
-        )
+        member.add_new_collection("X")
         member.add_new_sparse_ndarray(
             "feature_dataset_presence_matrix",
             type=pa.bool_(),
@@ -134,16 +153,47 @@ def _create_measurement(uri: str, measurement: str) -> None:
         )
 
 
+def table_uris(uri: str) -> list[str]:
+    """Return the arrays of a lake that every commit writes to: all but the layers of X."""
+    found = [records.join(uri, "census_info", name) for name in schema.INFO_SCHEMAS]
+    for organism in _entered(uri, "census_data"):
+        experiment = records.join(uri, "census_data", organism)
+        found += [records.join(experiment, name) for name in ("obs", "obs_measurement_presence")]
+        for measurement in _entered(uri, "census_data", organism, "ms"):
+            member = records.join(experiment, "ms", measurement)
+            found += [records.join(member, name) for name in ("var", "feature_dataset_presence_matrix")]
+    return found
+
+
+def layer_uris(uri: str) -> list[str]:
+    """Return all layers of X of a lake."""
+    return [
+        records.join(uri, "census_data", organism, "ms", measurement, "X", layer)
+        for organism in _entered(uri, "census_data")
+        for measurement in _entered(uri, "census_data", organism, "ms")
+        for layer in _entered(uri, "census_data", organism, "ms", measurement, "X")
+    ]
+
+
+def _entered(uri: str, *parts: str) -> list[str]:
+    """Name the members of a group."""
+    with tiledbsoma.Collection.open(records.join(uri, *parts), context=soma_context()) as group:
+        return sorted(group.keys())
+
+
 def open_lake(uri: str, commit: int | None = None) -> Lake:
     """Open the lake at ``uri`` as it was at commit number ``commit`` (none: the newest).
 
     Raises:
-        MissingError: There is no lake, or no such commit.
+        MissingError: There is no lake, or no such commit, or a vacuum has removed what it needs.
+        StorageError: The lake was made by another version of its format.
     """
     uri = records.absolute(uri)
     history = catalog.commits(uri)
     if not history:
         raise MissingError(f"{uri}: no lake here; make one with: python -m ingest run SOURCE --lake {uri}")
+    if commit is not None and commit < (first := catalog.first_openable(uri)):
+        raise MissingError(f"{uri}: commit {commit} was vacuumed; the oldest that can be opened is {first}")
     if commit is None:
         return Lake(uri, history)
     if not 0 <= commit < len(history):
@@ -152,12 +202,19 @@ def open_lake(uri: str, commit: int | None = None) -> Lake:
 
 
 class Lake:
-    """One commit of a lake, opened for reading; later commits do not change what it answers."""
+    """One commit of a lake, opened for reading; later commits do not change what it answers.
+
+    Attributes:
+        history: All commits up to this one, oldest first.
+        commit: This one.
+        current: Those of them whose datasets are in the lake: a superseded version is not.
+    """
 
     def __init__(self, uri: str, history: list[Commit]) -> None:
         self.uri = uri
         self.history = history
         self.commit = history[-1]
+        self.current = catalog.current(history)
 
     def pending(self) -> list[catalog.Plan]:
         """Return plans that were begun and have no commit: a driver works on them, or one died."""
@@ -183,7 +240,7 @@ class Lake:
     @cached_property
     def organisms(self) -> list[str]:
         """Organisms with at least one committed dataset, in alphabetical order."""
-        return sorted({commit.dataset["organism"] for commit in self.history if commit.dataset})
+        return sorted({commit.dataset["organism"] for commit in self.current})
 
     def measurements(self, organism: str) -> list[str]:
         """Return the measurements that an organism has, RNA first."""
@@ -194,8 +251,8 @@ class Lake:
         """Committed joinid ranges, half-open, ascending: [datasets, 2]."""
         ranges = [
             (commit.dataset["obs_start"], commit.dataset["obs_start"] + commit.dataset["n_obs"])
-            for commit in self.history
-            if commit.dataset and commit.dataset["organism"] == organism
+            for commit in self.current
+            if commit.dataset["organism"] == organism
         ]
         return np.array(sorted(ranges), dtype=np.int64).reshape(-1, 2)
 
@@ -241,14 +298,18 @@ class Lake:
         matrix = self._measurement(organism, measurement)["feature_dataset_presence_matrix"]
         found = matrix.read().tables().concat()
         rows, columns = found["soma_dim_0"].to_numpy(), found["soma_dim_1"].to_numpy()
-        n_datasets = 1 + max(
-            (int(commit.dataset["dataset_joinid"]) for commit in self.history if commit.dataset), default=-1
-        )
+        n_datasets = 1 + max((int(commit.dataset["dataset_joinid"]) for commit in self.current), default=-1)
         shape = (n_datasets, self._n_features(organism, measurement))
         return scipy.sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=shape).tocsr()
 
-    def counts(self, organism: str, measurement: str, joinids: NDArray[np.int64]) -> scipy.sparse.csr_matrix:
-        """Return raw counts_CG as float32, one row for each of ``joinids`` in the order asked.
+    def measurement_presence(self, organism: str) -> pa.Table:
+        """Return which ranges of cells have which measurement, and in which layer of its X."""
+        return self.experiment(organism)["obs_measurement_presence"].read().concat().sort_by("soma_joinid")
+
+    def counts(
+        self, organism: str, measurement: str, joinids: NDArray[np.int64], layer: str = "raw"
+    ) -> scipy.sparse.csr_matrix:
+        """Return counts_CG of a layer as float32, one row for each of ``joinids`` in the order asked.
 
         Column j is the feature with joinid j. A cell that was not measured is an empty row: ask obs which they are.
         Read contiguous joinids together: scattered ones are slow.
@@ -262,7 +323,11 @@ class Lake:
             return scipy.sparse.coo_matrix((nothing.astype(np.float32), (nothing, nothing)), shape=shape).tocsr()
         contiguous = int(ascending[-1] - ascending[0]) == len(ascending) - 1
         rows = slice(int(ascending[0]), int(ascending[-1])) if contiguous else pa.array(np.unique(ascending))
-        found = self._measurement(organism, measurement).X["raw"].read((rows,)).tables().concat()
+        layers = self._measurement(organism, measurement).X
+        if layer not in layers:
+            known = ", ".join(layers)
+            raise UsageError(f"{self.uri}: {organism} {measurement} has no layer {layer!r}; layers: {known}")
+        found = layers[layer].read((rows,)).tables().concat()
         row_of = np.searchsorted(ascending, found["soma_dim_0"].to_numpy())
         columns, values = found["soma_dim_1"].to_numpy(), found["soma_data"].to_numpy()
         by_joinid = scipy.sparse.coo_matrix((values, (row_of, columns)), shape=shape).tocsr()

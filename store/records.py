@@ -77,6 +77,19 @@ def _create_local(path: Path, data: bytes) -> bool:
     return True
 
 
+def replace(uri: str, values: dict[str, Any]) -> None:
+    """Write ``values`` to ``uri``, whole, over what stands there."""
+    data = json.dumps(values).encode()
+    if is_local(uri):
+        path = Path(uri)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    else:
+        filesystem, path_there = fsspec.core.url_to_fs(uri)
+        filesystem.pipe_file(path_there, data)
+
+
 def read(uri: str) -> dict[str, Any] | None:
     """Read one record; none where there is none."""
     filesystem, path = fsspec.core.url_to_fs(uri)
@@ -86,15 +99,21 @@ def read(uri: str) -> dict[str, Any] | None:
         return None
 
 
-def read_all(folder: str) -> list[dict[str, Any]]:
-    """Read every record of a folder in the order of its names."""
+def names(folder: str) -> list[str]:
+    """Name what stands in a folder, hidden files left out, in alphabetical order; nothing where there is no folder."""
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.invalidate_cache(path)
     try:
-        names = filesystem.ls(path, detail=False)
+        found = filesystem.ls(path, detail=False)
     except FileNotFoundError:
         return []
-    wanted = sorted(name for name in names if name.endswith(".json") and not name.rsplit("/", 1)[-1].startswith("."))
+    return sorted(last for name in found if not (last := name.rstrip("/").rsplit("/", 1)[-1]).startswith("."))
+
+
+def read_all(folder: str) -> list[dict[str, Any]]:
+    """Read every record of a folder in the order of its names."""
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    wanted = [join(path, name) for name in names(folder) if name.endswith(".json")]
     contents = filesystem.cat(wanted) if len(wanted) > 1 else {name: filesystem.cat_file(name) for name in wanted}
     return [json.loads(contents[name]) for name in sorted(contents)]
 

@@ -21,11 +21,23 @@ DATASET_SCHEMA_VERSION = "7.0.0"
 MEASUREMENTS = ("RNA", "protein", "ATAC", "guide", "peptide", "metabolite", "methylation", "miRNA")
 """The measurements that a lake knows; the first is the Census's own."""
 
+LAYERS = {
+    "raw": "counts: whole numbers; a feature that was measured and is not stored is zero",
+    "lognorm": "log1p of normalised counts, as the source made them; not stored is zero",
+    "value": "levels (intensities, fractions, ...) in the source's unit; not stored is missing, zero is stored",
+}
+"""What ``X[layer]`` of a measurement may hold; a dataset fills one layer of each of its measurements."""
+
 CELL_CAPACITY = 2**31 - 2
 """Cells that one organism of a lake can hold: the domain is fixed at creation, so that appends never resize."""
 
 DATASET_CAPACITY = 2**16
 FEATURE_CAPACITY = dict.fromkeys(MEASUREMENTS, 2**17) | {"ATAC": 2**22, "methylation": 2**22}
+
+ROW_TILE = dict.fromkeys(MEASUREMENTS, 1024) | {"ATAC": 256, "methylation": 256}
+"""Cells in one space tile of X: rows are written tile by tile, so this bounds what a writer holds in memory."""
+
+COLUMN_TILE = 2048
 
 UNKNOWN, NOT_APPLICABLE = "unknown", "na"
 
@@ -83,7 +95,10 @@ OBS_STATISTICS: dict[str, pa.DataType] = {
 
 
 def measured_column(measurement: str) -> str:
-    """Name the boolean obs column that says whether a cell was measured at all in ``measurement``."""
+    """Name the boolean obs column that says whether ``X["raw"]`` of ``measurement`` holds the cell's counts.
+
+    Values in other layers are told by ``obs_measurement_presence``.
+    """
     return f"measured_{measurement}"
 
 
@@ -159,6 +174,23 @@ INFO_SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
+MEASUREMENT_PRESENCE = pa.schema(
+    [
+        ("soma_joinid", pa.int64()),
+        ("dataset_id", pa.large_string()),
+        ("measurement", pa.large_string()),
+        ("layer", pa.large_string()),
+        ("obs_start", pa.int64()),
+        ("obs_stop", pa.int64()),
+        ("n_measured_obs", pa.int64()),
+    ]
+)
+"""``obs_measurement_presence`` of an experiment: which dataset's cells have which measurement, in which layer of X.
+
+Cells are the joinids ``obs_start`` to ``obs_stop`` (exclusive); ``n_measured_obs`` of them have the measurement, and
+where that is not all of them the column ``measured_<measurement>`` of obs, or the absence of any value, says which.
+"""
+
 SUMMARY_CATEGORIES = (
     "assay",
     "cell_type",
@@ -217,6 +249,8 @@ class DatasetPlan:
         n_obs: Cells.
         features: Measurement to features; what is not listed was not measured.
         info: Provenance; any of ``DATASET_INFO`` and ``source_uri``, ``source_kind``.
+        layers: Measurement to its layer of ``LAYERS``; what is not listed is ``raw``.
+        origin: Where it comes from: other content of the same name and origin is a new version of it.
     """
 
     dataset_id: str
@@ -225,6 +259,12 @@ class DatasetPlan:
     n_obs: int
     features: dict[str, Features]
     info: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
+    origin: str = ""
+
+    def layer(self, measurement: str) -> str:
+        """Return the layer of X that holds ``measurement``."""
+        return self.layers.get(measurement, "raw")
 
     def __post_init__(self) -> None:
         if self.organism not in ORGANISMS:
@@ -236,6 +276,9 @@ class DatasetPlan:
             raise InputRefused(
                 f"dataset {self.dataset_id!r}: unknown measurement {unknown[0]!r}; known: {', '.join(MEASUREMENTS)}"
             )
+        for layer in self.layers.values():
+            if layer not in LAYERS:
+                raise InputRefused(f"dataset {self.dataset_id!r}: unknown layer {layer!r}; known: {', '.join(LAYERS)}")
         if self.n_obs <= 0:
             raise InputRefused(f"dataset {self.dataset_id!r} has no cells")
         for name, features in self.features.items():
@@ -253,7 +296,7 @@ def _zstd(level: int, *before: str) -> list[Any]:
     return [*before, {"_type": "ZstdFilter", "level": level}, _CHECKSUM]
 
 
-def counts_options() -> dict[str, Any]:
+def counts_options(row_tile: int = 2048) -> dict[str, Any]:
     """Return the TileDB create options of a sparse matrix; every pipeline ends in a SHA-256 checksum."""
     return {
         "tiledb": {
@@ -263,8 +306,8 @@ def counts_options() -> dict[str, Any]:
                 "tile_order": "row-major",
                 "allows_duplicates": False,
                 "dims": {
-                    "soma_dim_0": {"tile": 2048, "filters": _zstd(3, "ByteShuffleFilter")},
-                    "soma_dim_1": {"tile": 2048, "filters": _zstd(3, "ByteShuffleFilter")},
+                    "soma_dim_0": {"tile": row_tile, "filters": _zstd(3, "ByteShuffleFilter")},
+                    "soma_dim_1": {"tile": COLUMN_TILE, "filters": _zstd(3, "ByteShuffleFilter")},
                 },
                 "attrs": {"soma_data": {"filters": _zstd(3, "ByteShuffleFilter")}},
             }

@@ -263,8 +263,7 @@ def _write_presence(
     )
     joinid_of = {
         commit.dataset["dataset_id"]: (commit.dataset["organism"], commit.dataset["dataset_joinid"])
-        for commit in lake.history
-        if commit.dataset
+        for commit in lake.current
     }
     rows, columns = [], []
     for organism in dict.fromkeys(row[2] for row in var):

@@ -15,6 +15,7 @@ from store.context import soma_context
 from store.errors import InputRefused
 
 if TYPE_CHECKING:
+    from store.catalog import Commit
     from store.lake import Lake
     from store.writer import BlockStats, Reservation
 
@@ -43,7 +44,7 @@ def obs_table(reservation: Reservation, obs: pd.DataFrame | pa.Table, blocks: Se
     columns |= _statistics(reservation, blocks)
     for measurement in schema.MEASUREMENTS:
         column = schema.measured_column(measurement)
-        measured = measurement in reservation.dataset.features
+        measured = measurement in reservation.dataset.features and reservation.dataset.layer(measurement) == "raw"
         columns[column] = _filled(frame, column, measured) & measured
     try:
         return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema.OBS_SCHEMA})
@@ -66,7 +67,7 @@ def _statistics(reservation: Reservation, blocks: Sequence[BlockStats]) -> dict[
     n_obs = reservation.plan.n_obs
     nnz, total, squares = np.zeros(n_obs, np.int64), np.zeros(n_obs), np.zeros(n_obs)
     for block in blocks:
-        if block.measurement == "RNA":
+        if block.measurement == "RNA" and reservation.dataset.layer("RNA") == "raw":
             rows = slice(block.row_start, block.row_stop)
             nnz[rows], total[rows], squares[rows] = block.nnz_C, block.sum_C, block.squares_C
     mean = np.divide(total, nnz, out=np.zeros(n_obs), where=nnz > 0)
@@ -83,24 +84,144 @@ def _statistics(reservation: Reservation, blocks: Sequence[BlockStats]) -> dict[
 
 
 def write_all(
-    before: Lake, reservation: Reservation, obs: pa.Table, blocks: Sequence[BlockStats], timestamp: int
+    before: Lake,
+    reservation: Reservation,
+    obs: pa.Table,
+    blocks: Sequence[BlockStats],
+    timestamp: int,
+    standing: Commit | None,
 ) -> None:
     """Write all tables of one dataset at ``timestamp``, computing totals from the parent commit ``before``.
 
-    Nothing here depends on what a killed attempt left: totals are those of the parent plus this dataset's.
+    Nothing here depends on what a killed attempt left: totals are those of the parent plus this dataset's, less those
+    of ``standing``, the version that it takes the place of. obs is written last.
     """
     organism_uri = records.join(before.uri, "census_data", reservation.plan.organism)
+    gone = _Removed(before, standing)
+    if standing:
+        _delete_rows(before, standing, timestamp - 1)
+        _write_var_without(before, standing, gone, set(reservation.feature_joinids), timestamp)
     for measurement, joinids in reservation.feature_joinids.items():
         uri = records.join(organism_uri, "ms", measurement)
         _write_presence(records.join(uri, "feature_dataset_presence_matrix"), reservation, joinids, timestamp)
         mine = [block for block in blocks if block.measurement == measurement]
-        n_measured = int(np.count_nonzero(obs[schema.measured_column(measurement)].to_numpy()))
-        var = _var_table(records.join(uri, "var"), before, reservation, measurement, mine, n_measured)
+        var = _var_table(
+            _read_at(records.join(uri, "var"), before), reservation, measurement, mine, _n_measured(obs, mine), gone
+        )
         _write_table(records.join(uri, "var"), var, timestamp)
+    presence = _measurement_presence(reservation, obs, blocks)
+    _write_table(records.join(organism_uri, "obs_measurement_presence"), presence, timestamp)
     info_uri = records.join(before.uri, "census_info")
-    for name, table in _info_tables(before, reservation, obs).items():
+    for name, table in _info_tables(before, reservation.plan.organism, obs, gone.obs).items():
         _write_table(records.join(info_uri, name), table, timestamp)
+    _write_table(records.join(info_uri, "datasets"), _dataset_table(reservation), timestamp)
     _write_table(records.join(organism_uri, "obs"), obs, timestamp)
+
+
+def remove_all(before: Lake, standing: Commit, timestamp: int) -> None:
+    """Take a dataset out of all tables at ``timestamp``; its counts stay where only earlier commits find them."""
+    organism = standing.dataset["organism"]
+    gone = _Removed(before, standing)
+    _write_var_without(before, standing, gone, set(), timestamp)
+    nothing = schema.OBS_SCHEMA.empty_table()
+    for name, table in _info_tables(before, organism, nothing, gone.obs).items():
+        _write_table(records.join(before.uri, "census_info", name), table, timestamp)
+    _delete_rows(before, standing, timestamp - 1)
+
+
+class _Removed:
+    """What a version that leaves the lake had: its obs, and how much of each feature."""
+
+    def __init__(self, before: Lake, standing: Commit | None) -> None:
+        self.standing = standing
+        self.obs = schema.OBS_SCHEMA.empty_table()
+        if standing:
+            first = standing.dataset["obs_start"]
+            obs = before.experiment(standing.dataset["organism"]).obs
+            self.obs = obs.read((slice(first, first + standing.dataset["n_obs"] - 1),)).concat()
+        self._before = before
+
+    def features(self, measurement: str) -> pd.DataFrame:
+        """Return nnz and n_measured_obs by feature joinid; empty when the version lacked the measurement."""
+        empty = pd.DataFrame({"nnz": [], "n_measured_obs": []}, dtype=np.int64)
+        if self.standing is None or measurement not in self.standing.content:
+            return empty
+        dataset, content = self.standing.dataset, self.standing.content[measurement]
+        uri = records.join(self._before.uri, "census_data", dataset["organism"], "ms", measurement)
+        at = soma_context(self._before.commit.timestamp_ms)
+        nnz = np.zeros(schema.FEATURE_CAPACITY[measurement], np.int64)
+        cells: set[int] = set()
+        rows = slice(dataset["obs_start"], dataset["obs_start"] + dataset["n_obs"] - 1)
+        with tiledbsoma.SparseNDArray.open(records.join(uri, "X", content.layer), context=at) as layer:
+            for part in layer.read((rows,)).tables():
+                nnz += np.bincount(part["soma_dim_1"].to_numpy(), minlength=len(nnz))
+                if content.layer != "raw":
+                    cells.update(np.unique(part["soma_dim_0"].to_numpy()).tolist())
+        joinid = dataset["dataset_joinid"]
+        with tiledbsoma.SparseNDArray.open(records.join(uri, "feature_dataset_presence_matrix"), context=at) as matrix:
+            found = matrix.read((slice(joinid, joinid),)).tables().concat()["soma_dim_1"].to_numpy()
+        column = self.obs[schema.measured_column(measurement)].to_numpy()
+        n_measured = int(np.count_nonzero(column)) if content.layer == "raw" else len(cells)
+        return pd.DataFrame({"nnz": nnz[found], "n_measured_obs": n_measured}, index=found)
+
+
+def _n_measured(obs: pa.Table, blocks: Sequence[BlockStats]) -> int:
+    """Count the cells that have a measurement: by obs where X holds counts, else those with any value."""
+    measurement = blocks[0].measurement
+    counted = int(np.count_nonzero(obs[schema.measured_column(measurement)].to_numpy()))
+    return counted or int(sum(np.count_nonzero(block.nnz_C) for block in blocks))
+
+
+def _measurement_presence(reservation: Reservation, obs: pa.Table, blocks: Sequence[BlockStats]) -> pa.Table:
+    plan = reservation.plan
+    rows = [
+        {
+            "soma_joinid": plan.dataset_joinid * len(schema.MEASUREMENTS) + schema.MEASUREMENTS.index(measurement),
+            "dataset_id": plan.dataset_id,
+            "measurement": measurement,
+            "layer": reservation.dataset.layer(measurement),
+            "obs_start": plan.obs_start,
+            "obs_stop": plan.obs_start + plan.n_obs,
+            "n_measured_obs": _n_measured(obs, [block for block in blocks if block.measurement == measurement]),
+        }
+        for measurement in reservation.dataset.features
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.MEASUREMENT_PRESENCE)
+
+
+def _delete_rows(before: Lake, standing: Commit, timestamp: int) -> None:
+    """Delete a version's rows: seen from ``timestamp`` on, and not by readers of earlier commits."""
+    dataset = standing.dataset
+    organism_uri = records.join(before.uri, "census_data", dataset["organism"])
+    joinid, first = dataset["dataset_joinid"], dataset["obs_start"]
+    width = len(schema.MEASUREMENTS)
+    frames = {
+        records.join(before.uri, "census_info", "datasets"): (joinid, joinid),
+        records.join(organism_uri, "obs_measurement_presence"): (joinid * width, joinid * width + width - 1),
+        records.join(organism_uri, "obs"): (first, first + dataset["n_obs"] - 1),
+    }
+    for measurement in standing.content:
+        uri = records.join(organism_uri, "ms", measurement, "feature_dataset_presence_matrix")
+        with tiledbsoma.SparseNDArray.open(uri, "d", tiledb_timestamp=timestamp, context=soma_context()) as array:
+            array.delete_cells((slice(joinid, joinid),))
+    for uri, (low, high) in frames.items():
+        with tiledbsoma.DataFrame.open(uri, "d", tiledb_timestamp=timestamp, context=soma_context()) as frame:
+            frame.delete_cells((slice(low, high),))
+
+
+def _write_var_without(before: Lake, standing: Commit, gone: _Removed, except_for: set[str], timestamp: int) -> None:
+    """Lower the totals of the features of measurements that only the old version had."""
+    for measurement in set(standing.content) - except_for:
+        uri = records.join(before.uri, "census_data", standing.dataset["organism"], "ms", measurement, "var")
+        known = _read_at(uri, before).set_index("soma_joinid")
+        _subtract(known, gone.features(measurement))
+        table = pa.Table.from_pandas(known.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
+        _write_table(uri, table, timestamp)
+
+
+def _subtract(var: pd.DataFrame, less: pd.DataFrame) -> None:
+    for column in ("nnz", "n_measured_obs"):
+        var.loc[less.index, column] -= less[column]
 
 
 def _write_table(uri: str, table: pa.Table, timestamp: int) -> None:
@@ -130,7 +251,12 @@ def _read_at(uri: str, before: Lake, columns: list[str] | None = None) -> pd.Dat
 
 
 def _var_table(
-    uri: str, before: Lake, reservation: Reservation, measurement: str, blocks: list[BlockStats], n_measured: int
+    before: pd.DataFrame,
+    reservation: Reservation,
+    measurement: str,
+    blocks: list[BlockStats],
+    n_measured: int,
+    gone: _Removed,
 ) -> pa.Table:
     features = reservation.dataset.features[measurement]
     nnz = np.zeros(len(features), np.int64)
@@ -147,35 +273,42 @@ def _var_table(
             "n_measured_obs": n_measured,
         }
     ).set_index("soma_joinid")
-    known = _read_at(uri, before).set_index("soma_joinid")
+    known = before.set_index("soma_joinid")
+    less = gone.features(measurement)
+    _subtract(known, less)
     shared = mine.index.intersection(known.index)
     for column in ("feature_name", "feature_type", "feature_length"):
         mine.loc[shared, column] = known.loc[shared, column]
     for column in ("nnz", "n_measured_obs"):
         mine.loc[shared, column] += known.loc[shared, column]
+    left = less.index.difference(mine.index)
+    if len(left):
+        mine = pd.concat([mine, known.loc[left, mine.columns]]).rename_axis("soma_joinid")
     return pa.Table.from_pandas(mine.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
 
 
-def _info_tables(before: Lake, reservation: Reservation, obs: pa.Table) -> dict[str, pa.Table]:
-    uri = records.join(before.uri, "census_info")
+def _dataset_table(reservation: Reservation) -> pa.Table:
     plan, info = reservation.plan, reservation.dataset.info
-    datasets = pd.DataFrame(
-        [
-            {
-                "soma_joinid": plan.dataset_joinid,
-                "dataset_id": plan.dataset_id,
-                **{name: info.get(name, "") for name in schema.DATASET_INFO},
-                "dataset_total_cell_count": plan.n_obs,
-                "organism": plan.organism,
-                "source_uri": info.get("source_uri", ""),
-                "source_kind": info.get("source_kind", ""),
-                "obs_start": plan.obs_start,
-                "measurements": ",".join(reservation.dataset.features),
-            }
-        ]
-    )
-    organisms = _organisms(_read_at(records.join(uri, "organisms"), before), plan.organism)
-    counts = _cell_counts(_read_at(records.join(uri, "summary_cell_counts"), before), plan.organism, obs)
+    row = {
+        "soma_joinid": plan.dataset_joinid,
+        "dataset_id": plan.dataset_id,
+        **{name: info.get(name, "") for name in schema.DATASET_INFO},
+        "dataset_total_cell_count": plan.n_obs,
+        "organism": plan.organism,
+        "source_uri": info.get("source_uri", ""),
+        "source_kind": info.get("source_kind", ""),
+        "obs_start": plan.obs_start,
+        "measurements": ",".join(reservation.dataset.features),
+    }
+    return pa.Table.from_pylist([row], schema=schema.INFO_SCHEMAS["datasets"])
+
+
+def _info_tables(before: Lake, organism: str, obs: pa.Table, gone: pa.Table) -> dict[str, pa.Table]:
+    """Return the Census's summaries with the cells of ``obs`` and without those of ``gone``."""
+    uri = records.join(before.uri, "census_info")
+    organisms = _organisms(_read_at(records.join(uri, "organisms"), before), organism)
+    known = _read_at(records.join(uri, "summary_cell_counts"), before)
+    counts = _cell_counts(known, organism, obs, gone)
     everything = counts[counts["category"] == "all"]
     summary = {
         "census_schema_version": schema.CENSUS_SCHEMA_VERSION,
@@ -185,7 +318,6 @@ def _info_tables(before: Lake, reservation: Reservation, obs: pa.Table) -> dict[
         "unique_cell_count": str(everything["unique_cell_count"].sum()),
     }
     frames = {
-        "datasets": datasets,
         "organisms": organisms,
         "summary_cell_counts": counts,
         "summary": pd.DataFrame(
@@ -212,9 +344,15 @@ def _organisms(known: pd.DataFrame, organism: str) -> pd.DataFrame:
     return pd.concat([known, pd.DataFrame([mine])], ignore_index=True) if len(known) else pd.DataFrame([mine])
 
 
-def _cell_counts(known: pd.DataFrame, organism: str, obs: pa.Table) -> pd.DataFrame:
-    """Add a dataset's cells to the Census's counts by category and label."""
-    frame = obs.select(["is_primary_data", *_category_columns()]).to_pandas()
+def _cell_counts(known: pd.DataFrame, organism: str, obs: pa.Table, gone: pa.Table) -> pd.DataFrame:
+    """Add a dataset's cells to the Census's counts by category and label, and take those of ``gone`` away.
+
+    A label that loses its last cell stays, with zero.
+    """
+    names = ["is_primary_data", *_category_columns()]
+    both = [obs.select(names).to_pandas().assign(cells=1), gone.select(names).to_pandas().assign(cells=-1)]
+    frame = pd.concat([part for part in both if len(part)])
+    frame["primary"] = frame["is_primary_data"] * frame["cells"]
     parts = [known.drop(columns="soma_joinid").assign(order=known["soma_joinid"])]
     groups = [("all", frame.assign(label="na", term="na"))]
     for category in schema.SUMMARY_CATEGORIES:
@@ -223,7 +361,7 @@ def _cell_counts(known: pd.DataFrame, organism: str, obs: pa.Table) -> pd.DataFr
         groups.append((category, frame.assign(label=frame[category], term=terms)))
     for category, rows in groups:
         counted = rows.groupby(["label", "term"], as_index=False, observed=True).agg(
-            total_cell_count=("is_primary_data", "size"), unique_cell_count=("is_primary_data", "sum")
+            total_cell_count=("cells", "sum"), unique_cell_count=("primary", "sum")
         )
         counted = counted.rename(columns={"term": "ontology_term_id"})
         parts.append(counted.assign(organism=organism, category=category, order=np.inf))

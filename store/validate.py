@@ -50,7 +50,7 @@ def _layout(lake: Lake) -> Iterator[Check]:
 
 
 def _datasets(lake: Lake, organism: str) -> list[Commit]:
-    return [commit for commit in lake.history if commit.dataset and commit.dataset["organism"] == organism]
+    return [commit for commit in lake.current if commit.dataset["organism"] == organism]
 
 
 def _obs(lake: Lake) -> Iterator[Check]:
@@ -93,7 +93,7 @@ def _counts(lake: Lake) -> Iterator[Check]:
             for measurement, content in commit.content.items():
                 subject = f"{commit.dataset['dataset_id']}/{measurement}"
                 try:
-                    nnz, digest = _read_content(lake, organism, measurement, commit.dataset)
+                    nnz, digest = _read_content(lake, organism, measurement, content.layer, commit.dataset)
                 except Exception as error:  # noqa: BLE001  whatever the storage raises is the finding
                     yield Check("counts", subject, f"cannot be read: {error}")
                     continue
@@ -103,10 +103,10 @@ def _counts(lake: Lake) -> Iterator[Check]:
                 )
 
 
-def _read_content(lake: Lake, organism: str, measurement: str, dataset: dict[str, Any]) -> tuple[int, int]:
+def _read_content(lake: Lake, organism: str, measurement: str, layer: str, dataset: dict[str, Any]) -> tuple[int, int]:
     nnz, digest = 0, 0
     stop = dataset["obs_start"] + dataset["n_obs"]
-    matrix = lake.experiment(organism).ms[measurement].X["raw"]
+    matrix = lake.experiment(organism).ms[measurement].X[layer]
     for first in range(dataset["obs_start"], stop, READ_CELLS):
         for part in matrix.read((slice(first, min(first + READ_CELLS, stop) - 1),)).tables():
             nnz += part.num_rows

@@ -12,12 +12,11 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,11 +28,15 @@ from numpy.typing import NDArray
 from store import catalog, records, schema, tables
 from store.catalog import Commit, Content, Plan
 from store.context import soma_context
-from store.errors import ConflictError, InputRefused, VerificationError
-from store.lake import Lake, create_lake, ensure_measurement, open_lake, utc_now
+from store.errors import ConflictError, InputRefused, MissingError, VerificationError
+from store.fragments import FragmentWriter, roll_back
+from store.lake import Lake, create_lake, ensure_measurement, open_lake, table_uris, utc_now
+from store.lock import WriterLock
 
 LARGEST_COUNT = 2**24
 """float32, the Census's type of counts, holds every integer up to here."""
+
+READ_BACK_BYTES = 2**24
 
 VERSIONED = ("tiledbsoma", "tiledb", "pyarrow", "numpy")
 
@@ -65,6 +68,7 @@ class BlockStats:
     feature_nnz_G: NDArray[np.int64] = field(repr=False)
     digest: int
     timestamp_ms: int
+    fragments: tuple[str, ...] = ()
 
     @property
     def row_stop(self) -> int:
@@ -85,82 +89,148 @@ def content_digest(rows: NDArray[np.int64], columns: NDArray[np.int64], values: 
     return int(mixed.sum(dtype=np.uint64))
 
 
-def write_counts(
-    reservation: Reservation, measurement: str, row_start: int, counts_CG: scipy.sparse.csr_matrix
-) -> BlockStats:
-    """Write rows ``row_start`` onwards of a dataset, read them back and compare.
+Rows = Callable[[int, int], scipy.sparse.csr_matrix]
+"""Rows start to stop (exclusive) of a dataset as counts_CG, columns in the order of the plan's features."""
 
-    May run in any process. One call makes one fragment, so a killed call leaves nothing that anybody sees.
+
+def write_counts(
+    reservation: Reservation, measurement: str, row_start: int, counts: scipy.sparse.csr_matrix
+) -> BlockStats:
+    """Write rows ``row_start`` onwards of a dataset that are in memory; see :func:`write_rows`."""
+    return write_rows(
+        reservation,
+        measurement,
+        (row_start, row_start + counts.shape[0]),
+        lambda start, stop: counts[start - row_start : stop - row_start],
+    )
+
+
+def write_rows(
+    reservation: Reservation, measurement: str, span: tuple[int, int], rows: Rows, *, step: int | None = None
+) -> BlockStats:
+    """Write a span of a dataset's rows, read them back and compare.
+
+    May run in any process. Rows are asked for tile by tile and streamed into one fragment, which becomes visible at the
+    end: a killed call leaves nothing that anybody sees.
 
     Args:
         reservation: From ``LakeWriter.reserve``.
         measurement: One of the plan's measurements.
-        row_start: The block's first row, counted within the dataset.
-        counts_CG: Raw counts; columns in the order of the plan's features.
+        span: First row and the row behind the last, counted within the dataset.
+        rows: Reads values of the plan's layer: for ``raw`` counts.
+        step: Rows to ask for at a time (none: a whole tile); fewer need less memory and make more fragments.
 
     Raises:
-        InputRefused: The block does not fit the plan, or holds NaN, negative or too large values.
+        InputRefused: The rows do not fit the plan, or hold impossible values.
         VerificationError: What was read back is not what was written.
     """
     joinids_G = reservation.feature_joinids[measurement]
-    n_rows, n_features = counts_CG.shape
-    if n_features != len(joinids_G) or row_start < 0 or row_start + n_rows > reservation.plan.n_obs:
+    layer = reservation.dataset.layer(measurement)
+    start, stop = span
+    if not 0 <= start <= stop <= reservation.plan.n_obs:
         raise InputRefused(
-            f"dataset {reservation.plan.dataset_id!r}: rows {row_start} to {row_start + n_rows} with {n_features} "
-            f"{measurement} features do not fit the plan of {reservation.plan.n_obs} cells x {len(joinids_G)} features"
+            f"dataset {reservation.plan.dataset_id!r}: rows {start} to {stop} do not fit the plan of "
+            f"{reservation.plan.n_obs} cells"
         )
-    counts = scipy.sparse.csr_matrix(counts_CG, dtype=np.float32, copy=True)
-    counts.sum_duplicates()
-    counts.eliminate_zeros()
-    _refuse_impossible(counts, reservation, measurement, row_start)
-    first = reservation.plan.obs_start + row_start
-    nnz_C = np.diff(counts.indptr).astype(np.int64)
-    rows = np.repeat(np.arange(first, first + n_rows, dtype=np.int64), nnz_C)
-    columns = joinids_G[counts.indices]
+    uri = records.join(reservation.lake_uri, "census_data", reservation.plan.organism, "ms", measurement, "X", layer)
+    offset, tile = reservation.plan.obs_start, schema.ROW_TILE[measurement]
+    stats = _Statistics(stop - start, len(joinids_G))
     timestamp = reservation.timestamp()
-    uri = records.join(reservation.lake_uri, "census_data", reservation.plan.organism, "ms", measurement, "X", "raw")
-    digest = content_digest(rows, columns, counts.data)
-    if len(rows):
-        _write_block(uri, rows, columns, counts.data, timestamp)
-    _read_back(uri, first, n_rows, digest, timestamp)
-    doubles = counts.astype(np.float64)
+    with FragmentWriter(uri, timestamp, tile) as writer:
+        row = start
+        while row < stop:
+            until = min(stop, ((offset + row) // tile + 1) * tile - offset, row + (step or tile))
+            counts = _prepared(rows(row, until), reservation, measurement, row)
+            stats.add(row - start, counts)
+            placed = scipy.sparse.csr_matrix(
+                (counts.data, joinids_G[counts.indices], counts.indptr),
+                shape=(counts.shape[0], schema.FEATURE_CAPACITY[measurement]),
+            )
+            placed.sort_indices()
+            stats.digest += _digest_rows(offset + row, placed)
+            writer.write(offset + row, placed)
+            row = until
+    _read_back(uri, offset + start, stop - start, stats.digest % 2**64, timestamp)
     return BlockStats(
         measurement=measurement,
-        row_start=row_start,
-        nnz_C=nnz_C,
-        sum_C=np.asarray(doubles.sum(axis=1), dtype=np.float64).ravel(),
-        squares_C=np.asarray(doubles.multiply(doubles).sum(axis=1), dtype=np.float64).ravel(),
-        feature_nnz_G=np.bincount(counts.indices, minlength=n_features).astype(np.int64),
-        digest=digest,
+        row_start=start,
+        nnz_C=stats.nnz_C,
+        sum_C=stats.sum_C,
+        squares_C=stats.squares_C,
+        feature_nnz_G=stats.feature_nnz_G,
+        digest=stats.digest % 2**64,
         timestamp_ms=timestamp,
+        fragments=tuple(writer.names),
     )
+
+
+class _Statistics:
+    """What a span's values add up to."""
+
+    def __init__(self, n_rows: int, n_features: int) -> None:
+        self.nnz_C = np.zeros(n_rows, np.int64)
+        self.sum_C, self.squares_C = np.zeros(n_rows), np.zeros(n_rows)
+        self.feature_nnz_G = np.zeros(n_features, np.int64)
+        self.digest = 0
+
+    def add(self, row: int, counts_CG: scipy.sparse.csr_matrix) -> None:
+        here = slice(row, row + counts_CG.shape[0])
+        self.nnz_C[here] = np.diff(counts_CG.indptr)
+        filled = np.flatnonzero(self.nnz_C[here])
+        values = counts_CG.data.astype(np.float64)
+        begins = counts_CG.indptr[filled]
+        if len(filled):
+            self.sum_C[here][filled] = np.add.reduceat(values, begins)
+            self.squares_C[here][filled] = np.add.reduceat(values * values, begins)
+        self.feature_nnz_G += np.bincount(counts_CG.indices, minlength=len(self.feature_nnz_G))
+
+
+def _prepared(
+    counts_CG: scipy.sparse.csr_matrix, reservation: Reservation, measurement: str, row: int
+) -> scipy.sparse.csr_matrix:
+    n_features = len(reservation.feature_joinids[measurement])
+    if counts_CG.shape[1] != n_features:
+        raise InputRefused(
+            f"dataset {reservation.plan.dataset_id!r}: rows of {counts_CG.shape[1]} {measurement} features do not fit "
+            f"the plan of {reservation.plan.n_obs} cells x {n_features} features"
+        )
+    counts = scipy.sparse.csr_matrix(counts_CG, dtype=np.float32)
+    if not counts.has_canonical_format:
+        counts = counts.copy()
+        counts.sum_duplicates()
+    if reservation.dataset.layer(measurement) != "value" and not counts.data.all():
+        counts = counts.copy()
+        counts.eliminate_zeros()
+    _refuse_impossible(counts, reservation, measurement, row)
+    return counts
+
+
+def _digest_rows(first: int, placed: scipy.sparse.csr_matrix) -> int:
+    rows = np.repeat(np.arange(first, first + placed.shape[0], dtype=np.int64), np.diff(placed.indptr))
+    return content_digest(rows, placed.indices.astype(np.int64), placed.data)
 
 
 def _refuse_impossible(
     counts: scipy.sparse.csr_matrix, reservation: Reservation, measurement: str, row_start: int
 ) -> None:
-    bad = ~(np.isfinite(counts.data) & (counts.data > 0) & (counts.data <= LARGEST_COUNT))
+    data = counts.data
+    bad = ~np.isfinite(data)
+    if reservation.dataset.layer(measurement) == "raw":
+        bad |= (data <= 0) | (data > LARGEST_COUNT)
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
         row = row_start + int(np.searchsorted(counts.indptr, at, side="right")) - 1
         feature = reservation.dataset.features[measurement].feature_id[int(counts.indices[at])]
         raise InputRefused(
             f"dataset {reservation.plan.dataset_id!r}: {measurement} cell {row}, feature {feature!r} holds "
-            f"{counts.data[at]!r}; counts lie between 0 and {LARGEST_COUNT:,}"
+            f"{counts.data[at]!r}; values are finite, and counts lie between 0 and {LARGEST_COUNT:,}"
         )
-
-
-def _write_block(
-    uri: str, rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.float32], timestamp: int
-) -> None:
-    block = pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": values})
-    with tiledbsoma.SparseNDArray.open(uri, "w", tiledb_timestamp=timestamp, context=soma_context()) as array:
-        array.write(block)
 
 
 def _read_back(uri: str, first: int, n_rows: int, digest: int, timestamp: int) -> None:
     found = 0
-    with tiledbsoma.SparseNDArray.open(uri, tiledb_timestamp=timestamp, context=soma_context()) as array:
+    context = soma_context(buffer_bytes=READ_BACK_BYTES)
+    with tiledbsoma.SparseNDArray.open(uri, tiledb_timestamp=timestamp, context=context) as array:
         for part in array.read((slice(first, first + n_rows - 1),)).tables():
             found += content_digest(*(part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")))
     if found % 2**64 != digest:
@@ -174,6 +244,9 @@ class LakeWriter:
     """One driver's hold on a lake: reserves ranges and makes commits; the lake is made when there is none.
 
     A context manager. While it is open, another driver is told to wait.
+
+    Attributes:
+        undone: Writes without a commit, by a driver that died, that were taken back when the lake was opened.
     """
 
     def __init__(self, uri: str) -> None:
@@ -187,6 +260,7 @@ class LakeWriter:
             create_lake(self.uri)
             self._plans = catalog.plans(self.uri)
             self._commits = catalog.commits(self.uri)
+            self.undone = self._roll_back()
         except BaseException:
             self._lock.release()
             raise
@@ -201,33 +275,53 @@ class LakeWriter:
         """Open the newest commit for reading."""
         return open_lake(self.uri)
 
-    def committed(self, plan: schema.DatasetPlan) -> bool:
-        """Say whether this very content is in the lake.
+    def _roll_back(self) -> int:
+        """Remove what a dead driver wrote to the tables without a commit; return the number of writes undone.
 
-        Raises:
-            ConflictError: The dataset's name stands for other content.
+        Counts that it wrote stay: no table tells of them, and the same plan, run again, uses their coordinates.
         """
-        for commit in self._commits:
-            if commit.dataset.get("dataset_id") == plan.dataset_id and commit.dataset["organism"] == plan.organism:
-                if commit.dataset["key"] == plan.key:
-                    return True
-                raise ConflictError(
-                    f"{self.uri}: dataset {plan.dataset_id!r} is there with other content (commit {commit.number}); "
-                    "give the new content another name with --set dataset_id=NAME"
-                )
-        return False
+        last = self._commits[-1].timestamp_ms
+        return sum(roll_back(uri, last) for uri in table_uris(self.uri))
 
-    def reserve(self, plan: schema.DatasetPlan) -> Reservation:
+    def committed(self, plan: schema.DatasetPlan) -> bool:
+        """Say whether this very content is in the lake, under this name."""
+        standing = self._standing(plan)
+        return standing is not None and standing.dataset["key"] == plan.key
+
+    def _standing(self, plan: schema.DatasetPlan) -> Commit | None:
+        """Return the commit whose dataset has the plan's name now."""
+        for commit in catalog.current(self._commits):
+            if commit.dataset["dataset_id"] == plan.dataset_id and commit.dataset["organism"] == plan.organism:
+                return commit
+        return None
+
+    def reserve(self, plan: schema.DatasetPlan, *, replaces: bool = False) -> Reservation:
         """Hand out joinids; a plan that was begun before and never committed gets the same again.
 
+        Another content of the same origin under the same name is a new version: its commit takes the old one out.
+        ``replaces`` says that it is one although it comes from elsewhere.
+
         Raises:
-            ConflictError: The content is committed, or another driver interfered.
+            ConflictError: The content is committed, its name belongs to a dataset of another origin, or another
+                driver interfered.
         """
-        if self.committed(plan):
+        standing = self._standing(plan)
+        if standing and standing.dataset["key"] == plan.key:
             raise ConflictError(f"{self.uri}: dataset {plan.dataset_id!r} is in the lake already")
-        begun = [known for known in self._plans if known.key == plan.key and known.organism == plan.organism]
+        if standing and standing.dataset["origin"] != plan.origin and not replaces:
+            raise ConflictError(
+                f"{self.uri}: dataset {plan.dataset_id!r} is there already and comes from "
+                f"{standing.dataset['origin']} (commit {standing.number}); give this one another name with "
+                "--set dataset_id=NAME, or, if it is a new version of that one, say --set replaces=true"
+            )
+        done = {commit.dataset["number"] for commit in self._commits if commit.dataset}
+        begun = [
+            known
+            for known in self._plans
+            if known.key == plan.key and known.organism == plan.organism and known.number not in done
+        ]
         for measurement in plan.features:
-            ensure_measurement(self.uri, plan.organism, measurement)
+            ensure_measurement(self.uri, plan.organism, measurement, plan.layer(measurement))
         if begun:
             mine = begun[-1]
         else:
@@ -238,6 +332,7 @@ class LakeWriter:
                 dataset_id=plan.dataset_id,
                 organism=plan.organism,
                 n_obs=plan.n_obs,
+                origin=plan.origin,
             )
             self._plans.append(mine)
         joinids = {
@@ -278,22 +373,49 @@ class LakeWriter:
             InputRefused: obs or the blocks do not fit the plan.
             ConflictError: Another driver made a commit meanwhile.
         """
-        parent = self._commits[-1]
-        content = {name: _content(reservation, name, blocks) for name in reservation.dataset.features}
+        standing = self._standing(reservation.dataset)
         table = tables.obs_table(reservation, obs, blocks)
+        content = {name: _content(reservation, name, blocks) for name in reservation.dataset.features}
         latest = max((block.timestamp_ms for block in blocks), default=0)
-        timestamp = max(reservation.timestamp(), latest + 1, parent.timestamp_ms + 1)
+        timestamp = max(reservation.timestamp(), latest + 1, self._commits[-1].timestamp_ms + 2)
         before = Lake(self.uri, self._commits)
-        tables.write_all(before, reservation, table, blocks, timestamp)
+        tables.write_all(before, reservation, table, blocks, timestamp, standing)
+        return self._enter(timestamp, standing, dataset=asdict(reservation.plan), content=content)
+
+    def remove(self, dataset_id: str, organism: str | None = None) -> Commit:
+        """Take a dataset out of the lake; earlier commits still have it, until a vacuum.
+
+        Raises:
+            MissingError: No such dataset, or several organisms have one of that name and none was said.
+        """
+        found = [
+            commit
+            for commit in catalog.current(self._commits)
+            if commit.dataset["dataset_id"] == dataset_id and organism in (None, commit.dataset["organism"])
+        ]
+        if len(found) != 1:
+            known = sorted({commit.dataset["dataset_id"] for commit in catalog.current(self._commits)})
+            raise MissingError(
+                f"{self.uri}: {len(found) or 'no'} datasets named {dataset_id!r}; "
+                + (f"datasets: {', '.join(known)}" if not found else "say which with --organism")
+            )
+        timestamp = max(int(time.time() * 1000), self._commits[-1].timestamp_ms + 2)
+        tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
+        return self._enter(timestamp, found[0])
+
+    def _enter(self, timestamp: int, superseded: Commit | None, **values: Any) -> Commit:
+        """Make the commit record, if the lake is still ours."""
+        parent = self._commits[-1]
         made = Commit(
             number=parent.number + 1,
             timestamp_ms=timestamp,
             parent=parent.id,
             created=utc_now(),
-            dataset=asdict(reservation.plan),
-            content=content,
             versions={name: importlib.metadata.version(name) for name in VERSIONED},
+            superseded=(superseded.dataset["number"],) if superseded else (),
+            **values,
         )
+        self._lock.check()
         catalog.create_commit(self.uri, made)
         self._commits.append(made)
         return made
@@ -315,45 +437,6 @@ def _content(reservation: Reservation, measurement: str, blocks: Sequence[BlockS
         nnz=int(sum(block.nnz_C.sum() for block in mine)),
         total=float(sum(block.sum_C.sum() for block in mine)),
         digest=f"{sum(block.digest for block in mine) % 2**64:016x}",
+        layer=reservation.dataset.layer(measurement),
+        fragments=tuple(sorted(name for block in mine for name in block.fragments)),
     )
-
-
-class WriterLock:
-    """A record that says who writes to a lake; that of a dead process on this machine is swept away."""
-
-    def __init__(self, lake_uri: str) -> None:
-        self.lake_uri = lake_uri
-        self.uri = records.join(lake_uri, records.FOLDER, "writer.lock")
-
-    def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            ConflictError: A living process, or one on another machine, holds it.
-        """
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": utc_now()}
-        if records.create(self.uri, mine):
-            return
-        holder = records.read(self.uri) or {}
-        if holder.get("host") == mine["host"] and not _alive(int(holder.get("pid", 0))):
-            records.remove(self.uri)
-            if records.create(self.uri, mine):
-                return
-        raise ConflictError(
-            f"{self.lake_uri}: the lake is being written by process {holder.get('pid')} on {holder.get('host')} since "
-            f"{holder.get('since')}; wait for it, or, when you know that it is gone, remove {self.uri}"
-        )
-
-    def release(self) -> None:
-        """Give the lock back."""
-        records.remove(self.uri)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -24,15 +24,21 @@ def numbered(prefix: str, n: int) -> Features:
 
 
 def add_dataset(
-    writer: LakeWriter, dataset_id: str, n_cells: int, sizes: dict[str, int], organism: str = "homo_sapiens"
+    writer: LakeWriter,
+    dataset_id: str,
+    n_cells: int,
+    sizes: dict[str, int],
+    organism: str = "homo_sapiens",
+    *,
+    version: int = 0,
+    origin: str = "",
 ) -> None:
-    """Ingest a dataset whose counts encode their coordinates within it."""
-    plan = DatasetPlan(
-        dataset_id, organism, f"key-{dataset_id}", n_cells, {name: numbered(name, n) for name, n in sizes.items()}
-    )
+    """Ingest a dataset whose counts encode their coordinates within it, counted from 1,000 x ``version``."""
+    features = {name: numbered(name, n) for name, n in sizes.items()}
+    plan = DatasetPlan(dataset_id, organism, f"key-{dataset_id}-{version}", n_cells, features, origin=origin)
     reservation = writer.reserve(plan)
     blocks = [
-        write_counts(reservation, name, start, encoded_counts(start, min(64, n_cells - start), n))
+        write_counts(reservation, name, start, encoded_counts(1000 * version + start, min(64, n_cells - start), n))
         for name, n in sizes.items()
         for start in range(0, n_cells, 64)
     ]

@@ -1,0 +1,168 @@
+"""This module writes X as TileDB fragments in global order, and lists and removes fragments of any array.
+
+A fragment is what one write leaves: a folder ``__fragments/__T1_T2_UUID_V``, visible when its file in ``__commits``
+stands, which is written last. Rows that arrive in order are streamed into one fragment, whatever their number; only
+one space tile of them is in memory. SOMA's own writer sorts each batch and makes one fragment of each.
+
+Shape letters used in this module:
+    C  cells of a block      G  features, by joinid
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import scipy.sparse
+import tiledb
+import tiledb.libtiledb
+
+from store import records
+from store.context import tiledb_context
+from store.schema import COLUMN_TILE
+
+NAME = re.compile(r"__(\d+)_(\d+)_[0-9a-f]+_\d+")
+FOR_EVER = 2**62
+
+
+class FragmentWriter:
+    """A context manager that writes rows of a sparse matrix, tile by tile, into as few fragments as their order allows.
+
+    Nothing is visible before the block ends; when it ends with an error, nothing ever is.
+
+    Attributes:
+        names: Names of the fragments made, known after the block.
+    """
+
+    def __init__(self, uri: str, timestamp_ms: int, row_tile: int) -> None:
+        self.uri, self.timestamp_ms, self.row_tile = uri, timestamp_ms, row_tile
+        self.names: list[str] = []
+
+    def __enter__(self) -> FragmentWriter:
+        self._context = tiledb_context()
+        self._array = tiledb.open(self.uri, "w", timestamp=self.timestamp_ms, ctx=self._context)
+        self._query: tiledb.libtiledb.Query | None = None
+        self._tile = -1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._query = None
+            self._array.close()
+
+    def write(self, first: int, counts_CG: scipy.sparse.csr_matrix) -> None:
+        """Write the rows from joinid ``first`` on; columns are joinids, ascending in each row and without repeats.
+
+        Rows must follow those of the call before. A call that begins inside the tile in which the last one ended
+        begins another fragment, so end calls where a tile ends if memory allows.
+        """
+        start, n_rows = 0, counts_CG.shape[0]
+        while start < n_rows:
+            tile = (first + start) // self.row_tile
+            stop = min(n_rows, (tile + 1) * self.row_tile - first)
+            if tile == self._tile:
+                self._finish()
+            self._tile = tile
+            self._submit(first + start, counts_CG[start:stop] if stop - start < n_rows else counts_CG)
+            start = stop
+
+    def _submit(self, first: int, counts_CG: scipy.sparse.csr_matrix) -> None:
+        size = counts_CG.nnz
+        if size == 0:
+            return
+        rows = np.repeat(np.arange(first, first + counts_CG.shape[0], dtype=np.int64), np.diff(counts_CG.indptr))
+        column_tile = counts_CG.indices // COLUMN_TILE
+        # a stable sort of 16-bit numbers is a radix sort: linear
+        order = np.argsort(column_tile.astype(np.uint16), kind="stable")
+        buffers = {
+            "soma_dim_0": rows[order],
+            "soma_dim_1": counts_CG.indices[order].astype(np.int64),
+            "soma_data": counts_CG.data[order].astype(np.float32, copy=False),
+        }
+        if self._query is None:
+            self._query = tiledb.libtiledb.Query(self._context, tiledb.libtiledb.Array(self._context, self._array))
+            self._query.layout = tiledb.libtiledb.LayoutType.GLOBAL_ORDER
+        for name, values in buffers.items():
+            self._query.set_data_buffer(name, values, size)
+        self._query._submit()
+
+    def _finish(self) -> None:
+        if self._query is not None:
+            self._query.finalize()
+            self.names.append(self._query.fragment_uri(0).rstrip("/").rsplit("/", 1)[-1])
+            self._query = None
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A fragment that stands in an array's folder.
+
+    Attributes:
+        name: Its folder's name.
+        first_ms: Timestamp of its first write.
+        last_ms: Timestamp of its last write; differs from the first only after consolidation.
+    """
+
+    name: str
+    first_ms: int
+    last_ms: int
+
+
+def fragments(array_uri: str) -> list[Fragment]:
+    """List an array's fragments, visible or not, oldest first."""
+    found = [_fragment(name) for name in records.folders(records.join(array_uri, "__fragments"))]
+    return sorted((item for item in found if item), key=lambda item: (item.first_ms, item.name))
+
+
+def _fragment(name: str) -> Fragment | None:
+    match = NAME.match(name)
+    return Fragment(name, int(match[1]), int(match[2])) if match else None
+
+
+def remove_fragments(array_uri: str, names: list[str]) -> None:
+    """Remove fragments of an array for good; those that are gone already do not matter."""
+    there = {item.name for item in fragments(array_uri)}
+    for name in names:
+        if name in there:
+            # the commit file first: a fragment without one is invisible, the other way round would be an error
+            for ending in (".wrt", ""):
+                folder = "__commits" if ending else "__fragments"
+                records.remove(records.join(array_uri, folder, name + ending))
+
+
+def roll_back(array_uri: str, after_ms: int) -> int:
+    """Remove what was written to or deleted from an array after ``after_ms``; return how many writes and deletes.
+
+    Other writers must be held off. What consolidation wrote is kept: it never reaches past a commit.
+    """
+    newer = [item.name for item in fragments(array_uri) if item.first_ms > after_ms]
+    remove_fragments(array_uri, newer)
+    commits_uri = records.join(array_uri, "__commits")
+    deletes = [
+        name
+        for name in records.names(commits_uri)
+        if name.endswith(".del") and (found := _fragment(name)) and found.first_ms > after_ms
+    ]
+    for name in deletes:
+        records.remove(records.join(commits_uri, name))
+    return len(newer) + len(deletes)
+
+
+def consolidate(array_uri: str, modes: tuple[str, ...]) -> None:
+    """Merge an array's small files (TileDB's consolidation, then vacuum, mode by mode); what is read stays the same.
+
+    Every earlier timestamp still reads as it did.
+    """
+    for mode in modes:
+        settings = {"sm.consolidation.mode": mode, "sm.vacuum.mode": mode}
+        config = tiledb.Config({**tiledb_context().config().dict(), **settings})
+        context = tiledb.Ctx(config)
+        tiledb.consolidate(array_uri, config=config, ctx=context)
+        tiledb.vacuum(array_uri, config=config, ctx=context)

@@ -1,0 +1,126 @@
+"""This module lets one driver at a time write to a lake, and lets the next one in when that one has died.
+
+Locks are numbered records, each created once: the newest number holds the lake unless it was given back. So a dead
+holder is passed by creating the next number, which exactly one of any number of contenders can do. A holder on
+another machine shows that it lives by a beat that it writes every few seconds; a contender watches whether the beat
+changes, so no two clocks are ever compared.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from store import records
+from store.errors import ConflictError
+
+BEAT_S = 5.0
+PATIENCE_S = 20.0
+"""A holder elsewhere whose beat stands still for so long is taken for dead."""
+
+
+class WriterLock:
+    """One driver's claim to write to a lake."""
+
+    def __init__(self, lake_uri: str) -> None:
+        self.lake_uri = lake_uri
+        self.folder = records.join(lake_uri, records.FOLDER, "locks")
+        self.number = -1
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            ConflictError: A living process holds it.
+        """
+        number, holder = self._newest()
+        if holder and not self._given_back(number) and self._alive(number, holder):
+            raise ConflictError(
+                f"{self.lake_uri}: the lake is being written by process {holder['pid']} on {holder['host']} since "
+                f"{holder['since']}; wait until it has finished and run the same command again"
+            )
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "since": _now()}
+        if not records.create(self._record(number + 1), mine):
+            raise ConflictError(f"{self.lake_uri}: another driver was first; wait and run the same command again")
+        self.number = number + 1
+        for old in range(max(0, self.number - 100), self.number):
+            for name in (self._record(old), self._record(old, "released"), self._record(old, "beat")):
+                records.remove(name)
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="writer-lock")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Make sure that the lake is still ours.
+
+        Raises:
+            ConflictError: Another driver took us for dead and holds the lake now.
+        """
+        if self._newest()[0] != self.number:
+            raise ConflictError(
+                f"{self.lake_uri}: another driver holds the lake now, because this one did not show any life for "
+                f"{PATIENCE_S:g} s; nothing more is written here; run the same command again when it has finished"
+            )
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self.number >= 0:
+            records.create(self._record(self.number, "released"), {})
+
+    def _record(self, number: int, kind: str = "json") -> str:
+        return records.join(self.folder, f"{number:012d}.{kind}")
+
+    def _newest(self) -> tuple[int, dict[str, Any]]:
+        found = [name for name in records.names(self.folder) if name.endswith(".json")]
+        if not found:
+            return -1, {}
+        return int(found[-1].removesuffix(".json")), records.read(records.join(self.folder, found[-1])) or {}
+
+    def _given_back(self, number: int) -> bool:
+        return records.read(self._record(number, "released")) is not None
+
+    def _alive(self, number: int, holder: dict[str, Any]) -> bool:
+        if holder["host"] == socket.gethostname():
+            return _born(int(holder["pid"])) == holder["born"] != ""
+        first = records.read(self._record(number, "beat"))
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, PATIENCE_S / 4))
+            if self._given_back(number):
+                return False
+            if records.read(self._record(number, "beat")) != first:
+                return True
+        return False
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._stop.wait(BEAT_S if beat else 0):
+            beat += 1
+            records.replace(self._record(self.number, "beat"), {"beat": beat})
+
+
+def _born(pid: int) -> str:
+    """Return what tells a process from a later one of the same number; empty when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        return "alive"
+    return "alive"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

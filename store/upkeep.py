@@ -1,0 +1,132 @@
+"""This module keeps a lake tidy: rolls back, collects garbage, merges small files, lets old versions go.
+
+Everything here holds the lake's lock, and nothing here changes what a commit that can be opened reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from store import catalog, records
+from store.context import is_s3
+from store.errors import UsageError
+from store.fragments import consolidate as consolidate_array
+from store.fragments import fragments, remove_fragments
+from store.lake import layer_uris, table_uris
+from store.writer import LakeWriter
+
+
+@dataclass(frozen=True)
+class Leavings:
+    """What dead drivers left behind.
+
+    Attributes:
+        writes: Writes and deletes without a commit that were undone in the tables.
+        fragments: Fragments of X that no commit names and no plan can still use.
+        uploads: Unfinished S3 multipart uploads below the lake.
+        plans: Datasets that were begun and never committed.
+    """
+
+    writes: int
+    fragments: int
+    uploads: int
+    plans: tuple[str, ...]
+
+
+def recover(lake_uri: str) -> Leavings:
+    """Bring a lake back to its newest commit; what was begun stays begun, for the same ingest to complete."""
+    with LakeWriter(lake_uri) as writer:
+        return Leavings(writer.undone, 0, 0, tuple(plan.dataset_id for plan in writer.lake().pending()))
+
+
+def collect(lake_uri: str) -> Leavings:
+    """Remove everything that no commit needs: also counts of datasets that were begun and never committed.
+
+    The same ingest, run again, begins such a dataset anew.
+    """
+    with LakeWriter(lake_uri) as writer:
+        lake = writer.lake()
+        needed = _needed(writer, since=0)
+        removed = 0
+        for uri in layer_uris(lake.uri):
+            extra = [item.name for item in fragments(uri) if item.name not in needed]
+            remove_fragments(uri, extra)
+            removed += len(extra)
+        for plan in lake.pending():
+            for side in ("obs", "quality"):
+                records.remove(records.join(lake.uri, records.FOLDER, "sides", f"{plan.number:012d}-{side}.parquet"))
+        pending = tuple(plan.dataset_id for plan in lake.pending())
+        return Leavings(writer.undone, removed, _abort_uploads(lake.uri), pending)
+
+
+def _needed(writer: LakeWriter, since: int) -> set[str]:
+    """Name the fragments of X that some commit from ``since`` on reads."""
+    history = writer.lake().history
+    alive = {commit.number for commit in catalog.current(history[: since + 1])}
+    return {
+        name
+        for commit in history
+        if commit.number in alive or commit.number > since
+        for content in commit.content.values()
+        for name in content.fragments
+    }
+
+
+def _abort_uploads(lake_uri: str) -> int:
+    if not is_s3(lake_uri):
+        return 0
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem()
+    bucket, _, prefix = lake_uri.removeprefix("s3://").partition("/")
+    aborted = 0
+    for upload in filesystem.list_multipart_uploads(bucket):
+        if upload["Key"].startswith(prefix):
+            filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            aborted += 1
+    return aborted
+
+
+def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
+    """Let commits before ``keep_from`` (none: the newest) go, with the counts that only they read.
+
+    Returns:
+        The oldest commit that can be opened from now on, and the number of fragments removed.
+
+    Raises:
+        UsageError: No such commit.
+    """
+    with LakeWriter(lake_uri) as writer:
+        lake = writer.lake()
+        since = lake.commit.number if keep_from is None else keep_from
+        if not 0 <= since <= lake.commit.number:
+            raise UsageError(f"{lake.uri}: no commit {since}; the lake has commits 0 to {lake.commit.number}")
+        first = max(since, catalog.first_openable(lake.uri))
+        # the record comes before the removal: a reader of an old commit is refused, never given half of it
+        catalog.create_vacuumed(lake.uri, first)
+        needed = _needed(writer, first)
+        old = {name for commit in lake.history for content in commit.content.values() for name in content.fragments}
+        removed = 0
+        for uri in layer_uris(lake.uri):
+            extra = [item.name for item in fragments(uri) if item.name in old - needed]
+            remove_fragments(uri, extra)
+            removed += len(extra)
+        return first, removed
+
+
+def consolidate(lake_uri: str, progress: Callable[[str], None] = lambda name: None) -> int:
+    """Merge the tables' fragments and the footers and commit files of X; return the number of arrays.
+
+    Every commit reads as before. Counts themselves stay as they were written: a dataset's fragments are disjoint, so
+    that merging them would only copy the lake.
+    """
+    with LakeWriter(lake_uri) as writer:
+        tables, layers = table_uris(writer.uri), layer_uris(writer.uri)
+        for uri in tables:
+            progress(uri.removeprefix(writer.uri + "/"))
+            consolidate_array(uri, ("fragment_meta", "commits", "fragments"))
+        for uri in layers:
+            progress(uri.removeprefix(writer.uri + "/"))
+            consolidate_array(uri, ("fragment_meta",))
+        return len(tables) + len(layers)

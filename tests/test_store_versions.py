@@ -1,0 +1,234 @@
+"""New versions, removal, time travel, and what upkeep leaves of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import cellxgene_census
+import numpy as np
+import pandas as pd
+import pytest
+from encoded import add_dataset, encoded_counts, numbered
+
+from store import lock, records
+from store.errors import ConflictError, MissingError, UsageError
+from store.fragments import fragments
+from store.lake import Lake, layer_uris, open_lake, table_uris
+from store.lock import WriterLock
+from store.schema import DatasetPlan
+from store.upkeep import collect, consolidate, recover, vacuum
+from store.validate import validate
+from store.writer import LakeWriter, write_counts
+
+ROOT = Path(__file__).parent.parent
+
+
+def census_cells(uri: str) -> int:
+    with cellxgene_census.open_soma(uri=uri) as census:
+        return len(cellxgene_census.get_obs(census, "homo_sapiens"))
+
+
+def summary(lake: Lake) -> dict[str, str]:
+    table = lake.root["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
+    return {key: table[key] for key in ("total_cell_count", "unique_cell_count")}
+
+
+def contents(lake: Lake) -> dict[str, dict[str, tuple[int, float]]]:
+    return {
+        commit.dataset["dataset_id"]: {name: (part.nnz, part.total) for name, part in commit.content.items()}
+        for commit in lake.current
+    }
+
+
+@pytest.fixture
+def two_versions(tmp_path: Path) -> str:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 100, {"RNA": 40, "protein": 6}, origin="a.h5ad")
+        add_dataset(writer, "b", 50, {"RNA": 60}, origin="b.h5ad")
+        add_dataset(writer, "a", 70, {"RNA": 30}, origin="a.h5ad", version=1)
+    return uri
+
+
+def test_a_new_version_takes_the_old_ones_place_everywhere(two_versions: str, tmp_path: Path) -> None:
+    fresh = str(tmp_path / "fresh")
+    with LakeWriter(fresh) as writer:
+        add_dataset(writer, "a", 70, {"RNA": 30}, version=1)
+        add_dataset(writer, "b", 50, {"RNA": 60})
+    lake, expected = open_lake(two_versions), open_lake(fresh)
+    assert contents(lake) == contents(expected)
+    assert summary(lake) == summary(expected) == {"total_cell_count": "120", "unique_cell_count": "108"}
+    assert census_cells(two_versions) == 120
+    assert lake.datasets().num_rows == 2
+    keys = ["feature_id", "nnz", "n_measured_obs"]
+    assert (
+        lake.var("homo_sapiens", "RNA")
+        .select(keys)
+        .to_pandas()
+        .equals(
+            expected.var("homo_sapiens", "RNA").select(keys).to_pandas().sort_values("feature_id", ignore_index=True)
+        )
+    )
+    assert lake.var("homo_sapiens", "protein")["nnz"].to_pylist() == [0] * 6
+    assert [row.nnz for row in lake.presence("homo_sapiens", "RNA")] == [30, 60]
+    assert lake.presence("homo_sapiens", "protein").nnz == 0
+    joinids = lake.obs("homo_sapiens", "dataset_id == 'a'", [])["soma_joinid"].to_numpy()
+    assert (lake.counts("homo_sapiens", "RNA", joinids)[:, :30] != encoded_counts(1000, 70, 30)).nnz == 0
+    ranges = lake.measurement_presence("homo_sapiens").to_pylist()
+    assert [(row["dataset_id"], row["measurement"], row["n_measured_obs"]) for row in ranges] == [
+        ("a", "RNA", 70),
+        ("b", "RNA", 50),
+    ]
+    assert [check for check in validate(lake) if check.problem] == []
+
+
+def test_the_old_version_is_reached_by_commit_until_a_vacuum(two_versions: str) -> None:
+    before = open_lake(two_versions, 2)
+    assert before.obs("homo_sapiens").num_rows == 150
+    assert [check for check in validate(before) if check.problem] == []
+    first, removed = vacuum(two_versions)
+    assert (first, removed) == (3, 4)
+    with pytest.raises(MissingError, match="commit 2 was vacuumed; the oldest that can be opened is 3"):
+        open_lake(two_versions, 2)
+    assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
+    assert vacuum(two_versions) == (3, 0)
+    with pytest.raises(UsageError, match="commits 0 to 3"):
+        vacuum(two_versions, 9)
+
+
+def test_a_content_that_comes_back_is_a_version_of_its_own(two_versions: str) -> None:
+    with LakeWriter(two_versions) as writer:
+        add_dataset(writer, "a", 100, {"RNA": 40, "protein": 6}, origin="a.h5ad")
+    lake = open_lake(two_versions)
+    assert contents(lake) == contents(open_lake(two_versions, 2))
+    assert lake.obs("homo_sapiens").num_rows == census_cells(two_versions) == 150
+    assert [check for check in validate(lake) if check.problem] == []
+
+
+def test_a_dataset_is_removed_from_all_but_earlier_commits(two_versions: str) -> None:
+    with LakeWriter(two_versions) as writer:
+        writer.remove("a")
+        with pytest.raises(MissingError, match="no datasets named 'a'; datasets: b"):
+            writer.remove("a")
+    lake = open_lake(two_versions)
+    assert summary(lake)["total_cell_count"] == "50"
+    assert census_cells(two_versions) == 50
+    assert lake.var("homo_sapiens", "RNA")["nnz"].to_numpy().sum() == encoded_counts(0, 50, 60).nnz
+    assert [check for check in validate(lake) if check.problem] == []
+    assert open_lake(two_versions, 3).obs("homo_sapiens").num_rows == 120
+
+
+def test_consolidation_changes_no_commit(two_versions: str) -> None:
+    before = [open_lake(two_versions, number).obs("homo_sapiens").to_pandas() for number in (1, 2, 3)]
+    assert consolidate(two_versions) == len(table_uris(two_versions)) + len(layer_uris(two_versions))
+    assert all(len(fragments(uri)) <= 1 for uri in table_uris(two_versions))
+    for number, frame in zip((1, 2, 3), before, strict=True):
+        lake = open_lake(two_versions, number)
+        assert lake.obs("homo_sapiens").to_pandas().equals(frame)
+        assert [check for check in validate(lake) if check.problem] == []
+    with LakeWriter(two_versions) as writer:
+        add_dataset(writer, "c", 30, {"RNA": 10})
+    assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
+
+
+DIES = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from store import catalog
+from encoded import add_dataset
+from store.writer import LakeWriter
+catalog.create_commit = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+with LakeWriter({uri!r}) as writer:
+    {what}
+"""
+
+
+def dies_before_its_commit(uri: str, what: str) -> None:
+    script = textwrap.dedent(DIES.format(tests=str(ROOT / "tests"), uri=uri, what=what))
+    died = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        'add_dataset(writer, "z", 40, {"RNA": 99})',
+        'add_dataset(writer, "b", 40, {"RNA": 99}, version=2, origin="b.h5ad")',
+        'writer.remove("b")',
+    ],
+)
+def test_what_a_driver_did_without_its_commit_is_undone_for_census_clients_too(two_versions: str, what: str) -> None:
+    before = open_lake(two_versions)
+    rows = before.obs("homo_sapiens").to_pandas()
+    dies_before_its_commit(two_versions, what)
+    assert before.obs("homo_sapiens").to_pandas().equals(rows)
+    left = recover(two_versions)
+    assert left.writes > 0
+    assert left.plans == (() if "remove" in what else ("z",) if '"z"' in what else ("b",))
+    assert census_cells(two_versions) == 120
+    assert open_lake(two_versions).obs("homo_sapiens").to_pandas().equals(rows)
+    orphans = collect(two_versions)
+    assert (orphans.writes, orphans.fragments > 0) == (0, "remove" not in what)
+    assert collect(two_versions).fragments == 0
+    assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
+    with LakeWriter(two_versions) as writer:
+        add_dataset(writer, "next", 10, {"RNA": 5})
+    assert census_cells(two_versions) == 130
+
+
+def test_values_stand_in_a_layer_of_their_own_with_zeros_and_negatives(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    levels = encoded_counts(0, 10, 8).astype(np.float32)
+    levels.data -= 100
+    levels.data[3] = 0
+    plan = DatasetPlan("v", "homo_sapiens", "k", 10, {"peptide": numbered("p", 8)}, layers={"peptide": "value"})
+    with LakeWriter(uri) as writer:
+        reservation = writer.reserve(plan)
+        writer.commit(reservation, pd.DataFrame(index=range(10)), [write_counts(reservation, "peptide", 0, levels)])
+    lake = open_lake(uri)
+    stored = lake.counts("homo_sapiens", "peptide", np.arange(10), "value")
+    assert stored.nnz == levels.nnz
+    assert np.array_equal(stored.toarray(), levels.toarray())
+    assert lake.measurement_presence("homo_sapiens")["layer"].to_pylist() == ["value"]
+    assert not any(lake.obs("homo_sapiens")["measured_peptide"].to_pylist())
+    with pytest.raises(UsageError, match="no layer 'raw'; layers: value"):
+        lake.counts("homo_sapiens", "peptide", np.arange(2))
+    assert [check for check in validate(lake) if check.problem] == []
+
+
+def holder_elsewhere(uri: str) -> WriterLock:
+    """A lock that a driver on another machine took."""
+    held = WriterLock(uri)
+    mine = {"host": "elsewhere", "pid": os.getpid(), "born": "x", "since": "today"}
+    records.create(records.join(held.folder, "000000000004.json"), mine)
+    return held
+
+
+def test_a_silent_driver_elsewhere_is_passed_and_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.5)
+    uri = str(tmp_path / "lake")
+    silent = holder_elsewhere(uri)
+    silent.number = 4
+    silent.check()
+    with LakeWriter(uri), pytest.raises(ConflictError, match="another driver holds the lake now"):
+        silent.check()
+
+
+def test_a_beating_driver_elsewhere_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+    held = holder_elsewhere(str(tmp_path / "lake"))
+    held.number = 4
+    held._thread = threading.Thread(target=held._beat, daemon=True)
+    held._thread.start()
+    with pytest.raises(ConflictError, match=r"process .* on elsewhere since today"):
+        LakeWriter(str(tmp_path / "lake")).__enter__()
+    held.release()
+    with LakeWriter(str(tmp_path / "lake")):
+        pass
