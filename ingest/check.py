@@ -1,7 +1,7 @@
 """This module looks whether counts are what they claim to be, and restores counts from log1p where that is exact.
 
 Shape letters used in this module:
-    C  cells of a block      F  features of the source
+    C  cells of a block      F  features of the source      N  stored values
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.sparse
+from numpy.typing import NDArray
 
 from store.errors import InputRefused
 
+LARGEST_COUNT = 2**24
+
 
 def problems(counts_CF: scipy.sparse.csr_matrix, features: Sequence[str], first_cell: int) -> list[str]:
-    """Say what makes a block unfit as counts: not finite, negative, or not whole numbers, with an example of each."""
+    """Say what makes a block unfit as counts, with an example of each, and what the values look like instead.
+
+    Counts are finite, not negative, whole, and at most 2**24 (what float32 holds exactly).
+    """
     data = counts_CF.data
     finite = np.isfinite(data)
     found = []
@@ -23,15 +29,56 @@ def problems(counts_CF: scipy.sparse.csr_matrix, features: Sequence[str], first_
         (~finite, "not finite"),
         (finite & (data < 0), "negative"),
         (finite & (data >= 0) & (data != np.rint(data)), "not a whole number"),
+        (finite & (data > LARGEST_COUNT), f"larger than {LARGEST_COUNT:,}"),
     ):
         if wrong.any():
-            at = int(np.flatnonzero(wrong)[0])
-            cell = first_cell + int(np.searchsorted(counts_CF.indptr, at, side="right")) - 1
-            found.append(
-                f"{int(wrong.sum()):,} of {len(data):,} values are {what}, such as {data[at]:g} "
-                f"(cell {cell}, feature {features[int(counts_CF.indices[at])]!r})"
-            )
+            found.append(_example(counts_CF, wrong, what, features, first_cell))
+    if found:
+        guess = looks_like(counts_CF)
+        found += [guess] if guess else []
     return found
+
+
+def level_problems(values_CF: scipy.sparse.csr_matrix, features: Sequence[str], first_cell: int) -> list[str]:
+    """Say what makes a block unfit as levels or normalised values: they are finite."""
+    wrong = ~np.isfinite(values_CF.data)
+    return [_example(values_CF, wrong, "not finite", features, first_cell)] if wrong.any() else []
+
+
+def _example(
+    values_CF: scipy.sparse.csr_matrix, wrong: NDArray[np.bool_], what: str, features: Sequence[str], first_cell: int
+) -> str:
+    at = int(np.flatnonzero(wrong)[0])
+    cell = first_cell + int(np.searchsorted(values_CF.indptr, at, side="right")) - 1
+    return (
+        f"{int(wrong.sum()):,} of {len(values_CF.data):,} values are {what}, such as {values_CF.data[at]:g} "
+        f"(cell {cell}, feature {features[int(values_CF.indices[at])]!r})"
+    )
+
+
+def looks_like(values_CF: scipy.sparse.csr_matrix) -> str:
+    """Guess what values are that are not counts, from the sums of cells; empty when nothing is evident."""
+    data = values_CF.data
+    if not len(data) or not np.all(np.isfinite(data)):
+        return ""
+    if np.any(data < 0):
+        return "values below zero point to scaled or centred values"
+    totals = np.asarray(values_CF.sum(axis=1), dtype=float).ravel()
+    if data.max() < 40:
+        unlogged = scipy.sparse.csr_matrix((np.expm1(data.astype(float)), values_CF.indices, values_CF.indptr))
+        logged = np.asarray(unlogged.sum(axis=1), dtype=float).ravel()
+        if _alike(logged):
+            return f"exp(x)-1 sums to {np.median(logged[logged > 0]):,.0f} in every cell: log1p of normalised counts"
+        return "no value reaches 40: logarithms, perhaps"
+    if _alike(totals):
+        total = np.median(totals[totals > 0])
+        return f"every cell sums to {total:,.0f}: {'CPM, TPM or RPKM' if total > 5e5 else 'normalised counts'}"
+    return ""
+
+
+def _alike(totals: NDArray[np.float64]) -> bool:
+    filled = totals[totals > 0]
+    return len(filled) > 2 and bool(np.ptp(filled) <= 0.01 * np.median(filled))
 
 
 def counts_from_log1p(values_CF: scipy.sparse.csr_matrix, first_cell: int) -> scipy.sparse.csr_matrix:
@@ -67,3 +114,24 @@ def _whole(
         f"values = 'log1p': cell {cell} holds no scaled counts (multiples of its smallest value: "
         f"{', '.join(f'{value:.3f}' for value in np.unique(unit)[:4])}); give the matrix with raw counts instead"
     )
+
+
+def cell_digests(counts_CG: scipy.sparse.csr_matrix, digest_G: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Digest each cell's counts so that neither the order of features nor what else is in the matrix matters.
+
+    Args:
+        counts_CG: Counts.
+        digest_G: A digest of each feature's id.
+
+    Returns:
+        digest_C; equal cells have equal digests, in whichever dataset they stand. An empty cell has 0.
+    """
+    value_N = np.ascontiguousarray(counts_CG.data, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    mixed_N = digest_G[counts_CG.indices] ^ (value_N * np.uint64(0x9E3779B97F4A7C15))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)
+    digest_C = np.zeros(counts_CG.shape[0], np.uint64)
+    filled = np.flatnonzero(np.diff(counts_CG.indptr))
+    if len(filled):
+        digest_C[filled] = np.add.reduceat(mixed_N, counts_CG.indptr[filled])
+    return digest_C

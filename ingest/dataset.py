@@ -1,4 +1,6 @@
-"""This module is one dataset between source and lake: inspected whole, then read as harmonised, checked blocks.
+"""This module is one dataset between source and lake: its names inspected, its rows checked, then read harmonised.
+
+It runs in the process that parses foreign files (``ingest.sandbox``); nothing here writes to a lake.
 
 Shape letters used in this module:
     C  cells of a block      G  features in the lake's names
@@ -8,40 +10,76 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import scipy.sparse
+from numpy.typing import NDArray
 
-from ingest import check, harmonize
+from ingest import check, harmonize, ontology
 from ingest.harmonize import FeatureMap
-from ingest.job import SourceSettings
+from ingest.job import SourceSettings, Values
 from ingest.sources import kind_of, open_dataset
-from ingest.sources.form import SourceDataset
+from ingest.sources.form import SourceDataset, content_digest, fingerprint
 from store.errors import InputRefused
+from store.records import absolute
 from store.schema import DatasetPlan, measured_column
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Raised when the same source and settings would be written differently."""
 
-BLOCK_NNZ = 2**22
-BLOCK_CELLS = 16384
-FEATURE_KIND = {"RNA": "gene", "protein": "protein", "ATAC": "peak", "guide": "guide"}
+SPAN_CELLS = 2**14
+SPANS = 64
+"""A dataset is cut into spans of ``SPAN_CELLS``, or into this many when they are more."""
+
+FEATURE_KIND = {
+    "RNA": "gene",
+    "protein": "protein",
+    "ATAC": "peak",
+    "guide": "guide",
+    "peptide": "peptide",
+    "metabolite": "metabolite",
+    "methylation": "site",
+    "miRNA": "miRNA",
+}
+MITOCHONDRIAL = ("mt-", "MT-")
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """What an inspection found: the plan, cells ready for the lake, and where to cut the work."""
+    """What is known of a dataset before its values are read: the plan, cells ready for the lake, where to cut."""
 
     plan: DatasetPlan
     obs: pd.DataFrame = field(repr=False)
-    leftovers: pd.DataFrame = field(repr=False)
-    spans: dict[str, list[tuple[int, int]]]
-    nnz: dict[str, int]
+    sides: dict[str, pd.DataFrame] = field(repr=False)
+    spans: list[tuple[int, int]]
+    mapped: dict[str, float]
+    problems: list[str]
     notes: list[str]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the values of a span are.
+
+    Attributes:
+        problems: Why they are refused; empty when they are not.
+        step: Rows that can be read at a time within the budget.
+        nnz_C: Stored values of each cell.
+        sum_C: Their sum.
+        mito_C: The part of ``sum_C`` in mitochondrial genes.
+        digest_C: Each cell's digest (``check.cell_digests``).
+    """
+
+    problems: list[str]
+    step: int
+    nnz_C: NDArray[np.int64] = field(repr=False)
+    sum_C: NDArray[np.float64] = field(repr=False)
+    mito_C: NDArray[np.float64] = field(repr=False)
+    digest_C: NDArray[np.uint64] = field(repr=False)
 
 
 class OpenDataset:
@@ -54,64 +92,122 @@ class OpenDataset:
     @cached_property
     def maps(self) -> dict[str, FeatureMap]:
         """Measurement to where each of the source's columns goes."""
-        genes = self.source.genes
+        source = self.source
         return {
-            name: harmonize.map_genes(part.var, genes)
+            name: harmonize.map_genes(part.var, source.genes, source.hgnc, sums=self.counted(name))
             if name == "RNA" and self.form.organism != "synthetic_construct"
-            else harmonize.map_plain(part.var, FEATURE_KIND.get(name, name))
+            else harmonize.map_plain(part.var, FEATURE_KIND.get(name, name), sums=self.counted(name))
             for name, part in self.form.parts.items()
         }
 
-    def block(self, measurement: str, start: int, stop: int) -> scipy.sparse.csr_matrix:
-        """Read rows as counts_CG in the plan's order of features.
+    def counted(self, measurement: str) -> bool:
+        """Say whether a measurement's values come into the lake as counts."""
+        return self.values(measurement) in ("counts", "log1p")
 
-        Raises:
-            InputRefused: The values are not counts; the message gives the evidence.
-        """
-        part = self.form.parts[measurement]
-        counts = part.rows(start, stop)
-        if self.source.values == "log1p" and measurement == self.source.measurement:
-            counts = check.counts_from_log1p(counts, start)
-        found = check.problems(counts, [str(name) for name in part.var.index], start)
-        if found:
-            raise InputRefused(
-                f"{measurement}: {'; '.join(found)}. Counts are wanted: name their layer with layer=raw or layer=NAME, "
-                "or say values=log1p for log1p of scaled counts"
-            )
+    def values(self, measurement: str) -> Values:
+        """Return what the source says that a measurement's values are."""
+        layer = self.form.parts[measurement].layer
+        if layer:
+            return "counts" if layer == "raw" else layer  # type: ignore[return-value]
+        given = self.source.values
+        if isinstance(given, dict):
+            return given.get(measurement, "counts")
+        applies = measurement == self.source.measurement or given in ("lognorm", "value")
+        return given if applies else "counts"
+
+    def fingerprint(self) -> str:
+        """Return what changes when the source is written to; empty for what is no file."""
+        return "" if kind_of(self.source) in ("census", "simulated") else fingerprint(self.source.uri)
+
+    def block(self, measurement: str, start: int, stop: int) -> scipy.sparse.csr_matrix:
+        """Read rows as counts_CG in the plan's order of features, not checked."""
+        counts = self._rows(measurement, start, stop)
         return self.maps[measurement].apply(counts)
 
+    def _rows(self, measurement: str, start: int, stop: int) -> scipy.sparse.csr_matrix:
+        counts = self.form.parts[measurement].rows(start, stop)
+        kind = self.values(measurement)
+        if kind == "value" and np.isnan(counts.data).any():
+            stored = counts.tocoo()
+            there = ~np.isnan(stored.data)
+            kept = (stored.data[there], (stored.row[there], stored.col[there]))
+            return scipy.sparse.coo_matrix(kept, shape=counts.shape).tocsr()
+        return check.counts_from_log1p(counts, start) if kind == "log1p" else counts
+
+    def check(self, measurement: str, start: int, stop: int, budget_nnz: int) -> Checked:
+        """Read a span's values once: what is wrong with them, and what they add up to."""
+        part, mapped = self.form.parts[measurement], self.maps[measurement]
+        judge = check.problems if self.counted(measurement) else check.level_problems
+        names = [str(name) for name in part.var.index]
+        widest = max(1, 2**25 // max(1, len(names)))
+        found: list[str] = []
+        nnz_C, digest_C = np.zeros(stop - start, np.int64), np.zeros(stop - start, np.uint64)
+        sum_C, mito_C = np.zeros(stop - start), np.zeros(stop - start)
+        is_mito = np.array([str(name).startswith(MITOCHONDRIAL) for name in mapped.features.feature_name])
+        row, step, densest = start, min(256, widest), 0.0
+        while row < stop and not found:
+            until = min(stop, row + step)
+            counts = self._rows(measurement, row, until)
+            found = judge(counts, names, row)
+            if found:
+                break
+            counts = mapped.apply(counts)
+            here = slice(row - start, until - start)
+            nnz_C[here] = np.diff(counts.indptr)
+            sum_C[here] = np.asarray(counts.sum(axis=1), dtype=float).ravel()
+            if is_mito.any():
+                mito_C[here] = counts @ is_mito.astype(np.float64)
+            digest_C[here] = check.cell_digests(counts, self._feature_digests(measurement))
+            densest = max(densest, counts.nnz / (until - row))
+            step = min(widest, max(1, int(budget_nnz / 2 / max(1.0, densest))), 4 * step, 4096)
+            row = until
+        return Checked(found, max(1, min(widest, step)), nnz_C, sum_C, mito_C, digest_C)
+
+    def _feature_digests(self, measurement: str) -> NDArray[np.uint64]:
+        if measurement not in self._digests:
+            ids = self.maps[measurement].features.feature_id
+            joined = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
+            self._digests[measurement] = np.frombuffer(joined, np.uint64)
+        return self._digests[measurement]
+
+    @cached_property
+    def _digests(self) -> dict[str, NDArray[np.uint64]]:
+        return {}
+
     def inspect(self) -> Inspected:
-        """Read everything once: every problem is found before anything is written.
+        """Read everything but the values: names, cells, features; what is wrong is gathered in ``problems``.
 
         Raises:
-            InputRefused: All problems of the dataset, in one message.
+            InputRefused: So much is wrong that no plan can be made; all that was found, in one message.
         """
         problems: list[str] = []
-        obs, leftovers = pd.DataFrame(), pd.DataFrame()
+        notes = list(self.form.notes)
+        obs, leftovers = pd.DataFrame(index=range(self.form.n_obs)), pd.DataFrame()
         try:
             obs, leftovers = harmonize.map_obs(self.form.obs, self._obs_given())
+            resolved = ontology.resolve(obs, self.form.organism)
+            obs = resolved.obs
+            problems += resolved.problems
+            notes += resolved.notes
         except InputRefused as error:
             problems.append(str(error))
         if self.form.obs.index.has_duplicates:
             twice = self.form.obs.index[self.form.obs.index.duplicated()][0]
             problems.append(f"cell {twice!r} stands more than once")
-        spans, nnz = {}, {}
-        for measurement in self.form.parts:
-            try:
-                spans[measurement], nnz[measurement] = self._spans(measurement)
-            except InputRefused as error:
-                problems.append(str(error))
-        if self.form.n_obs == 0:
-            problems.append("it has no cells")
-        if problems:
-            raise InputRefused(f"{self.source.uri}: " + " | ".join(problems))
+        try:
+            plan = self._plan()
+            notes += [note for mapped in self.maps.values() for note in mapped.notes]
+        except InputRefused as error:
+            raise InputRefused(f"{self.source.uri}: " + " | ".join([*problems, str(error)])) from error
         for measurement, part in self.form.parts.items():
-            if part.measured_C is not None:
+            if part.measured_C is not None and self.counted(measurement):
                 obs[measured_column(measurement)] = part.measured_C
-        notes = [note for mapped in self.maps.values() for note in mapped.notes]
+        sides = {name: table() for name, table in self.form.sides.items()}
         if len(leftovers.columns):
+            sides["obs"] = leftovers
             notes.append(f"obs columns kept in the side table: {', '.join(map(str, leftovers.columns))}")
-        return Inspected(self._plan(), obs, leftovers, spans, nnz, notes)
+        mapped = {name: float(found.mapped) for name, found in self.maps.items()}
+        return Inspected(plan, obs, sides, self._spans(), mapped, problems, notes, self.fingerprint())
 
     def _obs_given(self) -> dict[str, str]:
         table = self.source.obs_table
@@ -123,9 +219,17 @@ class OpenDataset:
         return self.source.obs
 
     def _plan(self) -> DatasetPlan:
-        settings = self.source.model_dump(mode="json", exclude={"uri", "kind", "title", "truth"})
-        identity = json.dumps([TRANSFORM_VERSION, self.form.dataset_id, self.form.digest, settings], sort_keys=True)
-        info = {**self.form.info, "source_uri": self.source.uri, "source_kind": kind_of(self.source)}
+        settings = self.source.model_dump(mode="json", exclude={"uri", "kind", "title", "truth", "replaces"})
+        tables = [
+            content_digest(path)
+            for path in (self.source.genes, self.source.hgnc, self.source.obs_table, self.source.peaks)
+            if path
+        ]
+        identity = json.dumps([TRANSFORM_VERSION, self.form.dataset_id, self.form.digest, tables, settings])
+        kind = kind_of(self.source)
+        info = {**self.form.info, "source_uri": self.source.uri, "source_kind": kind}
+        address = self.source.uri if kind in ("census", "simulated") else absolute(self.source.uri)
+        layers = {name: self.values(name) for name in self.form.parts}
         return DatasetPlan(
             dataset_id=self.form.dataset_id,
             organism=self.form.organism,
@@ -133,25 +237,11 @@ class OpenDataset:
             n_obs=self.form.n_obs,
             features={name: mapped.features for name, mapped in self.maps.items()},
             info=info,
+            layers={name: str(layer) for name, layer in layers.items() if layer in ("lognorm", "value")},
+            origin=self.form.origin or address,
         )
 
-    def _spans(self, measurement: str) -> tuple[list[tuple[int, int]], int]:
-        """Check all rows and cut them where a block is full; return the cuts and the non-zeros."""
-        spans, total, start, held = [], 0, 0, 0
-        for first, counts in self._probes(measurement):
-            nnz_C = np.diff(counts.indptr)
-            total += int(nnz_C.sum())
-            for offset, nnz in enumerate(nnz_C):
-                row = first + offset
-                if row > start and (held + nnz > BLOCK_NNZ or row - start >= BLOCK_CELLS):
-                    spans.append((start, row))
-                    start, held = row, 0
-                held += int(nnz)
-        spans.append((start, self.form.n_obs))
-        return spans, total
-
-    def _probes(self, measurement: str) -> Iterator[tuple[int, scipy.sparse.csr_matrix]]:
-        width = max(1, len(self.form.parts[measurement].var))
-        step = max(1, min(4096, 2**25 // width))
-        for start in range(0, self.form.n_obs, step):
-            yield start, self.block(measurement, start, min(start + step, self.form.n_obs))
+    def _spans(self) -> list[tuple[int, int]]:
+        n_obs = self.form.n_obs
+        width = max(SPAN_CELLS, -(-n_obs // SPANS // SPAN_CELLS) * SPAN_CELLS)
+        return [(start, min(start + width, n_obs)) for start in range(0, n_obs, width)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -52,11 +52,13 @@ class FeatureMap:
         features: Features after mapping, each once.
         column_F: Position among ``features`` of each of the source's columns.
         notes: Sentences about what was not as expected.
+        mapped: Share of the source's columns that came to an id of the vocabulary.
     """
 
     features: Features
     column_F: NDArray[np.int64]
     notes: list[str] = field(default_factory=list)
+    mapped: float = 1.0
 
     def apply(self, counts_CF: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
         """Return counts_CG; columns that map to one feature are summed."""
@@ -86,11 +88,39 @@ def gene_table(path: str) -> pd.DataFrame:
     return table.drop_duplicates("id").set_index("id")
 
 
-def map_genes(var: pd.DataFrame, genes: str | None = None) -> FeatureMap:
+@lru_cache(maxsize=4)
+def old_symbols(path: str) -> dict[str, str]:
+    """Read HGNC's complete set: symbols, previous ones and aliases to the Ensembl id, if only one gene carries them.
+
+    A gene's previous symbol wins over another gene's alias, as HGNC's own multi-symbol checker has it.
+
+    Raises:
+        MissingError: It is not there.
+        InputRefused: It lacks the columns ``ensembl_gene_id``, ``symbol``, ``prev_symbol`` and ``alias_symbol``.
+    """
+    wanted = ["symbol", "prev_symbol", "alias_symbol", "ensembl_gene_id"]
+    try:
+        table = pd.read_csv(path, sep="\t", dtype=str, usecols=wanted, keep_default_na=False)
+    except FileNotFoundError:
+        raise MissingError(f"{path}: no such HGNC table") from None
+    except ValueError as error:
+        raise InputRefused(f"{path}: not HGNC's complete set: {error}") from error
+    table = table[table["ensembl_gene_id"] != ""]
+    found: dict[str, str] = {}
+    for column in ("alias_symbol", "prev_symbol", "symbol"):
+        names = table[column].str.split("|").explode()
+        pairs = pd.DataFrame({"name": names, "id": table["ensembl_gene_id"].reindex(names.index)})
+        pairs = pairs[pairs["name"] != ""].drop_duplicates().drop_duplicates("name", keep=False)
+        found |= dict(zip(pairs["name"], pairs["id"], strict=True))
+    return found
+
+
+def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = None, *, sums: bool = True) -> FeatureMap:
     """Map genes to Ensembl ids: from the index or a customary column, or from symbols through a gene table.
 
-    Version suffixes go. A symbol that several genes carry, or none, stays as its own id, and a note says so. Columns
-    that come to the same id are summed, and a note says so.
+    Version suffixes go. A symbol that the table lacks is looked up among HGNC's previous symbols and aliases. One that
+    several genes carry, or none, stays as its own id, and a note says so. Columns that come to the same id are summed,
+    and a note says so; values that do not add up (``sums`` false) keep them apart as ``ID#2``.
     """
     index = var.index.astype(str)
     ids = _ensembl(pd.Series(index))
@@ -108,16 +138,28 @@ def map_genes(var: pd.DataFrame, genes: str | None = None) -> FeatureMap:
     id_list: list[str] = [name if isinstance(name, str) else "" for name in ids.tolist()]
     if table is not None:
         id_list = _from_symbols(id_list, names, table)
+    notes = []
+    if hgnc:
+        rescued = old_symbols(hgnc)
+        before = id_list
+        known = None if table is None else set(table.index)
+        id_list = [
+            found or (old if (old := rescued.get(name, "")) and (known is None or old in known) else "")
+            for found, name in zip(before, names, strict=True)
+        ]
+        renamed = [name for old, new, name in zip(before, id_list, names, strict=True) if new and not old]
+        if renamed:
+            notes.append(f"{len(renamed):,} genes found by a former or alias symbol ({', '.join(renamed[:3])}, ...)")
     unmapped = [name for name, found in zip(names, id_list, strict=True) if not found]
     id_list = [found or str(name) for found, name in zip(id_list, index, strict=True)]
-    notes = []
     if unmapped:
         reason = "set genes=TABLE to map symbols" if table is None else f"not in {genes}"
         notes.append(
             f"{len(unmapped):,} of {len(names):,} genes have no Ensembl id ({', '.join(unmapped[:3])}, ...): {reason}; "
             "their symbols stand as ids"
         )
-    return _unique(id_list, names, _known(id_list, table, var), notes)
+    made = _unique(id_list, names, _known(id_list, table, var), notes, sums)
+    return replace(made, mapped=1 - len(unmapped) / max(1, len(names)))
 
 
 def _ensembl(values: pd.Series) -> pd.Series:
@@ -148,14 +190,20 @@ def _known(ids: list[str], table: pd.DataFrame | None, var: pd.DataFrame) -> tup
     return types.astype(str).tolist(), pd.to_numeric(lengths, errors="coerce").fillna(0).astype(int).tolist()
 
 
-def map_plain(var: pd.DataFrame, kind: str) -> FeatureMap:
+def map_plain(var: pd.DataFrame, kind: str, *, sums: bool = True) -> FeatureMap:
     """Take features by the names that the source gives them (antibodies, peaks, guides)."""
     ids = [str(name) for name in var.index]
     names = var["gene_symbols"].astype(str).tolist() if "gene_symbols" in var else ids
-    return _unique(ids, names, ([kind] * len(ids), [0] * len(ids)), [])
+    return _unique(ids, names, ([kind] * len(ids), [0] * len(ids)), [], sums)
 
 
-def _unique(ids: list[str], names: list[str], known: tuple[list[str], list[int]], notes: list[str]) -> FeatureMap:
+def _unique(
+    ids: list[str], names: list[str], known: tuple[list[str], list[int]], notes: list[str], sums: bool
+) -> FeatureMap:
+    if not sums and len(set(ids)) < len(ids):
+        again = pd.Series(ids).groupby(ids).cumcount()
+        notes = [*notes, f"{int((again > 0).sum()):,} features stand more than once and are kept apart as ID#2, ..."]
+        ids = [f"{name}#{count + 1}" if count else name for name, count in zip(ids, again, strict=True)]
     position: dict[str, int] = {}
     first: list[int] = []
     for column, name in enumerate(ids):

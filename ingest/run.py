@@ -1,4 +1,9 @@
-"""This module runs an ingestion as Ray tasks: inspect, reserve, write blocks, commit dataset by dataset."""
+"""This module drives an ingestion: expand, inspect, check, reserve, write, commit, dataset by dataset, on Ray.
+
+Datasets overlap (the next ones are inspected and checked while one is written), a few at a time so that the driver's
+memory does not grow with their number. Ranges are reserved and commits made in the order of the job, so that the same
+job makes the same lake whatever the workers do.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +15,27 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import ray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ingest import sources
-from ingest.dataset import Inspected, OpenDataset
+from ingest import quality, tasks
+from ingest.expand import expand
 from ingest.job import JobSettings, SourceSettings
+from ingest.progress import Progress
+from ingest.sources import SEVERAL, kind_of
+from ingest.sources.form import dataset_name
+from ingest.tasks import Limits
 from store import records
 from store.cluster import ray_cluster
-from store.command import console
-from store.errors import ConflictError, SomaflowError, UsageError
+from store.errors import SomaflowError, StorageError, UsageError
 from store.lake import utc_now
-from store.writer import BlockStats, LakeWriter, Reservation, write_counts
+from store.schema import DatasetPlan
+from store.writer import BlockStats, LakeWriter, Reservation
+
+AHEAD = 4
+"""Datasets that are inspected or checked while an earlier one is still being written."""
 
 
 @dataclass
@@ -38,44 +51,53 @@ class Outcome:
     commit: int | None = None
     notes: list[str] = field(default_factory=list)
     error: str = ""
+    problems: list[str] = field(default_factory=list)
+    quality: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
-
-@ray.remote(num_cpus=1, max_retries=2)
-def _names(source: SourceSettings) -> list[str]:
-    return sources.names(source)
-
-
-@ray.remote(num_cpus=1, max_retries=2)
-def _inspect(source: SourceSettings, name: str) -> Inspected:
-    return OpenDataset(source, name).inspect()
+    def refuse(self, *problems: str) -> None:
+        """Set down why the dataset does not come in."""
+        self.state = "refused"
+        self.problems += problems
+        self.error = " | ".join(self.problems)
 
 
-@ray.remote(num_cpus=1, max_retries=2)
-def _write(
-    source: SourceSettings, name: str, reservation: Reservation, measurement: str, span: tuple[int, int]
-) -> BlockStats:
-    return write_counts(reservation, measurement, span[0], OpenDataset(source, name).block(measurement, *span))
+@dataclass
+class _Dataset:
+    """A dataset on its way into the lake."""
 
+    source: SourceSettings
+    name: str
+    outcome: Outcome
+    begun: float = field(default_factory=time.monotonic)
+    values: dict[str, Any] = field(default_factory=dict)
+    plan: DatasetPlan | None = None
+    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+    checked: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    inspecting: Any = None
+    checking: dict[Any, tuple[str, int]] = field(default_factory=dict)
 
-def _cause(error: Exception) -> Exception:
-    """Return the error that a task raised, without Ray's wrapping."""
-    return error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Half-open ranges of rows, in order."""
+        return [(start, stop) for start, stop in self.values["spans"]]
 
-
-def _cluster(job: JobSettings) -> AbstractContextManager[None]:
-    return ray_cluster(job.address, cpus=job.workers, packages=("ingest", "store"), object_store_bytes=2**29)
+    def cells(self, measurement: str, column: str) -> Any:
+        """Join what the checks of a measurement's spans found of each cell."""
+        return np.concatenate([self.checked[measurement, start][column] for start, _ in self.spans])
 
 
 def plan(job: JobSettings) -> list[Outcome]:
-    """Inspect all sources; write nothing."""
+    """Inspect and check all sources; write nothing."""
     _refuse_nothing(job)
-    with _cluster(job):
-        found = [(outcome, inspected) for _, _, outcome, inspected in _inspect_all(job)]
-    for outcome, inspected in found:
-        if inspected is not None:
-            outcome.state = "planned"
-    return [outcome for outcome, _ in found]
+    with _cluster(job), Progress(None) as progress:
+        outcomes = []
+        for dataset in _examined(job, progress):
+            if not dataset.outcome.problems:
+                dataset.outcome.state = "planned"
+            progress.done(dataset.name, dataset.outcome.state)
+            outcomes.append(dataset.outcome)
+    return outcomes
 
 
 def run(job: JobSettings) -> list[Outcome]:
@@ -87,19 +109,17 @@ def run(job: JobSettings) -> list[Outcome]:
     """
     _refuse_nothing(job)
     outcomes: list[Outcome] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with LakeWriter(job.lake) as writer, _cluster(job), Progress(*columns, console=console) as bars:
-        for source, name, outcome, inspected in _inspect_all(job):
-            outcomes.append(outcome)
-            if inspected is not None:
-                _ingest(writer, source, name, inspected, outcome, bars)
-    _keep_report(writer.uri, outcomes)
+    with LakeWriter(job.lake) as writer, _cluster(job), Progress(writer.uri) as progress:
+        try:
+            for dataset in _examined(job, progress):
+                outcomes.append(dataset.outcome)
+                if not dataset.outcome.problems:
+                    _ingest(writer, dataset, Limits.of(job), progress)
+                dataset.outcome.seconds = round(time.monotonic() - dataset.begun, 3)
+                progress.done(dataset.name, dataset.outcome.state)
+        finally:
+            if outcomes:
+                _keep_report(writer.uri, outcomes)
     return outcomes
 
 
@@ -108,80 +128,201 @@ def _refuse_nothing(job: JobSettings) -> None:
         raise UsageError("nothing to ingest: name a SOURCE, or a JOB.toml with [[source]] sections")
 
 
-def _inspect_all(job: JobSettings) -> Iterator[tuple[SourceSettings, str, Outcome, Inspected | None]]:
-    """Inspect every dataset of every source, several at a time; yield them in the order of the job."""
-    named = [(source, _names.remote(source)) for source in job.source]
-    begun: list[tuple[SourceSettings, str, Any]] = []
-    refused: list[tuple[SourceSettings, str, Outcome, None]] = []
-    for source, reference in named:
+def _cluster(job: JobSettings) -> AbstractContextManager[None]:
+    return ray_cluster(job.address, cpus=job.workers, packages=("ingest", "store"), object_store_bytes=2**28)
+
+
+def _examined(job: JobSettings, progress: Progress) -> Iterator[_Dataset]:
+    """Inspect and check every dataset of every source, some ahead; yield them in the order of the job."""
+    limits = Limits.of(job)
+    ahead: list[_Dataset] = []
+    coming = _named(job, limits)
+    more = True
+    while more or ahead:
+        while more and len(ahead) <= AHEAD:
+            dataset = next(coming, None)
+            if dataset is None:
+                more = False
+                break
+            progress.add(dataset.name or dataset.source.uri)
+            if not dataset.outcome.problems:
+                dataset.inspecting = tasks.inspect.remote(dataset.source, dataset.name, limits)
+            ahead.append(dataset)
+        if not ahead:
+            return
+        first = ahead[0]
+        while first.inspecting is not None or first.checking:
+            _advance(ahead, limits, progress)
+        _conclude(first)
+        yield ahead.pop(0)
+
+
+def _named(job: JobSettings, limits: Limits) -> Iterator[_Dataset]:
+    """Expand the job's sources to datasets; what cannot be named comes as a refused one."""
+    for given in job.source:
         try:
-            begun += [(source, name, _inspect.remote(source, name)) for name in ray.get(reference)]
-        except Exception as error:  # noqa: BLE001  one source's error is that source's outcome
-            refused.append((source, "", _refusal(source, "", error), None))
-    for source, name, reference in begun:
-        try:
-            inspected = ray.get(reference)
-        except Exception as error:  # noqa: BLE001
-            yield source, name, _refusal(source, name, error), None
+            sources = expand(given, job.schemes)
+        except SomaflowError as error:
+            outcome = Outcome(given.uri, "")
+            outcome.refuse(str(error))
+            yield _Dataset(given, "", outcome)
             continue
-        outcome = Outcome(
-            source=source.uri,
-            dataset_id=inspected.plan.dataset_id,
-            cells=inspected.plan.n_obs,
-            measurements={key: len(features) for key, features in inspected.plan.features.items()},
-            nnz=inspected.nnz,
-            notes=inspected.notes,
-        )
-        yield source, name, outcome, inspected
-    yield from refused
+        for source in sources:
+            try:
+                known = kind_of(source) not in SEVERAL
+                found = [dataset_name(source)] if known else ray.get(tasks.names.remote(source, limits))
+            except Exception as error:  # noqa: BLE001  one source's error is that source's outcome
+                outcome = Outcome(source.uri, "")
+                outcome.refuse(_reason(error))
+                yield _Dataset(source, "", outcome)
+                continue
+            for name in found:
+                yield _Dataset(source, name, Outcome(source.uri, name))
 
 
-def _refusal(source: SourceSettings, name: str, error: Exception) -> Outcome:
-    cause = _cause(error)
-    text = str(cause) if isinstance(cause, SomaflowError) else f"{type(cause).__name__}: {cause}"
-    return Outcome(source=source.uri, dataset_id=name, error=text)
+def _reason(error: Exception) -> str:
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
+    if isinstance(cause, SomaflowError):
+        return str(cause)
+    if isinstance(cause, ray.exceptions.WorkerCrashedError):
+        return "the worker died again and again; is its memory enough? see worker_memory_mb"
+    return f"{type(cause).__name__}: {cause}"
 
 
-def _ingest(
-    writer: LakeWriter, source: SourceSettings, name: str, inspected: Inspected, outcome: Outcome, bars: Progress
-) -> None:
-    begin = time.monotonic()
+def _advance(ahead: list[_Dataset], limits: Limits, progress: Progress) -> None:
+    """Wait for one task of the datasets ahead and act on it."""
+    owner = {dataset.inspecting: dataset for dataset in ahead if dataset.inspecting is not None}
+    owner |= {reference: dataset for dataset in ahead for reference in dataset.checking}
+    (done, *_), _ = ray.wait(list(owner), num_returns=1)
+    dataset = owner[done]
+    if done is dataset.inspecting or done == dataset.inspecting:
+        dataset.inspecting = None
+        try:
+            dataset.values, dataset.plan, dataset.frames, dataset.checked = ray.get(done)
+        except Exception as error:  # noqa: BLE001
+            dataset.outcome.refuse(_reason(error))
+            return
+        _checks(dataset, limits, progress)
+        return
+    key = dataset.checking.pop(done)
     try:
-        if writer.committed(inspected.plan):
+        dataset.checked[key] = ray.get(done)
+    except Exception as error:  # noqa: BLE001
+        dataset.outcome.refuse(_reason(error))
+        for reference in dataset.checking:
+            ray.cancel(reference, force=False)
+        dataset.checking.clear()
+
+
+def _checks(dataset: _Dataset, limits: Limits, progress: Progress) -> None:
+    """Begin to check all values of a dataset whose names are known."""
+    assert dataset.plan is not None
+    outcome = dataset.outcome
+    outcome.dataset_id, outcome.cells = dataset.plan.dataset_id, dataset.plan.n_obs
+    outcome.measurements = {key: len(features) for key, features in dataset.plan.features.items()}
+    outcome.notes += dataset.values["notes"]
+    progress.size(dataset.name, dataset.plan.n_obs * len(dataset.plan.features))
+    if len(dataset.spans) == 1:
+        return  # checked when it was inspected
+    dataset.checking = {
+        tasks.check.remote(dataset.source, dataset.name, measurement, span, limits): (measurement, span[0])
+        for measurement in dataset.plan.features
+        for span in dataset.spans
+    }
+
+
+def _conclude(dataset: _Dataset) -> None:
+    """Gather what was found, all problems of a dataset together."""
+    outcome = dataset.outcome
+    if dataset.plan is None:
+        return
+    problems = list(dataset.values["problems"])
+    for measurement in dataset.plan.features:
+        parts = [part for (name, _), part in sorted(dataset.checked.items()) if name == measurement]
+        found: list[str] = next((part["problems"] for part in parts if part["problems"]), [])
+        if found:
+            problems.append(
+                f"{measurement}: {'; '.join(found)}. Counts are wanted: name their layer with layer=raw or layer=NAME, "
+                "or say values=log1p (scaled counts, to be restored), values=lognorm or values=value (kept as such)"
+            )
+    if problems:
+        outcome.refuse(
+            *(
+                problem if problem.startswith(outcome.source) else f"{outcome.source}: {problem}"
+                for problem in problems[:1]
+            ),
+            *problems[1:],
+        )
+    if outcome.problems:
+        dataset.frames, dataset.checked = {}, {}
+        return
+    outcome.nnz = {name: int(dataset.cells(name, "nnz_C").sum()) for name in dataset.plan.features}
+    outcome.quality = quality.summary(
+        {
+            name: {column: dataset.cells(name, column) for column in ("nnz_C", "sum_C", "mito_C")}
+            for name in dataset.plan.features
+        },
+        dataset.plan,
+        dataset.values["mapped"],
+    )
+
+
+def _ingest(writer: LakeWriter, dataset: _Dataset, limits: Limits, progress: Progress) -> None:
+    plan, outcome = dataset.plan, dataset.outcome
+    assert plan is not None
+    try:
+        if writer.committed(plan):
             outcome.state = "present"
             return
-        reservation = writer.reserve(inspected.plan)
-        blocks = _write_blocks(source, name, reservation, inspected, bars)
-        if len(inspected.leftovers.columns):
-            table = pa.Table.from_pandas(inspected.leftovers.astype(str))
-            writer.side_table(reservation, "obs", table)
-        outcome.commit = writer.commit(reservation, inspected.obs, blocks).number
+        reservation = writer.reserve(plan, replaces=dataset.source.replaces)
+        blocks = _write_spans(dataset, reservation, limits, progress)
+        for name, frame in dataset.frames.items():
+            if name.startswith("side "):
+                writer.side_table(reservation, name.removeprefix("side "), pa.Table.from_pandas(frame))
+        writer.side_table(reservation, "cells", _cells_table(dataset))
+        quality.keep(writer.uri, reservation.plan.number, outcome.quality)
+        outcome.commit = writer.commit(reservation, dataset.frames["obs"], blocks).number
         outcome.state = "committed"
-    except ConflictError as error:
-        outcome.error = str(error)
+    except StorageError as error:
+        outcome.refuse(str(error))
     except Exception as error:  # noqa: BLE001  the others go on
-        outcome.error = _refusal(source, name, error).error
+        outcome.refuse(_reason(error))
     finally:
-        outcome.seconds = round(time.monotonic() - begin, 3)
+        dataset.frames, dataset.checked = {}, {}
 
 
-def _write_blocks(
-    source: SourceSettings, name: str, reservation: Reservation, inspected: Inspected, bars: Progress
-) -> list[BlockStats]:
+def _cells_table(dataset: _Dataset) -> pa.Table:
+    """Return what recognises a cell in another dataset: the digest and number of its first measurement's values."""
+    assert dataset.plan is not None
+    measurement = "RNA" if "RNA" in dataset.plan.features else next(iter(dataset.plan.features))
+    columns = {"digest": dataset.cells(measurement, "digest_C"), "nnz": dataset.cells(measurement, "nnz_C")}
+    return pa.table(columns, metadata={"measurement": measurement})
+
+
+def _write_spans(dataset: _Dataset, reservation: Reservation, limits: Limits, progress: Progress) -> list[BlockStats]:
     shared = ray.put(reservation)
+    pieces = [
+        (measurement, span, int(dataset.checked[measurement, span[0]]["step"]))
+        for measurement in reservation.dataset.features
+        for span in dataset.spans
+    ]
+    groups = [pieces] if len(dataset.spans) == 1 else [[piece] for piece in pieces]
+    fingerprint = dataset.values["fingerprint"]
     waiting = {
-        _write.remote(source, name, shared, measurement, span): span
-        for measurement, spans in inspected.spans.items()
-        for span in spans
+        tasks.write.remote(dataset.source, dataset.name, shared, group, fingerprint, limits): group for group in groups
     }
-    total = inspected.plan.n_obs * len(inspected.spans)
-    bar = bars.add_task(f"{inspected.plan.dataset_id} (cells x measurements)", total=total)
-    blocks = []
-    while waiting:
-        done, _ = ray.wait(list(waiting), num_returns=1)
-        start, stop = waiting.pop(done[0])
-        blocks.append(ray.get(done[0]))
-        bars.update(bar, advance=stop - start)
+    blocks: list[BlockStats] = []
+    try:
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
+            if done:
+                group = waiting.pop(done[0])
+                blocks += ray.get(done[0])
+                progress.advance(dataset.name, sum(stop - start for _, (start, stop), _ in group))
+            progress.tick()
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=False)
     return blocks
 
 

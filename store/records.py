@@ -82,6 +82,7 @@ def replace(uri: str, values: dict[str, Any]) -> None:
     data = json.dumps(values).encode()
     if is_local(uri):
         path = Path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         temporary.write_bytes(data)
         os.replace(temporary, path)

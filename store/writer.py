@@ -146,7 +146,8 @@ def write_rows(
                 (counts.data, joinids_G[counts.indices], counts.indptr),
                 shape=(counts.shape[0], schema.FEATURE_CAPACITY[measurement]),
             )
-            placed.sort_indices()
+            if not placed.has_sorted_indices:
+                placed = placed.sorted_indices()  # a copy: what comes from a reader is read-only
             stats.digest += _digest_rows(offset + row, placed)
             writer.write(offset + row, placed)
             row = until

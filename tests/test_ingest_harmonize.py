@@ -145,7 +145,7 @@ def matrix(*rows: list[float]) -> scipy.sparse.csr_matrix:
 )
 def test_values_that_are_no_counts_are_shown_with_cell_and_feature(value: float, said: str) -> None:
     found = check.problems(matrix([1, 0, 2], [0, value, 0]), ["g0", "g1", "g2"], first_cell=10)
-    assert len(found) == 1
+    assert len(found) == (2 if np.isfinite(value) else 1)  # and a guess at what the values are
     assert f"1 of 3 values are {said}" in found[0]
     assert "(cell 11, feature 'g1')" in found[0]
 

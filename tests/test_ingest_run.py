@@ -61,7 +61,9 @@ def frame_of(counts: Any, cells: list[str], features: list[str]) -> pd.DataFrame
         ("simulated:", "simulated"),
         ("stable", "census"),
         ("2025-11-08", "census"),
-        ("s3://bucket/census", "census"),
+        ("s3://bucket/a.zarr", "zarr"),
+        ("s3://bucket/run7/atac_fragments.tsv.gz", "fragments"),
+        ("https://host/a.loom", "loom"),
         ("s3://bucket/a.h5ad", "h5ad"),
         ("gs://bucket/matrix.h5", "10x"),
     ],
@@ -164,7 +166,7 @@ def test_bad_datasets_are_refused_whole_and_the_others_go_on(
 
 
 @pytest.mark.ray
-def test_the_same_again_adds_nothing_and_other_content_needs_another_name(
+def test_the_same_again_adds_nothing_and_content_from_elsewhere_needs_another_name(
     shared_data: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
     path = shared_data / "derived/pbmc68k_reduced_counts.h5ad"
@@ -173,8 +175,11 @@ def test_the_same_again_adds_nothing_and_other_content_needs_another_name(
     changed = anndata.read_h5ad(path)[:300].copy()
     changed.write_h5ad(tmp_path / "changed.h5ad")
     refused = ingest(tmp_path / "lake", source(tmp_path / "changed.h5ad", dataset_id="x"))[0]
-    assert "other content" in refused.error
+    assert "comes from" in refused.error
     assert open_lake(str(tmp_path / "lake")).commit.number == 1
+    replaced = ingest(tmp_path / "lake", source(tmp_path / "changed.h5ad", dataset_id="x", replaces=True))[0]
+    assert (replaced.state, replaced.commit) == ("committed", 2)
+    assert open_lake(str(tmp_path / "lake")).obs("homo_sapiens").num_rows == 300
     reports = [json.loads(p.read_text()) for p in (tmp_path / "lake/somaflow/reports").iterdir()]
     assert len(reports) >= 1
 

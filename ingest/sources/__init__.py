@@ -7,29 +7,50 @@ Shape letters used in these modules:
 from __future__ import annotations
 
 import difflib
+import re
 from importlib import import_module
 from pathlib import Path
 
+import fsspec
+
 from ingest.job import SourceSettings
-from ingest.sources.form import SourceDataset
-from store.errors import InputRefused, MissingError, UsageError
+from ingest.sources.form import SourceDataset, dataset_name
+from store.errors import InputRefused, MissingError, StorageError, UsageError
 from store.records import is_local
 
 KINDS = {
     "census": "ingest.sources.census",
     "h5ad": "ingest.sources.h5ad",
+    "zarr": "ingest.sources.h5ad",
     "h5mu": "ingest.sources.h5mu",
     "10x": "ingest.sources.tenx",
+    "loom": "ingest.sources.loom",
+    "fragments": "ingest.sources.fragments",
+    "visium": "ingest.sources.visium",
+    "table": "ingest.sources.table",
+    "isatab": "ingest.sources.isatab",
     "simulated": "ingest.sources.simulated",
 }
+SEVERAL = ("census", "simulated", "isatab")
+"""Kinds whose module says itself which datasets are in a source."""
+
 KNOWN = (
-    "an .h5ad or .h5mu file, a 10x .h5 file, a 10x folder with matrix.mtx(.gz), a Census (its folder, release date or "
-    "'stable'), or simulated:"
+    "an .h5ad, .zarr, .h5mu or .loom file, a 10x .h5 file, folder or .tar.gz with matrix.mtx(.gz), a fragments.tsv"
+    "(.gz), a Visium or ISA-Tab folder, a table (kind=table), a Census (folder, date or 'stable'), or simulated:"
+)
+BY_NAME = (
+    (r"\.h5ad$", "h5ad"),
+    (r"\.zarr(\.zip)?$", "zarr"),
+    (r"\.h5mu$", "h5mu"),
+    (r"\.loom$", "loom"),
+    (r"\.h5$", "10x"),
+    (r"fragments.*\.tsv(\.b?gz)?$", "fragments"),
+    (r"\.(tar|tar\.gz|tgz)$", "10x"),
 )
 
 
 def recognise(uri: str) -> str:
-    """Say what kind of source ``uri`` is, from its name and, for a local path, what stands there.
+    """Say what kind of source ``uri`` is, from its name and, for a folder, what stands in it.
 
     Raises:
         MissingError: A local path that does not exist; near names are offered.
@@ -37,29 +58,52 @@ def recognise(uri: str) -> str:
     """
     if uri.startswith("simulated:"):
         return "simulated"
-    name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
-    if is_local(uri) and (uri in ("stable", "latest") or _is_date(uri)):
+    if is_local(uri) and is_census_name(uri):
         return "census"
     path = Path(uri.removeprefix("file://"))
     if is_local(uri) and not path.exists():
         raise MissingError(f"{uri}: no such file or folder{_near(path)}; a source is {KNOWN}")
-    by_name = {".h5ad": "h5ad", ".h5mu": "h5mu", ".h5": "10x"}
-    for ending, kind in by_name.items():
-        if name.endswith(ending):
+    name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
+    for pattern, kind in BY_NAME:
+        if re.search(pattern, name):
             return kind
-    if is_local(uri) and path.is_dir():
-        if any(path.glob("matrix.mtx*")):
-            return "10x"
-        if (path / "__tiledb_group.tdb").exists() or (path / "__group").exists():
-            return "census"
-    elif not is_local(uri) and not Path(name).suffix:
+    kind = folder_kind(uri)
+    if kind:
+        return kind
+    if not is_local(uri) and not Path(name).suffix:
         return "census"
     raise InputRefused(f"{uri}: cannot tell what it is; a source is {KNOWN}; or say it with --set kind=KIND")
 
 
-def _is_date(text: str) -> bool:
-    parts = text.split("-")
-    return [len(part) for part in parts] == [4, 2, 2] and all(part.isdigit() for part in parts)
+def folder_kind(uri: str) -> str:
+    """Say what kind of dataset a folder is; empty when it is none."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        there = {name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False)}
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except Exception as error:
+        raise StorageError(f"{uri}: cannot be looked at: {type(error).__name__}: {error}") from error
+    there.discard(path.rstrip("/").rsplit("/", 1)[-1])
+    if there & {"matrix.mtx", "matrix.mtx.gz"}:
+        return "10x"
+    if "spatial" in there and any(re.search(r"feature_bc_matrix", name) for name in there):
+        return "visium"
+    if any(re.fullmatch(r"i_.*\.txt", name) for name in there):
+        return "isatab"
+    if there & {"__tiledb_group.tdb", "__group"}:
+        return "census"
+    return "zarr" if there & {"zarr.json", ".zgroup"} else ""
+
+
+def is_dataset_folder(uri: str) -> bool:
+    """Say whether a folder is one source, not a folder of sources."""
+    return bool(re.search(r"\.zarr/?$", uri)) or bool(folder_kind(uri))
+
+
+def is_census_name(text: str) -> bool:
+    """Say whether a word names a release of the CELLxGENE Census."""
+    return bool(re.fullmatch(r"stable|latest|\d{4}-\d{2}-\d{2}", text))
 
 
 def _near(path: Path) -> str:
@@ -76,8 +120,10 @@ def kind_of(source: SourceSettings) -> str:
 
 def names(source: SourceSettings) -> list[str]:
     """Name the datasets in a source: one, or all of a Census."""
-    module = import_module(KINDS[kind_of(source)])
-    found: list[str] = module.names(source)
+    kind = kind_of(source)
+    if kind not in SEVERAL:
+        return [dataset_name(source)]
+    found: list[str] = import_module(KINDS[kind]).names(source)
     if len(found) > 1 and source.dataset_id:
         raise UsageError(f"{source.uri}: holds {len(found)} datasets, so dataset_id={source.dataset_id!r} fits none")
     return found

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,72 +21,133 @@ from ingest.job import SourceSettings
 Rows = Callable[[int, int], scipy.sparse.csr_matrix]
 """Rows start to stop (exclusive) of a matrix, as the source holds them."""
 
+ENDINGS = (".gz", ".bgz", ".zip", ".tgz", ".tar", ".h5ad", ".h5mu", ".h5", ".zarr", ".loom", ".tsv", ".csv", ".txt")
+NAMELESS = re.compile(
+    r"((filtered|raw)_(feature|gene|peak|probe)_bc_matri(x|ces)(_h5|_mex)?|10x|outs|matrix|(atac_)?fragments|"
+    r"square_\d+um|binned_outputs)"
+)
+"""Names that tools give to everything: the folder around one says more."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """One measurement of a dataset, features in the source's order."""
+    """One measurement of a dataset, features in the source's order.
+
+    Attributes:
+        var: One row per feature, indexed by the source's names.
+        rows: Reads values; those of a ``value`` layer may be zero or negative, and what is missing is not stored.
+        measured_C: Which cells were measured; none means all.
+        layer: What the values are, a key of ``store.schema.LAYERS``; none leaves it to the source's settings.
+    """
 
     var: pd.DataFrame
     rows: Rows
     measured_C: NDArray[np.bool_] | None = None
-    """Which cells were measured; none means all."""
+    layer: str | None = None
 
 
 @dataclass(frozen=True)
 class SourceDataset:
-    """One dataset of a source, opened; counts are read as they are asked for.
+    """One dataset of a source, opened; obs and counts are read as they are asked for.
 
     Attributes:
-        obs: One row per cell as the source describes it, indexed by the source's names of the cells.
+        read_obs: Reads one row per cell as the source describes it, indexed by the source's names of the cells.
+        n_obs: Cells.
         parts: Measurement to its features and counts.
-        digest: SHA-256 (hex) over the content.
+        content: Computes the SHA-256 (hex) over the content.
         info: Provenance for the lake's datasets table.
-        leftovers: What no cell or feature column can hold, for people.
+        sides: Reads tables that no column of the lake can hold, one row per cell, by name.
+        origin: Whose next version would replace this one; empty: the source's address.
+        notes: What people should know about how it was read.
     """
 
     dataset_id: str
     organism: str
-    obs: pd.DataFrame
+    read_obs: Callable[[], pd.DataFrame]
+    n_obs: int
     parts: dict[str, Part]
-    digest: str
+    content: Callable[[], str]
     info: dict[str, str] = field(default_factory=dict)
-    leftovers: dict[str, Any] = field(default_factory=dict)
+    sides: dict[str, Callable[[], pd.DataFrame]] = field(default_factory=dict)
+    origin: str = ""
+    notes: tuple[str, ...] = ()
 
-    @property
-    def n_obs(self) -> int:
-        """Cells."""
-        return len(self.obs)
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """One row per cell, read once."""
+        return self.read_obs()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the content, computed once."""
+        return self.content()
 
 
 def dataset_name(source: SourceSettings) -> str:
-    """Name a dataset after its file: ``filtered_feature_bc_matrix`` takes the folder's name, endings go."""
+    """Name a dataset after its file: endings go, and names that tools give to everything take the folder's."""
     if source.dataset_id:
         return source.dataset_id
     path = Path(source.uri.rstrip("/"))
     stem = path.name
-    for ending in (".h5ad", ".h5mu", ".h5", ".zarr"):
-        stem = stem.removesuffix(ending)
-    if re.fullmatch(r"(filtered|raw)_(feature|gene|peak)_bc_matri(x|ces)|10x", stem) and path.parent.name:
-        stem = f"{path.parent.name}-{stem}"
+    while (ending := next((end for end in ENDINGS if stem.lower().endswith(end)), "")) and len(stem) > len(ending):
+        stem = stem[: -len(ending)]
+    folder = path.parent
+    while NAMELESS.fullmatch(stem.split("-")[0]) and folder.name:
+        stem = f"{folder.name}-{stem}"
+        folder = folder.parent
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem) or "dataset"
 
 
-def content_digest(uri: str) -> str:
-    """Return the SHA-256 (hex) of a file, or of all files in a folder with their names."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    names = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
+def content_digest(*uris: str) -> str:
+    """Return the SHA-256 (hex) of a file, or of all files in folders with their names."""
     total = hashlib.sha256()
-    for name in names:
-        total.update(name.removeprefix(path).encode() + b"\0")
-        with filesystem.open(name, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+    for uri in uris:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        names = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
+        for name in names:
+            total.update(name.removeprefix(path).encode() + b"\0")
+            with filesystem.open(name, "rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def fingerprint(uri: str) -> str:
+    """Return what changes when a file or folder is written to: sizes, times and the store's own tags of its files."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    found = filesystem.find(path, detail=True) if filesystem.isdir(path) else {path: filesystem.info(path)}
+    tags = [
+        [
+            name.removeprefix(path),
+            *(str(info.get(key)) for key in ("size", "mtime", "ino", "ETag", "etag", "LastModified")),
+        ]
+        for name, info in sorted(found.items())
+    ]
+    return hashlib.sha256(repr(tags).encode()).hexdigest()
 
 
 def memory_rows(matrix: Any) -> Rows:
     """Return the rows of a matrix that is in memory."""
     counts = scipy.sparse.csr_matrix(matrix)
     return lambda start, stop: counts[start:stop]
+
+
+def level_rows(table: Any) -> Rows:
+    """Return the rows of a dense table of levels: NaN is missing and not stored, zero is stored."""
+
+    def read(start: int, stop: int) -> scipy.sparse.csr_matrix:
+        part = np.asarray(table[start:stop], dtype=np.float64)
+        row, column = np.nonzero(~np.isnan(part))
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=stop - start))])
+        return scipy.sparse.csr_matrix((part[row, column], column, indptr), shape=part.shape)
+
+    return read
+
+
+def chosen_columns(rows: Rows, columns: NDArray[np.int64], n_all: int) -> Rows:
+    """Return rows of some of the columns."""
+    if len(columns) == n_all:
+        return rows
+    return lambda start, stop: rows(start, stop)[:, columns]
 
 
 def feature_types_to_measurements(types: pd.Series) -> dict[str, NDArray[np.int64]]:

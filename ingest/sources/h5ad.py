@@ -1,7 +1,10 @@
-"""This module reads AnnData files row block by row block, without loading their matrices."""
+"""This module reads AnnData files (h5ad and zarr) row block by row block, without loading their matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anndata.io
@@ -12,20 +15,29 @@ import pandas as pd
 import scipy.sparse
 
 from ingest.job import SourceSettings
+from ingest.preflight import check_hdf5
 from ingest.sources.form import (
     Part,
     Rows,
     SourceDataset,
+    chosen_columns,
     content_digest,
     dataset_name,
     feature_types_to_measurements,
+    fingerprint,
+    level_rows,
     memory_rows,
 )
+from ingest.turn import PART, Coordinates, turned
 from store.errors import InputRefused
 from store.records import is_local
+from store.schema import ORGANISMS
 
 PROTEIN_TABLES = ("protein_expression", "protein_counts", "protein", "ADT", "adt")
 """obsm entries that hold antibody counts, by custom; their names stand in ``uns['protein_names']`` or the table."""
+
+SIDE_COLUMNS = 512
+"""obsm tables up to this width are kept beside the lake's obs."""
 
 
 def names(source: SourceSettings) -> list[str]:
@@ -36,38 +48,80 @@ def names(source: SourceSettings) -> list[str]:
 def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     """Open a file; it stays open as long as the dataset is in use.
 
+    A file of CELLxGENE Discover (``uns['schema_version']``) says its organism, and its counts are ``raw.X`` if it
+    has one.
+
     Raises:
         InputRefused: Not an AnnData file, or it lacks the matrix that the source names.
     """
-    file = open_file(source.uri)
-    obs = read_table(file, "obs", source.uri)
-    var, rows = _matrix(file, source)
+    file = open_group(source.uri)
+    notes = []
+    layer = source.layer
+    published = str(read(file["uns/schema_version"])) if "uns/schema_version" in file else ""
+    if published:
+        notes.append(f"CELLxGENE schema {published}")
+        layer = layer or ("raw" if "raw/X" in file else "")
+    var, rows = _matrix(file, source, layer)
     if "feature_types" in var and source.measurement == "RNA":
         split = feature_types_to_measurements(var["feature_types"]) or {"RNA": np.arange(len(var))}
     else:
         split = {source.measurement: np.arange(len(var))}
     parts = {
-        measurement: Part(var.iloc[columns], _columns(rows, columns, len(var)))
+        measurement: Part(var.iloc[columns], chosen_columns(rows, columns, len(var)))
         for measurement, columns in split.items()
     }
-    parts |= _proteins(file, len(obs))
-    title = source.title or (str(read(file["uns/title"])) if "uns/title" in file else "")
+    n_obs = table_length(file, "obs", source.uri)
+    proteins, used = _proteins(file, n_obs)
     return SourceDataset(
         dataset_id=name,
-        organism=source.organism,
-        obs=obs,
-        parts=parts,
-        digest=content_digest(source.uri),
-        info={"dataset_title": title, "dataset_h5ad_path": source.uri.rsplit("/", 1)[-1]},
+        organism=_organism(file, source),
+        read_obs=lambda: read_table(file, "obs", source.uri),
+        n_obs=n_obs,
+        parts=parts | proteins,
+        content=lambda: content_digest(source.uri),
+        info={
+            "dataset_title": source.title or _text_at(file, "uns/title"),
+            "citation": _text_at(file, "uns/citation"),
+            "dataset_h5ad_path": source.uri.rstrip("/").rsplit("/", 1)[-1],
+        },
+        sides=_sides(file, n_obs, used),
+        notes=tuple(notes),
     )
 
 
-def open_file(path: str) -> h5py.File:
-    """Open an HDF5 file for reading, also one that lies behind a URI."""
+def open_group(uri: str) -> Any:
+    """Open an HDF5 file or a zarr group for reading, also one that lies behind a URI.
+
+    Raises:
+        InputRefused: It cannot be read, reaches outside itself, or holds matrices that are none.
+    """
+    if uri.rstrip("/").endswith((".zarr", ".zarr.zip")):
+        return _open_zarr(uri)
     try:
-        return h5py.File(path if is_local(path) else fsspec.open(path, "rb").open(), "r")
+        file = h5py.File(uri.removeprefix("file://") if is_local(uri) else fsspec.open(uri, "rb").open(), "r")
     except OSError as error:
-        raise InputRefused(f"{path}: not a readable HDF5 file: {error}") from error
+        raise InputRefused(f"{uri}: not a readable HDF5 file: {error}") from error
+    check_hdf5(file, uri)
+    return file
+
+
+def _open_zarr(uri: str) -> Any:
+    import zarr
+
+    root: Any
+    try:
+        if uri.endswith(".zip"):
+            path = uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}")
+            root = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+        else:
+            root = zarr.open_group(uri.removeprefix("file://"), mode="r")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputRefused(f"{uri}: not a readable zarr group: {error}") from error
+    if "obs" not in root:
+        inner = [key for key in root if "obs" in root[key]]
+        if len(inner) == 1:
+            return root[inner[0]]
+    return root
 
 
 def read(element: Any) -> Any:
@@ -75,14 +129,48 @@ def read(element: Any) -> Any:
     return anndata.io.read_elem(element)
 
 
+def _text_at(file: Any, key: str) -> str:
+    return str(read(file[key])) if key in file else ""
+
+
+def _organism(file: Any, source: SourceSettings) -> str:
+    """Return the organism that the source's settings or, for a CELLxGENE file, the file names."""
+    if "organism" in source.model_fields_set:
+        return source.organism
+    term = _text_at(file, "uns/organism_ontology_term_id")
+    if not term and "obs/organism_ontology_term_id/categories" in file:
+        terms = [_text(value) for value in np.atleast_1d(read(file["obs/organism_ontology_term_id/categories"]))]
+        if len(terms) > 1:
+            raise InputRefused(f"{source.uri}: holds cells of {', '.join(terms)}; split it by organism first")
+        term = terms[0]
+    known = {taxon: name for name, (taxon, _) in ORGANISMS.items()}
+    if term and term not in known:
+        raise InputRefused(f"{source.uri}: unknown organism {term}; known: {', '.join(known)}")
+    return known.get(term, source.organism)
+
+
+def table_length(group: Any, key: str, where: str) -> int:
+    """Count the rows of obs or var without reading them."""
+    if key not in group:
+        raise InputRefused(f"{where}: has no {key!r}; is it an AnnData file?")
+    element = group[key]
+    if is_array(element):
+        return int(element.shape[0])
+    index = element.attrs.get("_index", "_index")
+    return int(element[_text(index)].shape[0])
+
+
+def is_array(element: Any) -> bool:
+    """Say whether an element of a file is an array, not a group."""
+    return hasattr(element, "shape") and not hasattr(element, "keys")
+
+
 def read_table(group: Any, key: str, where: str) -> pd.DataFrame:
     """Read obs or var, also as AnnData before 0.7 wrote them."""
     if key not in group:
         raise InputRefused(f"{where}: has no {key!r}; is it an AnnData file?")
     element = group[key]
-    if isinstance(element, h5py.Group):
-        table = read(element)
-    else:
+    if is_array(element):
         records = pd.DataFrame.from_records(element[()])
         index = "index" if "index" in records else records.columns[0]
         table = records.set_index(index)
@@ -91,6 +179,8 @@ def read_table(group: Any, key: str, where: str) -> pd.DataFrame:
             if f"uns/{column}_categories" in group:
                 names = [_text(name) for name in np.atleast_1d(group[f"uns/{column}_categories"][()])]
                 table[column] = np.array([*names, ""], dtype=object)[table[column].to_numpy(dtype=int)]
+    else:
+        table = read(element)
     table.index = table.index.astype(str)
     return pd.DataFrame(table)
 
@@ -99,9 +189,9 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _matrix(file: h5py.File, source: SourceSettings) -> tuple[pd.DataFrame, Rows]:
-    var_key, key = "var", {"": "X", "raw": "raw/X"}.get(source.layer, f"layers/{source.layer}")
-    if source.layer == "raw":
+def _matrix(file: Any, source: SourceSettings, layer: str) -> tuple[pd.DataFrame, Rows]:
+    var_key, key = "var", {"": "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
+    if layer == "raw":
         var_key = "raw/var"
         if "raw" not in file and "raw.X" in file:
             var_key, key = "raw.var", "raw.X"
@@ -109,35 +199,61 @@ def _matrix(file: h5py.File, source: SourceSettings) -> tuple[pd.DataFrame, Rows
         layers = [f"layers/{name}" for name in file.get("layers", ())]
         known = [name for name in ("X", "raw/X") if name in file] + layers
         raise InputRefused(f"{source.uri}: has no matrix {key}; it has {', '.join(known) or 'none'}: set layer=NAME")
-    return read_table(file, var_key, source.uri), matrix_rows(file[key], f"{source.uri}: {key}")
+    identity = [source.uri, fingerprint(source.uri)]
+    levels = source.values == "value"
+    return read_table(file, var_key, source.uri), matrix_rows(file[key], f"{source.uri}: {key}", identity, levels)
 
 
-def matrix_rows(element: Any, where: str) -> Rows:
-    """Return a reader of row blocks; a matrix that is stored by columns is turned once, in memory."""
-    if isinstance(element, h5py.Dataset):
+def matrix_rows(element: Any, where: str, identity: list[str], levels: bool = False) -> Rows:
+    """Return a reader of row blocks; a matrix that is stored by columns is turned once, on disk.
+
+    Args:
+        element: A dataset or group of an open file.
+        where: The matrix's name in messages.
+        identity: What tells this version of the file from others.
+        levels: A zero in a dense matrix is a level, and NaN is missing.
+    """
+    if is_array(element):
         if element.ndim != 2:
             raise InputRefused(f"{where}: is not a matrix (shape {element.shape})")
+        if levels:
+            return level_rows(element)
         return lambda start, stop: scipy.sparse.csr_matrix(element[start:stop])
+    if not hasattr(element, "keys"):
+        raise InputRefused(f"{where}: holds no matrix")
     form = str(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "")))
-    if "csc" in form:
-        return memory_rows(read(element))
-    if "csr" not in form:
+    shape = tuple(int(size) for size in element.attrs.get("shape", element.attrs.get("h5sparse_shape", ())))
+    if not any(known in form for known in ("csr", "csc")) or len(shape) != 2:
         raise InputRefused(f"{where}: unknown form of matrix {form!r}; csr, csc and dense are known")
-    if "h5sparse_format" in element.attrs:
-        shape = tuple(element.attrs["h5sparse_shape"])
-        parts = (element["data"][()], element["indices"][()], element["indptr"][()])
-        return memory_rows(scipy.sparse.csr_matrix(parts, shape=shape))
-    stored = anndata.io.sparse_dataset(element)
-    return lambda start, stop: scipy.sparse.csr_matrix(stored[start:stop])
+    if "csc" in form:
+        return turned([*identity, where], (shape[0], shape[1]), lambda: _columns_first(element))
+    return compressed_rows(element, shape[1])
 
 
-def _columns(rows: Rows, columns: Any, n_all: int) -> Rows:
-    if len(columns) == n_all:
-        return rows
-    return lambda start, stop: rows(start, stop)[:, columns]
+def compressed_rows(element: Any, n_columns: int) -> Rows:
+    """Return the rows of a group with ``data``, ``indices`` and ``indptr``."""
+    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
+
+    def read_rows(start: int, stop: int) -> scipy.sparse.csr_matrix:
+        here = slice(int(indptr[start]), int(indptr[stop]))
+        parts = (element["data"][here], element["indices"][here], indptr[start : stop + 1] - indptr[start])
+        return scipy.sparse.csr_matrix(parts, shape=(stop - start, n_columns))
+
+    return read_rows
 
 
-def _proteins(file: h5py.File, n_obs: int) -> dict[str, Part]:
+def _columns_first(element: Any) -> Iterator[Coordinates]:
+    indptr = np.asarray(element["indptr"][:], dtype=np.int64)
+    first = 0
+    while first < len(indptr) - 1:
+        last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + PART, side="right")) - 1)
+        here = slice(int(indptr[first]), int(indptr[last]))
+        columns = np.repeat(np.arange(first, last), np.diff(indptr[first : last + 1]))
+        yield element["indices"][here], columns, element["data"][here]
+        first = last
+
+
+def _proteins(file: Any, n_obs: int) -> tuple[dict[str, Part], str]:
     for key in PROTEIN_TABLES:
         if f"obsm/{key}" in file:
             table = read(file[f"obsm/{key}"])
@@ -148,5 +264,20 @@ def _proteins(file: h5py.File, n_obs: int) -> dict[str, Part]:
             else:
                 features = [f"{key}_{number}" for number in range(table.shape[1])]
             if table.shape == (n_obs, len(features)):
-                return {"protein": Part(pd.DataFrame(index=features), memory_rows(np.asarray(table)))}
-    return {}
+                return {"protein": Part(pd.DataFrame(index=features), memory_rows(np.asarray(table)))}, key
+    return {}, ""
+
+
+def _sides(file: Any, n_obs: int, used: str) -> dict[str, Callable[[], pd.DataFrame]]:
+    """Return readers of the tables of cells that the lake has no place for: embeddings and the like."""
+    tables: dict[str, Callable[[], pd.DataFrame]] = {}
+    for key in file["obsm"] if "obsm" in file and hasattr(file["obsm"], "keys") else ():
+        element = file["obsm"][key]
+        shape: tuple[int, ...] = getattr(element, "shape", ())
+        if key != used and len(shape) == 2 and shape[0] == n_obs and 0 < shape[1] <= SIDE_COLUMNS:
+            tables[f"obsm_{Path(key).name}"] = partial(_numbers, element)
+    return tables
+
+
+def _numbers(element: Any) -> pd.DataFrame:
+    return pd.DataFrame(element[:]).add_prefix("c")

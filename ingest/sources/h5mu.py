@@ -8,8 +8,8 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
-from ingest.sources.form import Part, Rows, SourceDataset, content_digest, dataset_name
-from ingest.sources.h5ad import matrix_rows, open_file, read_table
+from ingest.sources.form import Part, Rows, SourceDataset, content_digest, dataset_name, fingerprint
+from ingest.sources.h5ad import matrix_rows, open_group, read_table
 from store.errors import InputRefused
 
 MEASUREMENT = {
@@ -24,6 +24,12 @@ MEASUREMENT = {
     "peaks": "ATAC",
     "guide": "guide",
     "crispr": "guide",
+    "grna": "guide",
+    "rppa": "protein",
+    "met": "methylation",
+    "meth": "methylation",
+    "dna_methylation": "methylation",
+    "metabolite": "metabolite",
     "mirna": "miRNA",
     "methylation": "methylation",
     "metabolites": "metabolite",
@@ -42,7 +48,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     Raises:
         InputRefused: Not a MuData file, or a modality that is not known.
     """
-    file = open_file(source.uri)
+    file = open_group(source.uri)
     if "mod" not in file:
         raise InputRefused(f"{source.uri}: has no modalities; is it a MuData file?")
     unknown = sorted(key for key in file["mod"] if key.lower() not in MEASUREMENT)
@@ -50,22 +56,30 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         raise InputRefused(f"{source.uri}: unknown modality {unknown[0]!r}; known: {', '.join(MEASUREMENT)}")
     obs = read_table(file, "obs", source.uri)
     parts: dict[str, Part] = {}
+    identity = [source.uri, fingerprint(source.uri)]
     for key in file["mod"]:
         group, where = file["mod"][key], f"{source.uri}: mod/{key}"
         own = read_table(group, "obs", where)
         position = own.index.get_indexer(obs.index)
         var = read_table(group, "var", where)
-        rows = _placed(matrix_rows(group["X"], f"{where}/X"), position, len(var))
-        parts[MEASUREMENT[key.lower()]] = Part(var, rows, position >= 0)
+        matrix = f"layers/{source.layer}" if source.layer else "X"
+        if matrix not in group:
+            raise InputRefused(f"{where}: has no matrix {matrix}")
+        measurement = MEASUREMENT[key.lower()]
+        values = source.values.get(measurement) if isinstance(source.values, dict) else source.values
+        stored = matrix_rows(group[matrix], f"{where}/{matrix}", identity, levels=values == "value")
+        rows = _placed(stored, position, len(var))
+        parts[measurement] = Part(var, rows, position >= 0)
         fresh = [column for column in own if column not in obs and f"{key}:{column}" not in obs]
         obs = obs.join(own[fresh])
     obs.columns = pd.Index([_plain(column, set(obs.columns), list(file["mod"])) for column in obs.columns])
     return SourceDataset(
         dataset_id=name,
         organism=source.organism,
-        obs=obs,
+        read_obs=lambda: obs,
+        n_obs=len(obs),
         parts=parts,
-        digest=content_digest(source.uri),
+        content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
     )
 

@@ -31,11 +31,12 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     return SourceDataset(
         dataset_id=name,
         organism="synthetic_construct",
-        obs=made.obs.set_index("cell_id", drop=False),
+        read_obs=lambda: made.obs.set_index("cell_id", drop=False),
+        n_obs=len(made.obs),
         parts={
             measurement: Part(pd.DataFrame(index=ids), memory_rows(made.counts[measurement]))
             for measurement, ids in features.items()
         },
-        digest=hashlib.sha256(source.simulation.model_dump_json().encode()).hexdigest(),
+        content=lambda: hashlib.sha256(source.simulation.model_dump_json().encode()).hexdigest(),
         info={"dataset_title": source.title or "simulated cells of known truth"},
     )

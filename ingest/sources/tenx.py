@@ -1,24 +1,42 @@
-"""This module reads 10x feature-barcode matrices: .h5 of Cell Ranger 2 and 3, folders with matrix.mtx(.gz)."""
+"""This module reads 10x feature-barcode matrices: .h5 of Cell Ranger 2 and 3, folders and archives with matrix.mtx."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
 
 from ingest.job import SourceSettings
+from ingest.preflight import members
 from ingest.sources.form import (
     Part,
+    Rows,
     SourceDataset,
+    chosen_columns,
     content_digest,
     dataset_name,
     feature_types_to_measurements,
-    memory_rows,
+    fingerprint,
 )
+from ingest.sources.h5ad import compressed_rows, open_group
+from ingest.turn import Coordinates, scratch_folder, turned
 from store.errors import InputRefused
 from store.records import is_local
+
+ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
+ROLES = {
+    "matrix": ("matrix.mtx.gz", "matrix.mtx"),
+    "features": ("features.tsv.gz", "features.tsv", "genes.tsv.gz", "genes.tsv"),
+    "barcodes": ("barcodes.tsv.gz", "barcodes.tsv"),
+    "metadata": ("metadata.tsv", "metadata.tsv.gz"),
+}
 
 
 def names(source: SourceSettings) -> list[str]:
@@ -27,44 +45,167 @@ def names(source: SourceSettings) -> list[str]:
 
 
 def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
-    """Read a matrix; its features go to RNA, protein, ATAC and guide by their type.
+    """Open a matrix; its features go to RNA, protein, ATAC and guide by their type.
 
     A ``metadata.tsv`` in a folder, whose first column names the cells, becomes obs.
+
+    Raises:
+        InputRefused: Not a 10x matrix, or one of several genomes is wanted.
     """
-    counts = _read(source.uri)
-    counts.var = counts.var.rename_axis("gene_symbols").reset_index().set_index("gene_ids")
-    types = (
-        counts.var["feature_types"] if "feature_types" in counts.var else pd.Series(["Gene Expression"] * counts.n_vars)
-    )
-    split = feature_types_to_measurements(types)
-    if not split:
-        raise InputRefused(f"{source.uri}: none of its feature types is known: {sorted(set(types))}")
-    matrix = counts.X.tocsr()
-    obs = counts.obs
-    metadata = Path(source.uri) / "metadata.tsv"
-    if metadata.exists():
-        obs = obs.join(pd.read_csv(metadata, sep="\t", index_col=0))
+    if source.uri.endswith(".h5"):
+        features, barcodes, rows = _open_h5(source)
+        obs = pd.DataFrame(index=pd.Index(barcodes))
+    else:
+        features, obs, rows = _open_folder(source)
+    parts = split_features(features, rows)
+    if not parts:
+        raise InputRefused(
+            f"{source.uri}: none of its feature types is known: {sorted(set(features['feature_types']))}"
+        )
     return SourceDataset(
         dataset_id=name,
         organism=source.organism,
-        obs=obs,
-        parts={
-            measurement: Part(counts.var.iloc[columns], memory_rows(matrix[:, columns]))
-            for measurement, columns in split.items()
-        },
-        digest=content_digest(source.uri),
+        read_obs=lambda: obs,
+        n_obs=len(obs),
+        parts=parts,
+        content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
     )
 
 
-def _read(uri: str) -> Any:
-    """Read a folder on this machine, or a file, which is copied here first when it lies behind a URI."""
-    import scanpy
+def split_features(features: pd.DataFrame, rows: Rows) -> dict[str, Part]:
+    """Split a matrix by the types of its features."""
+    split = feature_types_to_measurements(features["feature_types"])
+    return {
+        measurement: Part(features.iloc[columns], chosen_columns(rows, columns, len(features)))
+        for measurement, columns in split.items()
+    }
 
+
+def _features(ids: list[str], symbols: list[str], types: list[str] | None) -> pd.DataFrame:
+    kinds = types if types is not None else ["Gene Expression"] * len(ids)
+    return pd.DataFrame({"gene_symbols": symbols, "feature_types": kinds}, index=pd.Index(ids, name="gene_ids"))
+
+
+def _open_h5(source: SourceSettings) -> tuple[pd.DataFrame, list[str], Rows]:
+    file = open_group(source.uri)
+    if "matrix" in file:
+        group = file["matrix"]
+        table = group["features"]
+        symbols = _texts(table["name"]) if "name" in table else _texts(table["id"])
+        ids = _texts(table["id"]) if "id" in table else symbols
+        types = _texts(table["feature_type"]) if "feature_type" in table else None
+        features = _features(ids, symbols, types)
+    else:
+        genomes = [key for key in file if hasattr(file[key], "keys") and "indptr" in file[key]]
+        if not genomes:
+            raise InputRefused(f"{source.uri}: not a readable 10x matrix: it has neither 'matrix' nor a genome's group")
+        if source.genome not in genomes and (source.genome or len(genomes) > 1):
+            raise InputRefused(f"{source.uri}: holds genomes {', '.join(genomes)}; choose one with genome=NAME")
+        group = file[source.genome or genomes[0]]
+        features = _features(_texts(group["genes"]), _texts(group["gene_names"]), None)
+    # features x barcodes by column is barcodes x features by row
+    return features, _texts(group["barcodes"]), compressed_rows(group, len(features))
+
+
+def _texts(element: Any) -> list[str]:
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in element[:]]
+
+
+def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Rows]:
+    paths = _archive(source.uri) if source.uri.endswith(ARCHIVES) else _folder(source.uri)
+    missing = [role for role in ("matrix", "features", "barcodes") if role not in paths]
+    if missing:
+        raise InputRefused(
+            f"{source.uri}: not a 10x matrix: lacks {', '.join(ROLES[role][-1] for role in missing)} (.gz or not)"
+        )
+    table = pd.read_csv(_open(paths["features"]), sep="\t", header=None, dtype=str, keep_default_na=False)
+    if table.shape[1] == 1:
+        table[1] = table[0]
+    types = table[2].tolist() if table.shape[1] > 2 else None
+    features = _features(table[0].tolist(), table[1].tolist(), types)
+    barcodes = [line.strip() for line in _open(paths["barcodes"]).read().decode().splitlines()]
+    obs = pd.DataFrame(index=pd.Index(barcodes))
+    if "metadata" in paths:
+        obs = obs.join(pd.read_csv(_open(paths["metadata"]), sep="\t", index_col=0))
+    shape = (len(barcodes), len(features))
+    rows = turned(
+        [source.uri, fingerprint(source.uri)], shape, lambda: _coordinates(paths["matrix"], shape, source.uri)
+    )
+    return features, obs, rows
+
+
+def _folder(uri: str) -> dict[str, str]:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    there = {name.rsplit("/", 1)[-1]: name for name in filesystem.ls(path, detail=False)}
+    found = {}
+    for role, known in ROLES.items():
+        name = next((name for name in known if name in there), None)
+        if name:
+            found[role] = filesystem.unstrip_protocol(there[name])
+    return found
+
+
+def _archive(uri: str) -> dict[str, str]:
+    """Unpack an archive's regular members, once on this machine."""
     path = Path(uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}"))
+    folder = scratch_folder() / hashlib.sha256(f"{uri}{fingerprint(uri)}archive".encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, str] = {}
+    for member, placed in members(path, folder):
+        for role, known in ROLES.items():
+            if member.rsplit("/", 1)[-1] in known:
+                if role in found:
+                    raise InputRefused(f"{uri}: holds several matrices ({member} is the second); unpack it first")
+                found[role] = str(placed)
+    return found
+
+
+def _open(uri: str) -> BinaryIO:
+    opened = fsspec.open(uri, "rb").open()
+    return gzip.open(opened) if uri.endswith(".gz") else opened  # type: ignore[return-value]
+
+
+def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coordinates]:
+    """Read a MatrixMarket text of features x barcodes, part by part."""
+    with _open(uri) as file:
+        head = file.readline().decode(errors="replace").lower()
+        if not head.startswith("%%matrixmarket matrix coordinate"):
+            raise InputRefused(f"{where}: matrix.mtx does not begin with '%%MatrixMarket matrix coordinate'")
+        line = file.readline()
+        while line.startswith(b"%"):
+            line = file.readline()
+        n_features, n_cells, nnz = (int(size) for size in line.split())
+        if (n_cells, n_features) != shape:
+            raise InputRefused(
+                f"{where}: matrix.mtx is {n_features} x {n_cells} beside {shape[1]} features and {shape[0]} barcodes"
+            )
+        types = {"row": pa.int64(), "column": pa.int64(), "value": pa.float64()}
+        read = 0
+        try:
+            batches = pyarrow.csv.open_csv(
+                file,
+                read_options=pyarrow.csv.ReadOptions(column_names=list(types), block_size=2**23, use_threads=False),
+                parse_options=pyarrow.csv.ParseOptions(delimiter=" "),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+            )
+            for batch in batches:
+                read += batch.num_rows
+                columns, rows, values = (batch.column(number).to_numpy(zero_copy_only=False) for number in range(3))
+                yield rows - 1, columns - 1, values
+        except pa.ArrowInvalid as error:
+            if nnz == 0 and "Empty" in str(error):
+                return
+            raise InputRefused(f"{where}: matrix.mtx: {error}") from error
+        if read != nnz:
+            raise InputRefused(f"{where}: matrix.mtx promises {nnz:,} values and holds {read:,}; is it torn?")
+
+
+def is_folder(uri: str) -> bool:
+    """Say whether a folder is a 10x matrix."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
     try:
-        if path.is_dir():
-            return scanpy.read_10x_mtx(path, var_names="gene_symbols", make_unique=False, gex_only=False)
-        return scanpy.read_10x_h5(path, gex_only=False)
-    except (OSError, KeyError, ValueError, IndexError) as error:
-        raise InputRefused(f"{path}: not a readable 10x matrix: {error}") from error
+        there = {name.rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False)}
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return bool(there & set(ROLES["matrix"]))

@@ -1,0 +1,175 @@
+"""This module turns what a user names (a folder of files, a glob, a manifest) into single sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+import pandas as pd
+
+from ingest.job import SourceSettings
+from ingest.sources import KNOWN, is_census_name, is_dataset_folder, recognise
+from store.errors import InputRefused, MissingError, UsageError
+from store.records import is_local
+from store.settings import parse_settings
+
+MANIFESTS = (".tsv", ".csv", ".parquet")
+DEEPEST = 6
+
+
+def expand(source: SourceSettings, schemes: Sequence[str]) -> list[SourceSettings]:
+    """Return the single sources that ``source`` stands for, in the order of their names.
+
+    Raises:
+        UsageError: An address of a kind that the job does not allow, or with a password in it; a setting that fits one
+            dataset only beside several.
+        MissingError: Nothing is there.
+        InputRefused: A manifest that is none.
+    """
+    allow(source, schemes)
+    uri = source.uri
+    if source.kind is not None or uri.startswith("simulated:") or (is_local(uri) and is_census_name(uri)):
+        return [source]
+    if any(sign in uri for sign in "*?["):
+        return _each(source, _matching(uri))
+    if uri.lower().endswith(MANIFESTS) and (rows := _manifest(uri)) is not None:
+        found = []
+        for row in rows:
+            listed = parse_settings(SourceSettings, _merged(source, row), where=f"{uri}: {row['uri']}")
+            found += expand(listed, schemes)
+        return found
+    if is_local(uri) and not _is_folder(uri):
+        recognise(uri)
+        return [source]
+    if _is_folder(uri) and not is_dataset_folder(uri):
+        below = _below(uri, DEEPEST)
+        if not below:
+            raise MissingError(f"{uri}: holds nothing that can be ingested; a source is {KNOWN}")
+        return _each(source, below)
+    return [source]
+
+
+def allow(source: SourceSettings, schemes: Sequence[str]) -> None:
+    """Refuse addresses of other kinds than ``schemes``.
+
+    Raises:
+        UsageError: The address is of another kind, or carries a password.
+    """
+    addresses = [source.uri, source.genes, source.hgnc, source.obs_table, source.peaks, source.barcodes]
+    for address in filter(None, addresses):
+        scheme = _scheme(address)
+        if scheme not in schemes:
+            raise UsageError(
+                f"{_bare(address)}: addresses of kind {scheme!r} are not allowed here; allowed: {', '.join(schemes)} "
+                "(the job's key 'schemes')"
+            )
+        if scheme != "simulated" and urlsplit(address).password is not None:
+            raise UsageError(f"{_bare(address)}: holds a password; credentials come from the environment only")
+
+
+def _scheme(address: str) -> str:
+    if address.startswith("simulated:"):
+        return "simulated"
+    if "://" not in address:
+        return "census" if is_census_name(address) else "file"
+    return address.split("://", 1)[0].split("::")[-1].lower()
+
+
+def _bare(address: str) -> str:
+    """Return an address without the part that may be secret."""
+    head, sign, rest = address.partition("://")
+    return f"{head}://{rest.rpartition('@')[2]}" if sign else address
+
+
+def _each(source: SourceSettings, uris: list[str]) -> list[SourceSettings]:
+    if source.dataset_id and len(uris) > 1:
+        raise UsageError(f"{source.uri}: holds {len(uris)} sources, so dataset_id={source.dataset_id!r} fits none")
+    return [source.model_copy(update={"uri": uri}) for uri in uris]
+
+
+def _is_folder(uri: str) -> bool:
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    return bool(filesystem.isdir(path))
+
+
+def _matching(pattern: str) -> list[str]:
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    found = sorted(filesystem.glob(path))
+    uris = [_address(filesystem, name, pattern) for name in found]
+    known = [uri for uri in uris if _known(uri)]
+    if not known:
+        raise MissingError(f"{pattern}: {'matches nothing' if not found else 'matches nothing that can be ingested'}")
+    return known
+
+
+def _address(filesystem: Any, name: str, like: str) -> str:
+    return name if "://" not in like else str(filesystem.unstrip_protocol(name))
+
+
+def _known(uri: str) -> bool:
+    try:
+        recognise(uri)
+    except (InputRefused, MissingError):
+        return False
+    return True
+
+
+def _below(folder: str, depth: int) -> list[str]:
+    """Return the datasets in a folder and its folders; what is inside a dataset's folder is not looked at."""
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    found = []
+    for item in sorted(filesystem.ls(path, detail=True), key=lambda item: str(item["name"])):
+        uri = _address(filesystem, item["name"].rstrip("/"), folder)
+        if uri.rsplit("/", 1)[-1].startswith("."):
+            continue
+        if _known(uri):
+            found.append(uri)
+        elif item["type"] == "directory" and depth > 0:
+            found += _below(uri, depth - 1)
+    return found
+
+
+def _manifest(uri: str) -> list[dict[str, Any]] | None:
+    """Read a manifest's rows; none when the table has no column ``uri`` and so is something else."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        if uri.lower().endswith(".parquet"):
+            table = pd.read_parquet(BytesIO(filesystem.cat_file(path)))
+        else:
+            separator = "\t" if uri.lower().endswith(".tsv") else ","
+            with filesystem.open(path, "rb") as file:
+                if b"uri" not in file.readline().rstrip().split(separator.encode()):
+                    return None
+                file.seek(0)
+                table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise MissingError(f"{uri}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise InputRefused(f"{uri}: not a readable manifest: {error}") from error
+    if "uri" not in table:
+        return None
+    base = uri.rsplit("/", 1)[0] if "/" in uri else "."
+    rows = []
+    for row in table.to_dict("records"):
+        filled = {str(key): value for key, value in row.items() if value is not None and str(value) != ""}
+        if "://" not in filled["uri"] and not filled["uri"].startswith("/") and ":" not in filled["uri"]:
+            filled["uri"] = f"{base}/{filled['uri']}"
+        rows.append(filled)
+    if not rows:
+        raise InputRefused(f"{uri}: the manifest lists nothing")
+    return rows
+
+
+def _merged(source: SourceSettings, row: dict[str, Any]) -> dict[str, Any]:
+    """Lay a manifest's row (``obs.tissue`` sets a key of a section) over the settings that hold for all of them."""
+    merged: dict[str, Any] = source.model_dump(exclude_unset=True)
+    for key, value in row.items():
+        section, _, name = key.partition(".")
+        if name:
+            merged[section] = {**merged.get(section, {}), name: value}
+        else:
+            merged[key] = value
+    return merged

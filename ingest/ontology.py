@@ -1,0 +1,232 @@
+"""This module brings labels and ontology ids of obs together, with the terms of ``cellxgene-ontology-guide``.
+
+The library carries the ontologies that the CELLxGENE schema pins; nothing is downloaded. Work is done on the distinct
+values of a column, not on its cells.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pandas as pd
+
+from store.schema import UNKNOWN
+
+ABSENT = {"unknown", "na", "nan", "none", ""}
+SEPARATOR = re.compile(r" \|\| |(?<=\d),(?=[A-Z])")
+"""Several terms in one value: `` || `` in the CELLxGENE schema since 6, a comma before."""
+
+DEVELOPMENT = {
+    "homo_sapiens": ("HsapDv",),
+    "mus_musculus": ("MmusDv",),
+    "caenorhabditis_elegans": ("WBls",),
+    "drosophila_melanogaster": ("FBdv",),
+    "danio_rerio": ("ZFA",),
+}
+ANATOMY = {
+    "caenorhabditis_elegans": ("WBbt",),
+    "drosophila_melanogaster": ("FBbt",),
+    "danio_rerio": ("ZFA",),
+}
+SHORTHAND = {
+    "sex": {"f": "PATO:0000383", "female": "PATO:0000383", "m": "PATO:0000384", "male": "PATO:0000384"},
+    "disease": {"healthy": "PATO:0000461", "normal": "PATO:0000461", "control": "PATO:0000461", "none": "PATO:0000461"},
+}
+"""Words that everybody uses and no ontology has as a name in the right place."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """obs with labels and ids filled in, why it is refused, and what people should know."""
+
+    obs: pd.DataFrame
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def allowed(column: str, organism: str) -> tuple[str, ...]:
+    """Return the prefixes of the ontologies whose terms a column may hold, as the CELLxGENE schema has it."""
+    return {
+        "assay": ("EFO",),
+        "cell_type": ("CL", *ANATOMY.get(organism, ())),
+        "development_stage": DEVELOPMENT.get(organism, ("UBERON",)),
+        "disease": ("MONDO", "PATO"),
+        "self_reported_ethnicity": ("HANCESTRO", "AfPO"),
+        "sex": ("PATO",),
+        "tissue": ("UBERON", "CL", "CVCL", *ANATOMY.get(organism, ())),
+    }[column]
+
+
+COLUMNS = ("assay", "cell_type", "development_stage", "disease", "self_reported_ethnicity", "sex", "tissue")
+
+
+def resolve(obs: pd.DataFrame, organism: str) -> Resolved:
+    """Fill in the ids of labels and the labels of ids, and look whether ids are what they should be.
+
+    A wrong, unknown or obsolete id is a problem; a label that no ontology knows is a note, with the nearest term.
+
+    Args:
+        obs: Any of the lake's columns; not changed.
+        organism: A key of ``ORGANISMS``; it decides which ontology stages and anatomy come from.
+    """
+    made = Resolved(obs.copy())
+    for column in COLUMNS:
+        if column in obs or f"{column}_ontology_term_id" in obs:
+            _resolve_column(made, column, organism)
+    _tissue_general(made.obs)
+    return made
+
+
+def _resolve_column(made: Resolved, column: str, organism: str) -> None:
+    obs, id_column = made.obs, f"{column}_ontology_term_id"
+    labels = obs[column].astype(str) if column in obs else pd.Series(UNKNOWN, index=obs.index)
+    ids = obs[id_column].astype(str) if id_column in obs else pd.Series(UNKNOWN, index=obs.index)
+    pairs = pd.DataFrame({"label": labels, "id": ids}).value_counts(dropna=False)
+    answers: dict[tuple[str, str], tuple[str, str]] = {}
+    unmatched: list[tuple[int, str]] = []
+    renamed: list[str] = []
+    for key, n_cells in pairs.items():
+        label, term = str(key[0]), str(key[1])  # type: ignore[index]
+        has_label, has_id = label.lower() not in ABSENT, term.lower() not in ABSENT
+        if has_id:
+            problem = _id_problem(term, label if has_label else "", column, organism)
+            if problem:
+                made.problems.append(f"{id_column}: {term!r} ({n_cells:,} cells) {problem}")
+                continue
+            name = " || ".join(_term_label(part) for part in SEPARATOR.split(term))
+            if has_label and label != name and label.casefold() not in _names_of(term):
+                renamed.append(f"{label!r} for {term} ({name})")
+            answers[label, term] = (label if has_label else name, term)
+        elif has_label:
+            found = _id_of(label, column, organism)
+            answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
+            if not found:
+                unmatched.append((int(n_cells), label))
+    if renamed:
+        made.notes.append(f"{column}: labels kept that are not their term's name: {', '.join(renamed[:3])}")
+    if unmatched:
+        made.notes.append(_unmatched_note(column, unmatched, organism))
+    keys = pd.MultiIndex.from_arrays([labels, ids])
+    codes, distinct = pd.factorize(keys)
+    resolved = [answers.get((label, term), (label, term)) for label, term in distinct]
+    obs[column] = pd.Series([resolved[code][0] for code in codes], index=obs.index, dtype=object)
+    obs[id_column] = pd.Series([resolved[code][1] for code in codes], index=obs.index, dtype=object)
+
+
+def _id_problem(terms: str, label: str, column: str, organism: str) -> str:
+    """Say what is wrong with an id (or several, joined); empty when nothing is."""
+    for term in SEPARATOR.split(terms):
+        prefix = term.split(":")[0].split("_")[0]
+        known = allowed(column, organism)
+        if prefix not in known:
+            return f"is not of {' or '.join(known)}{_suggestion(label, column, organism)}"
+        entry = _terms(prefix).get(term)
+        if entry is None:
+            return f"is no term of {prefix}{_suggestion(label, column, organism)}"
+        if entry.get("deprecated"):
+            better = str(entry.get("replaced_by") or next(iter(entry.get("consider", ())), ""))
+            better = better.removeprefix("obo.").replace("_", ":")
+            return f"is obsolete{f'; use {better} ({_term_label(better)})' if better else ''}"
+    return ""
+
+
+def _suggestion(label: str, column: str, organism: str) -> str:
+    found = _id_of(label, column, organism) if label else ""
+    return f"; {label!r} is {found}" if found else ""
+
+
+def _unmatched_note(column: str, unmatched: list[tuple[int, str]], organism: str) -> str:
+    said = []
+    for n_cells, label in sorted(unmatched, reverse=True)[:3]:
+        near = _near(label, column, organism)
+        said.append(f"{label!r} ({n_cells:,} cells{f', did you mean {near!r}?' if near else ''})")
+    more = f" and {len(unmatched) - 3:,} more" if len(unmatched) > 3 else ""
+    return f"{column}: no ontology term for {', '.join(said)}{more}; the labels are kept"
+
+
+def _near(label: str, column: str, organism: str) -> str:
+    pool: dict[str, str] = {}
+    for prefix in allowed(column, organism):
+        if prefix != "CVCL":  # 167,000 names of cell lines are near to anything
+            pool |= {name: term for name, (term, *_) in _index(prefix).items()}
+    found = difflib.get_close_matches(label.casefold(), list(pool), n=1, cutoff=0.8)
+    return _term_label(pool[found[0]]) if found else ""
+
+
+@cache
+def _parser() -> Any:
+    from cellxgene_ontology_guide.ontology_parser import OntologyParser
+
+    return OntologyParser()
+
+
+@cache
+def _terms(prefix: str) -> dict[str, dict[str, Any]]:
+    known = _parser().cxg_schema
+    if prefix == "AfPO":  # its terms travel with HANCESTRO
+        prefix = "HANCESTRO"
+    return dict(known.ontology(prefix)) if prefix in known.supported_ontologies else {}
+
+
+def _term_label(term: str) -> str:
+    return str(_terms(term.split(":")[0].split("_")[0]).get(term, {}).get("label", term))
+
+
+def _names_of(term: str) -> set[str]:
+    entry = _terms(term.split(":")[0].split("_")[0]).get(term, {})
+    return {str(name).casefold() for name in (entry.get("label", ""), *entry.get("synonyms", ()))}
+
+
+@cache
+def _index(prefix: str) -> dict[str, list[str]]:
+    """Map case-folded names to living terms; where a term has a name, others' synonyms do not count."""
+    names: dict[str, list[str]] = {}
+    synonyms: dict[str, list[str]] = {}
+    for term, entry in _terms(prefix).items():
+        if entry.get("deprecated") or not term.startswith(prefix):
+            continue
+        names.setdefault(str(entry.get("label", "")).casefold(), []).append(term)
+        for synonym in entry.get("synonyms", ()):
+            synonyms.setdefault(str(synonym).casefold(), []).append(term)
+    return synonyms | names
+
+
+def _id_of(label: str, column: str, organism: str) -> str:
+    """Return the one term that a label names; empty when there is none, or several."""
+    plain = label.strip().casefold()
+    short = SHORTHAND.get(column, {}).get(plain)
+    if short:
+        return short
+    for prefix in allowed(column, organism):
+        found = _index(prefix).get(plain, ())
+        if len(found) == 1:
+            return found[0]
+    return ""
+
+
+def _tissue_general(obs: pd.DataFrame) -> None:
+    """Fill in the organ or system of tissues, from the curated list that the Census uses."""
+    if "tissue_ontology_term_id" not in obs or "tissue_general" in obs:
+        return
+    known = [term for term in obs["tissue_ontology_term_id"].unique() if str(term).startswith("UBERON:")]
+    if not known:
+        return
+    general = {term: _general(str(term)) for term in known}
+    ids = obs["tissue_ontology_term_id"].map(general).fillna(UNKNOWN)
+    obs["tissue_general_ontology_term_id"] = ids.astype(object)
+    obs["tissue_general"] = ids.map({term: _term_label(term) for term in ids.unique()}).astype(object)
+
+
+@cache
+def _general(term: str) -> str:
+    from cellxgene_ontology_guide.curated_ontology_term_lists import get_curated_ontology_term_list
+    from cellxgene_ontology_guide.entities import CuratedOntologyTermList
+
+    general = get_curated_ontology_term_list(CuratedOntologyTermList.TISSUE_GENERAL)
+    if term in general:
+        return term
+    return str(_parser().get_highest_level_term(term, general) or term)

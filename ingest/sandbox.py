@@ -1,0 +1,314 @@
+"""This module reads sources in a process of their own, with limits, because foreign files crash and deceive readers.
+
+The child (``python -m ingest.sandbox``) opens one dataset and answers requests; what it sends back is JSON and Arrow,
+validated here before use, never pickles. When it crashes, runs out of memory or does not answer in time, that dataset
+is refused and nothing else is harmed.
+
+Shape letters used in this module:
+    C  cells of a block      G  features in the lake's names
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse
+
+from ingest.job import SourceSettings
+from store import errors
+from store.errors import InputRefused, SomaflowError
+from store.schema import DatasetPlan, Features
+
+SHARE = 0.6
+"""The child's part of a worker's memory; the rest is for the process that writes."""
+
+SIZE = struct.Struct("<q")
+
+
+class Reader:
+    """A child that has one dataset open; a context manager.
+
+    Args:
+        source: The source.
+        name: The dataset, of those that the source holds.
+        memory_mb: Memory of a worker; the child may use ``SHARE`` of it.
+        timeout_s: Longest wait for an answer.
+    """
+
+    def __init__(self, source: SourceSettings, name: str, *, memory_mb: int, timeout_s: float) -> None:
+        self.source, self.name = source, name
+        self.memory_mb, self.timeout_s = memory_mb, timeout_s
+        request_read, self._request = os.pipe()
+        self._answer, answer_write = os.pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
+        words = [str(request_read), str(answer_write), str(int(memory_mb * SHARE)), str(os.getpid())]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "SOMAFLOW_TILEDB_THREADS"), "1")
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "ingest.sandbox", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=self._errors,
+            stderr=self._errors,
+            pass_fds=(request_read, answer_write),
+            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        os.close(request_read)
+        os.close(answer_write)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The child's process number."""
+        return self._child.pid
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child.poll() is None:
+            self._child.kill()
+        self._child.wait()
+        for descriptor in (self._request, self._answer):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._errors.close()
+
+    def names(self) -> list[str]:
+        """Name the datasets in the source."""
+        values, _ = self._ask("names")
+        return [str(name) for name in values["names"]]
+
+    def inspect(self) -> tuple[dict[str, Any], DatasetPlan, dict[str, pd.DataFrame]]:
+        """Return what is known of a dataset before its values are read.
+
+        Returns:
+            ``spans``, ``mapped``, ``problems``, ``notes``, ``fingerprint``; the plan; ``obs`` and side tables by name.
+        """
+        values, tables = self._ask("inspect")
+        plan = values.pop("plan")
+        features = {}
+        for name in plan.pop("features"):
+            table = tables.pop(f"features {name}")
+            features[name] = Features(*(column.to_pylist() for column in table.columns))
+        return values, DatasetPlan(**plan, features=features), {key: table.to_pandas() for key, table in tables.items()}
+
+    def check(self, measurement: str, span: tuple[int, int], budget_nnz: int) -> dict[str, Any]:
+        """Return ``ingest.dataset.Checked`` of a span as a dictionary."""
+        words = {"measurement": measurement, "start": span[0], "stop": span[1], "budget_nnz": budget_nnz}
+        values, tables = self._ask("check", **words)
+        cells = tables["cells"]
+        return values | {name: cells[name].to_numpy() for name in cells.column_names}
+
+    def rows(
+        self, measurement: str, start: int, stop: int, n_features: int, fingerprint: str
+    ) -> scipy.sparse.csr_matrix:
+        """Read rows as counts_CG in the plan's order of features.
+
+        Raises:
+            InputRefused: The source has changed since ``fingerprint`` was taken, or cannot be read.
+        """
+        _, tables = self._ask("rows", measurement=measurement, start=start, stop=stop, fingerprint=fingerprint)
+        data, indices = (tables["values"][name].to_numpy() for name in ("data", "indices"))
+        indptr = tables["ends"]["indptr"].to_numpy()
+        whole = len(indptr) == stop - start + 1 and indptr[0] == 0 and indptr[-1] == len(data) == len(indices)
+        if (
+            not whole
+            or np.any(np.diff(indptr) < 0)
+            or (len(indices) and not 0 <= indices.min() <= indices.max() < n_features)
+        ):
+            raise InputRefused(f"{self.source.uri}: {measurement}: its reader sent rows that are no matrix")
+        return scipy.sparse.csr_matrix((data, indices, indptr), shape=(stop - start, n_features))
+
+    def _ask(self, what: str, **words: Any) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+        source = self.source.model_dump(mode="json", exclude_unset=True)
+        request = json.dumps({"do": what, "source": source, "name": self.name, **words}).encode()
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            os.write(self._request, SIZE.pack(len(request)) + request)
+            header = json.loads(self._receive(deadline))
+            tables = {name: self._table(deadline) for name in header["tables"]}
+        except (BrokenPipeError, EOFError):
+            raise InputRefused(f"{self.source.uri}: {self._death()}") from None
+        if "error" in header:
+            kind = getattr(errors, header["error"], InputRefused)
+            known = isinstance(kind, type) and issubclass(kind, SomaflowError)
+            raise (kind if known else InputRefused)(header["message"])
+        return header["values"], tables
+
+    def _table(self, deadline: float) -> pa.Table:
+        try:
+            table = pa.ipc.open_stream(pa.py_buffer(self._receive(deadline))).read_all()
+            table.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise InputRefused(f"{self.source.uri}: its reader sent a table that is none: {error}") from error
+        return table
+
+    def _receive(self, deadline: float) -> bytes:
+        (size,) = SIZE.unpack(self._bytes(SIZE.size, deadline))
+        if not 0 <= size <= self.memory_mb * 2**20:
+            raise InputRefused(f"{self.source.uri}: its reader sent {size:,} bytes; raise worker_memory_mb")
+        return bytes(self._bytes(size, deadline))
+
+    def _bytes(self, size: int, deadline: float) -> bytearray:
+        buffer = bytearray(size)
+        view, filled = memoryview(buffer), 0
+        while filled < size:
+            ready, _, _ = select.select([self._answer], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise InputRefused(
+                    f"{self.source.uri}: reading it took longer than {self.timeout_s:g} s and was stopped; "
+                    "raise timeout_s if the source is that slow"
+                )
+            got = os.readv(self._answer, [view[filled : filled + 2**20]])
+            if got == 0:
+                raise EOFError
+            filled += got
+        return buffer
+
+    def _death(self) -> str:
+        """Say how the child ended; its own words stay out, for they may quote the file."""
+        code = self._child.wait()
+        if code == -signal.SIGKILL:
+            return "its reader was killed; was the machine out of memory?"
+        if code < 0:
+            return (
+                f"its reader crashed ({signal.Signals(-code).name}): the file is damaged or hostile; nothing was taken"
+            )
+        return f"its reader ended with status {code}; nothing was taken"
+
+
+def _serve(request: int, answer: int) -> None:
+    from ingest.dataset import OpenDataset  # slow, and only the child needs it
+
+    opened: OpenDataset | None = None
+    with os.fdopen(request, "rb") as incoming, os.fdopen(answer, "wb") as outgoing:
+        while size := incoming.read(SIZE.size):
+            words = json.loads(incoming.read(SIZE.unpack(size)[0]))
+            source = SourceSettings.model_validate(words["source"])
+            try:
+                if words["do"] == "names":
+                    values, tables = _names(source)
+                else:
+                    opened = opened or OpenDataset(source, words["name"])
+                    values, tables = ANSWERS[words["do"]](opened, words)
+                header: dict[str, Any] = {"values": values}
+            except MemoryError:
+                tables = {}
+                header = _error(
+                    InputRefused(f"{source.uri}: needs more memory than a worker has; raise worker_memory_mb")
+                )
+            except Exception as error:  # noqa: BLE001  every error is an answer
+                tables, header = {}, _error(error, source.uri)
+            _send(outgoing, json.dumps({**header, "tables": list(tables)}).encode())
+            for table in tables.values():
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, table.schema) as stream:
+                    stream.write_table(table)
+                _send(outgoing, sink.getvalue())
+            outgoing.flush()
+
+
+def _send(outgoing: Any, content: Any) -> None:
+    outgoing.write(SIZE.pack(len(content)))
+    outgoing.write(content)
+
+
+def _error(error: Exception, where: str = "") -> dict[str, str]:
+    if isinstance(error, SomaflowError):
+        return {"error": type(error).__name__, "message": str(error)}
+    reason = str(error).strip().splitlines() or [""]
+    return {"error": "InputRefused", "message": f"{where}: cannot be read: {type(error).__name__}: {reason[0][:300]}"}
+
+
+def _names(source: SourceSettings) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+    from ingest import sources
+
+    return {"names": sources.names(source)}, {}
+
+
+def _inspect(opened: Any, words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+    found = opened.inspect()
+    plan = {**asdict(found.plan), "features": list(found.plan.features)}
+    tables = {"obs": _frame(found.obs), **{f"side {name}": _frame(frame) for name, frame in found.sides.items()}}
+    for name, features in found.plan.features.items():
+        tables[f"features {name}"] = pa.table(asdict(features))
+    values = {name: getattr(found, name) for name in ("spans", "mapped", "problems", "notes", "fingerprint")}
+    return {**values, "plan": plan}, tables
+
+
+def _frame(frame: pd.DataFrame) -> pa.Table:
+    """Return a table of what a source gave; a column of mixed kinds becomes text."""
+    columns = {}
+    for name in frame.columns:
+        column = frame[name]
+        if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
+            column = column.astype(object).where(column.notna(), None)
+            kinds = {type(value) for value in column if value is not None}
+            plain = kinds <= {bool} or kinds <= {str}
+            columns[str(name)] = pa.array(
+                column if plain else column.map(_text), pa.bool_() if kinds == {bool} else pa.large_string()
+            )
+        else:
+            columns[str(name)] = pa.array(column)
+    return pa.table(columns)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _check(opened: Any, words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+    found = opened.check(words["measurement"], words["start"], words["stop"], words["budget_nnz"])
+    cells = {name: getattr(found, name) for name in ("nnz_C", "sum_C", "mito_C", "digest_C")}
+    return {"problems": found.problems, "step": found.step}, {"cells": pa.table(cells)}
+
+
+def _rows(opened: Any, words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+    if words["fingerprint"] != opened.fingerprint():
+        raise InputRefused(f"{opened.source.uri}: changed while it was being read; run the same command again")
+    counts = opened.block(words["measurement"], words["start"], words["stop"])
+    stored = {
+        "data": counts.data.astype(np.float32, copy=False),
+        "indices": counts.indices.astype(np.int32, copy=False),
+    }
+    return {}, {"values": pa.table(stored), "ends": pa.table({"indptr": counts.indptr.astype(np.int64, copy=False)})}
+
+
+ANSWERS = {"inspect": _inspect, "check": _check, "rows": _rows}
+
+
+def _limit(memory_mb: int, parent: int) -> None:
+    """Bound this process, and end it with its parent."""
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_mb * 2**20, memory_mb * 2**20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    _limit(int(sys.argv[3]), int(sys.argv[4]))
+    _serve(int(sys.argv[1]), int(sys.argv[2]))

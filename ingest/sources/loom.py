@@ -1,0 +1,95 @@
+"""This module reads loom files (features x cells, HDF5) in row blocks of cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from ingest.job import SourceSettings
+from ingest.sources.form import Part, SourceDataset, content_digest, fingerprint
+from ingest.sources.h5ad import open_group
+from ingest.turn import Coordinates, turned
+from store.errors import InputRefused
+
+CELL_NAMES = ("CellID", "obs_names", "cell_id", "barcode", "Barcode", "cell_names")
+FEATURE_NAMES = ("Accession", "var_names", "Gene", "gene_names", "GeneName", "name")
+X_NAMES, Y_NAMES = ("X", "x", "x_coord", "_X", "spatial_x"), ("Y", "y", "y_coord", "_Y", "spatial_y")
+CHUNK = 64
+
+
+def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
+    """Open a file; attributes of columns become obs (coordinates ``x`` and ``y`` if there are any), those of rows var.
+
+    Raises:
+        InputRefused: Not a loom file, or it lacks the layer that the source names.
+    """
+    file = open_group(source.uri)
+    if "matrix" not in file or "col_attrs" not in file or "row_attrs" not in file:
+        raise InputRefused(f"{source.uri}: not a loom file: it needs matrix, row_attrs and col_attrs")
+    key = f"layers/{source.layer}" if source.layer else "matrix"
+    if key not in file:
+        layers = ", ".join(file["layers"]) if "layers" in file else "none"
+        raise InputRefused(f"{source.uri}: has no layer {source.layer!r}; layers: {layers}")
+    matrix = file[key]
+    n_features, n_cells = matrix.shape
+    var = _attributes(file["row_attrs"], n_features)
+    var.index = _names(var, FEATURE_NAMES, "feature")
+    rows = turned([source.uri, fingerprint(source.uri), key], (n_cells, n_features), lambda: _parts(matrix))
+    return SourceDataset(
+        dataset_id=name,
+        organism=source.organism,
+        read_obs=lambda: _obs(file["col_attrs"], n_cells),
+        n_obs=n_cells,
+        parts={source.measurement: Part(var, rows)},
+        content=lambda: content_digest(source.uri),
+        info={"dataset_title": source.title},
+    )
+
+
+def _obs(group: h5py.Group, n_cells: int) -> pd.DataFrame:
+    obs = _attributes(group, n_cells)
+    obs.index = _names(obs, CELL_NAMES, "cell")
+    for column, known in (("x", X_NAMES), ("y", Y_NAMES)):
+        found = next((name for name in known if name in obs), None)
+        if found and column not in obs:
+            obs[column] = obs[found]
+    return obs
+
+
+def _attributes(group: h5py.Group, size: int) -> pd.DataFrame:
+    """Read attributes; one of several dimensions becomes several columns."""
+    columns: dict[str, Any] = {}
+    for name in group:
+        values = group[name][:]
+        if values.shape[:1] != (size,):
+            raise InputRefused(f"{group.name}/{name}: has shape {values.shape}, not {size:,} entries")
+        if values.ndim == 2:
+            columns |= {f"{name}_{number}": values[:, number] for number in range(values.shape[1])}
+        else:
+            texts = values.dtype.kind in "OS"
+            columns[name] = np.array([_text(value) for value in values], object) if texts else values
+    return pd.DataFrame(columns, index=range(size))
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _names(table: pd.DataFrame, known: tuple[str, ...], kind: str) -> pd.Index:
+    found = next((name for name in known if name in table), None)
+    if found is None:
+        return pd.Index([f"{kind}{number}" for number in range(len(table))])
+    return pd.Index(table[found].astype(str))
+
+
+def _parts(matrix: h5py.Dataset) -> Iterator[Coordinates]:
+    """Read features a few at a time, along the file's chunks."""
+    step = max(1, min(matrix.chunks[0] if matrix.chunks else CHUNK, 2**24 // max(1, matrix.shape[1])))
+    for first in range(0, matrix.shape[0], step):
+        part = matrix[first : first + step]
+        feature, cell = np.nonzero(part)
+        yield cell, feature + first, part[feature, cell]

@@ -1,0 +1,141 @@
+"""This module turns a matrix that comes in any order into rows, on disk, with bounded memory.
+
+Sources store counts by column (CSC), as coordinates in a text (MatrixMarket), or sorted by place in the genome
+(fragments). Rows are wanted. Coordinates are spilled once in the order they come, counted by row, then put in place in
+memory-mapped arrays: the pages of those belong to the file system's cache, not to the process.
+
+Shape letters used in this module:
+    C  cells (rows)      F  features (columns)      N  stored values
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+from ingest.sources.form import Rows
+from store.errors import InputRefused, StorageError
+
+Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]
+"""rows_N, columns_N, values_N of a part of a matrix; a coordinate may come again, its values are added."""
+
+SPILL = np.dtype([("row", "<i8"), ("column", "<i4"), ("value", "<f4")])
+PART = 2**20
+FORGOTTEN_S = 7 * 24 * 3600
+
+
+def scratch_folder() -> Path:
+    """Return this machine's folder for intermediate files (``SOMAFLOW_SCRATCH``, or below the system's temporary)."""
+    given = os.environ.get("SOMAFLOW_SCRATCH")
+    return Path(given) if given else Path(tempfile.gettempdir()) / f"somaflow-{os.getuid()}"
+
+
+def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iterator[Coordinates]]) -> Rows:
+    """Return the rows of a matrix that ``parts`` yields in any order.
+
+    Args:
+        identity: What the matrix is (address, fingerprint, settings): the same is turned once on this machine, and the
+            result is shared by all processes.
+        shape: Cells and features.
+        parts: Reads the matrix from its beginning.
+
+    Raises:
+        InputRefused: A coordinate lies outside ``shape``.
+        StorageError: The scratch folder is full or cannot be written.
+    """
+    folder = scratch_folder() / hashlib.sha256(json.dumps([*identity, shape]).encode()).hexdigest()[:32]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if not (folder / "done").exists():
+                _forget_old(folder.parent)
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                _turn(folder, shape, parts())
+                (folder / "done").touch()
+            os.utime(folder)
+    except OSError as error:
+        if isinstance(error, (InputRefused, StorageError)):
+            raise
+        raise StorageError(
+            f"{folder}: cannot write intermediate files: {error}; free some space or set SOMAFLOW_SCRATCH=FOLDER"
+        ) from error
+    return _rows(folder, shape)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with folder.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _forget_old(scratch: Path) -> None:
+    """Remove what no run has used for a week."""
+    for folder in scratch.iterdir():
+        if folder.is_dir() and time.time() - folder.stat().st_mtime > FORGOTTEN_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _turn(folder: Path, shape: tuple[int, int], parts: Iterator[Coordinates]) -> None:
+    spill = folder / "spill"
+    nnz_C = np.zeros(shape[0], np.int64)
+    with spill.open("wb") as file:
+        for rows, columns, values in parts:
+            _check(rows, columns, shape)
+            nnz_C += np.bincount(rows, minlength=shape[0])
+            record = np.empty(len(rows), SPILL)
+            record["row"], record["column"], record["value"] = rows, columns, values
+            record.tofile(file)
+    indptr = np.concatenate([[0], np.cumsum(nnz_C)])
+    np.save(folder / "indptr.npy", indptr)
+    indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (int(indptr[-1]),))
+    data = np.lib.format.open_memmap(folder / "data.npy", "w+", np.float32, (int(indptr[-1]),))
+    cursor_C = indptr[:-1].copy()
+    with spill.open("rb") as file:
+        while len(record := np.fromfile(file, SPILL, PART)):
+            order = np.argsort(record["row"], kind="stable")
+            rows = record["row"][order]
+            first = np.flatnonzero(np.diff(rows, prepend=-1))
+            run = np.diff(first, append=len(rows))
+            place = np.arange(len(rows)) - np.repeat(first, run) + cursor_C[rows]
+            indices[place], data[place] = record["column"][order], record["value"][order]
+            cursor_C[rows[first]] += run
+    indices.flush()
+    data.flush()
+    spill.unlink()
+
+
+def _check(rows: NDArray[np.integer], columns: NDArray[np.integer], shape: tuple[int, int]) -> None:
+    for what, found, size in (("row", rows, shape[0]), ("column", columns, shape[1])):
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < size:
+            raise InputRefused(
+                f"a coordinate lies outside the matrix: {what}s {found.min()} to {found.max()} of {size}"
+            )
+
+
+def _rows(folder: Path, shape: tuple[int, int]) -> Rows:
+    indptr = np.load(folder / "indptr.npy", mmap_mode="r")
+    indices = np.load(folder / "indices.npy", mmap_mode="r") if indptr[-1] else np.empty(0, np.int32)
+    data = np.load(folder / "data.npy", mmap_mode="r") if indptr[-1] else np.empty(0, np.float32)
+
+    def read(start: int, stop: int) -> scipy.sparse.csr_matrix:
+        here = slice(int(indptr[start]), int(indptr[stop]))
+        parts = (np.array(data[here]), np.array(indices[here]), np.asarray(indptr[start : stop + 1]) - indptr[start])
+        counts = scipy.sparse.csr_matrix(parts, shape=(stop - start, shape[1]))
+        counts.sum_duplicates()
+        return counts
+
+    return read
