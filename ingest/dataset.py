@@ -30,9 +30,10 @@ from store.schema import DatasetPlan, measured_column
 TRANSFORM_VERSION = 2
 """Raised when the same source and settings would be written differently."""
 
-SPAN_CELLS = 2**14
-SPANS = 64
-"""A dataset is cut into spans of ``SPAN_CELLS``, or into this many when they are more."""
+SPAN_CELLS = (2**12, 2**14)
+SPANS = (8, 64)
+"""A dataset is cut into 8 spans of at least 4,096 cells, more of at most 16,384, or 64 larger ones: enough to keep
+workers busy, few enough that a lake of 100 M cells has some thousands of fragments."""
 
 FEATURE_KIND = {
     "RNA": "gene",
@@ -161,7 +162,8 @@ class OpenDataset:
             densest = max(densest, counts.nnz / (until - row))
             step = min(widest, max(1, int(budget_nnz / 2 / max(1.0, densest))), 4 * step, 4096)
             row = until
-        return Checked(found, max(1, min(widest, step)), nnz_C, sum_C, mito_C, digest_C)
+        at_a_time = max(1, min(widest, int(budget_nnz / max(1.0, densest))))
+        return Checked(found, at_a_time, nnz_C, sum_C, mito_C, digest_C)
 
     def _feature_digests(self, measurement: str) -> NDArray[np.uint64]:
         if measurement not in self._digests:
@@ -243,5 +245,8 @@ class OpenDataset:
 
     def _spans(self) -> list[tuple[int, int]]:
         n_obs = self.form.n_obs
-        width = max(SPAN_CELLS, -(-n_obs // SPANS // SPAN_CELLS) * SPAN_CELLS)
+        tiles = max(1, -(-n_obs // 1024))
+        width = 1024 * max(
+            -(-tiles // SPANS[1]), min(SPAN_CELLS[1] // 1024, max(SPAN_CELLS[0] // 1024, -(-tiles // SPANS[0])))
+        )
         return [(start, min(start + width, n_obs)) for start in range(0, n_obs, width)]

@@ -34,7 +34,7 @@ CELL_CAPACITY = 2**31 - 2
 DATASET_CAPACITY = 2**16
 FEATURE_CAPACITY = dict.fromkeys(MEASUREMENTS, 2**17) | {"ATAC": 2**22, "methylation": 2**22}
 
-ROW_TILE = dict.fromkeys(MEASUREMENTS, 1024) | {"ATAC": 256, "methylation": 256}
+ROW_TILE = dict.fromkeys(MEASUREMENTS, 512) | {"ATAC": 256, "methylation": 256}
 """Cells in one space tile of X: rows are written tile by tile, so this bounds what a writer holds in memory."""
 
 COLUMN_TILE = 2048
