@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ingest import duplicates
 from ingest.job import JobSettings, SourceSettings
 from ingest.simulate import SimulationSettings, simulate, write_files
-from store import command
+from store import command, records, upkeep
 from store.command import answer, console
 from store.errors import PARTIAL, InputRefused, UsageError
 from store.lake import open_lake
@@ -123,10 +124,12 @@ def status(lake: LakeOption = None, json: JsonOption = False) -> None:
     Example: python -m ingest status --lake ./lake
     """
     opened = open_lake(lake or "lake")
-    committed = [commit.dataset | {"commit": commit.number} for commit in opened.history if commit.dataset]
+    committed = [commit.dataset | {"commit": commit.number} for commit in opened.current]
     pending = [asdict(begun) for begun in opened.pending()]
+    running = records.read_all(records.join(opened.uri, records.FOLDER, "running"))
     if json:
-        answer("ingest-status/v1", lake=opened.uri, commit=opened.commit.number, committed=committed, pending=pending)
+        counts = {"commit": opened.commit.number, "committed": committed, "pending": pending, "running": running}
+        answer("ingest-status/v1", lake=opened.uri, **counts)
         return
     table = Table("dataset", "organism", "cells", "state")
     for row in committed:
@@ -136,6 +139,85 @@ def status(lake: LakeOption = None, json: JsonOption = False) -> None:
             row["dataset_id"], row["organism"], f"{row['n_obs']:,}", "begun; the same ingest run completes it"
         )
     console.print(table)
+    for driver in running:
+        left = "" if driver["eta_s"] is None else f", {driver['eta_s']:,.0f} s to go"
+        console.print(
+            f"process {driver['pid']} on {driver['host']}: {driver['rows_done']:,} of {driver['rows_seen']:,} rows, "
+            f"{driver['rows_per_s']:,.0f} rows/s{left}"
+        )
+        for row in driver["datasets"]:
+            console.print(f"  {row['dataset']}: {row['state']}, {row['done']:,} of {row['rows']:,} rows", markup=False)
+
+
+@app.command()
+def recover(lake: LakeOption = None, json: JsonOption = False) -> None:
+    """Bring a lake back to its newest commit after a driver died; every ingest does so before it begins.
+
+    Example: python -m ingest recover --lake ./lake
+    """
+    left = upkeep.recover(lake or "lake")
+    if json:
+        answer("ingest-recover/v1", **asdict(left))
+        return
+    console.print(f"undone: {left.writes} writes without a commit")
+    for name in left.plans:
+        console.print(f"begun and not in the lake: {name}; the same ingest run completes it", markup=False)
+
+
+@app.command("quality")
+def show_quality(
+    lake: LakeOption = None,
+    html: Annotated[Path | None, typer.Option(help="Write the table and plots as one page of HTML.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the quality of a lake's datasets: cells, features, depth, share mitochondrial, share mapped.
+
+    Example: python -m ingest quality --lake ./lake --html lake.html
+    """
+    from ingest import page
+
+    opened = open_lake(lake or "lake")
+    rows = page.table(opened)
+    if html:
+        html.write_text(page.page(opened, duplicates.find(opened)), encoding="utf-8")
+        console.print(f"wrote {html}", soft_wrap=True)
+    if json:
+        answer("ingest-quality/v1", lake=opened.uri, commit=opened.commit.number, rows=rows)
+        return
+    table = Table(box=None)
+    table.add_column("dataset", overflow="fold", min_width=18)
+    for column in ("", "cells", "features", "total", "detected", "mito %", "mapped %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["dataset"],
+            row["measurement"],
+            f"{row['cells']:,}",
+            f"{row['features']:,}",
+            f"{row['sum'].get('q50', 0):,.0f}",
+            f"{row['detected'].get('q50', 0):,.0f}",
+            "-" if row["mito"] is None else f"{100 * row['mito']:.1f}",
+            f"{100 * row['mapped']:.1f}",
+        )
+    console.print(table)
+
+
+@app.command("duplicates")
+def show_duplicates(lake: LakeOption = None, json: JsonOption = False) -> None:
+    """Find cells that stand in a lake more than once, by their counts.
+
+    Example: python -m ingest duplicates --lake ./lake
+    """
+    opened = open_lake(lake or "lake")
+    found = duplicates.find(opened)
+    if json:
+        answer("ingest-duplicates/v1", lake=opened.uri, pairs=[asdict(pair) for pair in found])
+        return
+    table = Table("dataset", "and", "cells in common", "of the smaller", "primary in both")
+    for pair in found:
+        other = "itself" if pair.first == pair.second else pair.second
+        table.add_row(pair.first, other, f"{pair.cells:,}", f"{100 * pair.share:.1f} %", f"{pair.both_primary:,}")
+    console.print(table if found else "no two cells with at least 50 features have the same counts")
 
 
 @app.command("simulate")

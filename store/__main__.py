@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,14 +10,15 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from store import command, snapshot
+from store import command, snapshot, upkeep
 from store.command import answer, console
-from store.errors import VerificationError
+from store.errors import UsageError, VerificationError
 from store.export import export as export_cells
 from store.lake import Lake, open_lake
 from store.settings import load_settings
 from store.snapshot import SnapshotSettings
 from store.validate import validate as validate_lake
+from store.writer import LakeWriter
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -154,6 +156,70 @@ def export(
     if json:
         answer("store-export/v1", path=str(path), cells=n_cells)
     console.print(f"wrote {n_cells:,} cells to {path}")
+
+
+@app.command()
+def remove(
+    dataset: Annotated[str, typer.Argument(help="The dataset's name.")],
+    lake: LakeOption = "lake",
+    organism: Annotated[str | None, typer.Option(help="Which, when two organisms have one of the name.")] = None,
+) -> None:
+    """Take a dataset out of a lake; earlier commits still have it, until a vacuum.
+
+    Example: python -m store remove pbmc3k --lake ./lake
+    """
+    with LakeWriter(lake) as writer:
+        made = writer.remove(dataset, organism)
+    console.print(f"{dataset} is not in commit {made.number} any more", markup=False)
+
+
+@app.command("gc")
+def collect_garbage(lake: LakeOption = "lake", json: JsonOption = False) -> None:
+    """Remove what dead drivers left: writes without a commit, fragments nobody reads, unfinished uploads.
+
+    Example: python -m store gc --lake ./lake
+    """
+    left = upkeep.collect(lake)
+    if json:
+        answer("store-gc/v1", **asdict(left))
+        return
+    console.print(f"removed {left.writes} writes, {left.fragments} fragments, {left.uploads} unfinished uploads")
+
+
+@app.command()
+def vacuum(
+    lake: LakeOption = "lake",
+    keep_from: Annotated[int | None, typer.Option(help="Oldest commit to keep; the newest when left out.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it: commits before it cannot be opened any more.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Let old commits go, with the counts that only they read (of superseded versions and removed datasets).
+
+    Example: python -m store vacuum --lake ./lake --keep-from 7 --yes
+    """
+    if not yes:
+        raise UsageError("vacuum: earlier commits cannot be opened afterwards; say --yes if that is meant")
+    first, removed = upkeep.vacuum(lake, keep_from)
+    if json:
+        answer("store-vacuum/v1", first_openable=first, fragments=removed)
+        return
+    console.print(f"removed {removed} fragments; the oldest commit that can be opened is {first}")
+
+
+@app.command()
+def consolidate(lake: LakeOption = "lake", json: JsonOption = False) -> None:
+    """Merge a lake's many small files, so that opening it stays fast; every commit reads as before.
+
+    Readers that are at work while it runs may have to open the lake again.
+
+    Example: python -m store consolidate --lake ./lake
+    """
+    with console.status("merging") as shown:
+        arrays = upkeep.consolidate(lake, lambda name: shown.update(f"merging {name}"))
+    if json:
+        answer("store-consolidate/v1", arrays=arrays)
+        return
+    console.print(f"merged the small files of {arrays} arrays")
 
 
 @snapshots.command("create")

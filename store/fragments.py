@@ -21,7 +21,6 @@ import tiledb.libtiledb
 
 from store import records
 from store.context import tiledb_context
-from store.schema import COLUMN_TILE
 
 NAME = re.compile(r"__(\d+)_(\d+)_[0-9a-f]+_\d+")
 FOR_EVER = 2**62
@@ -33,16 +32,19 @@ class FragmentWriter:
     Nothing is visible before the block ends; when it ends with an error, nothing ever is.
 
     Attributes:
+        row_tile: Rows in a tile of the array, known inside the block.
         names: Names of the fragments made, known after the block.
     """
 
-    def __init__(self, uri: str, timestamp_ms: int, row_tile: int) -> None:
-        self.uri, self.timestamp_ms, self.row_tile = uri, timestamp_ms, row_tile
+    def __init__(self, uri: str, timestamp_ms: int) -> None:
+        self.uri, self.timestamp_ms = uri, timestamp_ms
         self.names: list[str] = []
 
     def __enter__(self) -> FragmentWriter:
         self._context = tiledb_context()
         self._array = tiledb.open(self.uri, "w", timestamp=self.timestamp_ms, ctx=self._context)
+        domain = self._array.schema.domain
+        self.row_tile, self._column_tile = (int(domain.dim(number).tile) for number in range(2))
         self._query: tiledb.libtiledb.Query | None = None
         self._tile = -1
         return self
@@ -78,7 +80,7 @@ class FragmentWriter:
         if size == 0:
             return
         rows = np.repeat(np.arange(first, first + counts_CG.shape[0], dtype=np.int64), np.diff(counts_CG.indptr))
-        column_tile = counts_CG.indices // COLUMN_TILE
+        column_tile = counts_CG.indices // self._column_tile
         # a stable sort of 16-bit numbers is a radix sort: linear
         order = np.argsort(column_tile.astype(np.uint16), kind="stable")
         buffers = {

@@ -133,11 +133,11 @@ def write_rows(
             f"{reservation.plan.n_obs} cells"
         )
     uri = records.join(reservation.lake_uri, "census_data", reservation.plan.organism, "ms", measurement, "X", layer)
-    offset, tile = reservation.plan.obs_start, schema.ROW_TILE[measurement]
+    offset = reservation.plan.obs_start
     stats = _Statistics(stop - start, len(joinids_G))
     timestamp = reservation.timestamp()
-    with FragmentWriter(uri, timestamp, tile) as writer:
-        row = start
+    with FragmentWriter(uri, timestamp) as writer:
+        row, tile = start, writer.row_tile
         while row < stop:
             until = min(stop, ((offset + row) // tile + 1) * tile - offset, row + (step or tile))
             counts = _prepared(rows(row, until), reservation, measurement, row)

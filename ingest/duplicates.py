@@ -1,0 +1,95 @@
+"""This module finds cells that stand in a lake more than once, by their counts.
+
+``is_primary_data`` is a claim of whoever published a dataset. Here the digests of cells' counts are compared, which
+were kept at ingestion. They do not depend on the order of features or on features without counts, but on the names of
+features: the same cell, aligned to another reference, is another cell here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from store import records
+from store.errors import MissingError
+from store.lake import Lake
+
+FEWEST_FEATURES = 50
+"""Cells with fewer features are left out: two of them may be alike by chance."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Cells that two datasets, or one twice, have in common.
+
+    Attributes:
+        organism: Of both.
+        first: A dataset.
+        second: Another, or the same one.
+        cells: Cells of ``first`` that ``second`` holds too (of one dataset: cells beyond the first of their kind).
+        share: The part of the smaller dataset that this is.
+        both_primary: Cells of them that both datasets call primary data: they are counted twice.
+    """
+
+    organism: str
+    first: str
+    second: str
+    cells: int
+    share: float
+    both_primary: int
+
+
+def find(lake: Lake) -> list[Shared]:
+    """Compare all datasets of a lake; pairs with most cells in common come first."""
+    found: list[Shared] = []
+    for organism in lake.organisms:
+        tables = list(_cells(lake, organism))
+        if not tables:
+            continue
+        cells = pd.concat(tables, ignore_index=True)
+        sizes = {str(name): int(count) for name, count in cells["dataset"].value_counts().items()}
+        again = cells[cells["digest"].duplicated(keep=False)]
+        if len(again):
+            found += _shared(lake, organism, again, sizes)
+    return sorted(found, key=lambda shared: (-shared.cells, shared.first, shared.second))
+
+
+def _cells(lake: Lake, organism: str) -> Iterator[pd.DataFrame]:
+    for commit in lake.current:
+        dataset = commit.dataset
+        if dataset["organism"] != organism:
+            continue
+        try:
+            uri = records.join(lake.uri, records.FOLDER, "sides", f"{dataset['number']:012d}-cells.parquet")
+            table = records.read_table(uri)
+        except FileNotFoundError:
+            raise MissingError(
+                f"{lake.uri}: dataset {dataset['dataset_id']!r} has no digests of cells; ingest it again"
+            ) from None
+        enough = np.flatnonzero(table["nnz"].to_numpy() >= FEWEST_FEATURES)
+        digests, joinids = table["digest"].to_numpy()[enough], dataset["obs_start"] + enough
+        yield pd.DataFrame({"digest": digests, "joinid": joinids, "dataset": dataset["dataset_id"]})
+
+
+def _shared(lake: Lake, organism: str, again: pd.DataFrame, sizes: dict[str, int]) -> Iterator[Shared]:
+    columns = ["soma_joinid", "is_primary_data"]
+    obs = lake.experiment(organism).obs.read((again["joinid"].to_numpy(),), column_names=columns)
+    primary = obs.concat().to_pandas().set_index("soma_joinid")["is_primary_data"]
+    again = again.assign(primary=primary.reindex(again["joinid"]).to_numpy())
+    kinds = again.groupby(["digest", "dataset"], as_index=False).agg(
+        cells=("joinid", "size"), primary=("primary", "sum")
+    )
+    for name, rows in kinds[kinds["cells"] > 1].groupby("dataset"):
+        beyond = int((rows["cells"] - 1).sum())
+        twice = int((rows["primary"] - 1).clip(lower=0).sum())
+        yield Shared(organism, str(name), str(name), beyond, round(beyond / sizes[str(name)], 4), twice)
+    pairs = kinds.merge(kinds, on="digest", suffixes=("", "_other"))
+    pairs = pairs[pairs["dataset"] < pairs["dataset_other"]]
+    for (first, second), rows in pairs.groupby(["dataset", "dataset_other"]):
+        cells = int(rows["cells"].sum())
+        both = int(((rows["primary"] > 0) & (rows["primary_other"] > 0)).sum())
+        smaller = min(sizes[str(first)], sizes[str(second)])
+        yield Shared(organism, str(first), str(second), cells, round(cells / smaller, 4), both)
