@@ -241,7 +241,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
         raise InputRefused(f"obs.{unknown[0]}: not a column of the lake; columns: {', '.join(OBS_DEFAULTS)}")
     mapped: dict[str, Any] = {"cell_id": obs.index.astype(str).to_numpy()}
     used: set[str] = set()
-    for column in OBS_DEFAULTS:
+    for column, default in OBS_DEFAULTS.items():
         source = given.get(column) or _recognised(column, obs)
         if not source:
             continue
@@ -252,15 +252,66 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
             raise InputRefused(
                 f"obs.{column} = {source!r}: the source has no such column; columns: {', '.join(obs.columns)}"
             )
+        if isinstance(default, float):
+            quantity = read_quantity(obs[source])
+            if quantity is None and column not in given:
+                continue  # a column that only looks like it by name stays in the side table
+            if quantity is not None:
+                mapped[column] = quantity[0]
+                unit = f"{column}_unit"
+                if quantity[1] is not None and unit in OBS_DEFAULTS and unit not in given and unit not in obs:
+                    mapped[unit] = quantity[1]
+                used.add(source)
+                continue
         mapped[column] = obs[source].to_numpy()
         used.add(source)
     frame = pd.DataFrame(mapped)
+    if "perturbation" not in frame and "perturbation_id" in frame:
+        frame["perturbation"] = frame["perturbation_id"].map(guide_target)
     _normalise(frame)
     return frame, obs[[column for column in obs if column not in used]]
 
 
 def _recognised(column: str, obs: pd.DataFrame) -> str | None:
     return next((name for name in (column, *OBS_ALIASES.get(column, ())) if name in obs), None)
+
+
+QUANTITY = re.compile(r"^\s*([A-Za-z]*)\s*([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ%][A-Za-zµμ%/]*)?\s*$")
+UNITS = {"e": "day", "d": "day", "day": "day", "days": "day", "h": "hour", "hr": "hour", "hrs": "hour", "hour": "hour"}
+UNITS |= {"hours": "hour", "m": "minute", "min": "minute", "mins": "minute", "w": "week", "wk": "week", "weeks": "week"}
+
+
+def read_quantity(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.object_] | None] | None:
+    """Read numbers, with a unit before or behind them or without one: ``10``, ``50 uM``, ``6 HR``, ``d8``, ``E3.5``.
+
+    Returns:
+        The numbers (NaN where there is nothing), and their units where any has one; none when some value is neither.
+    """
+    numbers = pd.to_numeric(values.astype(object), errors="coerce").astype(float)
+    empty = values.isna() | values.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none", "unknown"])
+    if (numbers.notna() | empty).all():
+        return numbers.to_numpy(), None
+    found = values.astype(str).str.extract(QUANTITY)
+    if not (found[1].notna() | empty).all():
+        return None
+    unit = found[2].fillna(found[0]).fillna("")
+    known = unit.str.lower().map(UNITS)
+    return found[1].where(~empty).astype(float).to_numpy(), known.fillna(unit).to_numpy(dtype=object)
+
+
+def guide_target(value: Any) -> str:
+    """Name the targets of a guide or of several (``a+b``): ``ATF2g1``, ``STAT1_sg2`` and ``ATF2-1`` name genes.
+
+    A name that is nothing but digits behind letters, such as ``CD4``, is a gene: only a mark or a sign before the
+    number makes it a guide's.
+    """
+    parts = [part.strip() for part in re.split(r"[+,|;]", str(value)) if part.strip()]
+    return "+".join(part if CONTROL.match(part) else _target(part) for part in parts)
+
+
+def _target(guide: str) -> str:
+    found = re.fullmatch(r"(.+?)(?:[-_.]?(?:sg|g|guide|grna|sgrna)[-_]?\d+|[-_.]\d+)", guide)
+    return found[1] if found else guide
 
 
 def _normalise(frame: pd.DataFrame) -> None:

@@ -49,7 +49,7 @@ class SourceSettings(Settings):
     """HGNC's complete set (txt, txt.gz): symbols that ``genes`` lacks are looked up among its previous and aliases."""
     peaks: str | None = None
     """For fragments: a BED file of peaks to count in; tiles of ``tile_bp`` are counted when it is left out."""
-    tile_bp: int = Field(default=500, ge=50)
+    tile_bp: int = Field(default=5000, ge=50)
     """For fragments: width of a genome tile, in base pairs."""
     barcodes: str | None = None
     """For fragments: a text file of the barcodes that are cells; all with ``min_fragments`` when it is left out."""

@@ -110,11 +110,12 @@ def _open_zarr(uri: str) -> Any:
 
     root: Any
     try:
+        # consolidated metadata is read whole: one strange member of uns would make the file unreadable
         if uri.endswith(".zip"):
             path = uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}")
-            root = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r")
+            root = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r", use_consolidated=False)
         else:
-            root = zarr.open_group(uri.removeprefix("file://"), mode="r")
+            root = zarr.open_group(uri.removeprefix("file://"), mode="r", use_consolidated=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputRefused(f"{uri}: not a readable zarr group: {error}") from error
     if "obs" not in root:

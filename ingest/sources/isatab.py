@@ -124,7 +124,7 @@ def _samples(files: dict[str, bytes]) -> pd.DataFrame:
             if re.fullmatch(r"Unit(\.\d+)?", after):
                 columns[f"{name}_unit"] = samples.iloc[:, position + 1]
     obs = pd.DataFrame(columns)
-    renamed = {"organism_part": "tissue", "gender": "sex", "age": "development_stage"}
+    renamed = {"organism_part": "tissue", "gender": "sex"}
     return obs.rename(columns={old: new for old, new in renamed.items() if old in obs and new not in obs})
 
 
