@@ -97,7 +97,7 @@ def _is_folder(uri: str) -> bool:
 
 def _matching(pattern: str) -> list[str]:
     filesystem, path = fsspec.core.url_to_fs(pattern)
-    found = sorted(filesystem.glob(path))
+    found = sorted(name for name in filesystem.glob(path) if not name.rsplit("/", 1)[-1].startswith("."))
     uris = [_address(filesystem, name, pattern) for name in found]
     known = [uri for uri in uris if _known(uri)]
     if not known:

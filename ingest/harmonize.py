@@ -287,30 +287,30 @@ def read_quantity(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.ob
     Returns:
         The numbers (NaN where there is nothing), and their units where any has one; none when some value is neither.
     """
-    numbers = pd.to_numeric(values.astype(object), errors="coerce").astype(float)
+    numbers = pd.to_numeric(values.astype(object), errors="coerce").astype(np.float64)
     empty = values.isna() | values.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none", "unknown"])
     if (numbers.notna() | empty).all():
-        return numbers.to_numpy(), None
+        return np.asarray(numbers, dtype=np.float64), None
     found = values.astype(str).str.extract(QUANTITY)
     if not (found[1].notna() | empty).all():
         return None
     unit = found[2].fillna(found[0]).fillna("")
     known = unit.str.lower().map(UNITS)
-    return found[1].where(~empty).astype(float).to_numpy(), known.fillna(unit).to_numpy(dtype=object)
+    return found[1].where(~empty).to_numpy(np.float64), known.fillna(unit).to_numpy(np.object_)
 
 
 def guide_target(value: Any) -> str:
-    """Name the targets of a guide or of several (``a+b``): ``ATF2g1``, ``STAT1_sg2`` and ``ATF2-1`` name genes.
+    """Name the targets of a guide or of several (``a+b``): ``ATF2g1``, ``STAT1_sg2`` and ``ATF2_1`` name genes.
 
-    A name that is nothing but digits behind letters, such as ``CD4``, is a gene: only a mark or a sign before the
-    number makes it a guide's.
+    Genes' own names end in digits too (``CD4``, ``NKX2-1``): only a mark (``g``, ``sg``, ``guide``, ``grna``), an
+    underscore or a full stop before the number makes it a guide's.
     """
     parts = [part.strip() for part in re.split(r"[+,|;]", str(value)) if part.strip()]
     return "+".join(part if CONTROL.match(part) else _target(part) for part in parts)
 
 
 def _target(guide: str) -> str:
-    found = re.fullmatch(r"(.+?)(?:[-_.]?(?:sg|g|guide|grna|sgrna)[-_]?\d+|[-_.]\d+)", guide)
+    found = re.fullmatch(r"(.+?)(?:[-_.]?(?:sg|g|guide|grna|sgrna)[-_]?\d+|[_.]\d+)", guide)
     return found[1] if found else guide
 
 
@@ -331,6 +331,8 @@ def _normalise(frame: pd.DataFrame) -> None:
         frame["perturbation"] = frame["perturbation"].map(perturbation_name)
         if "perturbation_type" not in frame:
             frame["perturbation_type"] = np.where(frame["perturbation"] == "", "none", "genetic")
+        else:
+            frame["perturbation_type"] = frame["perturbation_type"].map(perturbation_kind)
 
 
 def _truth(value: Any) -> bool:
@@ -339,6 +341,21 @@ def _truth(value: Any) -> bool:
             raise InputRefused(f"obs.is_primary_data holds {value!r}; it is true or false")
         return value.lower() == "true"
     return bool(value)
+
+
+PERTURBATION_KINDS = (
+    (r"crispr|cas9|knock|overexpress|sirna|shrna|genetic|^ko$|^oe$", "genetic"),
+    (r"drug|compound|chemical|small.?molecule", "drug"),
+    (r"stimul|cytokine|ligand|growth.?factor|infect", "stimulation"),
+)
+
+
+def perturbation_kind(value: Any) -> str:
+    """Bring a kind of perturbation to the lake's words, where it is one of the customary ones."""
+    text = "none" if value is None or value != value else str(value)
+    if text.strip().lower() in ("", "nan", "none", "na", "unknown"):
+        return "none"
+    return next((kind for pattern, kind in PERTURBATION_KINDS if re.search(pattern, text, re.IGNORECASE)), text)
 
 
 def perturbation_name(value: Any) -> str:

@@ -163,7 +163,7 @@ class _Tiles:
 
 
 class _Peaks:
-    """Peaks of a BED file; where several overlap a place, the first counts."""
+    """Peaks of a BED file; where they overlap, the one that begins last counts."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -176,7 +176,7 @@ class _Peaks:
         table.columns = pd.Index(["chrom", "start", "end"])
         table = table.drop_duplicates().sort_values(["chrom", "start", "end"], ignore_index=True)
         self.names = [f"{chrom}:{start}-{end}" for chrom, start, end in table.itertuples(index=False)]
-        self._of = dict(table.groupby("chrom"))
+        self._of = {str(chrom): part for chrom, part in table.groupby("chrom")}
 
     def columns(self, chrom: NDArray[np.object_], place: NDArray[np.int64]) -> NDArray[np.int64]:
         found = np.full(len(place), -1, np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,9 +54,11 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 def _obs(group: h5py.Group, n_cells: int) -> pd.DataFrame:
     obs = _attributes(group, n_cells)
     obs.index = _names(obs, CELL_NAMES, "cell")
-    for column, known in (("x", X_NAMES), ("y", Y_NAMES)):
-        found = next((name for name in known if name in obs), None)
-        if found and column not in obs:
+    names = [str(name) for name in obs]
+    together = next((name[:-2] for name in names if re.fullmatch(r"(?i)(spatial|.*coord).*_0", name)), "")
+    for column, known in (("x", (*X_NAMES, f"{together}_0")), ("y", (*Y_NAMES, f"{together}_1"))):
+        found = next((name for name in known if name in names), None)
+        if found and column not in names:
             obs[column] = obs[found]
     return obs
 

@@ -1,0 +1,349 @@
+"""Every kind of source, on published files: what the lake holds is what other readers find in them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import anndata
+import h5py
+import mudata
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy
+import scipy.io
+import scipy.sparse
+
+from ingest.expand import expand
+from ingest.job import JobSettings, SourceSettings
+from ingest.run import Outcome, run
+from store import records
+from store.errors import InputRefused, MissingError, UsageError
+from store.lake import Lake, open_lake
+from store.validate import validate
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*without encoding metadata"),  # anndata, on older files
+    pytest.mark.filterwarnings("ignore:Variable names are not unique"),  # anndata, on 10x symbols
+    pytest.mark.filterwarnings("ignore:Transforming to str index"),  # anndata, on tables it makes itself
+    pytest.mark.filterwarnings("ignore::FutureWarning:mudata"),  # mudata, on its own coming defaults
+]
+SCHEMES = JobSettings().schemes
+Filled = tuple[Lake, dict[str, Outcome]]
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Peaks on chromosome 22, one of them without a fragment."""
+    path = tmp_path_factory.mktemp("bed") / "peaks.bed"
+    path.write_text("chr22\t17000000\t17200000\nchr22\t20000000\t20500000\nchr9\t5\t9\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def filled(
+    shared_data: Path, peaks: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+) -> tuple[Lake, dict[str, Outcome]]:
+    """A lake with one dataset of each kind."""
+    d = shared_data
+    values = {"values": "value"}
+    given = {
+        "zarr": {"uri": d / "rna/pbmc68k_reduced.zarr.zip", "layer": "counts"},
+        "old zarr": {"uri": d / "rna/anndata_v0.7.8.zarr.zip"},
+        "loom": {"uri": d / "spatial/mpfc-starmap.loom", "organism": "mus_musculus"},
+        "visium": {"uri": d / "spatial/scanpy_visium/1.0.0"},
+        "tiles": {"uri": d / "atac/macs_test.fragments.tsv.gz", "tile_bp": 1000},
+        "peaks": {"uri": d / "atac/macs_test.fragments.tsv.gz", "peaks": peaks},
+        "bgzip": {"uri": d / "atac/cxg_fragments.tsv.bgz", "min_fragments": 5},
+        "peptides": {"uri": d / "derived/leduc_scp_peptides.h5ad", "measurement": "peptide", **values},
+        "urine": {"uri": d / "metabolomics/MTBLS1"},
+        "serum": {"uri": d / "metabolomics/MTBLS60", "assay_file": "a_MTBLS60_dippB_GCxGC_MS.txt"},
+        "bulk": {"uri": d / "derived/tcga_brca_mrna_mirna_protein.h5mu", **values},
+        "methylation": {
+            "uri": d / "methylation/unioncom/scGEM/DNAmethylation.txt",
+            "kind": "table",
+            "measurement": "methylation",
+            **values,
+        },
+        "archive": {"uri": d / "citeseq/pbmc_10k_protein_v3_mtx.tar.gz"},
+        "nameless features": {"uri": d / "perturb/liger_ctrl.h5"},
+        "normalised": {"uri": d / "perturb/perturbench_devel.h5ad", "values": "lognorm"},
+        "two genomes": {"uri": d / "rna/10x_v2_scanpy/multiple_genomes.h5"},
+        "one genome": {"uri": d / "rna/10x_v2_scanpy/multiple_genomes.h5", "genome": "hg19_chr21"},
+        "kang-2000 as h5ad": {"uri": d / "census-mini/h5ads/kang-2000.h5ad"},
+    }
+    sources = [
+        SourceSettings(
+            **{
+                **{key: str(value) if isinstance(value, Path) else value for key, value in one.items()},
+                "dataset_id": name,
+            }
+        )
+        for name, one in given.items()
+    ]
+    sources.append(SourceSettings(uri=str(d / "census-mini/soma")))
+    uri = str(tmp_path_factory.mktemp("lakes") / "kinds")
+    done = run(JobSettings(lake=uri, source=tuple(sources)))
+    return open_lake(uri), {outcome.dataset_id: outcome for outcome in done}
+
+
+def table(
+    lake: Lake, dataset: str, measurement: str = "RNA", organism: str = "homo_sapiens", layer: str = "raw"
+) -> pd.DataFrame:
+    """A dataset's stored values as a table of cells x features; what is not stored is NaN."""
+    obs = lake.obs(organism, f"dataset_id == {dataset!r}", ["cell_id"]).to_pandas()
+    var = lake.var(organism, measurement).to_pandas().set_index("soma_joinid")["feature_id"]
+    stored = lake.counts(organism, measurement, obs["soma_joinid"].to_numpy(), layer).tocoo()
+    frame = pd.DataFrame(
+        {"cell": obs["cell_id"].to_numpy()[stored.row], "feature": var.loc[stored.col].to_numpy(), "value": stored.data}
+    )
+    return frame.pivot(index="cell", columns="feature", values="value").reindex(obs["cell_id"])
+
+
+def non_zeros(matrix: object, cells: list[str], features: list[str]) -> dict[tuple[str, str], float]:
+    stored = scipy.sparse.coo_matrix(matrix)
+    found: Counter[tuple[str, str]] = Counter()
+    for row, column, value in zip(stored.row, stored.col, stored.data, strict=True):
+        if value:
+            found[cells[row], features[column]] += float(value)
+    return dict(found)
+
+
+def lake_non_zeros(lake: Lake, dataset: str, **where: str) -> dict[tuple[str, str], float]:
+    stacked = table(lake, dataset, **where).stack()
+    return {key: float(value) for key, value in stacked.items() if value == value}  # type: ignore[misc]
+
+
+@pytest.mark.ray
+def test_all_come_in_or_are_refused_for_a_reason_and_the_lake_is_proved(
+    filled: Filled,
+) -> None:
+    lake, done = filled
+    refused = {name: outcome.error for name, outcome in done.items() if outcome.error}
+    assert list(refused) == ["two genomes"]
+    assert "choose one with genome=NAME" in refused["two genomes"]
+    assert [check for check in validate(lake) if check.problem] == []
+
+
+@pytest.mark.ray
+def test_zarr_and_old_zarr_hold_what_h5ad_holds(filled: Filled, shared_data: Path) -> None:
+    lake, _ = filled
+    counts = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad")
+    assert lake_non_zeros(lake, "zarr") == non_zeros(counts.X, list(counts.obs_names), list(counts.var_names))
+    old = anndata.read_h5ad(shared_data / "rna/anndata_v0.7.8.h5ad")
+    assert lake_non_zeros(lake, "old zarr") == non_zeros(old.X, list(old.obs_names), list(old.var_names))
+
+
+@pytest.mark.ray
+def test_a_loom_gives_counts_and_coordinates(filled: Filled, shared_data: Path) -> None:
+    lake, _ = filled
+    with h5py.File(shared_data / "spatial/mpfc-starmap.loom") as file:
+        matrix = file["matrix"][:].T
+        genes = [name.decode() for name in file["row_attrs/Gene"][:]]
+        x, y = file["col_attrs/Spatial_coordinates"][:].T
+    obs = lake.obs("mus_musculus", "dataset_id == 'loom'").to_pandas()
+    names = [f"cell{number}" for number in range(len(obs))]
+    assert lake_non_zeros(lake, "loom", organism="mus_musculus") == non_zeros(matrix, names, genes)
+    assert np.allclose(obs["x"], x)
+    assert np.allclose(obs["y"], y)
+
+
+@pytest.mark.ray
+def test_visium_spots_have_their_places_and_scale_factors(filled: Filled, shared_data: Path) -> None:
+    lake, _ = filled
+    folder = shared_data / "spatial/scanpy_visium/1.0.0"
+    read = scanpy.read_10x_h5(folder / "filtered_feature_bc_matrix.h5")
+    assert lake_non_zeros(lake, "visium") == non_zeros(read.X, list(read.obs_names), list(read.var["gene_ids"]))
+    with (folder / "spatial/tissue_positions_list.csv").open() as file:
+        places = {row[0]: (float(row[5]), float(row[4])) for row in csv.reader(file)}
+    obs = lake.obs("homo_sapiens", "dataset_id == 'visium'").to_pandas()
+    assert {row.cell_id: (row.x, row.y) for row in obs.itertuples()} == {cell: places[cell] for cell in read.obs_names}
+    number = next(c.dataset["number"] for c in lake.current if c.dataset["dataset_id"] == "visium")
+    side = records.read_table(f"{lake.uri}/somaflow/sides/{number:012d}-spatial.parquet").to_pandas()
+    scales = json.loads((folder / "spatial/scalefactors_json.json").read_text())
+    said = dict(zip(side["name"], side["value"], strict=True))
+    assert float(said["spot_diameter_fullres"]) == scales["spot_diameter_fullres"]
+    assert said["tissue_hires_image.png"].endswith("spatial/tissue_hires_image.png")
+
+
+@pytest.mark.ray
+def test_visium_hd_positions_come_from_parquet(shared_data: Path, tmp_path: Path, ray_cluster: None) -> None:
+    folder = shared_data / "spatial/scanpy_visium/1.0.0"
+    made = tmp_path / "binned_outputs/square_008um"
+    (made / "spatial").mkdir(parents=True)
+    (made / "filtered_feature_bc_matrix.h5").symlink_to(folder / "filtered_feature_bc_matrix.h5")
+    columns = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+    positions = pd.read_csv(folder / "spatial/tissue_positions_list.csv", header=None, names=columns)
+    positions.to_parquet(made / "spatial/tissue_positions.parquet")
+    done = run(JobSettings(lake=str(tmp_path / "lake"), source=(SourceSettings(uri=str(tmp_path / "binned_outputs")),)))
+    assert [(outcome.state, outcome.cells) for outcome in done] == [("committed", 100)], done[0].error
+    obs = open_lake(str(tmp_path / "lake")).obs("homo_sapiens").to_pandas().set_index("cell_id")
+    assert (obs["x"] == positions.set_index("barcode").loc[obs.index, "pxl_col_in_fullres"]).all()
+
+
+@pytest.mark.ray
+def test_fragments_are_counted_in_tiles_and_peaks(filled: Filled, shared_data: Path) -> None:
+    lake, _ = filled
+    in_tiles: Counter[tuple[str, str]] = Counter()
+    in_peaks: Counter[tuple[str, str]] = Counter()
+    with gzip.open(shared_data / "atac/macs_test.fragments.tsv.gz", "rt") as file:
+        for line in file:
+            chrom, start, end, barcode = line.split("\t")[:4]
+            for place in (int(start), int(end) - 1):
+                first = place // 1000 * 1000
+                in_tiles[barcode.strip(), f"{chrom}:{first}-{first + 1000}"] += 1
+                for low, high in ((17000000, 17200000), (20000000, 20500000)):
+                    if chrom == "chr22" and low <= place < high:
+                        in_peaks[barcode.strip(), f"chr22:{low}-{high}"] += 1
+    assert lake_non_zeros(lake, "tiles", measurement="ATAC") == {key: float(count) for key, count in in_tiles.items()}
+    assert lake_non_zeros(lake, "peaks", measurement="ATAC") == {key: float(count) for key, count in in_peaks.items()}
+    assert {"chr9:5-9"} <= set(lake.var("homo_sapiens", "ATAC")["feature_id"].to_pylist())
+    with gzip.open(shared_data / "atac/cxg_fragments.tsv.bgz", "rt") as file:
+        per_cell = Counter(line.rstrip("\n").split("\t")[3] for line in file if not line.startswith("#"))
+    cells = lake.obs("homo_sapiens", "dataset_id == 'bgzip'", ["cell_id"])["cell_id"].to_pylist()
+    assert sorted(cells) == sorted(cell for cell, count in per_cell.items() if count >= 5)
+
+
+@pytest.mark.ray
+def test_levels_keep_zeros_and_leave_out_what_is_missing(filled: Filled, shared_data: Path) -> None:
+    lake, _ = filled
+    peptides = anndata.read_h5ad(shared_data / "derived/leduc_scp_peptides.h5ad")
+    found = table(lake, "peptides", measurement="peptide", layer="value")
+    expected = pd.DataFrame(peptides.X, peptides.obs_names, peptides.var_names)
+    assert np.isnan(expected.to_numpy()).any()
+    pd.testing.assert_frame_equal(found[expected.columns], expected, check_names=False, check_dtype=False, rtol=1e-6)
+    levels = np.loadtxt(shared_data / "methylation/unioncom/scGEM/DNAmethylation.txt")
+    found = table(lake, "methylation", measurement="methylation", layer="value")
+    assert np.allclose(found[[f"feature{number}" for number in range(levels.shape[1])]], levels)
+    assert (levels == 0).any()
+    bulk = mudata.read_h5mu(shared_data / "derived/tcga_brca_mrna_mirna_protein.h5mu")
+    for modality, measurement in (("mrna", "RNA"), ("mirna", "miRNA"), ("protein", "protein")):
+        found = table(lake, "bulk", measurement=measurement, layer="value")
+        own = bulk[modality]
+        assert np.allclose(found[list(own.var_names)], own.X, rtol=1e-6)
+
+
+@pytest.mark.ray
+def test_metabolites_of_a_study_have_their_identifiers_samples_and_gaps(filled: Filled, shared_data: Path) -> None:
+    lake, done = filled
+    folder = shared_data / "metabolomics/MTBLS1"
+    maf = pd.read_csv(folder / "m_MTBLS1_metabolite_profiling_NMR_spectroscopy_v2_maf.tsv", sep="\t", dtype=str)
+    samples = [column for column in maf if column.startswith("ADG")]
+    found = table(lake, "urine", measurement="metabolite", layer="value")
+    assert sorted(found.index) == sorted(samples)
+    expected = maf[samples].apply(pd.to_numeric, errors="coerce")
+    assert int(found.notna().sum().sum()) == int(expected.notna().sum().sum())
+    assert np.isclose(np.nansum(found.to_numpy()), np.nansum(expected.to_numpy()), rtol=1e-5)
+    assert any("264 of 28,908 levels are missing" in note for note in done["urine"].notes)
+    single = maf[~maf["database_identifier"].duplicated(keep=False)].iloc[0]
+    assert np.allclose(found[single["database_identifier"]], expected.loc[single.name, found.index], equal_nan=True)
+    obs = lake.obs("homo_sapiens", "dataset_id == 'urine'").to_pandas()
+    assert set(obs["tissue"]) == {"urine"}
+    assert set(obs["sex_ontology_term_id"]) == {"PATO:0000383", "PATO:0000384"}
+    assert not obs["measured_metabolite"].any()
+    ranges = lake.measurement_presence("homo_sapiens").to_pandas().set_index("dataset_id")
+    assert ranges.loc["urine", "layer"] == "value"
+    assert ranges.loc["urine", "n_measured_obs"] == 132
+    assert done["serum"].cells == 419
+
+
+@pytest.mark.ray
+def test_an_archive_and_a_matrix_with_names_only_are_read(filled: Filled, shared_data: Path) -> None:
+    lake, done = filled
+    with tarfile.open(shared_data / "citeseq/pbmc_10k_protein_v3_mtx.tar.gz") as packed:
+        content = {
+            member.name.rsplit("/", 1)[-1]: gzip.decompress(packed.extractfile(member).read())  # type: ignore[union-attr]
+            for member in packed.getmembers()
+            if member.isfile() and member.name.endswith(".gz") and not member.name.rsplit("/", 1)[-1].startswith("._")
+        }
+    matrix = scipy.io.mmread(io.BytesIO(content["matrix.mtx.gz"])).T.tocsr()
+    ids = [line.split("\t")[0] for line in content["features.tsv.gz"].decode().splitlines()]
+    kinds = [line.split("\t")[2] for line in content["features.tsv.gz"].decode().splitlines()]
+    cells = content["barcodes.tsv.gz"].decode().split()
+    for measurement, kind in (("RNA", "Gene Expression"), ("protein", "Antibody Capture")):
+        mine = [number for number, name in enumerate(kinds) if name == kind]
+        expected = non_zeros(matrix[:, mine], cells, [ids[number] for number in mine])
+        assert lake_non_zeros(lake, "archive", measurement=measurement) == expected
+    assert done["nameless features"].measurements == {"RNA": 266}
+
+
+@pytest.mark.ray
+def test_normalised_values_have_their_own_layer_and_no_counts(filled: Filled, shared_data: Path) -> None:
+    lake, _ = filled
+    read = anndata.read_h5ad(shared_data / "perturb/perturbench_devel.h5ad")
+    obs = lake.obs("homo_sapiens", "dataset_id == 'normalised'").to_pandas()
+    stored = lake.counts("homo_sapiens", "RNA", obs["soma_joinid"].to_numpy(), "lognorm")
+    assert np.isclose(stored.sum(), scipy.sparse.csr_matrix(read.X).sum(), rtol=1e-6)
+    assert lake.counts("homo_sapiens", "RNA", obs["soma_joinid"].to_numpy()).nnz == 0
+    assert not obs["measured_RNA"].any()
+    assert set(obs["perturbation_type"]) == {"genetic"}
+    assert any("+" in name for name in obs["perturbation"])
+
+
+@pytest.mark.ray
+def test_a_census_and_its_source_files_agree(filled: Filled) -> None:
+    lake, done = filled
+    assert any("CELLxGENE schema 7.0.0" in note for note in done["kang-2000 as h5ad"].notes)
+    assert lake_non_zeros(lake, "kang-2000") == {
+        (cell, feature): value for (cell, feature), value in _named_by_joinid(lake, "kang-2000 as h5ad").items()
+    }
+    assert {"kang-2000", "kang-reanalysis", "pbmc10k-rna", "mouse-embryo"} <= set(done)
+
+
+def _named_by_joinid(lake: Lake, dataset: str) -> dict[tuple[str, str], float]:
+    """Non-zeros under the observation_joinid of each cell, which a Census has as its name of the cell."""
+    obs = lake.obs("homo_sapiens", f"dataset_id == {dataset!r}", ["cell_id", "observation_joinid"]).to_pandas()
+    other = dict(zip(obs["cell_id"], obs["observation_joinid"], strict=True))
+    return {(other[cell], feature): value for (cell, feature), value in lake_non_zeros(lake, dataset).items()}
+
+
+def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tmp_path: Path) -> None:
+    for name in ("a.h5ad", "b.h5ad", "notes.txt", ".hidden.h5ad"):
+        (tmp_path / name).touch()
+    (tmp_path / "run1/10x").mkdir(parents=True)
+    (tmp_path / "run1/10x/matrix.mtx.gz").touch()
+    found = [source.uri.removeprefix(f"{tmp_path}/") for source in expand(SourceSettings(uri=str(tmp_path)), SCHEMES)]
+    assert found == ["a.h5ad", "b.h5ad", "run1/10x"]
+    by_glob = expand(SourceSettings(uri=f"{tmp_path}/*.h5ad", organism="mus_musculus"), SCHEMES)
+    assert [source.uri.rsplit("/", 1)[1] for source in by_glob] == ["a.h5ad", "b.h5ad"]
+    assert {source.organism for source in by_glob} == {"mus_musculus"}
+    (tmp_path / "list.tsv").write_text(
+        "uri\tdataset_id\tobs.tissue\tlayer\na.h5ad\tfirst\t=lung\t\nb.h5ad\tsecond\t\traw"
+    )
+    listed = expand(SourceSettings(uri=str(tmp_path / "list.tsv"), title="all"), SCHEMES)
+    assert [(one.dataset_id, one.obs, one.layer, one.title) for one in listed] == [
+        ("first", {"tissue": "=lung"}, "", "all"),
+        ("second", {}, "raw", "all"),
+    ]
+    pd.DataFrame({"uri": ["a.h5ad"], "organism": ["mus_musculus"]}).to_parquet(tmp_path / "list.parquet")
+    assert expand(SourceSettings(uri=str(tmp_path / "list.parquet")), SCHEMES)[0].organism == "mus_musculus"
+    assert len(expand(SourceSettings(uri=str(shared_data / "census-mini/soma")), SCHEMES)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"uri": "ftp://host/a.h5ad"}, UsageError, "addresses of kind 'ftp' are not allowed"),
+        ({"uri": "s3://me:secret@bucket/a.h5ad"}, UsageError, "credentials come from the environment"),
+        ({"uri": "{folder}/*.loom"}, MissingError, "matches nothing"),
+        ({"uri": "{folder}/empty"}, MissingError, "holds nothing that can be ingested"),
+        ({"uri": "{folder}/*.h5ad", "dataset_id": "x"}, UsageError, "holds 2 sources, so dataset_id='x' fits none"),
+        ({"uri": "{folder}/list.tsv"}, InputRefused, "lists nothing"),
+        ({"uri": "{folder}/a.h5ad", "genes": "ftp://host/genes.csv"}, UsageError, "'ftp' are not allowed"),
+    ],
+)
+def test_what_cannot_be_expanded_is_said(tmp_path: Path, settings: dict[str, str], error: type, said: str) -> None:
+    (tmp_path / "a.h5ad").touch()
+    (tmp_path / "b.h5ad").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.tsv").write_text("uri\torganism\n")
+    given = {key: value.format(folder=tmp_path) for key, value in settings.items()}
+    with pytest.raises(error, match=said) as caught:
+        expand(SourceSettings(**given), SCHEMES)  # type: ignore[arg-type]
+    assert "secret" not in str(caught.value)
