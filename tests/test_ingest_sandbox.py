@@ -1,0 +1,177 @@
+"""Reading foreign files: what lies is refused with its reason, in a child that cannot harm anything else."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse
+from hostile_files import CANARY, CORRUPTIONS, corrupt, honest, hostile_archives
+
+from ingest.job import JobSettings, SourceSettings
+from ingest.preflight import check_hdf5, members
+from ingest.run import run
+from ingest.sandbox import Reader
+from ingest.turn import turned
+from store.errors import InputRefused, StorageError
+from store.lake import open_lake
+
+
+def reader(path: Path, **limits: float) -> Reader:
+    memory_mb, timeout_s = int(limits.get("memory_mb", 1024)), limits.get("timeout_s", 60.0)
+    return Reader(SourceSettings(uri=str(path)), "x", memory_mb=memory_mb, timeout_s=timeout_s)
+
+
+def take(path: Path) -> None:
+    """Do with a file what an ingestion does, up to the first problem."""
+    with reader(path) as opened:
+        values, plan, _ = opened.inspect()
+        problems = list(values["problems"])
+        for measurement in plan.features:
+            problems += opened.check(measurement, (0, plan.n_obs), 2**20)["problems"]
+            if not problems:
+                opened.rows(measurement, 0, plan.n_obs, len(plan.features[measurement]), values["fingerprint"])
+    if problems:
+        raise InputRefused(f"{path}: {problems}")
+
+
+@pytest.mark.parametrize("change", CORRUPTIONS, ids=lambda change: change.__name__)
+def test_a_hostile_file_is_refused_with_its_reason_and_harms_nobody(tmp_path: Path, change: object) -> None:
+    path = corrupt(tmp_path, change)  # type: ignore[arg-type]
+    begin = time.monotonic()
+    with pytest.raises(InputRefused) as caught:
+        take(path)
+    assert re.search(CORRUPTIONS[change], str(caught.value)), caught.value  # type: ignore[index]
+    assert str(path) in str(caught.value)
+    assert CANARY.decode()[:10] not in str(caught.value)
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("cut", [0, 1, 700, 5000])
+def test_torn_and_empty_files_are_refused(tmp_path: Path, cut: int) -> None:
+    path = honest(tmp_path / "torn.h5ad")
+    path.write_bytes(path.read_bytes()[:cut])
+    with reader(path) as opened, pytest.raises(InputRefused, match="not a readable HDF5 file"):
+        opened.inspect()
+
+
+def test_flipped_bytes_never_crash_the_caller(tmp_path: Path) -> None:
+    path = honest(tmp_path / "a.h5ad")
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        damaged = bytearray(good)
+        for at in rng.integers(0, len(good), 40):
+            damaged[at] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        with reader(path) as opened:
+            try:
+                _, plan, _ = opened.inspect()
+                opened.check("RNA", (0, plan.n_obs), 2**20)
+            except InputRefused as error:
+                assert str(path) in str(error), number  # noqa: PT017
+
+
+def test_all_published_files_pass_the_preflight(shared_data: Path) -> None:
+    seen = 0
+    for path in sorted(shared_data.rglob("*")):
+        if path.suffix in (".h5ad", ".h5", ".h5mu", ".loom"):
+            with h5py.File(path, "r") as file:
+                check_hdf5(file, path.name)
+            seen += 1
+    assert seen > 40
+
+
+def test_a_crash_a_stall_and_a_kill_are_told_apart_and_refuse_only_that_file(tmp_path: Path) -> None:
+    path = honest(tmp_path / "a.h5ad")
+    with reader(path) as opened:
+        os.kill(opened.pid, signal.SIGSEGV)
+        with pytest.raises(InputRefused, match=r"crashed \(SIGSEGV\): the file is damaged or hostile"):
+            opened.inspect()
+    with reader(path) as opened:
+        os.kill(opened.pid, signal.SIGKILL)
+        with pytest.raises(InputRefused, match="was killed; was the machine out of memory"):
+            opened.inspect()
+    with reader(path, timeout_s=1.0) as opened:
+        os.kill(opened.pid, signal.SIGSTOP)
+        with pytest.raises(InputRefused, match="took longer than 1 s and was stopped"):
+            opened.inspect()
+    with reader(path) as opened:
+        assert opened.inspect()[1].n_obs == 40
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    path = honest(tmp_path / "a.h5ad")
+    with reader(path) as opened:
+        values, _, _ = opened.inspect()
+        assert opened.rows("RNA", 0, 10, 30, values["fingerprint"]).shape == (10, 30)
+    honest(path, cells=41)
+    with reader(path) as opened, pytest.raises(InputRefused, match="changed while it was being read"):
+        opened.rows("RNA", 0, 10, 30, values["fingerprint"])
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    opened = reader(honest(tmp_path / "a.h5ad"))
+    opened.inspect()
+    os.close(opened._request)
+    opened._request = os.open(os.devnull, os.O_WRONLY)
+    assert opened._child.wait(timeout=10) == 0
+    opened.close()
+
+
+def test_hostile_archives_write_nothing_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "archives").mkdir()
+    for path, reason in hostile_archives(tmp_path / "archives").items():
+        into = tmp_path / "into" / path.name
+        into.mkdir(parents=True)
+        with pytest.raises(InputRefused, match=reason):
+            members(path, into)
+        assert list(into.iterdir()) == []
+    assert not (tmp_path / "evil").exists()
+    assert not (tmp_path / "into/evil").exists()
+
+
+@pytest.mark.ray
+def test_hostile_files_beside_honest_ones_take_nothing_into_the_lake(tmp_path: Path, ray_cluster: None) -> None:
+    bad = [corrupt(tmp_path, change) for change in list(CORRUPTIONS)[:3]]
+    good = honest(tmp_path / "good.h5ad")
+    done = run(
+        JobSettings(lake=str(tmp_path / "lake"), source=tuple(SourceSettings(uri=str(path)) for path in [*bad, good]))
+    )
+    assert [outcome.state for outcome in done] == ["refused", "refused", "refused", "committed"]
+    assert open_lake(str(tmp_path / "lake")).obs("homo_sapiens").num_rows == 40
+    for path in (tmp_path / "lake").rglob("*"):
+        if path.is_file():
+            assert CANARY not in path.read_bytes()
+
+
+def test_a_matrix_in_any_order_is_turned_to_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    expected = scipy.sparse.random(300, 70, 0.2, "csc", random_state=3, dtype=np.float32).tocoo()
+    order = np.random.default_rng(0).permutation(expected.nnz)
+
+    def parts() -> object:
+        for start in range(0, len(order), 97):
+            here = order[start : start + 97]
+            yield expected.row[here], expected.col[here], expected.data[here]
+        yield np.array([5, 5]), np.array([9, 9]), np.array([1.0, 2.0])
+
+    rows = turned(["a"], (300, 70), parts)  # type: ignore[arg-type]
+    whole = expected.toarray()
+    whole[5, 9] += 3
+    for start, stop in ((0, 300), (0, 0), (17, 18), (5, 200)):
+        assert rows(start, stop).shape == (stop - start, 70)
+        assert np.allclose(rows(start, stop).toarray(), whole[start:stop])
+    again = turned(["a"], (300, 70), lambda: iter([]))
+    assert (again(0, 300) != rows(0, 300)).nnz == 0
+    with pytest.raises(InputRefused, match="outside the matrix: rows 3 to 300 of 300"):
+        turned(["b"], (300, 70), lambda: iter([(np.array([3, 300]), np.array([0, 0]), np.array([1.0, 1.0]))]))
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", "/proc/none")
+    with pytest.raises(StorageError, match="SOMAFLOW_SCRATCH=FOLDER"):
+        turned(["a"], (300, 70), lambda: iter([]))
