@@ -88,6 +88,7 @@ class OpenDataset:
 
     def __init__(self, source: SourceSettings, name: str) -> None:
         self.source = source
+        self.opened_as = self.fingerprint()
         self.form: SourceDataset = open_dataset(source, name)
 
     @cached_property
@@ -209,7 +210,7 @@ class OpenDataset:
             sides["obs"] = leftovers
             notes.append(f"obs columns kept in the side table: {', '.join(map(str, leftovers.columns))}")
         mapped = {name: float(found.mapped) for name, found in self.maps.items()}
-        return Inspected(plan, obs, sides, self._spans(), mapped, problems, notes, self.fingerprint())
+        return Inspected(plan, obs, sides, self._spans(), mapped, problems, notes, self.opened_as)
 
     def _obs_given(self) -> dict[str, str]:
         table = self.source.obs_table

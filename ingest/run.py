@@ -224,8 +224,9 @@ def _checks(dataset: _Dataset, limits: Limits, progress: Progress) -> None:
     progress.size(dataset.name, dataset.plan.n_obs * len(dataset.plan.features))
     if len(dataset.spans) == 1:
         return  # checked when it was inspected
+    fingerprint = dataset.values["fingerprint"]
     dataset.checking = {
-        tasks.check.remote(dataset.source, dataset.name, measurement, span, limits): (measurement, span[0])
+        tasks.check.remote(dataset.source, dataset.name, measurement, span, fingerprint, limits): (measurement, span[0])
         for measurement in dataset.plan.features
         for span in dataset.spans
     }

@@ -39,6 +39,9 @@ from store.schema import DatasetPlan, Features
 SHARE = 0.6
 """The child's part of a worker's memory; the rest is for the process that writes."""
 
+IDLE_S = 10.0
+"""A child that nobody asks for so long ends, and gives back its memory; the next question starts another."""
+
 SIZE = struct.Struct("<q")
 
 
@@ -55,10 +58,14 @@ class Reader:
     def __init__(self, source: SourceSettings, name: str, *, memory_mb: int, timeout_s: float) -> None:
         self.source, self.name = source, name
         self.memory_mb, self.timeout_s = memory_mb, timeout_s
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
+        self._start()
+
+    def _start(self) -> None:
+        self._opened_as: str | None = None
         request_read, self._request = os.pipe()
         self._answer, answer_write = os.pipe()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
-        words = [str(request_read), str(answer_write), str(int(memory_mb * SHARE)), str(os.getpid())]
+        words = [str(request_read), str(answer_write), str(int(self.memory_mb * SHARE)), str(os.getpid())]
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "SOMAFLOW_TILEDB_THREADS"), "1")
         self._child = subprocess.Popen(
             [sys.executable, "-m", "ingest.sandbox", *words],
@@ -86,13 +93,16 @@ class Reader:
 
     def close(self) -> None:
         """End the child."""
+        self._stop()
+        self._errors.close()
+
+    def _stop(self) -> None:
         if self._child.poll() is None:
             self._child.kill()
         self._child.wait()
         for descriptor in (self._request, self._answer):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        self._errors.close()
 
     def names(self) -> list[str]:
         """Name the datasets in the source."""
@@ -107,16 +117,21 @@ class Reader:
         """
         values, tables = self._ask("inspect")
         plan = values.pop("plan")
+        self._opened_as = values["fingerprint"]
         features = {}
         for name in plan.pop("features"):
             table = tables.pop(f"features {name}")
             features[name] = Features(*(column.to_pylist() for column in table.columns))
         return values, DatasetPlan(**plan, features=features), {key: table.to_pandas() for key, table in tables.items()}
 
-    def check(self, measurement: str, span: tuple[int, int], budget_nnz: int) -> dict[str, Any]:
-        """Return ``ingest.dataset.Checked`` of a span as a dictionary."""
+    def check(self, measurement: str, span: tuple[int, int], budget_nnz: int, fingerprint: str) -> dict[str, Any]:
+        """Return ``ingest.dataset.Checked`` of a span as a dictionary.
+
+        Raises:
+            InputRefused: The source has changed since ``fingerprint`` was taken, or cannot be read.
+        """
         words = {"measurement": measurement, "start": span[0], "stop": span[1], "budget_nnz": budget_nnz}
-        values, tables = self._ask("check", **words)
+        values, tables = self._ask("check", fingerprint=fingerprint, **words)
         cells = tables["cells"]
         return values | {name: cells[name].to_numpy() for name in cells.column_names}
 
@@ -144,6 +159,12 @@ class Reader:
         source = self.source.model_dump(mode="json", exclude_unset=True)
         request = json.dumps({"do": what, "source": source, "name": self.name, **words}).encode()
         deadline = time.monotonic() + self.timeout_s
+        # a child sees the file as it was when it opened it, so each version of a file gets a child of its own
+        another = self._opened_as not in (None, words.get("fingerprint"))
+        if another or self._child.poll() == 0:  # or nobody asked for a while, so it left
+            self._stop()
+            self._start()
+        self._opened_as = words.get("fingerprint", "")
         try:
             os.write(self._request, SIZE.pack(len(request)) + request)
             header = json.loads(self._receive(deadline))
@@ -203,9 +224,9 @@ def _serve(request: int, answer: int) -> None:
     from ingest.dataset import OpenDataset  # slow, and only the child needs it
 
     opened: OpenDataset | None = None
-    with os.fdopen(request, "rb") as incoming, os.fdopen(answer, "wb") as outgoing:
-        while size := incoming.read(SIZE.size):
-            words = json.loads(incoming.read(SIZE.unpack(size)[0]))
+    with os.fdopen(request, "rb", 0) as incoming, os.fdopen(answer, "wb") as outgoing:
+        while select.select([incoming], [], [], IDLE_S)[0] and (size := incoming.read(SIZE.size)):
+            words = json.loads(_exactly(incoming, SIZE.unpack(size)[0]))
             source = SourceSettings.model_validate(words["source"])
             try:
                 if words["do"] == "names":
@@ -228,6 +249,16 @@ def _serve(request: int, answer: int) -> None:
                     stream.write_table(table)
                 _send(outgoing, sink.getvalue())
             outgoing.flush()
+
+
+def _exactly(incoming: Any, size: int) -> bytes:
+    content = b""
+    while len(content) < size:
+        part = incoming.read(size - len(content))
+        if not part:
+            sys.exit(0)
+        content += part
+    return content
 
 
 def _send(outgoing: Any, content: Any) -> None:
@@ -279,15 +310,20 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
+def _unchanged(opened: Any, fingerprint: str) -> None:
+    if not fingerprint == opened.opened_as == opened.fingerprint():
+        raise InputRefused(f"{opened.source.uri}: changed while it was being read; run the same command again")
+
+
 def _check(opened: Any, words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, pa.Table]]:
+    _unchanged(opened, words["fingerprint"])
     found = opened.check(words["measurement"], words["start"], words["stop"], words["budget_nnz"])
     cells = {name: getattr(found, name) for name in ("nnz_C", "sum_C", "mito_C", "digest_C")}
     return {"problems": found.problems, "step": found.step}, {"cells": pa.table(cells)}
 
 
 def _rows(opened: Any, words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, pa.Table]]:
-    if words["fingerprint"] != opened.fingerprint():
-        raise InputRefused(f"{opened.source.uri}: changed while it was being read; run the same command again")
+    _unchanged(opened, words["fingerprint"])
     counts = opened.block(words["measurement"], words["start"], words["stop"])
     stored = {
         "data": counts.data.astype(np.float32, copy=False),

@@ -85,16 +85,22 @@ def inspect(
         if len(values["spans"]) == 1:
             start, stop = values["spans"][0]
             for measurement in plan.features:
-                checked[measurement, start] = reader.check(measurement, (start, stop), limits.budget_nnz)
+                checked[measurement, start] = reader.check(
+                    measurement, (start, stop), limits.budget_nnz, values["fingerprint"]
+                )
         return values, plan, frames, checked
 
     return _guarded(source, name, limits, found)
 
 
 @ray.remote(num_cpus=1, max_retries=5)
-def check(source: SourceSettings, name: str, measurement: str, span: tuple[int, int], limits: Limits) -> dict[str, Any]:
+def check(
+    source: SourceSettings, name: str, measurement: str, span: tuple[int, int], fingerprint: str, limits: Limits
+) -> dict[str, Any]:
     """Read the values of a span and look whether they are what they claim to be."""
-    return _guarded(source, name, limits, lambda reader: reader.check(measurement, span, limits.budget_nnz))
+    return _guarded(
+        source, name, limits, lambda reader: reader.check(measurement, span, limits.budget_nnz, fingerprint)
+    )
 
 
 @ray.remote(num_cpus=1, max_retries=5)

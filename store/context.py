@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
 import tiledb
 import tiledbsoma
+
+from store.errors import StorageError
 
 BUFFER_BYTES = 256 * 2**20
 THREADS = "SOMAFLOW_TILEDB_THREADS"
@@ -56,6 +60,21 @@ def soma_context(timestamp_ms: int | None = None, buffer_bytes: int = BUFFER_BYT
     """
     config = tiledb_config() | {"soma.init_buffer_bytes": buffer_bytes}
     return tiledbsoma.SOMATileDBContext(tiledb_config=config, timestamp=timestamp_ms)
+
+
+@contextmanager
+def storage(uri: str) -> Iterator[None]:
+    """Turn what a failing disk or object store raises below ``uri`` into a StorageError that says what to do."""
+    try:
+        yield
+    except (tiledb.TileDBError, tiledbsoma.SOMAError, OSError) as error:
+        if isinstance(error, StorageError):
+            raise
+        reason = str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
+        raise StorageError(
+            f"{uri}: cannot be written: {reason}; nothing was committed and what was there is untouched; free some "
+            "space, or check the place and your rights to it, and run the same command again"
+        ) from error
 
 
 @cache

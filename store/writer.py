@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from store import catalog, records, schema, tables
 from store.catalog import Commit, Content, Plan
-from store.context import soma_context
+from store.context import soma_context, storage
 from store.errors import ConflictError, InputRefused, MissingError, VerificationError
 from store.fragments import FragmentWriter, roll_back
 from store.lake import Lake, create_lake, ensure_measurement, open_lake, table_uris, utc_now
@@ -136,7 +136,7 @@ def write_rows(
     offset = reservation.plan.obs_start
     stats = _Statistics(stop - start, len(joinids_G))
     timestamp = reservation.timestamp()
-    with FragmentWriter(uri, timestamp) as writer:
+    with storage(uri), FragmentWriter(uri, timestamp) as writer:
         row, tile = start, writer.row_tile
         while row < stop:
             until = min(stop, ((offset + row) // tile + 1) * tile - offset, row + (step or tile))
@@ -258,7 +258,8 @@ class LakeWriter:
     def __enter__(self) -> LakeWriter:
         self._lock.acquire()
         try:
-            create_lake(self.uri)
+            with storage(self.uri):
+                create_lake(self.uri)
             self._plans = catalog.plans(self.uri)
             self._commits = catalog.commits(self.uri)
             self.undone = self._roll_back()
@@ -321,8 +322,9 @@ class LakeWriter:
             for known in self._plans
             if known.key == plan.key and known.organism == plan.organism and known.number not in done
         ]
-        for measurement in plan.features:
-            ensure_measurement(self.uri, plan.organism, measurement, plan.layer(measurement))
+        with storage(self.uri):
+            for measurement in plan.features:
+                ensure_measurement(self.uri, plan.organism, measurement, plan.layer(measurement))
         if begun:
             mine = begun[-1]
         else:
@@ -358,7 +360,8 @@ class LakeWriter:
         """
         plan = reservation.plan
         uri = records.join(self.uri, records.FOLDER, "sides", f"{plan.number:012d}-{name}.parquet")
-        records.write_table(uri, table)
+        with storage(uri):
+            records.write_table(uri, table)
         return uri
 
     def commit(self, reservation: Reservation, obs: pd.DataFrame | pa.Table, blocks: Sequence[BlockStats]) -> Commit:
@@ -380,7 +383,8 @@ class LakeWriter:
         latest = max((block.timestamp_ms for block in blocks), default=0)
         timestamp = max(reservation.timestamp(), latest + 1, self._commits[-1].timestamp_ms + 2)
         before = Lake(self.uri, self._commits)
-        tables.write_all(before, reservation, table, blocks, timestamp, standing)
+        with storage(self.uri):
+            tables.write_all(before, reservation, table, blocks, timestamp, standing)
         return self._enter(timestamp, standing, dataset=asdict(reservation.plan), content=content)
 
     def remove(self, dataset_id: str, organism: str | None = None) -> Commit:
@@ -401,7 +405,8 @@ class LakeWriter:
                 + (f"datasets: {', '.join(known)}" if not found else "say which with --organism")
             )
         timestamp = max(int(time.time() * 1000), self._commits[-1].timestamp_ms + 2)
-        tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
+        with storage(self.uri):
+            tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
         return self._enter(timestamp, found[0])
 
     def _enter(self, timestamp: int, superseded: Commit | None, **values: Any) -> Commit:

@@ -34,7 +34,7 @@ def take(path: Path) -> None:
         values, plan, _ = opened.inspect()
         problems = list(values["problems"])
         for measurement in plan.features:
-            problems += opened.check(measurement, (0, plan.n_obs), 2**20)["problems"]
+            problems += opened.check(measurement, (0, plan.n_obs), 2**20, values["fingerprint"])["problems"]
             if not problems:
                 opened.rows(measurement, 0, plan.n_obs, len(plan.features[measurement]), values["fingerprint"])
     if problems:
@@ -72,8 +72,8 @@ def test_flipped_bytes_never_crash_the_caller(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with reader(path) as opened:
             try:
-                _, plan, _ = opened.inspect()
-                opened.check("RNA", (0, plan.n_obs), 2**20)
+                values, plan, _ = opened.inspect()
+                opened.check("RNA", (0, plan.n_obs), 2**20, values["fingerprint"])
             except InputRefused as error:
                 assert str(path) in str(error), number  # noqa: PT017
 

@@ -98,7 +98,11 @@ def open_group(uri: str) -> Any:
     if uri.rstrip("/").endswith((".zarr", ".zarr.zip")):
         return _open_zarr(uri)
     try:
-        file = h5py.File(uri.removeprefix("file://") if is_local(uri) else fsspec.open(uri, "rb").open(), "r")
+        # no lock: whoever owns the file may write to it at any time, and a change is noticed by its fingerprint
+        if is_local(uri):
+            file = h5py.File(uri.removeprefix("file://"), "r", locking=False)
+        else:
+            file = h5py.File(fsspec.open(uri, "rb").open(), "r")
     except OSError as error:
         raise InputRefused(f"{uri}: not a readable HDF5 file: {error}") from error
     check_hdf5(file, uri)
