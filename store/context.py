@@ -53,12 +53,14 @@ def is_s3(uri: str) -> bool:
     return uri.startswith(("s3://", "s3a://"))
 
 
-def soma_context(timestamp_ms: int | None = None, buffer_bytes: int = BUFFER_BYTES) -> tiledbsoma.SOMATileDBContext:
+def soma_context(timestamp_ms: int | None = None, budget_bytes: int | None = None) -> tiledbsoma.SOMATileDBContext:
     """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now).
 
-    ``buffer_bytes`` is what a read may hold of each column before it hands a part over.
+    ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest).
     """
-    config = tiledb_config() | {"soma.init_buffer_bytes": buffer_bytes}
+    config = tiledb_config()
+    if budget_bytes is not None:
+        config = config | {"soma.init_buffer_bytes": budget_bytes // 8, "sm.mem.total_budget": budget_bytes}
     return tiledbsoma.SOMATileDBContext(tiledb_config=config, timestamp=timestamp_ms)
 
 

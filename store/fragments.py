@@ -13,11 +13,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import scipy.sparse
 import tiledb
 import tiledb.libtiledb
+from numpy.typing import NDArray
 
 from store import records
 from store.context import tiledb_context
@@ -46,6 +48,7 @@ class FragmentWriter:
         domain = self._array.schema.domain
         self.row_tile, self._column_tile = (int(domain.dim(number).tile) for number in range(2))
         self._query: tiledb.libtiledb.Query | None = None
+        self._buffers: dict[str, NDArray[Any]] = {}
         self._tile = -1
         return self
 
@@ -83,17 +86,23 @@ class FragmentWriter:
         column_tile = counts_CG.indices // self._column_tile
         # a stable sort of 16-bit numbers is a radix sort: linear
         order = np.argsort(column_tile.astype(np.uint16), kind="stable")
-        buffers = {
-            "soma_dim_0": rows[order],
-            "soma_dim_1": counts_CG.indices[order].astype(np.int64),
-            "soma_data": counts_CG.data[order].astype(np.float32, copy=False),
-        }
+        self._reserve(size)
+        np.take(rows, order, out=self._buffers["soma_dim_0"][:size])
+        self._buffers["soma_dim_1"][:size] = counts_CG.indices[order]
+        self._buffers["soma_data"][:size] = counts_CG.data[order]
         if self._query is None:
             self._query = tiledb.libtiledb.Query(self._context, tiledb.libtiledb.Array(self._context, self._array))
             self._query.layout = tiledb.libtiledb.LayoutType.GLOBAL_ORDER
-        for name, values in buffers.items():
+        for name, values in self._buffers.items():
             self._query.set_data_buffer(name, values, size)
         self._query._submit()
+
+    def _reserve(self, size: int) -> None:
+        """Make room for ``size`` values; the same room is used again, for a query keeps all that it was ever given."""
+        if size > len(self._buffers.get("soma_data", ())):
+            room = 2 ** (size - 1).bit_length()
+            kinds = {"soma_dim_0": np.int64, "soma_dim_1": np.int64, "soma_data": np.float32}
+            self._buffers = {name: np.empty(room, kind) for name, kind in kinds.items()}
 
     def _finish(self) -> None:
         if self._query is not None:

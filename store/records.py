@@ -19,6 +19,7 @@ import pyarrow.parquet
 from store.errors import StorageError
 
 FOLDER = "somaflow"
+MARK = "_mark"
 
 
 def is_local(uri: str) -> bool:
@@ -40,17 +41,21 @@ def join(uri: str, *parts: str) -> str:
 def create(uri: str, values: dict[str, Any]) -> bool:
     """Write ``values`` to ``uri`` unless something stands there; say whether this call made it.
 
+    When the store applied a request and its reply was lost, the client asks again and is told that something stands
+    there: a mark in the record tells whether that is this call's own.
+
     Raises:
         StorageError: The place cannot be written.
     """
-    data = json.dumps(values).encode()
+    mark = secrets.token_hex(8)
+    data = json.dumps({**values, MARK: mark}).encode()
     try:
         if is_local(uri):
             return _create_local(Path(uri), data)
         filesystem, path = fsspec.core.url_to_fs(uri)
         filesystem.pipe_file(path, data, mode="create")
     except FileExistsError:
-        return False
+        return (_read(uri) or {}).get(MARK) == mark
     except OSError as error:
         raise StorageError(f"{uri}: cannot write: {error}; check that the place exists and may be written") from error
     return True
@@ -93,6 +98,15 @@ def replace(uri: str, values: dict[str, Any]) -> None:
 
 def read(uri: str) -> dict[str, Any] | None:
     """Read one record; none where there is none."""
+    values = _read(uri)
+    return None if values is None else _unmarked(values)
+
+
+def _unmarked(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != MARK}
+
+
+def _read(uri: str) -> dict[str, Any] | None:
     filesystem, path = fsspec.core.url_to_fs(uri)
     try:
         return dict(json.loads(filesystem.cat_file(path)))
@@ -116,7 +130,7 @@ def read_all(folder: str) -> list[dict[str, Any]]:
     filesystem, path = fsspec.core.url_to_fs(folder)
     wanted = [join(path, name) for name in names(folder) if name.endswith(".json")]
     contents = filesystem.cat(wanted) if len(wanted) > 1 else {name: filesystem.cat_file(name) for name in wanted}
-    return [json.loads(contents[name]) for name in sorted(contents)]
+    return [_unmarked(json.loads(contents[name])) for name in sorted(contents)]
 
 
 def exists(uri: str) -> bool:

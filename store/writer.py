@@ -36,7 +36,7 @@ from store.lock import WriterLock
 LARGEST_COUNT = 2**24
 """float32, the Census's type of counts, holds every integer up to here."""
 
-READ_BACK_BYTES = 2**24
+READ_BACK_BYTES = 2**27
 
 VERSIONED = ("tiledbsoma", "tiledb", "pyarrow", "numpy")
 
@@ -230,7 +230,7 @@ def _refuse_impossible(
 
 def _read_back(uri: str, first: int, n_rows: int, digest: int, timestamp: int) -> None:
     found = 0
-    context = soma_context(buffer_bytes=READ_BACK_BYTES)
+    context = soma_context(budget_bytes=READ_BACK_BYTES)
     with tiledbsoma.SparseNDArray.open(uri, tiledb_timestamp=timestamp, context=context) as array:
         for part in array.read((slice(first, first + n_rows - 1),)).tables():
             found += content_digest(*(part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")))

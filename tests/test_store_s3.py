@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -17,13 +18,15 @@ import pytest
 import s3fs
 import tiledbsoma
 from encoded import add_dataset, encoded_counts
+from fault_proxy import fault_proxy
 
 from ingest.dataset import OpenDataset
 from ingest.job import SourceSettings
 from store import context, records
-from store.errors import ConflictError, MissingError
+from store.errors import ConflictError, MissingError, StorageError
 from store.lake import open_lake
 from store.snapshot import SnapshotSettings, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
+from store.upkeep import collect, consolidate, vacuum
 from store.validate import validate
 from store.writer import LakeWriter
 
@@ -105,6 +108,56 @@ def test_snapshots_on_s3_come_and_go_whole(bucket: str) -> None:
     assert list_snapshots(uri) == []
     with pytest.raises(MissingError, match="no lake here"):
         open_lake(f"{bucket}/none")
+
+
+def _forget_endpoint() -> None:
+    context.tiledb_config.cache_clear()
+    context.tiledb_context.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_store_that_fails_now_and_then_changes_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"{bucket}/failing"
+    kinds = ("500", "reset", "lost reply", "half body")
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], 0.03, kinds=kinds, seed=4) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        _forget_endpoint()
+        with LakeWriter(uri) as writer:
+            add_dataset(writer, "first", 150, {"RNA": 40, "protein": 6}, origin="a")
+            add_dataset(writer, "first", 120, {"RNA": 40}, origin="a", version=1)
+        lake = open_lake(uri)
+        assert [check for check in validate(lake) if check.problem] == []
+        assert (lake.counts("homo_sapiens", "RNA", np.arange(150, 270)) != encoded_counts(1000, 120, 40)).nnz == 0
+        collect(uri)
+        faults = httpx.get(f"{proxy}/faults").json()
+        monkeypatch.undo()
+        _forget_endpoint()
+    assert sum(faults.values()) >= 4, faults
+    assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
+def test_a_store_that_refuses_says_so_at_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = time.monotonic()
+    with pytest.raises((StorageError, PermissionError, OSError)) as caught:
+        open_lake("s3://no-such-bucket/lake")
+    assert "no-such-bucket" in str(caught.value)
+    assert time.monotonic() - begin < 20
+
+
+def test_versions_gc_vacuum_and_consolidation_work_on_s3(bucket: str) -> None:
+    uri = f"{bucket}/kept"
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 100, {"RNA": 40}, origin="a")
+        add_dataset(writer, "a", 70, {"RNA": 30}, origin="a", version=1)
+    boto3.client("s3").create_multipart_upload(Bucket="lakes", Key="kept/census_data/left")
+    left = collect(uri)
+    assert (left.writes, left.fragments, left.uploads) == (0, 0, 1)
+    assert open_lake(uri, 1).obs("homo_sapiens").num_rows == 100
+    consolidate(uri)
+    assert open_lake(uri, 1).obs("homo_sapiens").num_rows == 100
+    assert vacuum(uri) == (2, 2)
+    assert open_lake(uri).obs("homo_sapiens").num_rows == 70
+    assert [check for check in validate(open_lake(uri)) if check.problem] == []
 
 
 def test_a_record_on_s3_is_created_once(bucket: str) -> None:
