@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?=
+BENCH ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick check format lock clean
+.PHONY: help setup demo test faults bench-ingest test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -26,6 +27,12 @@ demo: setup  ## run the whole road on this machine: ingest, snapshot, train, ser
 
 test: setup  ## run all tests
 	$(BIN)/python -m pytest
+
+faults: setup  ## kill workers, readers and drivers at 300 random moments (an hour)
+	SOMAFLOW_FAULTS=300 $(BIN)/python -m pytest tests/test_ingest_faults.py
+
+bench-ingest: setup  ## speed and memory of an ingestion against tiledbsoma.io.from_h5ad (20 minutes, 10 GB in build/)
+	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_ingest.py $(BENCH)
 
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"

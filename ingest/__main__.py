@@ -114,7 +114,9 @@ def plan(
 def _leave(outcomes: list) -> None:  # type: ignore[type-arg]
     refused = [outcome for outcome in outcomes if outcome.error]
     if refused:
-        sys.exit(PARTIAL if len(refused) < len(outcomes) else InputRefused.exit_code)
+        codes = {outcome.exit_code for outcome in refused}
+        same = codes.pop() if len(codes) == 1 else InputRefused.exit_code
+        sys.exit(PARTIAL if len(refused) < len(outcomes) else same)
 
 
 @app.command()

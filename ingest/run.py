@@ -29,7 +29,7 @@ from ingest.sources.form import dataset_name
 from ingest.tasks import Limits
 from store import records
 from store.cluster import ray_cluster
-from store.errors import SomaflowError, StorageError, UsageError
+from store.errors import InputRefused, SomaflowError, UsageError
 from store.lake import utc_now
 from store.schema import DatasetPlan
 from store.writer import BlockStats, LakeWriter, Reservation
@@ -52,12 +52,13 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     error: str = ""
     problems: list[str] = field(default_factory=list)
+    exit_code: int = 0
     quality: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def refuse(self, *problems: str) -> None:
-        """Set down why the dataset does not come in."""
-        self.state = "refused"
+    def refuse(self, *problems: str, exit_code: int = InputRefused.exit_code) -> None:
+        """Set down why the dataset does not come in, and the exit status if that holds for all."""
+        self.state, self.exit_code = "refused", exit_code
         self.problems += problems
         self.error = " | ".join(self.problems)
 
@@ -189,6 +190,11 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {cause}"
 
 
+def _exit_code(error: Exception) -> int:
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
+    return cause.exit_code if isinstance(cause, SomaflowError) else SomaflowError.exit_code
+
+
 def _advance(ahead: list[_Dataset], limits: Limits, progress: Progress) -> None:
     """Wait for one task of the datasets ahead and act on it."""
     owner = {dataset.inspecting: dataset for dataset in ahead if dataset.inspecting is not None}
@@ -247,13 +253,7 @@ def _conclude(dataset: _Dataset) -> None:
                 "or say values=log1p (scaled counts, to be restored), values=lognorm or values=value (kept as such)"
             )
     if problems:
-        outcome.refuse(
-            *(
-                problem if problem.startswith(outcome.source) else f"{outcome.source}: {problem}"
-                for problem in problems[:1]
-            ),
-            *problems[1:],
-        )
+        outcome.refuse(f"{outcome.source}: {problems[0]}", *problems[1:])
     if outcome.problems:
         dataset.frames, dataset.checked = {}, {}
         return
@@ -284,10 +284,8 @@ def _ingest(writer: LakeWriter, dataset: _Dataset, limits: Limits, progress: Pro
         quality.keep(writer.uri, reservation.plan.number, outcome.quality)
         outcome.commit = writer.commit(reservation, dataset.frames["obs"], blocks).number
         outcome.state = "committed"
-    except StorageError as error:
-        outcome.refuse(str(error))
     except Exception as error:  # noqa: BLE001  the others go on
-        outcome.refuse(_reason(error))
+        outcome.refuse(_reason(error), exit_code=_exit_code(error))
     finally:
         dataset.frames, dataset.checked = {}, {}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
 
 from ingest import check
-from ingest.harmonize import map_genes, map_obs, map_plain, perturbation_name
+from ingest.harmonize import guide_target, map_genes, map_obs, map_plain, perturbation_name, read_quantity
 from store.errors import InputRefused, MissingError
 
 TABLE = """\
@@ -171,3 +172,120 @@ def test_values_that_are_not_log1p_of_counts_are_refused() -> None:
         check.counts_from_log1p(matrix([0.3, 0.41, 0.77, 1.13]), 7)
     with pytest.raises(InputRefused, match="negative or not finite"):
         check.counts_from_log1p(matrix([0.3, -0.4]), 0)
+
+
+HGNC = """\
+symbol\tprev_symbol\talias_symbol\tensembl_gene_id
+AAA\tOLDA\tAKA|SHARED\tENSG00000000001
+BBB\tOLDB|AKA\tSHARED\tENSG00000000002
+NONE\tOLDN\t\t
+"""
+
+
+def test_former_symbols_and_aliases_are_found_unless_two_genes_share_them(genes: str, tmp_path: Path) -> None:
+    (tmp_path / "hgnc.txt").write_text(HGNC)
+    mapped = map_genes(var("OLDA", "AKA", "SHARED", "OLDN", "AAA"), genes, str(tmp_path / "hgnc.txt"))
+    # AKA was the name of BBB and is an alias of AAA: a former name wins; OLDA and AAA are one gene
+    assert mapped.features.feature_id == ["ENSG00000000001", "ENSG00000000002", "SHARED", "OLDN"]
+    assert "2 genes found by a former or alias symbol (OLDA, AKA, ...)" in mapped.notes[0]
+    assert mapped.mapped == 0.6
+    with pytest.raises(InputRefused, match="not HGNC's complete set"):
+        map_genes(var("x"), None, genes)
+
+
+def test_published_old_symbols_are_rescued(shared_data: Path) -> None:
+    reference = shared_data / "ref/gencode"
+    table, hgnc = str(reference / "genes_homo_sapiens.csv.gz"), str(reference / "hgnc_complete_set.txt.gz")
+    genes = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad", backed="r").var
+    before, after = map_genes(genes, table), map_genes(genes, table, hgnc)
+    assert after.mapped > before.mapped + 0.03
+    found = dict(zip(after.features.feature_name, after.features.feature_id, strict=True))
+    assert found["ATPIF1"] == "ENSG00000130770"
+
+
+def test_values_that_do_not_add_up_keep_twice_named_features_apart() -> None:
+    mapped = map_plain(var("p", "q", "p"), "peptide", sums=False)
+    assert mapped.features.feature_id == ["p", "q", "p#2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers", "unit"),
+    [
+        (["1", "2.5", ""], [1.0, 2.5, np.nan], None),
+        (["50 uM", "10nM"], [50.0, 10.0], ["uM", "nM"]),
+        (["d8", "E3.5", "6 HR"], [8.0, 3.5, 6.0], ["day", "day", "hour"]),
+        ([0.5, None], [0.5, np.nan], None),
+    ],
+)
+def test_quantities_are_read_with_their_units(
+    given: list[object], numbers: list[float], unit: list[str] | None
+) -> None:
+    found = read_quantity(pd.Series(given))
+    assert found is not None
+    assert np.array_equal(found[0], numbers, equal_nan=True)
+    assert (None if found[1] is None else found[1].tolist()) == unit
+
+
+def test_what_is_no_quantity_stays_beside_and_a_column_asked_for_must_be_one() -> None:
+    assert read_quantity(pd.Series(["1+1", "x"])) is None
+    frame, beside = map_obs(pd.DataFrame({"dose": ["1+1", "2"]}), {})
+    assert "dose" not in frame
+    assert list(beside) == ["dose"]
+    with pytest.raises(InputRefused, match="not numbers"):
+        map_obs(pd.DataFrame({"amount": ["low", "high"]}), {"dose": "amount"})
+
+
+def test_guides_name_their_targets_and_genes_with_numbers_stay_genes() -> None:
+    guides = ["ATF2g1", "STAT1_sg2", "CD4", "NKX2-1", "ATF2g1+CD4_2", "NTg4", "non-targeting_3", "HLA-A"]
+    targets = ["ATF2", "STAT1", "CD4", "NKX2-1", "ATF2+CD4", "control", "control", "HLA-A"]
+    assert [perturbation_name(guide_target(guide)) for guide in guides] == targets
+    frame, _ = map_obs(pd.DataFrame({"guide_id": ["ATF2g1", "NTg4"]}), {})
+    assert frame["perturbation"].tolist() == ["ATF2", "control"]
+    assert frame["perturbation_id"].tolist() == ["ATF2g1", "NTg4"]
+
+
+def test_kinds_of_perturbation_come_to_the_lakes_words() -> None:
+    frame, _ = map_obs(
+        pd.DataFrame(
+            {
+                "perturbation": ["A", "imatinib", "IFNB", "x"],
+                "perturbation_type": ["CRISPRi", "Drug", "cytokine stimulation", "heat"],
+            }
+        ),
+        {},
+    )
+    assert frame["perturbation_type"].tolist() == ["genetic", "drug", "stimulation", "heat"]
+
+
+@pytest.mark.parametrize(
+    ("values", "guess"),
+    [
+        ([[0.5, 0.7], [1.2, 0.1], [0.3, 0.4]], "no value reaches 40"),
+        (
+            [[999_999.5, 0.5], [400_000.25, 599_999.75], [0.5, 999_999.5]],
+            "every cell sums to 1,000,000: CPM, TPM or RPKM",
+        ),
+        ([[-1.0, 0.5], [0.3, 0.2], [0.1, 0.1]], "scaled or centred"),
+    ],
+)
+def test_the_guess_at_what_values_are_instead_of_counts(values: list[list[float]], guess: str) -> None:
+    assert guess in check.looks_like(scipy.sparse.csr_matrix(np.array(values)))
+
+
+def test_log_normalised_counts_are_recognised_by_their_sums() -> None:
+    counts = np.array([[1, 4, 5], [2, 2, 6], [7, 1, 1], [3, 3, 4]])
+    values = np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
+    assert "exp(x)-1 sums to 10,000 in every cell" in check.looks_like(scipy.sparse.csr_matrix(values))
+
+
+def test_a_cells_digest_depends_on_names_and_counts_only() -> None:
+    digests = np.array([11, 22, 33], np.uint64)
+    counts = scipy.sparse.csr_matrix(np.array([[1, 0, 2], [0, 3, 0], [0, 0, 0]], np.float32))
+    found = check.cell_digests(counts, digests)
+    turned_round = check.cell_digests(scipy.sparse.csr_matrix(counts[:, ::-1]), digests[::-1].copy())
+    assert np.array_equal(found, turned_round)
+    assert found[2] == 0
+    assert len(set(found.tolist())) == 3
+    other = counts.copy()
+    other.data[0] = 2
+    assert check.cell_digests(other, digests)[0] != found[0]

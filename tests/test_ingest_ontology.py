@@ -1,0 +1,95 @@
+"""Labels and ontology ids: what is filled in, what is a problem, what is only said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import pandas as pd
+import pytest
+
+from ingest.ontology import COLUMNS, resolve
+
+KNOWN = [*COLUMNS, *(f"{name}_ontology_term_id" for name in COLUMNS)]
+
+
+def obs(**columns: list[str]) -> pd.DataFrame:
+    return pd.DataFrame(columns)
+
+
+def test_labels_get_ids_by_name_by_exact_synonym_and_blind_to_case() -> None:
+    found = resolve(obs(cell_type=["B cell", "b lymphocyte", "unknown", "na"]), "homo_sapiens")
+    assert found.obs["cell_type_ontology_term_id"].tolist() == ["CL:0000236", "CL:0000236", "unknown", "unknown"]
+    assert found.obs["cell_type"].tolist() == ["B cell", "B cell", "unknown", "na"]
+    assert (found.problems, found.notes) == ([], [])
+
+
+def test_ids_get_labels_and_the_input_stays_as_it_was() -> None:
+    given = obs(tissue_ontology_term_id=["UBERON:0000178", "UBERON:0002048"])
+    found = resolve(given, "homo_sapiens")
+    assert found.obs["tissue"].tolist() == ["blood", "lung"]
+    assert found.obs["tissue_general"].tolist() == ["blood", "lung"]
+    assert list(given.columns) == ["tissue_ontology_term_id"]
+
+
+def test_words_that_everybody_uses_are_understood() -> None:
+    found = resolve(obs(sex=["F", "male"], disease=["healthy", "lung cancer"]), "homo_sapiens")
+    assert found.obs["sex_ontology_term_id"].tolist() == ["PATO:0000383", "PATO:0000384"]
+    assert found.obs["disease"].tolist() == ["normal", "lung cancer"]
+    assert found.obs["disease_ontology_term_id"].tolist() == ["PATO:0000461", "MONDO:0008903"]
+
+
+def test_a_typing_error_is_kept_and_the_nearest_term_offered() -> None:
+    found = resolve(obs(cell_type=["classical monocite"] * 3), "homo_sapiens")
+    assert found.obs["cell_type"].tolist() == ["classical monocite"] * 3
+    assert found.obs["cell_type_ontology_term_id"].tolist() == ["unknown"] * 3
+    assert "'classical monocite' (3 cells, did you mean 'classical monocyte'?)" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("column", "term", "organism", "said"),
+    [
+        ("cell_type", "CL:9999999", "homo_sapiens", "is no term of CL"),
+        ("cell_type", "UBERON:0000178", "homo_sapiens", "is not of CL"),
+        ("development_stage", "MmusDv:0000003", "homo_sapiens", "is not of HsapDv"),
+        ("development_stage", "HsapDv:0000087", "homo_sapiens", "is obsolete; use HsapDv:0000226"),
+        ("sex", "female", "homo_sapiens", "is not of PATO"),
+    ],
+)
+def test_a_wrong_id_is_a_problem_with_its_cells(column: str, term: str, organism: str, said: str) -> None:
+    found = resolve(pd.DataFrame({f"{column}_ontology_term_id": [term, term]}), organism)
+    assert len(found.problems) == 1
+    assert f"{column}_ontology_term_id: {term!r} (2 cells) {said}" in found.problems[0]
+
+
+def test_a_label_beside_a_wrong_id_helps() -> None:
+    found = resolve(obs(cell_type=["B cell"], cell_type_ontology_term_id=["CL:9999999"]), "homo_sapiens")
+    assert "'B cell' is CL:0000236" in found.problems[0]
+
+
+def test_several_terms_in_one_value_are_looked_up_one_by_one() -> None:
+    both = "MONDO:0008903 || MONDO:0005148"
+    found = resolve(obs(disease_ontology_term_id=[both]), "homo_sapiens")
+    assert found.obs["disease"].tolist() == ["lung cancer || type 2 diabetes mellitus"]
+    assert found.problems == []
+
+
+def test_stages_and_anatomy_are_those_of_the_organism() -> None:
+    mouse = resolve(obs(development_stage_ontology_term_id=["MmusDv:0000003"]), "mus_musculus")
+    assert mouse.problems == []
+    worm = resolve(obs(cell_type_ontology_term_id=["WBbt:0005062"]), "caenorhabditis_elegans")
+    assert worm.problems == []
+
+
+def test_published_files_are_judged_rightly(shared_data: Path) -> None:
+    def judged(path: Path) -> list[str]:
+        frame = anndata.read_h5ad(path, backed="r").obs.reset_index(drop=True)
+        organism = "mus_musculus" if "mouse" in path.name else "homo_sapiens"
+        return resolve(frame[[name for name in KNOWN if name in frame]], organism).problems
+
+    for path in [*(shared_data / "census-mini/h5ads").glob("*.h5ad"), shared_data / "cxg/example_valid.h5ad"]:
+        assert judged(path) == [], path.name
+    wrong = judged(shared_data / "cxg/example_invalid_CL.h5ad")
+    assert any("'CL:12312'" in problem for problem in wrong)
+    assert any("'EFO:0009922 (sci-plex)'" in problem for problem in wrong)
+    assert any("'PATO:0000461'" in problem and "is not of CL" in problem for problem in wrong)
