@@ -70,7 +70,7 @@ class FeatureMap:
 
 @lru_cache(maxsize=4)
 def gene_table(path: str) -> pd.DataFrame:
-    """Read a gene table (id, name, chromosome, length, type; no header), indexed by id.
+    """Read a gene table (id, name, version, length, type; no header), indexed by id.
 
     Raises:
         MissingError: It is not there.
@@ -82,9 +82,9 @@ def gene_table(path: str) -> pd.DataFrame:
         raise MissingError(f"{path}: no such gene table") from None
     if table.shape[1] != 5:
         raise InputRefused(
-            f"{path}: a gene table has 5 columns (id, name, chromosome, length, type), not {table.shape[1]}"
+            f"{path}: a gene table has 5 columns (id, name, version, length, type), not {table.shape[1]}"
         )
-    table.columns = pd.Index(["id", "name", "chromosome", "length", "type"])
+    table.columns = pd.Index(["id", "name", "version", "length", "type"])
     return table.drop_duplicates("id").set_index("id")
 
 

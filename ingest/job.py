@@ -44,7 +44,7 @@ class SourceSettings(Settings):
     genome: str = ""
     """Which of several genomes of a 10x file of Cell Ranger 2 is meant."""
     genes: str | None = None
-    """A table (csv, csv.gz; id, name, chromosome, length, type; no header) that maps symbols to Ensembl ids."""
+    """A table (csv, csv.gz; id, name, version, length, type; no header) that maps symbols to Ensembl ids."""
     hgnc: str | None = None
     """HGNC's complete set (txt, txt.gz): symbols that ``genes`` lacks are looked up among its previous and aliases."""
     peaks: str | None = None

@@ -163,9 +163,9 @@ def _named(job: JobSettings, limits: Limits) -> Iterator[_Dataset]:
     for given in job.source:
         try:
             sources = expand(given, job.schemes)
-        except SomaflowError as error:
+        except Exception as error:  # noqa: BLE001  one source's error is that source's outcome
             outcome = Outcome(given.uri, "")
-            outcome.refuse(str(error))
+            outcome.refuse(_reason(error), exit_code=_exit_code(error))
             yield _Dataset(given, "", outcome)
             continue
         for source in sources:
@@ -185,6 +185,8 @@ def _reason(error: Exception) -> str:
     cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
     if isinstance(cause, SomaflowError):
         return str(cause)
+    if isinstance(cause, ImportError):
+        return f"{cause} (this kind of address needs a library that is not installed with somaflow)"
     if isinstance(cause, ray.exceptions.WorkerCrashedError):
         return "the worker died again and again; is its memory enough? see worker_memory_mb"
     return f"{type(cause).__name__}: {cause}"

@@ -29,7 +29,7 @@ class Check:
 def validate(lake: Lake, progress: Callable[[str], None] = lambda name: None) -> list[Check]:
     """Check a lake's layout, joinids, counts, totals and snapshots; read-only, reads every count once."""
     checks: list[Check] = []
-    for step in (_layout, _obs, _var, _counts, _snapshots):
+    for step in (_layout, _obs, _var, _presence, _counts, _snapshots):
         progress(step.__name__.strip("_"))
         checks.extend(step(lake))
     return checks
@@ -85,6 +85,29 @@ def _var(lake: Lake) -> Iterator[Check]:
             found = int(var["nnz"].to_numpy().sum())
             problem = "" if found == promised else f"var counts {found} non-zeros, the commits {promised}"
             yield Check("feature totals", subject, problem)
+
+
+def _presence(lake: Lake) -> Iterator[Check]:
+    """Which dataset measures what: once per dataset and measurement, and once per dataset and feature."""
+    for organism in lake.organisms:
+        commits = _datasets(lake, organism)
+        rows = lake.measurement_presence(organism).to_pylist()
+        said = {
+            (row["dataset_id"], row["measurement"], row["layer"], row["obs_start"], row["obs_stop"]) for row in rows
+        }
+        promised = {
+            (one["dataset_id"], measurement, content.layer, one["obs_start"], one["obs_start"] + one["n_obs"])
+            for commit in commits
+            for one in [commit.dataset]
+            for measurement, content in commit.content.items()
+        }
+        problem = "" if said == promised else f"{len(said ^ promised)} rows differ from the commits"
+        yield Check("presence of measurements", organism, problem)
+        for measurement in lake.measurements(organism):
+            measuring = {commit.dataset["dataset_joinid"] for commit in commits if measurement in commit.content}
+            found = set(np.flatnonzero(np.diff(lake.presence(organism, measurement).indptr)).tolist())
+            problem = "" if found == measuring else f"{len(found ^ measuring)} datasets differ from the commits"
+            yield Check("presence of features", f"{organism}/{measurement}", problem)
 
 
 def _counts(lake: Lake) -> Iterator[Check]:

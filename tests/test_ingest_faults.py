@@ -109,12 +109,16 @@ def workers(what: str) -> list[psutil.Process]:
 
 
 class Shooting(threading.Thread):
-    """Kills one process of a kind after ``delay_s``, while something else runs, and looks at the lake all the time."""
+    """Kills one process of a kind after ``delay_s``, while something else runs, and looks at the lake all the time.
+
+    ``seen`` holds what it saw: cells in obs, cells that the commits promise.
+    """
 
     def __init__(self, uri: str, what: str, delay_s: float, pick: int) -> None:
         super().__init__(daemon=True)
         self.uri, self.what, self.delay_s, self.pick = uri, what, delay_s, pick
         self.killed = ""
+        self.seen: list[tuple[int, int]] = []
         self.over = threading.Event()
 
     def run(self) -> None:
@@ -126,6 +130,11 @@ class Shooting(threading.Thread):
                     target = targets[self.pick % len(targets)]
                     self.killed = " ".join(target.cmdline())[:60] or "?"
                     os.kill(target.pid, signal.SIGKILL)
+            if Path(self.uri, "somaflow/lake.json").exists():
+                lake = open_lake(self.uri)
+                promised = sum(commit.dataset["n_obs"] for commit in lake.current)
+                rows = lake.obs("homo_sapiens", columns=["dataset_id"]).num_rows if lake.organisms else 0
+                self.seen.append((rows, promised))
             time.sleep(0.02)
 
 
@@ -148,6 +157,8 @@ def test_killed_workers_and_readers_change_nothing_in_the_end(
         shooting.over.set()
         shooting.join()
         hits += bool(shooting.killed)
+        assert shooting.seen
+        assert all(rows == promised for rows, promised in shooting.seen), shooting.seen
         whole_commits_only(uri)
         if what == "ray::":
             assert [outcome.state for outcome in first] == ["committed"] * 3, (shooting.killed, first)

@@ -296,6 +296,30 @@ def test_a_census_and_its_source_files_agree(filled: Filled) -> None:
     assert {"kang-2000", "kang-reanalysis", "pbmc10k-rna", "mouse-embryo"} <= set(done)
 
 
+@pytest.mark.ray
+def test_a_census_that_says_something_else_of_a_dataset_replaces_it(
+    shared_data: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    lake = str(tmp_path / "lake")
+    census = SourceSettings(uri=str(shared_data / "census-mini/soma"), where="dataset_id == 'kang-reanalysis'")
+    part = census.model_copy(update={"where": "dataset_id == 'kang-reanalysis' and cell_type == 'B cell'"})
+    assert [outcome.state for outcome in run(JobSettings(lake=lake, source=(part,)))] == ["committed"]
+    few = open_lake(lake).obs("homo_sapiens").num_rows
+    (whole,) = run(JobSettings(lake=lake, source=(census,)))
+    assert (whole.state, whole.commit) == ("committed", 2), whole.error
+    (again,) = run(JobSettings(lake=lake, source=(census,)))
+    assert again.state == "present"
+    obs = open_lake(lake).obs("homo_sapiens")
+    assert obs.num_rows == whole.cells > few
+    assert not any(obs["is_primary_data"].to_pylist())
+    (file,) = run(
+        JobSettings(
+            lake=lake, source=(SourceSettings(uri=str(shared_data / "census-mini/h5ads/kang-reanalysis.h5ad")),)
+        )
+    )
+    assert "comes from census:kang-reanalysis" in file.error
+
+
 def _named_by_joinid(lake: Lake, dataset: str) -> dict[tuple[str, str], float]:
     """Non-zeros under the observation_joinid of each cell, which a Census has as its name of the cell."""
     obs = lake.obs("homo_sapiens", f"dataset_id == {dataset!r}", ["cell_id", "observation_joinid"]).to_pandas()
@@ -324,6 +348,8 @@ def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tm
     pd.DataFrame({"uri": ["a.h5ad"], "organism": ["mus_musculus"]}).to_parquet(tmp_path / "list.parquet")
     assert expand(SourceSettings(uri=str(tmp_path / "list.parquet")), SCHEMES)[0].organism == "mus_musculus"
     assert len(expand(SourceSettings(uri=str(shared_data / "census-mini/soma")), SCHEMES)) == 1
+    for far in ("gs://bucket/a.h5ad", "https://host/b.loom", "s3://bucket/c.h5mu"):
+        assert expand(SourceSettings(uri=far), SCHEMES)[0].uri == far
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import anndata
 import boto3
 import cellxgene_census
 import httpx
@@ -19,6 +20,7 @@ import s3fs
 import tiledbsoma
 from encoded import add_dataset, encoded_counts
 from fault_proxy import fault_proxy
+from local_server import local_server
 
 from ingest.dataset import OpenDataset
 from ingest.job import SourceSettings
@@ -30,6 +32,7 @@ from store.upkeep import collect, consolidate, vacuum
 from store.validate import validate
 from store.writer import LakeWriter
 
+ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.s3,
     pytest.mark.filterwarnings("ignore:Transforming to str index"),  # anndata, on the Census client's obs
@@ -42,13 +45,7 @@ pytestmark = [
 def bucket() -> Iterator[str]:
     """A bucket on a moto server of its own process; the environment points at it meanwhile."""
     patch = pytest.MonkeyPatch()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with local_server(lambda port: [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]) as url:
         for key, value in {
             "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": "test",
@@ -60,22 +57,11 @@ def bucket() -> Iterator[str]:
         context.tiledb_config.cache_clear()
         context.tiledb_context.cache_clear()
         s3fs.S3FileSystem.clear_instance_cache()
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            try:
-                httpx.get(url)
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
         boto3.client("s3").create_bucket(Bucket="lakes")
         yield "s3://lakes"
-    finally:
-        server.terminate()
-        server.wait(20)
         patch.undo()
         context.tiledb_config.cache_clear()
         context.tiledb_context.cache_clear()
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_lake_on_s3_is_written_read_proved_and_opens_in_the_census_client(bucket: str) -> None:
@@ -180,3 +166,18 @@ def test_files_on_s3_are_sources_like_local_ones(bucket: str, shared_data: Path)
         assert there.form.digest == here.form.digest
         assert (there.block("RNA", 5, 60) != here.block("RNA", 5, 60)).nnz == 0
         assert there.form.obs.index.equals(here.form.obs.index)
+
+
+def test_an_ingestion_reads_from_s3_and_writes_to_s3(bucket: str, shared_data: Path) -> None:
+    source = f"{bucket}/atlas/cells.h5ad"
+    s3fs.S3FileSystem().put_file(str(shared_data / "derived/pbmc68k_reduced_counts.h5ad"), source)
+    command = [sys.executable, "-m", "ingest", "run", f"{bucket}/atlas", "--lake", f"{bucket}/filled", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (dataset,) = json.loads(done.stdout)["datasets"]
+    assert (dataset["source"], dataset["state"], dataset["cells"]) == (source, "committed", 700)
+    lake = open_lake(f"{bucket}/filled")
+    assert [check for check in validate(lake) if check.problem] == []
+    expected = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad").X
+    assert lake.counts("homo_sapiens", "RNA", np.arange(700)).sum() == expected.sum()

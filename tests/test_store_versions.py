@@ -232,3 +232,39 @@ def test_a_beating_driver_elsewhere_is_waited_for(tmp_path: Path, monkeypatch: p
     held.release()
     with LakeWriter(str(tmp_path / "lake")):
         pass
+
+
+def test_no_flipped_bit_is_read_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    uri = tmp_path / "lake"
+    with LakeWriter(str(uri)) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30, "protein": 4})
+        add_dataset(writer, "b", 40, {"RNA": 30})
+
+    def seen() -> list[object]:
+        lake = open_lake(str(uri))
+        return [
+            lake.obs("homo_sapiens").to_pandas().to_csv(),
+            lake.var("homo_sapiens", "RNA").to_pandas().to_csv(),
+            lake.counts("homo_sapiens", "RNA", np.arange(100)).toarray().tolist(),
+            lake.datasets().to_pylist(),
+        ]
+
+    before = seen()
+    files = sorted(path for path in uri.rglob("*.tdb") if "__fragments" in path.parts and path.stat().st_size)
+    rng = np.random.default_rng(5)
+    found = 0
+    for number in range(60):
+        path = files[int(rng.integers(len(files)))]
+        good = path.read_bytes()
+        bad = bytearray(good)
+        bad[int(rng.integers(len(bad)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        try:
+            assert seen() == before, (number, path)
+        except (AssertionError, KeyboardInterrupt):
+            raise
+        except Exception:  # noqa: BLE001  an error of any kind is what is wanted: the flip was noticed
+            found += 1
+        finally:
+            path.write_bytes(good)
+    assert found > 20

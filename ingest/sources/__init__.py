@@ -75,6 +75,11 @@ def recognise(uri: str) -> str:
     raise InputRefused(f"{uri}: cannot tell what it is; a source is {KNOWN}; or say it with --set kind=KIND")
 
 
+def named_as_file(uri: str) -> bool:
+    """Say whether the name alone tells that ``uri`` is one file of a known kind; nothing is asked of any store."""
+    return any(re.search(pattern, uri.rstrip("/").rsplit("/", 1)[-1].lower()) for pattern, _ in BY_NAME)
+
+
 def folder_kind(uri: str) -> str:
     """Say what kind of dataset a folder is; empty when it is none."""
     filesystem, path = fsspec.core.url_to_fs(uri)

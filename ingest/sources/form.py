@@ -17,6 +17,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
+from store.errors import MissingError
 
 Rows = Callable[[int, int], scipy.sparse.csr_matrix]
 """Rows start to stop (exclusive) of a matrix, as the source holds them."""
@@ -114,7 +115,10 @@ def content_digest(*uris: str) -> str:
 def fingerprint(uri: str) -> str:
     """Return what changes when a file or folder is written to: sizes, times and the store's own tags of its files."""
     filesystem, path = fsspec.core.url_to_fs(uri)
-    found = filesystem.find(path, detail=True) if filesystem.isdir(path) else {path: filesystem.info(path)}
+    try:
+        found = filesystem.find(path, detail=True) if filesystem.isdir(path) else {path: filesystem.info(path)}
+    except FileNotFoundError:
+        raise MissingError(f"{uri}: no such file or folder") from None
     tags = [
         [
             name.removeprefix(path),
