@@ -42,6 +42,9 @@ SHARE = 0.6
 IDLE_S = 10.0
 """A child that nobody asks for so long ends, and gives back its memory; the next question starts another."""
 
+CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS}
+"""Ends after which a question is asked once more: libraries crash on sound files now and then, bad files always do."""
+
 SIZE = struct.Struct("<q")
 
 
@@ -165,12 +168,18 @@ class Reader:
             self._stop()
             self._start()
         self._opened_as = words.get("fingerprint", "")
-        try:
-            os.write(self._request, SIZE.pack(len(request)) + request)
-            header = json.loads(self._receive(deadline))
-            tables = {name: self._table(deadline) for name in header["tables"]}
-        except (BrokenPipeError, EOFError):
-            raise InputRefused(f"{self.source.uri}: {self._death()}") from None
+        for last_try in (False, True):
+            try:
+                os.write(self._request, SIZE.pack(len(request)) + request)
+                header = json.loads(self._receive(deadline))
+                tables = {name: self._table(deadline) for name in header["tables"]}
+                break
+            except (BrokenPipeError, EOFError):
+                if last_try or self._child.wait() not in CRASHES:
+                    raise InputRefused(f"{self.source.uri}: {self._death()}") from None
+                self._stop()
+                self._start()
+                self._opened_as = words.get("fingerprint", "")
         if "error" in header:
             kind = getattr(errors, header["error"], InputRefused)
             known = isinstance(kind, type) and issubclass(kind, SomaflowError)

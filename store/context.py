@@ -29,6 +29,7 @@ def tiledb_config() -> dict[str, Any]:
     config: dict[str, Any] = {
         "soma.init_buffer_bytes": BUFFER_BYTES,
         "sm.mem.reader.sparse_global_order.ratio_array_data": 0.3,
+        "sm.mem.malloc_trim": "false",  # giving pages back after each query makes the next one fault them in again
         "vfs.s3.connect_max_tries": 10,
     }
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

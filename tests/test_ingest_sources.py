@@ -126,7 +126,7 @@ def test_all_come_in_or_are_refused_for_a_reason_and_the_lake_is_proved(
 ) -> None:
     lake, done = filled
     refused = {name: outcome.error for name, outcome in done.items() if outcome.error}
-    assert list(refused) == ["two genomes"]
+    assert list(refused) == ["two genomes"], refused
     assert "choose one with genome=NAME" in refused["two genomes"]
     assert [check for check in validate(lake) if check.problem] == []
 

@@ -17,7 +17,7 @@ from ingest.sources.form import Part, SourceDataset
 from store.errors import InputRefused, StorageError, UsageError
 from store.schema import DATASET_INFO, OBS_DEFAULTS, ORGANISMS
 
-BUFFERS = {"soma.init_buffer_bytes": 2**22, "sm.mem.total_budget": 2**28}
+BUFFERS = {"soma.init_buffer_bytes": 2**22, "sm.mem.total_budget": 2**28, "sm.mem.malloc_trim": "false"}
 """What a read holds of each column before it hands a part over; the client's own gigabyte is too much for a worker."""
 
 
