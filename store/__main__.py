@@ -265,15 +265,15 @@ def snapshot_create(
 @snapshots.command("list")
 def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
     """List a lake's snapshots."""
-    opened = [snapshot.open_snapshot(lake, name) for name in snapshot.list_snapshots(open_lake(lake).uri)]
+    found = [snapshot.read_manifest(lake, name) for name in snapshot.list_snapshots(open_lake(lake).uri)]
     if json:
-        answer("store-snapshots/v1", snapshots=[item.manifest for item in opened])
+        answer("store-snapshots/v1", snapshots=found)
         return
     _print_table(
         ("snapshot", "cells", "measurements", "commit", "created"),
         [
-            (s.name, f"{s.n_cells:,}", ",".join(s.measurements), s.manifest["commit"], s.manifest["created"])
-            for s in opened
+            (one["name"], f"{one['n_cells']:,}", ",".join(one["measurements"]), one["commit"], one["created"])
+            for one in found
         ],
     )
 
@@ -281,7 +281,7 @@ def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
 @snapshots.command("show")
 def snapshot_show(name: NameArgument, lake: LakeOption = "lake", json: JsonOption = False) -> None:
     """Show a snapshot's manifest: query, commit, seed, splits, vocabulary hashes, checksums, versions."""
-    manifest = snapshot.open_snapshot(lake, name).manifest
+    manifest = snapshot.read_manifest(lake, name)
     if json:
         answer("store-snapshot/v1", **manifest)
     else:

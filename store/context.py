@@ -84,3 +84,11 @@ def storage(uri: str) -> Iterator[None]:
 def tiledb_context() -> tiledb.Ctx:
     """Return the process's TileDB context for reading arrays without SOMA's copies."""
     return tiledb.Ctx({key: value for key, value in tiledb_config().items() if not key.startswith("soma.")})
+
+
+@cache
+def reading_context(threads: int) -> tiledb.Ctx:
+    """Return a context whose queries use ``threads`` threads of TileDB's own, for callers that bring their threads."""
+    levels = {"sm.compute_concurrency_level": str(threads), "sm.io_concurrency_level": str(threads)}
+    config = {key: value for key, value in tiledb_config().items() if not key.startswith("soma.")}
+    return tiledb.Ctx({**config, **levels})

@@ -330,13 +330,18 @@ def table_options(schema: pa.Schema, index: str = "soma_joinid") -> dict[str, An
     }
 
 
-def vector_options(tile: int, level: int = 1) -> dict[str, Any]:
-    """Return the TileDB create options of a one-dimensional dense array of numbers."""
+def vector_options(tile: int, bytes_each: int, *, quick: bool = False) -> dict[str, Any]:
+    """Return the TileDB create options of a one-dimensional dense array of numbers of so many bytes.
+
+    ``quick`` packs with LZ4, which suits numbers that zstd packs little better and unpacks slower.
+    """
+    shuffle = ["ByteShuffleFilter"] if bytes_each > 1 else []
+    packing = {"_type": "LZ4Filter", "level": -1} if quick else {"_type": "ZstdFilter", "level": 1}
     return {
         "tiledb": {
             "create": {
                 "dims": {"soma_dim_0": {"tile": tile, "filters": [_CHECKSUM]}},
-                "attrs": {"soma_data": {"filters": _zstd(level, "ByteShuffleFilter")}},
+                "attrs": {"soma_data": {"filters": [*shuffle, packing, _CHECKSUM]}},
             }
         }
     }

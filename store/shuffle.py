@@ -52,7 +52,8 @@ def build(lake: Lake, name: str, uri: str, settings: SnapshotSettings, progress:
     """Build the snapshot at ``uri``, the manifest last; leavings of a killed build are removed first."""
     cells = _chosen_cells(lake, settings)
     measurements = _chosen_measurements(cells, settings)
-    order = np.random.default_rng([settings.seed, 0]).permutation(cells.num_rows)
+    split_C = _splits(cells, settings)
+    order, split_rows = _order(split_C, settings)
     records.remove(uri)
     with tiledbsoma.Collection.create(uri, context=soma_context()) as root:
         root.metadata["somaflow_snapshot_format"] = snapshot.FORMAT
@@ -64,10 +65,9 @@ def build(lake: Lake, name: str, uri: str, settings: SnapshotSettings, progress:
             spill.fill(lake, cells, progress)
             entries[measurement] = _write_measurement(lake, uri, spill, order, datasets, progress)
             spill.remove()
-    shuffled = cells.take(pa.array(order))
-    split = _splits(shuffled, settings)
-    _write_cells(uri, shuffled, split)
-    _write_manifest(lake, name, uri, settings, datasets, entries, split)
+    names = np.array(list(settings.fractions), dtype=object)
+    _write_cells(uri, cells.take(pa.array(order)), names[split_C[order]].tolist())
+    _write_manifest(lake, name, uri, settings, datasets, entries, split_rows)
 
 
 def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
@@ -187,14 +187,14 @@ def _write_measurement(
     var = [spill.var[slot] for slot in kept]
     nnz = int(spill.nnz_C.sum())
     feature_type = np.uint16 if len(var) <= 2**16 else np.uint32
-    count_type = np.float32 if not spill.integral else np.uint16 if spill.largest < 2**16 else np.uint32
+    count_type = np.float32 if not spill.integral else np.min_scalar_type(int(spill.largest)).type
     with tiledbsoma.Collection.open(uri, "w", context=soma_context()) as root:
         member = root.add_new_collection(name)
         sums = {key: Checksum() for key in ("indptr", "features", "counts")}
         indptr = np.concatenate([[0], np.cumsum(spill.nnz_C[order])]).astype(np.int64)
         vectors = {
             "indptr": _new_vector(member, "indptr", np.int64, len(indptr), tile=2**14),
-            "features": _new_vector(member, "features", feature_type, nnz),
+            "features": _new_vector(member, "features", feature_type, nnz, quick=True),
             "counts": _new_vector(member, "counts", count_type, nnz),
         }
         _write_vector(vectors["indptr"], 0, indptr, sums["indptr"])
@@ -219,12 +219,14 @@ def vocabulary_hash(measurement: str, feature_ids: list[str], organisms: list[st
     return hashlib.sha256(json.dumps([measurement, feature_ids, organisms]).encode()).hexdigest()
 
 
-def _new_vector(member: Any, name: str, dtype: type[np.generic], length: int, tile: int = TILE_ELEMENTS) -> Any:
+def _new_vector(
+    member: Any, name: str, dtype: type[np.generic], length: int, tile: int = TILE_ELEMENTS, *, quick: bool = False
+) -> Any:
     return member.add_new_dense_ndarray(
         name,
         type=pa.from_numpy_dtype(np.dtype(dtype)),
         shape=(max(1, length),),
-        platform_config=schema.vector_options(tile),
+        platform_config=schema.vector_options(tile, np.dtype(dtype).itemsize, quick=quick),
     )
 
 
@@ -288,9 +290,9 @@ def _write_presence(
         )
 
 
-def _splits(cells: pa.Table, settings: SnapshotSettings) -> list[str]:
-    """Choose each cell's split, by cell or by whole groups."""
-    names, edges = list(settings.fractions), np.cumsum(list(settings.fractions.values()))
+def _splits(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int64]:
+    """Choose each cell's split (its number among the settings'), by cell or by whole groups."""
+    edges = np.cumsum(list(settings.fractions.values()))
     if not settings.split_by:
         draws = np.random.default_rng([settings.seed, 1]).random(cells.num_rows)
     elif settings.split_by not in snapshot.LABELS:
@@ -299,7 +301,20 @@ def _splits(cells: pa.Table, settings: SnapshotSettings) -> list[str]:
         labels = [str(label) for label in cells[settings.split_by].to_pylist()]
         draw_of = {label: _draw(settings.seed, label) for label in set(labels)}
         draws = np.array([draw_of[label] for label in labels])
-    return [names[min(slot, len(names) - 1)] for slot in np.searchsorted(edges, draws, side="right")]
+    return np.minimum(np.searchsorted(edges, draws, side="right"), len(edges) - 1).astype(np.int64)
+
+
+def _order(
+    split_C: NDArray[np.int64], settings: SnapshotSettings
+) -> tuple[NDArray[np.int64], dict[str, tuple[int, int]]]:
+    """Return the cell of each row, shuffled within each split, and the rows (first, behind the last) of each split.
+
+    A split's rows lie together, so that streaming it reads nothing else.
+    """
+    shuffled = np.random.default_rng([settings.seed, 0]).permutation(len(split_C))
+    order = shuffled[np.argsort(split_C[shuffled], kind="stable")]
+    ends = np.cumsum(np.bincount(split_C, minlength=len(settings.fractions))).tolist()
+    return order, {name: (start, end) for name, start, end in zip(settings.fractions, [0, *ends], ends, strict=False)}
 
 
 def _draw(seed: int, label: str) -> float:
@@ -334,13 +349,14 @@ def _write_manifest(
     settings: SnapshotSettings,
     datasets: list[str],
     entries: dict[str, Any],
-    split: list[str],
+    split_rows: dict[str, tuple[int, int]],
 ) -> None:
     manifest: dict[str, Any] = {
         "format": snapshot.FORMAT,
         "name": name,
-        "n_cells": len(split),
-        "splits": {key: split.count(key) for key in settings.fractions},
+        "n_cells": max(stop for _, stop in split_rows.values()),
+        "splits": {key: stop - start for key, (start, stop) in split_rows.items()},
+        "split_rows": {key: list(rows) for key, rows in split_rows.items()},
         "measurements": entries,
         "datasets": datasets,
         "settings": settings.model_dump(mode="json"),

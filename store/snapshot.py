@@ -25,17 +25,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import tiledb
+import tiledb.libtiledb
 import tiledbsoma
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from store import records, schema
-from store.context import soma_context, tiledb_context
+from store.context import reading_context, soma_context
 from store.errors import MissingError, UsageError, VerificationError
 from store.lake import open_lake
 from store.settings import Settings
 
-FORMAT = 1
+FORMAT = 2
+READING_THREADS = 1
+"""TileDB's threads for one read: callers read from several threads of their own."""
 MANIFEST = "snapshot.json"
 LABELS = (
     "dataset_id",
@@ -87,11 +90,17 @@ class SnapshotSettings(Settings):
 
 @dataclass(frozen=True)
 class CSRBlock:
-    """Consecutive rows of one measurement: row i holds features[indptr[i]:indptr[i + 1]] and their counts."""
+    """Consecutive rows of one measurement: row i holds features[indptr[i]:indptr[i + 1]] and their counts.
+
+    Attributes:
+        indptr: int64, one longer than there are rows, beginning with 0.
+        features: Positions in the vocabulary, ascending in a row; uint16 or uint32, as stored.
+        counts: uint8, uint16, uint32 or float32, as stored.
+    """
 
     indptr: NDArray[np.int64]
-    features: NDArray[np.int32]
-    counts: NDArray[np.float32]
+    features: NDArray[Any]
+    counts: NDArray[Any]
 
 
 def snapshot_uri(lake_uri: str, name: str) -> str:
@@ -136,6 +145,22 @@ def open_snapshot(lake_uri: str, name: str) -> Snapshot:
 
     Raises:
         MissingError: The lake has no such snapshot; the message lists those that it has.
+        UsageError: It was made in another format.
+    """
+    manifest = read_manifest(lake_uri, name)
+    if manifest["format"] != FORMAT:
+        raise UsageError(
+            f"{snapshot_uri(lake_uri, name)}: was made in format {manifest['format']}, this version reads format "
+            f"{FORMAT}; make it again: python -m store snapshot delete {name} --lake {lake_uri}, then create it"
+        )
+    return Snapshot(records.absolute(lake_uri), name, manifest)
+
+
+def read_manifest(lake_uri: str, name: str) -> dict[str, Any]:
+    """Return a snapshot's manifest, whatever its format.
+
+    Raises:
+        MissingError: The lake has no such snapshot; the message lists those that it has.
     """
     manifest = records.read(records.join(snapshot_uri(lake_uri, name), MANIFEST))
     if manifest is None:
@@ -145,7 +170,7 @@ def open_snapshot(lake_uri: str, name: str) -> Snapshot:
             f"{lake_uri}: no snapshot {name!r} (snapshots here: {known}); make it with: "
             f"python -m store snapshot create {name} --lake {lake_uri}"
         )
-    return Snapshot(records.absolute(lake_uri), name, manifest)
+    return manifest
 
 
 def list_snapshots(lake_uri: str) -> list[str]:
@@ -160,7 +185,8 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
     Raises:
         MissingError: There is none of this name.
     """
-    uri = open_snapshot(lake_uri, name).uri
+    read_manifest(lake_uri, name)
+    uri = snapshot_uri(lake_uri, name)
     records.remove(records.join(uri, MANIFEST))
     records.remove(uri)
 
@@ -176,6 +202,7 @@ class Snapshot:
         self.n_cells: int = manifest["n_cells"]
         self.measurements: tuple[str, ...] = tuple(manifest["measurements"])
         self.datasets: tuple[str, ...] = tuple(manifest["datasets"])
+        self.split_rows: dict[str, tuple[int, int]] = {key: (a, b) for key, (a, b) in manifest["split_rows"].items()}
         self.seed: int = manifest["settings"]["seed"]
         self.commit_id: str = manifest["commit_id"]
         self.lake_timestamp: int = manifest["lake_timestamp"]
@@ -223,39 +250,82 @@ class Snapshot:
             UsageError: Unknown measurement or rows outside the snapshot.
             VerificationError: The stored bytes are damaged.
         """
+        indptr = self.indptr(measurement, start, stop)
+        first, last = int(indptr[0]), int(indptr[-1])
+        features, counts = (np.empty(last - first, self.dtype(measurement, name)) for name in ("features", "counts"))
+        self.read_into(measurement, first, features, counts)
+        return CSRBlock(indptr - first, features, counts)
+
+    def indptr(self, measurement: str, start: int, stop: int) -> NDArray[np.int64]:
+        """Return where rows ``start`` to ``stop`` (exclusive) begin among all values, and where the last one ends.
+
+        Raises:
+            UsageError: Unknown measurement or rows outside the snapshot.
+            VerificationError: The stored bytes are damaged.
+        """
         self._know(measurement)
         if not 0 <= start <= stop <= self.n_cells:
             raise UsageError(f"{self.uri}: rows {start} to {stop} are outside 0 to {self.n_cells}")
-        indptr = self._read(measurement, "indptr", start, stop + 1).astype(np.int64)
-        first, last = int(indptr[0]), int(indptr[-1])
-        return CSRBlock(
-            indptr=indptr - first,
-            features=self._read(measurement, "features", first, last).astype(np.int32),
-            counts=self._read(measurement, "counts", first, last).astype(np.float32),
-        )
+        out = np.empty(stop + 1 - start, np.int64)
+        self._read(measurement, "indptr", start, out)
+        if np.any(np.diff(out) < 0):
+            raise self._damaged(f"{measurement}/indptr", start, stop, "rows end before they begin")
+        return out
+
+    def dtype(self, measurement: str, member: str) -> np.dtype[Any]:
+        """Return how ``features`` or ``counts`` are stored."""
+        self._know(measurement)
+        return np.dtype(self._array(measurement, member).attr("soma_data").dtype)
+
+    def read_into(self, measurement: str, start: int, features: NDArray[Any], counts: NDArray[Any]) -> None:
+        """Fill both arrays with the values from ``start`` on; they are contiguous and of the stored types.
+
+        Threads may call this at the same time; nothing but the arrays is allocated for long.
+
+        Raises:
+            VerificationError: The stored bytes are damaged.
+        """
+        self._read(measurement, "features", start, features)
+        self._read(measurement, "counts", start, counts)
+        n_features = self.manifest["measurements"][measurement]["n_features"]
+        if len(features) and features.max() >= n_features:
+            stop = start + len(features)
+            raise self._damaged(f"{measurement}/features", start, stop, f"a feature is beyond {n_features - 1}")
 
     def _know(self, measurement: str) -> None:
         if measurement not in self.measurements:
             known = ", ".join(self.measurements)
             raise UsageError(f"{self.uri}: no measurement {measurement!r}; measurements: {known}")
 
-    def _read(self, measurement: str, member: str, start: int, stop: int) -> NDArray[Any]:
-        array = self._array(measurement, member)
-        if stop <= start:
-            return np.empty(0, dtype=array.attr("soma_data").dtype)
+    def _read(self, measurement: str, member: str, start: int, out: NDArray[Any]) -> None:
+        if len(out) == 0:
+            return
+        array, context = self._array(measurement, member), reading_context(READING_THREADS)
         try:
-            return np.asarray(array.query(attrs=["soma_data"])[start:stop]["soma_data"])
+            query = tiledb.libtiledb.Query(context, tiledb.libtiledb.Array(context, array))
+            query.layout = tiledb.libtiledb.LayoutType.ROW_MAJOR
+            wanted = tiledb.Subarray(array, context)
+            wanted.add_dim_range(0, (start, start + len(out) - 1))
+            query.set_subarray(wanted)
+            query.set_data_buffer("soma_data", out, len(out))
+            query._submit()
+            whole = query.query_status() == tiledb.libtiledb.QueryStatus.COMPLETE
         except tiledb.TileDBError as error:
-            raise VerificationError(
-                f"{self.uri}/{measurement}/{member}: elements {start} to {stop} cannot be read ({error}); the stored "
-                "bytes are damaged: delete the snapshot and make it again"
-            ) from error
+            raise self._damaged(f"{measurement}/{member}", start, start + len(out), str(error)) from error
+        if not whole:
+            raise self._damaged(f"{measurement}/{member}", start, start + len(out), "fewer values came than were asked")
+
+    def _damaged(self, member: str, start: int, stop: int, why: str) -> VerificationError:
+        return VerificationError(
+            f"{self.uri}/{member}: elements {start} to {stop} cannot be read ({why}); the stored bytes are damaged: "
+            "delete the snapshot and make it again"
+        )
 
     def _array(self, measurement: str, member: str) -> tiledb.Array:
         key = (measurement, member)
         with self._opening:
             if key not in self._arrays:
-                self._arrays[key] = tiledb.open(records.join(self.uri, *key), ctx=tiledb_context())
+                self._arrays[key] = tiledb.open(records.join(self.uri, *key), ctx=reading_context(READING_THREADS))
             return self._arrays[key]
 
     def verify(self) -> None:
@@ -270,8 +340,11 @@ class Snapshot:
             for member, expected in entry["sha256"].items():
                 length = {"indptr": self.n_cells + 1}.get(member, entry["nnz"])
                 checksum = Checksum()
+                kind = self._array(measurement, member).attr("soma_data").dtype
                 for start in range(0, length, 2**22):
-                    checksum.add(self._read(measurement, member, start, min(start + 2**22, length)))
+                    part = np.empty(min(2**22, length - start), kind)
+                    self._read(measurement, member, start, part)
+                    checksum.add(part)
                 if checksum.hex() != expected:
                     raise VerificationError(
                         f"{self.uri}/{measurement}/{member}: content differs from the manifest's checksum; delete the "

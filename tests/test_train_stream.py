@@ -79,7 +79,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer(
     def broken(self: Snapshot, *where: object) -> None:
         raise VerificationError("RNA/counts: damaged")
 
-    monkeypatch.setattr(Snapshot, "block", broken)
+    monkeypatch.setattr(Snapshot, "read_into", broken)
     with pytest.raises(VerificationError, match="damaged"):
         next(stream(snapshot).epoch(0))
 

@@ -7,6 +7,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,33 @@ NUMBERS = ("time", "dose")
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Rows that lie anywhere in a buffer: row i holds features[starts[i]:starts[i] + lengths[i]] and their counts."""
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    features: NDArray[Any]
+    counts: NDArray[Any]
+
+
+@dataclass(frozen=True)
 class Csr:
-    """Ragged rows: row i holds features[indptr[i]:indptr[i + 1]] and their counts."""
+    """Ragged rows: row i holds features[indptr[i]:indptr[i + 1]] and their counts.
+
+    Attributes:
+        indptr: int64, one longer than there are rows.
+        features: Integers; a snapshot gives them as stored, uint16 or uint32.
+        counts: Numbers; a snapshot gives them as stored, uint8, uint16, uint32 or float32.
+    """
 
     indptr: NDArray[np.int64]
-    features: NDArray[np.int32]
-    counts: NDArray[np.float32]
+    features: NDArray[Any]
+    counts: NDArray[Any]
+
+    @property
+    def spans(self) -> Spans:
+        """The same rows, nothing copied."""
+        return Spans(self.indptr[:-1], np.diff(self.indptr), self.features, self.counts)
 
     def take(self, rows: NDArray[np.int64]) -> Csr:
         """Return these rows, in this order."""

@@ -140,16 +140,12 @@ class Run:
     def _shares(self) -> dict[str, torch.Tensor]:
         """Return each feature's share of the counts of the first training rows, with half a count for all."""
         shares = {}
-        stop = min(int(self.stream.rows[-1]) + 1, BASELINE_CELLS)
-        training = torch.from_numpy(self.labels.split[:stop] == self.settings.data.split)
+        first = self.stream.first_row
+        stop = min(first + self.stream.plan.n_rows, first + BASELINE_CELLS)
         for name, part in self.vocabulary.items():
-            block = self.snapshot.block(name, 0, stop)
-            per_row = torch.from_numpy(block.indptr[1:] - block.indptr[:-1])
-            kept = torch.repeat_interleave(training, per_row)
+            block = self.snapshot.block(name, first, stop)
             counts = torch.full((len(part.feature_id),), 0.5, dtype=torch.float64)
-            counts.index_add_(
-                0, torch.from_numpy(block.features).long()[kept], torch.from_numpy(block.counts).double()[kept]
-            )
+            counts.index_add_(0, torch.from_numpy(block.features).long(), torch.from_numpy(block.counts).double())
             shares[name] = (counts / counts.sum()).float()
         return shares
 
@@ -278,7 +274,7 @@ class Run:
     def evaluate(self) -> float:
         """Return the mean loss on the test split, over at most ``EVALUATION_STEPS`` batches; NaN when there is none."""
         split = self.settings.data.test_split
-        if not split or not (self.labels.split == split).any():
+        if not self.snapshot.manifest["splits"].get(split):
             return math.nan
         stream = self._stream(split)
         steps = min(stream.plan.steps_per_epoch, EVALUATION_STEPS)

@@ -55,6 +55,10 @@ class SamplePlan:
         """Return the rows of one window of an epoch, in the order in which they are used."""
         return _window_order(self, epoch, number)
 
+    def window_blocks(self, epoch: int, number: int) -> NDArray[np.int64]:
+        """Return the numbers of the blocks of one window of an epoch."""
+        return _block_order(self, epoch)[number * self.window : (number + 1) * self.window]
+
     def batch(self, global_step: int) -> NDArray[np.int64]:
         """Return the rows of a step, over all ranks."""
         epoch, step = self.epoch_of(global_step)

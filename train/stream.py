@@ -1,4 +1,6 @@
-"""This module streams a snapshot's cells in the order of the sample plan; a thread reads ahead by one window.
+"""This module streams a snapshot's cells, ragged or as tokens, in the order of the sample plan.
+
+Stages overlap: threads decode the windows to come, others make the batches to come, the consumer takes them in order.
 
 Shape letters used in this module:
     C  cells      D  datasets      G  features of a measurement      T  targets of a perturbation
@@ -6,9 +8,14 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,8 +24,16 @@ from numpy.typing import NDArray
 from store.errors import UsageError
 from store.schema import measured_column
 from store.snapshot import Snapshot
-from train.cells import NUMBERS, PROMPTS, Cells, Csr
+from train import kernels
+from train.cache import BlockCache
+from train.cells import NUMBERS, PROMPTS, Cells, Csr, Spans
 from train.plan import SamplePlan
+from train.reader import SLOTS, Reader, Slot, Window
+from train.tokens import TokenSettings, fast_tokens, make_tokens
+
+MEMORY_BYTES = 512 * 2**20
+CACHE_BYTES = 50 * 2**30
+BATCHES_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,6 @@ class Labels:
     numbers: dict[str, NDArray[np.float32]]
     measured: dict[str, NDArray[np.bool_]]
     panel: NDArray[np.int32]
-    split: NDArray[np.object_]
 
 
 NOT_SAID = {"", "unknown", "na", "nan"}
@@ -66,7 +80,6 @@ def read_labels(snapshot: Snapshot, learned: str | None = None) -> Labels:
         numbers={name: cells[name].to_numpy(np.float32) for name in NUMBERS},
         measured={name: cells[measured_column(name)].to_numpy(bool) for name in snapshot.measurements},
         panel=_codes(cells["dataset_id"], list(snapshot.datasets)),
-        split=cells["split"].to_numpy(object),
     )
 
 
@@ -77,8 +90,34 @@ def _codes(column: pd.Series, values: list[str]) -> NDArray[np.int32]:
 class Stream:
     """One split of a snapshot as batches of cells.
 
-    ``for cells in Stream(open_snapshot(lake, name), batch=64).epoch(0): ...`` is all that a plain script needs. The
-    only state is the number of the step.
+    ::
+
+        stream = Stream(open_snapshot(lake, name), batch=256, tokens=TokenSettings(budget=2048))
+        for tokens in stream.epoch(0, rank=rank, world=world):
+            ...
+
+    The only state is the number of the next step: ``state_dict()`` and ``load_state_dict()`` carry it, and any number
+    of ranks goes on where any other stopped.
+
+    Args:
+        snapshot: What is streamed.
+        batch: Cells of a step, over all ranks.
+        seed: Decides the order, and the chances of tokens.
+        split: The split.
+        tokens: How cells become :class:`~train.tokens.Tokens`, by chance as training needs it; without it batches are
+            ragged :class:`~train.cells.Cells`.
+        measurements: Which measurements; all when left out.
+        block: Consecutive rows that are read together.
+        window: Blocks whose rows are mixed.
+        threads: Threads that decode, and as many that make batches.
+        memory_bytes: Most that decoded windows may take.
+        cache: A folder for decoded blocks, or a cache that several streams share: from the second epoch on nothing is
+            decoded.
+        cache_bytes: What that folder may hold.
+        labels: What is said of the cells, if it was read before.
+
+    Raises:
+        UsageError: No cell is in the split, a measurement is unknown, or a batch is larger than a window.
     """
 
     def __init__(
@@ -86,46 +125,142 @@ class Stream:
         snapshot: Snapshot,
         *,
         batch: int,
+        tokens: TokenSettings | None = None,
         seed: int = 0,
         split: str = "train",
+        measurements: Sequence[str] | None = None,
         block: int = 1024,
-        window: int = 16,
+        window: int = 8,
+        threads: int = 2,
+        memory_bytes: int = MEMORY_BYTES,
+        cache: str | Path | BlockCache | None = None,
+        cache_bytes: int = CACHE_BYTES,
         labels: Labels | None = None,
     ) -> None:
         self.snapshot = snapshot
-        self.labels = labels or read_labels(snapshot)
-        self.rows = np.flatnonzero(self.labels.split == split)
-        if len(self.rows) == 0:
-            known = ", ".join(sorted(set(self.labels.split)))
+        first, stop = snapshot.split_rows.get(split, (0, 0))
+        if first == stop:
+            known = ", ".join(name for name, (a, b) in sorted(snapshot.split_rows.items()) if b > a)
             raise UsageError(f"{snapshot.uri}: no cell is in split {split!r}; splits with cells: {known}")
-        self.plan = SamplePlan(len(self.rows), batch, seed, block, window)
+        unknown = sorted(set(measurements or ()) - set(snapshot.measurements))
+        if unknown:
+            known = ", ".join(snapshot.measurements)
+            raise UsageError(f"{snapshot.uri}: no measurement {unknown[0]!r}; measurements: {known}")
+        self.measurements = tuple(measurements or snapshot.measurements)
+        self.first_row = first
+        self.plan = SamplePlan(stop - first, batch, seed, block, window)
+        if min(batch, self.plan.n_rows) > self.plan.window_rows:
+            raise UsageError(
+                f"a batch of {batch:,} cells is larger than a window of {self.plan.window_rows:,} (block times window)"
+            )
+        self.tokens = tokens
+        self.threads, self.memory_bytes = threads, memory_bytes
+        self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
+        self.labels = labels or read_labels(snapshot)
+        self.step = 0
+        self._offsets = _offsets(snapshot, self.measurements)
+        self._room = _Room()
+        self._slots: list[list[Slot]] = []
 
-    def epoch(self, epoch: int, *, rank: int = 0, world: int = 1, start: int = 0) -> Iterator[Cells]:
-        """Yield one rank's share of every step of an epoch, from step ``start`` of it."""
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_room", "_slots")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _room=_Room(), _slots=[])
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The split's rows in the snapshot."""
+        return np.arange(self.first_row, self.first_row + self.plan.n_rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands: the next step and what its number means."""
+        plan = self.plan
+        return {
+            "step": self.step,
+            "snapshot_id": self.snapshot.id,
+            "n_rows": plan.n_rows,
+            "global_batch": plan.global_batch,
+            "seed": plan.seed,
+            "block": plan.block,
+            "window": plan.window,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another stream stood, at any number of ranks.
+
+        Raises:
+            UsageError: It streamed other cells or in another order; the message says what differs.
+        """
+        for key, mine in self.state_dict().items():
+            if key != "step" and state[key] != mine:
+                raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
+        self.step = int(state["step"])
+
+    def epoch(self, epoch: int, *, rank: int = 0, world: int = 1, start: int | None = None) -> Iterator[Any]:
+        """Yield one rank's share of every step of an epoch: Cells, or Tokens where the stream has settings for them.
+
+        It begins with step ``start`` of the epoch; left out, with the step at which the stream stands if that is in
+        this epoch, else with the first.
+        """
         first = epoch * self.plan.steps_per_epoch
-        yield from self.steps(first + start, first + self.plan.steps_per_epoch, rank=rank, world=world)
+        stop = first + self.plan.steps_per_epoch
+        if start is None:
+            start = self.step - first if first <= self.step < stop else 0
+        yield from self.steps(first + start, stop, rank=rank, world=world)
 
-    def steps(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[Cells]:
+    def steps(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[Any]:
         """Yield one rank's share of global steps ``start`` to ``stop`` (exclusive), over epoch borders.
 
         A share may be empty when a last batch has fewer rows than there are ranks.
+
+        Raises:
+            VerificationError: The snapshot's stored bytes are damaged.
+            UsageError: Windows take more memory than is allowed.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-            held: dict[tuple[int, int], Future[_Window]] = {}
+        slots = self._slots.pop() if self._slots else [Slot() for _ in range(SLOTS)]
+        reader = Reader(
+            self.snapshot,
+            self.measurements,
+            threads=self.threads,
+            memory_bytes=self.memory_bytes,
+            slots=slots,
+            cache=self.cache,
+        )
+        makers = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-batch")
+        windows: dict[tuple[int, int], Future[Window]] = {}
+        batches: deque[Future[Any]] = deque()
 
-            def window(key: tuple[int, int]) -> Future[_Window]:
-                if key not in held:
-                    held[key] = reader.submit(self._read_window, *key)
-                return held[key]
+        def ask(key: tuple[int, int]) -> None:
+            if key not in windows:
+                windows[key] = reader.ask(self._blocks(*key))
 
+        def submit(step: int) -> None:
+            needed = self._windows(step)
+            for key in needed:
+                ask(key)
+            if step + 1 < stop:
+                ask(self._behind(needed[-1]))
+            batches.append(makers.submit(self._make, [windows[key] for key in needed], step, rank, world))
+
+        try:
+            for step in range(start, min(start + BATCHES_AHEAD, stop)):
+                submit(step)
             for step in range(start, stop):
-                needed = self._windows(step)
-                for key in needed:
-                    window(key)
-                window(self._behind(needed[-1]))
-                yield self._share([window(key).result() for key in needed], step, rank, world)
-                for key in [key for key in held if key < needed[-1]]:
-                    del held[key]
+                batch = batches.popleft().result()
+                following = self._windows(step + 1)[0]
+                for key in [key for key in windows if key < following]:
+                    reader.give_back(windows.pop(key).result())
+                if step + BATCHES_AHEAD < stop:
+                    submit(step + BATCHES_AHEAD)
+                self.step = step + 1
+                yield batch
+        finally:
+            for waiting in windows.values():
+                waiting.cancel()
+            makers.shutdown(wait=True, cancel_futures=True)
+            reader.close()
+            self._slots.append(slots)
 
     def _windows(self, step: int) -> list[tuple[int, int]]:
         epoch, number = self.plan.epoch_of(step)
@@ -137,46 +272,94 @@ class Stream:
         epoch, number = key
         return (epoch, number + 1) if number + 1 < self.plan.n_windows else (epoch + 1, 0)
 
-    def _read_window(self, epoch: int, number: int) -> _Window:
-        """Read the blocks of a window; neighbouring rows of the split that lie together come in one read."""
-        positions = np.sort(self.plan.window_order(epoch, number))
-        starts = np.arange(0, len(positions), self.plan.block)
-        counts: dict[str, list[Csr]] = {name: [] for name in self.snapshot.measurements}
-        for start in starts:
-            rows = self.rows[positions[start : start + self.plan.block]]
-            for name, parts in counts.items():
-                parts.append(self._read_rows(name, rows))
-        return _Window(positions, {name: Csr.concatenate(parts) for name, parts in counts.items()})
+    def _blocks(self, epoch: int, number: int) -> list[tuple[int, int]]:
+        starts = self.plan.window_blocks(epoch, number) * self.plan.block
+        stops = np.minimum(starts + self.plan.block, self.plan.n_rows)
+        return [
+            (self.first_row + int(start), self.first_row + int(stop)) for start, stop in zip(starts, stops, strict=True)
+        ]
 
-    def _read_rows(self, measurement: str, rows: NDArray[np.int64]) -> Csr:
-        first, stop = int(rows[0]), int(rows[-1]) + 1
-        block = self.snapshot.block(measurement, first, stop)
-        return Csr(block.indptr, block.features, block.counts).take(rows - first)
+    def _make(self, waiting: list[Future[Window]], step: int, rank: int, world: int) -> Any:
+        rows = self.first_row + self.plan.share(step, rank, world)
+        parts: dict[str, list[tuple[Spans, NDArray[np.int64]]]] = {name: [] for name in self.measurements}
+        for future in waiting:
+            window = future.result()
+            place = window.places(rows)
+            held = np.flatnonzero(place >= 0)
+            for name, spans in window.spans.items():
+                mine = Spans(spans.starts[place[held]], spans.lengths[place[held]], spans.features, spans.counts)
+                parts[name].append((mine, held))
+        said = self._said(rows)
+        if self.tokens is None:
+            return said(counts={name: _gathered(part, len(rows), self._room) for name, part in parts.items()})
+        chance = (self.plan.seed, step)
+        name = self.measurements[0]
+        if len(parts) == 1 and parts[name][0][0].counts.dtype.kind == "u":
+            measured = self.labels.measured[name][rows]
+            return fast_tokens(
+                parts[name], measured, said({}), self._offsets[name], self.tokens, chance, self._room.take
+            )
+        cells = said(counts={name: _gathered(part, len(rows), self._room) for name, part in parts.items()})
+        return make_tokens(cells, self._offsets, self.tokens, chance=chance)
 
-    def _share(self, windows: list[_Window], step: int, rank: int, world: int) -> Cells:
-        wanted = self.plan.share(step, rank, world)
-        positions = np.concatenate([window.positions for window in windows])
-        order = np.argsort(positions)
-        place = order[np.searchsorted(positions, wanted, sorter=order)]
-        names = self.snapshot.measurements
-        merged = {name: [window.counts[name] for window in windows] for name in names}
-        counts = {name: parts[0] if len(parts) == 1 else Csr.concatenate(parts) for name, parts in merged.items()}
-        rows, labels = self.rows[wanted], self.labels
-        return Cells(
-            n_cells=len(wanted),
-            counts={name: part.take(place) for name, part in counts.items()},
-            measured={name: part[rows] for name, part in labels.measured.items()},
-            panel=labels.panel[rows],
-            prompts={name: part[rows] for name, part in labels.prompts.items()},
-            perturbation=labels.perturbation[rows],
-            numbers={name: part[rows] for name, part in labels.numbers.items()},
-            row=rows,
-        )
+    def _said(self, rows: NDArray[np.int64]) -> Any:
+        """Return what makes Cells of these rows, given their counts."""
+        labels = self.labels
+
+        def cells(counts: dict[str, Csr]) -> Cells:
+            return Cells(
+                n_cells=len(rows),
+                counts=counts,
+                measured={name: labels.measured[name][rows] for name in self.measurements},
+                panel=labels.panel[rows],
+                prompts={name: part[rows] for name, part in labels.prompts.items()},
+                perturbation=labels.perturbation[rows],
+                numbers={name: part[rows] for name, part in labels.numbers.items()},
+                row=rows,
+            )
+
+        return cells
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Counts of one window, rows in ascending order of their position in the split."""
+def _offsets(snapshot: Snapshot, measurements: Sequence[str]) -> dict[str, int]:
+    """Number the features of all measurements on end, from 1; the first number of each measurement."""
+    first, found = 1, {}
+    for name in measurements:
+        found[name] = first
+        first += int(snapshot.manifest["measurements"][name]["n_features"])
+    return found
 
-    positions: NDArray[np.int64]
-    counts: dict[str, Csr]
+
+def _gathered(parts: Sequence[tuple[Spans, NDArray[np.int64]]], n_cells: int, room: _Room) -> Csr:
+    """Copy rows that lie in several buffers into one, in the order of their places."""
+    lengths = np.zeros(n_cells, np.int64)
+    for spans, place in parts:
+        lengths[place] = spans.lengths
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    first = parts[0][0]
+    features = room.take(int(indptr[-1]), first.features.dtype)
+    counts = room.take(int(indptr[-1]), first.counts.dtype)
+    for spans, place in parts:
+        kernels.gather(spans.starts, spans.lengths, spans.features, spans.counts, indptr[:-1][place], features, counts)
+    return Csr(indptr, features, counts)
+
+
+class _Room:
+    """Memory for batches, used again when nobody holds the batch any more: fresh pages are slow."""
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def take(self, length: int, dtype: Any) -> NDArray[Any]:
+        """Return an array of any content."""
+        size = length * np.dtype(dtype).itemsize
+        with self._lock:
+            for number in range(len(self._blocks)):
+                # the list and getrefcount's argument: nobody else looks at it, by whatever view
+                if self._blocks[number].nbytes >= size and sys.getrefcount(self._blocks[number]) == 2:
+                    return self._blocks[number][:size].view(dtype)
+            block = np.zeros(-(-size * 5 // 4 // 4096) * 4096 + 4096, np.uint8)
+            if len(self._blocks) < 64:
+                self._blocks.append(block)
+        return block[:size].view(dtype)

@@ -1,0 +1,170 @@
+"""This module keeps decoded blocks of snapshots in a local folder, so that they need no decoding the next time.
+
+A block is one file: a header, the lengths of its rows, features, counts. It is written under another name and renamed,
+so that a process that dies leaves no half of one, and several processes may share a folder. Its checksum is proved the
+first time a process opens it; a file that fails is removed and decoded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import struct
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEADER = struct.Struct("<8sqqq32s")  # magic, rows, bytes of features, bytes of counts, SHA-256 of what follows
+MAGIC = b"somaflo1"
+STALE_S = 3600.0
+"""Files that are being written are left alone for so long."""
+
+OPEN_FILES = 1024
+"""Blocks that a process keeps mapped; the kernel allows some ten thousand maps."""
+
+
+class BlockCache:
+    """Decoded blocks in a folder of bounded size; the least recently opened ones go first.
+
+    Args:
+        folder: Where; made if it is not there. Fastest on a local NVMe disk or in shared memory.
+        max_bytes: What the folder may hold, over all snapshots and processes.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hits = self.misses = 0
+        self._open: OrderedDict[Path, mmap.mmap] = OrderedDict()
+        self._proved: set[tuple[Path, int]] = set()
+        self._lock = threading.Lock()
+        for left in self.folder.glob("*/.*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE_S:
+                    left.unlink()
+        self._bytes = sum(size for _, size, _ in self._files())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (BlockCache, (self.folder, self.max_bytes))
+
+    def lengths(self, key: Sequence[str | int]) -> NDArray[np.int64] | None:
+        """Return how long the rows of a block are; None when it is not here."""
+        content = self._content(self._path(key))
+        if content is None:
+            return None
+        _, n_rows, *_ = HEADER.unpack_from(content)
+        return np.frombuffer(content, np.int64, n_rows, HEADER.size)
+
+    def load(self, key: Sequence[str | int], features: NDArray[Any], counts: NDArray[Any]) -> bool:
+        """Fill both arrays with a block's values; False when it is not here."""
+        content = self._content(self._path(key))
+        found = False
+        if content is not None:
+            _, n_rows, n_features, n_counts, _ = HEADER.unpack_from(content)
+            found = (n_features, n_counts) == (features.nbytes, counts.nbytes)
+        if content is None or not found:
+            self.misses += 1
+            return False
+        start = HEADER.size + 8 * n_rows
+        features[:] = np.frombuffer(content, features.dtype, len(features), start)
+        counts[:] = np.frombuffer(content, counts.dtype, len(counts), start + n_features)
+        self.hits += 1
+        return True
+
+    def store(
+        self, key: Sequence[str | int], lengths: NDArray[np.int64], features: NDArray[Any], counts: NDArray[Any]
+    ) -> None:
+        """Keep a block; a disk that is full or read-only keeps nothing, and nobody else is told."""
+        parts = [np.ascontiguousarray(part).data.cast("B") for part in (lengths, features, counts)]
+        size = HEADER.size + sum(part.nbytes for part in parts)
+        path = self._path(key)
+        if size > self.max_bytes or path.exists():
+            return
+        self._make_room(size)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        head = HEADER.pack(MAGIC, len(lengths), features.nbytes, counts.nbytes, digest.digest())
+        part_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with part_path.open("wb") as file:
+                file.write(head)
+                file.writelines(parts)
+            os.replace(part_path, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part_path.unlink()
+            return
+        with self._lock:
+            self._bytes += size
+
+    def _path(self, key: Sequence[str | int]) -> Path:
+        snapshot_id, *rest = key
+        return self.folder / str(snapshot_id)[:32] / "-".join(map(str, rest))
+
+    def _content(self, path: Path) -> mmap.mmap | None:
+        with self._lock:
+            known = self._open.get(path)
+        if known is not None:
+            return known
+        try:
+            with path.open("rb") as file:
+                mark = (path, os.fstat(file.fileno()).st_ino)
+                content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            os.utime(path)
+        except (OSError, ValueError):
+            return None
+        if mark not in self._proved and not _whole(content):
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        with self._lock:
+            self._proved.add(mark)
+            self._open[path] = content
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return content
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        found = []
+        for path in self.folder.glob("*/*"):
+            with contextlib.suppress(OSError):
+                state = path.stat()
+                found.append((state.st_mtime, state.st_size, path))
+        return sorted(found)
+
+    def _make_room(self, size: int) -> None:
+        with self._lock:
+            if self._bytes + size <= self.max_bytes:
+                return
+            files = self._files()  # other processes write here too
+            self._bytes = sum(held for _, held, _ in files)
+            for _, held, path in files:
+                if self._bytes + size <= self.max_bytes:
+                    break
+                self._open.pop(path, None)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                self._bytes -= held
+
+
+def _whole(content: mmap.mmap) -> bool:
+    """Say whether a file is all that was written; a killed machine may leave zeros or less."""
+    if len(content) < HEADER.size:
+        return False
+    magic, n_rows, n_features, n_counts, digest = HEADER.unpack_from(content)
+    if magic != MAGIC or min(n_rows, n_features, n_counts) < 0:
+        return False
+    if len(content) != HEADER.size + 8 * n_rows + n_features + n_counts:
+        return False
+    return hashlib.sha256(memoryview(content)[HEADER.size :]).digest() == digest

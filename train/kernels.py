@@ -1,0 +1,220 @@
+"""This module is the inner loops of the stream on CPU: rows gathered and cells written as tokens, compiled by numba.
+
+``train.tokens`` says what tokens are and does the same in torch on any device; here is only the fast way. Loops have no
+branch that data decides and no division, so that the compiler makes vector instructions of most. All release the GIL.
+
+Shape letters used in this module:
+    C  cells      L  tokens of a cell, padded      M  measurements      N  non-zeros
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+U32 = np.uint32
+TABLE = 256
+"""Counts below this have their logarithm from a table that is made once for each cell."""
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def draw_of(feature: Any, key: Any) -> Any:
+    """Hash a feature's number and a cell's key to 32 bits; the constants are Wellons's (2018, lowbias32)."""
+    x = (U32(feature) * U32(0x9E3779B1)) ^ key
+    x ^= x >> U32(16)
+    x *= U32(0x7FEB352D)
+    x ^= x >> U32(15)
+    x *= U32(0x846CA68B)
+    x ^= x >> U32(16)
+    return x
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _lowest_kept(draws: Any, n: int, low: Any, budget: int, hist: Any, edge: Any) -> Any:
+    """Return the smallest of the ``budget`` greatest draws, or ``low`` when no more than those reach it."""
+    reach = 0
+    for i in range(n):
+        reach += draws[i] >= low
+    if reach <= budget:
+        return low
+    hist[:] = 0
+    whole = n // 4 * 4
+    for i in range(0, whole, 4):  # four histograms, so that no addition waits for the one before
+        hist[0, draws[i] >> U32(24)] += 1
+        hist[1, draws[i + 1] >> U32(24)] += 1
+        hist[2, draws[i + 2] >> U32(24)] += 1
+        hist[3, draws[i + 3] >> U32(24)] += 1
+    for i in range(whole, n):
+        hist[0, draws[i] >> U32(24)] += 1
+    need, bucket = budget, 255
+    while True:
+        held = hist[0, bucket] + hist[1, bucket] + hist[2, bucket] + hist[3, bucket]
+        if held >= need:
+            break
+        need -= held
+        bucket -= 1
+    found, first = 0, U32(bucket) << U32(24)
+    for i in range(n):
+        edge[found] = draws[i]
+        found += (draws[i] - first) < U32(1 << 24)
+    return np.sort(edge[:found])[found - need]
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _lowest_count(counts: Any, n: int, budget: int, hist: Any, edge: Any) -> Any:
+    """Return the smallest of the ``budget`` greatest counts of ``n`` > ``budget``; most counts are small."""
+    hist[0, :] = 0
+    for i in range(n):
+        hist[0, min(counts[i], U32(255))] += 1
+    need, bucket = budget, 255
+    while hist[0, bucket] < need:
+        need -= hist[0, bucket]
+        bucket -= 1
+    if bucket < 255:
+        return U32(bucket)
+    found = 0
+    for i in range(n):
+        edge[found] = counts[i]
+        found += counts[i] >= U32(255)
+    return np.sort(edge[:found])[found - need]
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _write(
+    feature: Any,
+    count: Any,
+    keep: Any,
+    kept: int,
+    every: bool,
+    offset: int,
+    factor: Any,
+    largest: Any,
+    table: Any,
+    out: Any,
+    value: Any,
+) -> None:
+    """Write the chosen features' numbers and values."""
+    for number in range(TABLE if largest >= TABLE else largest + 1):
+        table[number] = np.log1p(np.float32(number) * factor)
+    if every:
+        for j in range(kept):
+            out[j] = np.int32(feature[j]) + np.int32(offset)
+            value[j] = table[min(np.int64(count[j]), np.int64(TABLE - 1))]
+    else:
+        for j in range(kept):
+            out[j] = np.int32(feature[keep[j]]) + np.int32(offset)
+            value[j] = table[min(np.int64(count[keep[j]]), np.int64(TABLE - 1))]
+    if largest >= TABLE:
+        for j in range(kept):
+            whole = count[j] if every else count[keep[j]]
+            if whole >= TABLE:
+                value[j] = np.log1p(np.float32(whole) * factor)
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+def tokens_of_one(
+    starts_C: Any,
+    lengths_C: Any,
+    features_N: Any,
+    counts_N: Any,
+    keys_C: Any,
+    hide_C: Any,
+    by_chance: bool,
+    offset: int,
+    scale: Any,
+    place_C: Any,
+    feature_CL: Any,
+    value_CL: Any,
+    width_C: Any,
+    depth_C: Any,
+) -> None:
+    """Write cells of one measurement of whole counts as tokens, in the order of their features.
+
+    Args:
+        starts_C: Where a cell's non-zeros begin.
+        lengths_C: How many they are.
+        features_N: Features, uint16 or uint32.
+        counts_N: Counts, unsigned.
+        keys_C: uint32 from which a cell's chances come.
+        hide_C: Draws below are hidden, uint32.
+        by_chance: Choose by draws; else the greatest counts are chosen.
+        offset: Added to features.
+        scale: Values are log1p of counts per this many.
+        place_C: The row of each cell in the answer.
+        feature_CL: Answer, int32, 0 where padded; as wide as the budget.
+        value_CL: Answer, float32.
+        width_C: Answer: tokens of each cell.
+        depth_C: Answer: sum of each cell's counts, float32.
+    """
+    longest = 1
+    for cell in range(len(lengths_C)):
+        longest = max(longest, lengths_C[cell])
+    draws, edge = np.empty(longest, np.uint32), np.empty(longest + 1, np.uint32)
+    keep = np.empty(longest + 1, np.int32)
+    hist, table = np.empty((4, 256), np.int32), np.empty(TABLE, np.float32)
+    budget = feature_CL.shape[1]
+    for cell in range(len(lengths_C)):
+        start, n, key = starts_C[cell], lengths_C[cell], keys_C[cell]
+        feature, count = features_N[start : start + n], counts_N[start : start + n]
+        total, most = U32(0), U32(0)
+        for i in range(n):
+            total += U32(count[i])
+            most = max(most, U32(count[i]))
+        depth, largest = np.int64(total), np.int64(most)
+        row = place_C[cell]
+        depth_C[row] = depth
+        every = n <= budget and (not by_chance or hide_C[cell] == 0)
+        kept = n
+        if not every:
+            if by_chance:
+                for i in range(n):
+                    draws[i] = draw_of(U32(feature[i]) + U32(offset), key)
+                lowest = _lowest_kept(draws, n, hide_C[cell], budget, hist, edge)
+            else:
+                for i in range(n):
+                    draws[i] = U32(count[i])
+                lowest = _lowest_count(draws, n, budget, hist, edge)
+            kept = 0
+            for i in range(n):
+                keep[kept] = i
+                kept += draws[i] >= lowest
+            if kept > budget:
+                kept = _without_ties(draws, keep, kept, lowest, budget)
+        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
+        out, value = feature_CL[row], value_CL[row]
+        _write(feature, count, keep, kept, every, offset, factor, largest, table, out, value)
+        out[kept:] = 0
+        value[kept:] = 0
+        width_C[row] = kept
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _without_ties(draws: Any, keep: Any, kept: int, lowest: Any, budget: int) -> int:
+    """Leave out the last of those that tie at the border."""
+    above = 0
+    for j in range(kept):
+        above += draws[keep[j]] > lowest
+    left, found = budget - above, 0
+    for j in range(kept):
+        i = keep[j]
+        if draws[i] > lowest:
+            keep[found] = i
+            found += 1
+        elif left > 0:
+            keep[found] = i
+            found += 1
+            left -= 1
+    return found
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator, unused-ignore]
+def gather(
+    starts_C: Any, lengths_C: Any, features_N: Any, counts_N: Any, to_C: Any, features_out: Any, counts_out: Any
+) -> None:
+    """Copy cells' non-zeros to where ``to_C`` says."""
+    for cell in range(len(lengths_C)):
+        start, n, to = starts_C[cell], lengths_C[cell], to_C[cell]
+        features_out[to : to + n] = features_N[start : start + n]
+        counts_out[to : to + n] = counts_N[start : start + n]

@@ -1,0 +1,203 @@
+"""This module reads a snapshot's rows ahead of their use, window by window, in threads and within a bounded memory.
+
+A window is some blocks of consecutive rows. Its values are decoded straight into a slot: arrays that are kept and used
+again, because on many machines fresh pages cost as much as decoding. The slots are all that reading holds.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import UsageError
+from store.snapshot import Snapshot
+from train.cache import BlockCache
+from train.cells import Spans
+
+SLOTS = 3
+"""Windows in memory: the one in use, the next, and the one that is being read."""
+
+Block = tuple[int, int]
+"""Rows from the first to behind the last."""
+
+
+@dataclass
+class Slot:
+    """Room for the values of one window."""
+
+    features: dict[str, NDArray[Any]] = field(default_factory=dict)
+    counts: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The decoded rows of a window.
+
+    Attributes:
+        firsts: First row of each block, ascending.
+        offsets: Where the rows of each block begin among the window's rows; one longer.
+        spans: Measurement to all rows, block after block.
+        slot: What holds the values.
+    """
+
+    firsts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    spans: dict[str, Spans]
+    slot: Slot
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where rows lie among the window's; -1 for those that it does not hold."""
+        block = np.searchsorted(self.firsts, rows, side="right") - 1
+        within = rows - self.firsts[block]
+        held = (block >= 0) & (within < np.diff(self.offsets)[block])
+        return np.where(held, self.offsets[block] + within, -1)
+
+
+class Reader:
+    """Reads windows in the order in which they are asked for.
+
+    Args:
+        snapshot: What is read.
+        measurements: Which measurements.
+        threads: Threads that decode.
+        memory_bytes: What the slots may hold together.
+        slots: ``SLOTS`` of them, that no other reader uses.
+        cache: Where decoded blocks are looked for first, and kept.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        measurements: Sequence[str],
+        *,
+        threads: int,
+        memory_bytes: int,
+        slots: Sequence[Slot],
+        cache: BlockCache | None = None,
+    ) -> None:
+        self.snapshot, self.measurements = snapshot, tuple(measurements)
+        self.memory_bytes, self.cache = memory_bytes, cache
+        self._lengths = ThreadPoolExecutor(1, thread_name_prefix="somaflow-lengths")
+        self._values = ThreadPoolExecutor(threads, thread_name_prefix="somaflow-read")
+        self._free = list(slots)
+        self._returned = threading.Semaphore(len(self._free))
+        self._closed = False
+
+    def close(self) -> None:
+        """Stop reading; windows that were asked for and not yet read never come."""
+        self._closed = True
+        self._returned.release()
+        self._lengths.shutdown(wait=True, cancel_futures=True)
+        self._values.shutdown(wait=True, cancel_futures=True)
+
+    def ask(self, blocks: Sequence[Block]) -> Future[Window]:
+        """Read a window as soon as a slot is free."""
+        answer: Future[Window] = Future()
+        self._lengths.submit(self._begin, sorted(blocks), answer)
+        return answer
+
+    def give_back(self, window: Window) -> None:
+        """Say that a window's values are no longer looked at."""
+        self._free.append(window.slot)
+        self._returned.release()
+
+    def _begin(self, blocks: list[Block], answer: Future[Window]) -> None:
+        """Find out how long the rows are, then have the blocks read side by side."""
+        try:
+            lengths = {name: [self._block_lengths(name, block) for block in blocks] for name in self.measurements}
+            self._returned.acquire()
+            if self._closed:
+                answer.cancel()
+                return
+            slot = self._free.pop(0)
+            reads, spans = [], {}
+            for name, parts in lengths.items():
+                sizes = [int(part.sum()) for part, _ in parts]
+                starts = np.concatenate([[0], np.cumsum(sizes)])
+                features, counts = self._room(slot, name, int(starts[-1]))
+                for block, (part, first), start, size in zip(blocks, parts, starts, sizes, strict=False):
+                    where = slice(int(start), int(start) + size)
+                    reads.append((name, block, part, first, features[where], counts[where]))
+                length = np.concatenate([part for part, _ in parts])
+                spans[name] = Spans(np.cumsum(length) - length, length, features, counts)
+            offsets = np.cumsum([0, *(stop - start for start, stop in blocks)])
+            window = Window(np.array([start for start, _ in blocks]), offsets, spans, slot)
+        except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
+            answer.set_exception(error)
+            return
+        waiting = _Countdown(len(reads), answer, window)
+        for read in reads:
+            self._values.submit(waiting.run, self._read, *read)
+        if not reads:
+            answer.set_result(window)
+
+    def _block_lengths(self, name: str, block: Block) -> tuple[NDArray[np.int64], int | None]:
+        """Return how long the rows of a block are, and where its values begin in the snapshot if that was read."""
+        known = self.cache.lengths(self._key(name, block)) if self.cache else None
+        if known is not None:
+            return known, None
+        indptr = self.snapshot.indptr(name, *block)
+        return np.diff(indptr), int(indptr[0])
+
+    def _read(
+        self,
+        name: str,
+        block: Block,
+        lengths: NDArray[np.int64],
+        first: int | None,
+        features: NDArray[Any],
+        counts: NDArray[Any],
+    ) -> None:
+        if self.cache and self.cache.load(self._key(name, block), features, counts):
+            return
+        if first is None:  # the file went between the question and now
+            first = int(self.snapshot.indptr(name, block[0], block[0])[0])
+        self.snapshot.read_into(name, first, features, counts)
+        if self.cache:
+            self.cache.store(self._key(name, block), lengths, features, counts)
+
+    def _key(self, name: str, block: Block) -> tuple[str, str, int, int]:
+        return (self.snapshot.id, name, *block)
+
+    def _room(self, slot: Slot, name: str, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        if name not in slot.features or len(slot.features[name]) < size:
+            kinds = [self.snapshot.dtype(name, member) for member in ("features", "counts")]
+            needed = SLOTS * size * sum(kind.itemsize for kind in kinds)
+            if needed > self.memory_bytes:
+                raise UsageError(
+                    f"{self.snapshot.uri}: {SLOTS} windows of {name} take {needed / 2**20:,.0f} MiB and "
+                    f"{self.memory_bytes / 2**20:,.0f} MiB are allowed; choose a smaller window or block, or allow more"
+                )
+            room = int(size * 1.05) + 1
+            # every page is touched once, here; np.zeros would leave that to the first read
+            slot.features[name], slot.counts[name] = (np.full(room, 0, kind) for kind in kinds)
+        return slot.features[name], slot.counts[name]
+
+
+class _Countdown:
+    """Gives the answer when the last of several reads has ended."""
+
+    def __init__(self, n_reads: int, answer: Future[Window], window: Window) -> None:
+        self._left, self._answer, self._window = n_reads, answer, window
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+
+    def run(self, read: Any, *words: Any) -> None:
+        try:
+            if self._error is None:
+                read(*words)
+        except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
+            self._error = error
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last and self._error is not None:
+            self._answer.set_exception(self._error)
+        elif last:
+            self._answer.set_result(self._window)
