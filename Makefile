@@ -7,7 +7,7 @@ BENCH ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults bench-ingest test-quick check format lock clean
+.PHONY: help setup demo test faults bench-ingest bench-stream test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -33,6 +33,9 @@ faults: setup  ## kill workers, readers and drivers at 300 random moments (an ho
 
 bench-ingest: setup  ## speed and memory of an ingestion against tiledbsoma.io.from_h5ad (20 minutes, 10 GB in build/)
 	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_ingest.py $(BENCH)
+
+bench-stream: setup  ## speed of the stream against its peers (20 minutes, 10 GB in build/)
+	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_stream.py $(BENCH)
 
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"

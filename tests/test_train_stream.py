@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import torch
 from encoded import add_dataset, encoded_counts
 
 from store.errors import UsageError, VerificationError
@@ -13,6 +19,7 @@ from store.snapshot import Snapshot, SnapshotSettings, create_snapshot
 from store.writer import LakeWriter
 from train.cells import Cells, Csr
 from train.stream import Stream, read_labels
+from train.tokens import Tokens, TokenSettings, make_tokens
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +112,113 @@ def test_a_value_that_training_never_shows_has_no_code(tmp_path: Path) -> None:
 def test_a_split_without_cells_is_refused_with_those_that_have_some(snapshot: Snapshot) -> None:
     with pytest.raises(UsageError, match="splits with cells: test, train"):
         stream(snapshot, split="validation")
+
+
+@pytest.fixture(scope="module")
+def one_measurement(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """RNA alone, so that tokens come from the compiled kernel."""
+    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 400, {"RNA": 60})
+    return create_snapshot(uri, "s", SnapshotSettings(seed=4))
+
+
+TOKENS = TokenSettings(budget=9, hide=(0.1, 0.5))
+
+
+def same_tokens(one: Tokens, other: Tokens) -> None:
+    for name in ("feature_CL", "value_CL", "prompt_CF", "row_C", "measured_CM"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_streamed_tokens_are_those_of_the_streamed_cells(one_measurement: Snapshot) -> None:
+    ragged = Stream(one_measurement, batch=33, seed=7, block=20, window=3)
+    tokens = Stream(one_measurement, batch=33, seed=7, block=20, window=3, tokens=TOKENS)
+    labels_first = 1
+    for step, (cells, made) in enumerate(zip(ragged.steps(0, 30), tokens.steps(0, 30), strict=True)):
+        same_tokens(made, make_tokens(cells, {"RNA": labels_first}, TOKENS, chance=(7, step)))
+
+
+def test_batches_that_are_kept_do_not_change(one_measurement: Snapshot) -> None:
+    """Buffers are used again, but never while somebody holds a batch."""
+    kept = list(Stream(one_measurement, batch=33, seed=7, block=20, window=3, tokens=TOKENS).steps(0, 60))
+    again = Stream(one_measurement, batch=33, seed=7, block=20, window=3, tokens=TOKENS)
+    for old, new in zip(kept, again.steps(0, 60), strict=True):
+        same_tokens(old, new)
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_every_cell_comes_once_for_any_number_of_ranks_and_threads(
+    one_measurement: Snapshot, world: int, threads: int
+) -> None:
+    streams = [Stream(one_measurement, batch=50, block=16, window=4, threads=threads, tokens=TOKENS)] * world
+    rows = [
+        row
+        for rank, stream in enumerate(streams)
+        for made in stream.epoch(2, rank=rank, world=world)
+        for row in made.row_C.tolist()
+    ]
+    first, stop = one_measurement.split_rows["train"]
+    assert sorted(rows) == list(range(first, stop))
+
+
+def test_a_saved_state_goes_on_where_it_stood_also_with_other_ranks(one_measurement: Snapshot) -> None:
+    words = {"batch": 30, "seed": 3, "block": 16, "window": 4}
+    stream = Stream(one_measurement, **words)
+    for number, _ in enumerate(stream.epoch(1)):
+        if number == 4:
+            break
+    state = json.loads(json.dumps(stream.state_dict()))
+    rest = [row for cells in stream.epoch(1) for row in cells.row.tolist()]
+    resumed = []
+    for rank in range(3):
+        other = Stream(one_measurement, **words)
+        other.load_state_dict(state)
+        resumed += [row for cells in other.epoch(1, rank=rank, world=3) for row in cells.row.tolist()]
+    assert len(rest) == stream.plan.n_rows - 5 * 30
+    assert sorted(resumed) == sorted(rest)
+    with pytest.raises(UsageError, match="global_batch = 31 and the saved one had 30"):
+        Stream(one_measurement, **(words | {"batch": 31})).load_state_dict(state)
+
+
+def test_a_loader_of_torch_yields_the_same_batches_from_a_process_of_its_own(one_measurement: Snapshot) -> None:
+    stream = Stream(one_measurement, batch=60, block=16, window=4, tokens=TOKENS)
+    loader = torch.utils.data.DataLoader(
+        EpochOf(stream, 1), batch_size=None, num_workers=1, multiprocessing_context="spawn"
+    )
+    for one, other in zip(loader, stream.epoch(1), strict=True):
+        same_tokens(one, other)
+
+
+class EpochOf(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """One epoch of a stream as torch wants it."""
+
+    def __init__(self, stream: Stream, epoch: int) -> None:
+        self.stream, self.epoch = stream, epoch
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return self.stream.epoch(self.epoch)
+
+
+def test_too_large_a_window_is_refused_with_what_it_takes(one_measurement: Snapshot) -> None:
+    with pytest.raises(UsageError, match=r"3 windows of RNA take .* MiB are allowed; choose a smaller window"):
+        next(Stream(one_measurement, batch=16, memory_bytes=1000).epoch(0))
+    with pytest.raises(UsageError, match="larger than a window of 32"):
+        Stream(one_measurement, batch=40, block=16, window=2)
+    with pytest.raises(UsageError, match="no measurement 'ATAC'"):
+        Stream(one_measurement, batch=40, measurements=["ATAC"])
+
+
+def test_twenty_epochs_leave_no_threads_files_or_memory_behind(one_measurement: Snapshot, tmp_path: Path) -> None:
+    stream = Stream(one_measurement, batch=64, block=16, window=4, tokens=TOKENS, cache=tmp_path)
+    process = psutil.Process()
+    after: list[tuple[int, int, int]] = []
+    for epoch in range(20):
+        for number, _ in enumerate(stream.epoch(epoch, start=0)):
+            if epoch % 2 and number == 2:
+                break  # a consumer that leaves early
+        gc.collect()
+        after.append((process.num_fds(), threading.active_count(), process.memory_info().rss))
+    assert after[-1][:2] == after[4][:2]
+    assert after[-1][2] - after[4][2] < 20 * 2**20

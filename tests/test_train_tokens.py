@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +109,57 @@ def test_the_hash_is_uniform_and_independent_of_neighbouring_keys_and_salts() ->
         assert ((histogram - 1000) ** 2 / 1000).sum() < 60  # chi-squared, 19 degrees of freedom: p < 1e-5 beyond
         assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.03
     assert abs(np.corrcoef(draws[0], draws[1])[0, 1]) < 0.03
+
+
+def whole(n_cells: int, seed: int, largest: int, dtype: type[np.generic]) -> Cells:
+    """Cells of one measurement with whole counts as a snapshot stores them; some are empty, some very deep."""
+    rng = np.random.default_rng(seed)
+    dense = rng.negative_binomial(0.3, 0.05, (n_cells, 400)).clip(max=largest)
+    dense[3] = 0
+    indptr = np.concatenate([[0], np.cumsum((dense > 0).sum(1))]).astype(np.int64)
+    row, column = np.nonzero(dense)
+    part = Csr(indptr, column.astype(np.uint16), dense[row, column].astype(dtype))
+    said = cells(n_cells)
+    return replace(said, counts={"RNA": part}, measured={"RNA": np.arange(n_cells) % 7 != 0})
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(9, np.uint8), (3000, np.uint16)])
+@pytest.mark.parametrize("budget", [1, 40, 90, 500])
+@pytest.mark.parametrize("hide", [(0.0, 0.0), (0.2, 0.9), (1.0, 1.0)])
+@pytest.mark.parametrize("chance", [None, (3, 17)])
+def test_the_compiled_way_equals_torch(
+    largest: int,
+    dtype: type[np.generic],
+    budget: int,
+    hide: tuple[float, float],
+    chance: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = whole(60, 1, largest, dtype)
+    settings = TokenSettings(budget=budget, hide=hide)
+    fast = make_tokens(batch, {"RNA": 5}, settings, chance=chance)
+    monkeypatch.setattr("train.tokens.kernels", None)
+    slow = make_tokens(batch, {"RNA": 5}, settings, chance=chance)
+    assert torch.equal(fast.feature_CL, slow.feature_CL)
+    torch.testing.assert_close(fast.value_CL, slow.value_CL, rtol=1e-6, atol=1e-7)
+    for name in ("measured_CM", "prompt_CF", "perturbation_CT", "row_C", "valid_CL", "measurement_CL"):
+        assert torch.equal(getattr(fast, name), getattr(slow, name)), name
+    torch.testing.assert_close(fast.log_depth_CM, slow.log_depth_CM)
+    torch.testing.assert_close(fast.number_CF, slow.number_CF, equal_nan=True)
+    if chance is None or hide == (0.0, 0.0):
+        kept = (fast.feature_CL > 0).sum(1).numpy()
+        shown = fast.measured_CM[:, 0].numpy()
+        assert (kept == np.where(shown, np.minimum(np.diff(batch.counts["RNA"].indptr), budget), 0)).all()
+
+
+def test_each_token_of_a_deep_cell_is_chosen_as_often_as_any_other() -> None:
+    one = replace(whole(5, 2, 9, np.uint8).take(np.array([1])), row=np.array([77]), measured={"RNA": np.ones(1, bool)})
+    settings = TokenSettings(budget=50, hide=(0.0, 0.0), drop_measurement=0.0)
+    chosen: Counter[int] = Counter()
+    for step in range(2000):
+        chosen.update(make_tokens(one, {"RNA": 1}, settings, chance=(0, step)).feature_CL[0].tolist())
+    n_features = int(one.counts["RNA"].indptr[1])
+    expected = 2000 * 50 / n_features
+    assert len(chosen) == n_features
+    spread = np.sqrt(expected * (1 - 50 / n_features))
+    assert max(abs(times - expected) for times in chosen.values()) < 5 * spread

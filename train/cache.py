@@ -122,9 +122,11 @@ class BlockCache:
                 mark = (path, os.fstat(file.fileno()).st_ino)
                 content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
             os.utime(path)
-        except (OSError, ValueError):
+        except OSError:
             return None
-        if mark not in self._proved and not _whole(content):
+        except ValueError:  # nothing is in it
+            content = None
+        if content is None or (mark not in self._proved and not _whole(content)):
             with contextlib.suppress(OSError):
                 path.unlink()
             return None

@@ -22,23 +22,26 @@ TABLE = 256
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
 def draw_of(feature: Any, key: Any) -> Any:
     """Hash a feature's number and a cell's key to 32 bits; the constants are Wellons's (2018, lowbias32)."""
-    x = (U32(feature) * U32(0x9E3779B1)) ^ key
-    x ^= x >> U32(16)
-    x *= U32(0x7FEB352D)
-    x ^= x >> U32(15)
-    x *= U32(0x846CA68B)
-    x ^= x >> U32(16)
-    return x
+    # numba's products of 32 bits have 64: each is cut back
+    x = U32(U32(feature) * U32(0x9E3779B1)) ^ U32(key)
+    x = U32(x ^ (x >> U32(16)))
+    x = U32(x * U32(0x7FEB352D))
+    x = U32(x ^ (x >> U32(15)))
+    x = U32(x * U32(0x846CA68B))
+    return U32(x ^ (x >> U32(16)))
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
 def _lowest_kept(draws: Any, n: int, low: Any, budget: int, hist: Any, edge: Any) -> Any:
-    """Return the smallest of the ``budget`` greatest draws, or ``low`` when no more than those reach it."""
+    """Return the smallest of the ``budget`` greatest draws, or ``low`` when no more than those reach it.
+
+    Also say whether another draw, which is not among them, is as great.
+    """
     reach = 0
     for i in range(n):
         reach += draws[i] >= low
     if reach <= budget:
-        return low
+        return low, False
     hist[:] = 0
     whole = n // 4 * 4
     for i in range(0, whole, 4):  # four histograms, so that no addition waits for the one before
@@ -55,11 +58,13 @@ def _lowest_kept(draws: Any, n: int, low: Any, budget: int, hist: Any, edge: Any
             break
         need -= held
         bucket -= 1
-    found, first = 0, U32(bucket) << U32(24)
+    found, first = 0, U32(U32(bucket) << U32(24))
     for i in range(n):
         edge[found] = draws[i]
-        found += (draws[i] - first) < U32(1 << 24)
-    return np.sort(edge[:found])[found - need]
+        found += int(U32(draws[i] - first) < U32(1 << 24))
+    bucketed = np.sort(edge[:found])
+    lowest = bucketed[found - need]
+    return lowest, found > need and bucketed[found - need - 1] == lowest
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
@@ -82,39 +87,28 @@ def _lowest_count(counts: Any, n: int, budget: int, hist: Any, edge: Any) -> Any
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _write(
-    feature: Any,
-    count: Any,
-    keep: Any,
-    kept: int,
-    every: bool,
-    offset: int,
-    factor: Any,
-    largest: Any,
-    table: Any,
-    out: Any,
-    value: Any,
-) -> None:
-    """Write the chosen features' numbers and values."""
-    for number in range(TABLE if largest >= TABLE else largest + 1):
-        table[number] = np.log1p(np.float32(number) * factor)
-    if every:
-        for j in range(kept):
-            out[j] = np.int32(feature[j]) + np.int32(offset)
-            value[j] = table[min(np.int64(count[j]), np.int64(TABLE - 1))]
-    else:
-        for j in range(kept):
-            out[j] = np.int32(feature[keep[j]]) + np.int32(offset)
-            value[j] = table[min(np.int64(count[keep[j]]), np.int64(TABLE - 1))]
-    if largest >= TABLE:
-        for j in range(kept):
-            whole = count[j] if every else count[keep[j]]
-            if whole >= TABLE:
-                value[j] = np.log1p(np.float32(whole) * factor)
+def _choose(draws: Any, n: int, lowest: Any, budget: int, keep: Any) -> int:
+    """Note which draws reach ``lowest``; of those that tie with it, the first, so that it is ``budget`` at most."""
+    kept = 0
+    for i in range(n):
+        keep[kept] = i
+        kept += draws[i] >= lowest
+    if kept <= budget:
+        return kept
+    above = 0
+    for i in range(n):
+        above += draws[i] > lowest
+    ties, kept = budget - above, 0
+    for i in range(n):
+        keep[kept] = i
+        tie = draws[i] == lowest
+        kept += (draws[i] > lowest) | (tie & (ties > 0))
+        ties -= tie
+    return kept
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
-def tokens_of_one(
+def tokens_of_one(  # noqa: C901  stages of one loop; each is short
     starts_C: Any,
     lengths_C: Any,
     features_N: Any,
@@ -160,53 +154,54 @@ def tokens_of_one(
         feature, count = features_N[start : start + n], counts_N[start : start + n]
         total, most = U32(0), U32(0)
         for i in range(n):
-            total += U32(count[i])
+            total = U32(total + U32(count[i]))
             most = max(most, U32(count[i]))
         depth, largest = np.int64(total), np.int64(most)
         row = place_C[cell]
         depth_C[row] = depth
         every = n <= budget and (not by_chance or hide_C[cell] == 0)
-        kept = n
+        kept, tied = n, True
         if not every:
             if by_chance:
                 for i in range(n):
-                    draws[i] = draw_of(U32(feature[i]) + U32(offset), key)
-                lowest = _lowest_kept(draws, n, hide_C[cell], budget, hist, edge)
+                    draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
+                lowest, tied = _lowest_kept(draws, n, hide_C[cell], budget, hist, edge)
             else:
                 for i in range(n):
                     draws[i] = U32(count[i])
                 lowest = _lowest_count(draws, n, budget, hist, edge)
+        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
+        for number in range(TABLE if largest >= TABLE else largest + 1):
+            table[number] = np.log1p(np.float32(number) * factor)
+        out, value = feature_CL[row], value_CL[row]
+        if every:
+            for j in range(n):
+                out[j] = np.int32(feature[j]) + np.int32(offset)
+                keep[j] = j
+            for j in range(n):
+                value[j] = table[min(np.int64(count[j]), np.int64(TABLE - 1))]
+        elif not tied and largest < TABLE:
             kept = 0
             for i in range(n):
-                keep[kept] = i
+                out[kept] = np.int32(feature[i]) + np.int32(offset)
+                value[kept] = table[count[i]]
                 kept += draws[i] >= lowest
-            if kept > budget:
-                kept = _without_ties(draws, keep, kept, lowest, budget)
-        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
-        out, value = feature_CL[row], value_CL[row]
-        _write(feature, count, keep, kept, every, offset, factor, largest, table, out, value)
+                if kept == budget:
+                    break
+        else:
+            kept = _choose(draws, n, lowest, budget, keep)
+            for j in range(kept):
+                out[j] = np.int32(feature[keep[j]]) + np.int32(offset)
+            for j in range(kept):
+                value[j] = table[min(np.int64(count[keep[j]]), np.int64(TABLE - 1))]
+        if largest >= TABLE:
+            for j in range(kept):
+                whole = count[keep[j]]
+                if whole >= TABLE:
+                    value[j] = np.log1p(np.float32(whole) * factor)
         out[kept:] = 0
         value[kept:] = 0
         width_C[row] = kept
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _without_ties(draws: Any, keep: Any, kept: int, lowest: Any, budget: int) -> int:
-    """Leave out the last of those that tie at the border."""
-    above = 0
-    for j in range(kept):
-        above += draws[keep[j]] > lowest
-    left, found = budget - above, 0
-    for j in range(kept):
-        i = keep[j]
-        if draws[i] > lowest:
-            keep[found] = i
-            found += 1
-        elif left > 0:
-            keep[found] = i
-            found += 1
-            left -= 1
-    return found
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator, unused-ignore]

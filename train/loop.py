@@ -126,6 +126,9 @@ class Run:
             split=split,
             block=data.block,
             window=data.window,
+            memory_bytes=data.memory_mb * 2**20,
+            cache=data.cache or None,
+            cache_bytes=int(data.cache_gb * 2**30),
             labels=self.labels,
         )
 

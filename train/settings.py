@@ -37,10 +37,16 @@ class DataSettings(Settings):
     """The snapshot's split to train on."""
     test_split: str = "test"
     """The split whose loss is reported at the end; empty reports none."""
-    block: int = Field(default=1024, ge=1)
+    block: int = Field(default=2048, ge=1)
     """Consecutive rows that are read together."""
-    window: int = Field(default=16, ge=1)
-    """Blocks whose rows are mixed; two windows are held in memory."""
+    window: int = Field(default=4, ge=1)
+    """Blocks whose rows are mixed; three windows are held in memory."""
+    memory_mb: int = Field(default=512, ge=16)
+    """Most that decoded windows may take, in MiB, in each worker."""
+    cache: str = ""
+    """A local folder for decoded blocks, so that the second epoch needs no decoding; empty keeps none."""
+    cache_gb: float = Field(default=50, gt=0)
+    """What that folder may hold, in GiB."""
     tokens: int = Field(default=128, ge=8)
     """Tokens of a cell at most."""
     matched_controls: float = Field(default=0.5, ge=0, le=1)

@@ -1,11 +1,11 @@
 """Rates of annbatch over an h5ad, for ``bench_stream``; runs in an environment of its own (it needs Python >= 3.12).
 
-usage: annbatch_rate.py H5AD FOLDER, then one line of standard input for each pass: CHUNK PRELOAD; each is answered by
-one JSON line. The pre-shuffled copy is made in FOLDER once, with annbatch's defaults.
+usage: annbatch_rate.py H5AD FOLDER, then one line of standard input for each pass: CHUNK PRELOAD EPOCHS; each is
+answered by one JSON line. The pre-shuffled copy is made in FOLDER once, with annbatch's defaults.
 """
 
 import json
-import resource
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,17 +27,18 @@ def copy(h5ad: str, folder: Path) -> float:
     return time.perf_counter() - begin
 
 
-def one_pass(folder: Path, chunk: int, preload: int) -> dict[str, float]:
-    """Read every cell once, shuffled, in batches of 256."""
+def one_pass(folder: Path, chunk: int, preload: int, epochs: int) -> dict[str, float]:
+    """Read every cell so many times, shuffled, in batches of 256."""
     begin = time.perf_counter()
     loader = annbatch.Loader(chunk_size=chunk, preload_nchunks=preload, batch_size=256, shuffle=True, to=None)
     loader = loader.use_collection(annbatch.DatasetCollection(zarr.open_group(str(folder / "collection.zarr"))))
     first, cells = 0.0, 0
-    for batch in loader:
-        first = first or time.perf_counter() - begin
-        cells += batch["X"].shape[0]
+    for _ in range(epochs):
+        for batch in loader:
+            first = first or time.perf_counter() - begin
+            cells += batch["X"].shape[0]
     seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     return {"cells": cells, "cells_s": cells / seconds, "first_batch_s": first, "rss_mb": peak}
 
 

@@ -1,0 +1,309 @@
+"""Speed of the stream against its peers, on the same cells, in one run on one machine.
+
+    python tests/bench/bench_stream.py [--repeat 5] [--cells 60000] [--folder build/bench] [--peers-python ...]
+
+The cells are made up with the shape of a real atlas (``atlas_file``), ingested, and copied into a snapshot; peers get
+what they read best: annbatch its pre-shuffled zarr, scDataset the uncompressed h5ad, tiledbsoma-ml the lake's X.
+Every contender is a process of its own that stays; passes are taken in turns, ``--repeat`` times; medians are told.
+The first pass of each (start-up, compiling, filling of caches) is told apart and not counted. annbatch needs Python
+3.12 or newer: ``--peers-python`` is a command that starts one (default: the newest python3.1x found); scDataset
+and annbatch are installed beside, into the folder. The last line is one JSON object; charts are drawn into ``docs/images``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from atlas_file import write_atlas
+
+ROOT = Path(__file__).parent.parent.parent
+HERE = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+
+from store.snapshot import Snapshot, SnapshotSettings, create_snapshot, list_snapshots, open_snapshot  # noqa: E402
+from train.plan import SamplePlan  # noqa: E402
+
+EPOCHS = {"tiledbsoma_ml": 1, "scdataset": 2, "annbatch": 2, "warm": 10, "warm tokenized": 6, "memmap": 10}
+SETTINGS = ("256 16", "1024 16", "512 32", "64 64")
+"""annbatch's rows of a chunk and chunks of a buffer; the best of them is told."""
+PLATES = 14
+
+
+class Contender:
+    """A process that takes passes when told to."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+        )
+        self.opened = self._answer()
+
+    def one_pass(self, words: str) -> dict[str, float]:
+        """Have it take a pass."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(words + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def prepare(folder: Path, cells: int) -> dict[str, str]:
+    """Make h5ad, lake and snapshot unless they are there."""
+    h5ad, lake = folder / f"atlas-{cells}.h5ad", folder / f"stream-{cells}"
+    if not h5ad.exists():
+        write_atlas(h5ad, cells)
+    command = [sys.executable, "-m", "ingest", "run", str(h5ad), "--lake", str(lake)]
+    subprocess.run([*command, "--json"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    places = {"h5ad": str(h5ad), "lake": str(lake)}
+    if "bench" not in list_snapshots(str(lake)):
+        begin = time.perf_counter()
+        create_snapshot(str(lake), "bench", SnapshotSettings(fractions={"train": 1.0}))
+        (folder / f"build-{cells}.json").write_text(json.dumps({"cells_s": cells / (time.perf_counter() - begin)}))
+    return places
+
+
+def size_mb(path: Path) -> float:
+    """Return the bytes of a file or of all files in a folder, in 10**6."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def peers_environment(folder: Path, python: str | None) -> list[str] | None:
+    """Return a command that starts a Python with annbatch; None where there is no Python that it runs on."""
+    prefix = shlex.split(python) if python else []
+    if not prefix:
+        found = [shutil.which(f"python3.{minor}") for minor in (14, 13, 12)]
+        prefix = [next((path for path in found if path), "")]
+    if not prefix[0]:
+        return None
+    target = folder / "annbatch"
+    if not (target / "done").exists():
+        pip = [*prefix, "-m", "pip", "install", "-q", "--target", str(target), "annbatch==0.3.1", "zarrs==0.2.3"]
+        if subprocess.run(pip, check=False).returncode:
+            return None
+        (target / "done").touch()
+    return [*prefix[:-1], "env", f"PYTHONPATH={target}", prefix[-1]]
+
+
+def entropy_of(plan: SamplePlan, plate_of_row: Any, world: int, steps: int = 400) -> float:
+    """Return the mean entropy of plates in a rank's share of a batch, over that of an ideal permutation's."""
+    rng = np.random.default_rng(1)
+    ideal_order = rng.permutation(plan.n_rows)
+    found, ideal = [], []
+    for step in range(min(steps, plan.steps_per_epoch - 1)):
+        found.extend(_entropy(plate_of_row[plan.share(step, rank, world)]) for rank in range(world))
+        rows = ideal_order[step * plan.global_batch : (step + 1) * plan.global_batch]
+        ideal.extend(_entropy(plate_of_row[rows[rank::world]]) for rank in range(world))
+    return float(np.mean(found) / np.mean(ideal))
+
+
+def _entropy(labels: Any) -> float:
+    share = np.bincount(labels, minlength=PLATES) / len(labels)
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())
+
+
+def shuffle_quality(snapshot: Snapshot) -> dict[str, float]:
+    """Measure how well cells are mixed that lie in the lake sorted by plate."""
+    joinid = snapshot.cells(["soma_joinid"])["soma_joinid"].to_numpy()
+    plate = (joinid * PLATES // len(joinid)).astype(np.int64)
+    plan = SamplePlan(len(joinid), 256, 0, 2048, 4)
+    orders = [
+        np.concatenate([plan.batch(epoch * plan.steps_per_epoch + step) for step in range(plan.steps_per_epoch)])
+        for epoch in range(2)
+    ]
+    places = [np.argsort(order) for order in orders]
+    return {
+        "entropy_ratio": entropy_of(plan, plate, 1),
+        "entropy_ratio_of_8_ranks": entropy_of(plan, plate, 8),
+        "epoch_correlation": float(np.corrcoef(*places)[0, 1]),
+    }
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--cells", type=int, default=60_000)
+    parser.add_argument("--scale", default="15000,240000", help="other sizes to stream; empty for none")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/bench")
+    parser.add_argument("--peers-python")
+    parser.add_argument("--charts", type=Path, default=ROOT / "docs/images")
+    options = parser.parse_args()
+    folder: Path = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    places = prepare(folder, options.cells) | {
+        name: str(folder / f"{name}-{options.cells}") for name in ("cache", "memmap")
+    }
+    rates = run_all(contenders(folder, places, options.peers_python), options.repeat)
+    scale = {options.cells: rates["tokenized"]["cells_s"]}
+    for cells in [int(word) for word in options.scale.split(",") if word]:
+        one = our_contender("tokenized", prepare(folder, cells))
+        one.one_pass("1")
+        scale[cells] = statistics.median(one.one_pass(str(max(1, 240_000 // cells)))["cells_s"] for _ in range(3))
+        one.close()
+        print(f"{cells:>9,} cells: {scale[cells]:>10,.0f} tokenized cells/s", flush=True)
+    answer = summary(folder, places, options.cells, rates, scale)
+    draw(options.charts, rates, scale)
+    print(json.dumps(answer))
+
+
+def our_contender(name: str, places: dict[str, str], python_path: str = "") -> Contender:
+    """Start a contender of this environment."""
+    command = [
+        "env",
+        f"PYTHONPATH={python_path}",
+        sys.executable,
+        str(HERE / "stream_rate.py"),
+        name,
+        json.dumps(places),
+    ]
+    return Contender(name, command)
+
+
+def contenders(folder: Path, places: dict[str, str], peers_python: str | None) -> list[tuple[str, Contender, str]]:
+    """Start all: name, process, and what a pass of it is told."""
+    beside = folder / "scdataset"
+    if not beside.exists():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(beside), "scdataset==0.3.0"]
+        subprocess.run(pip, check=True)
+    names = ["tokenized", "ragged", "warm", "warm tokenized", "ragged, one thread", "tokenized, one thread"]
+    names += ["sequential_decode", "memmap", "tiledbsoma_ml", "scdataset"]
+    found = [(name, our_contender(name, places, str(beside)), str(EPOCHS.get(name, 4))) for name in names]
+    peers = peers_environment(folder, peers_python)
+    if peers is None:
+        print("annbatch is left out: it needs a Python >= 3.12, see --peers-python", flush=True)
+        return found
+    words = [str(HERE / "annbatch_rate.py"), places["h5ad"], str(folder / f"annbatch-{Path(places['h5ad']).stem}")]
+    other = Contender("annbatch", [*peers, *words])
+    return [*found, *((f"annbatch {setting}", other, f"{setting} {EPOCHS['annbatch']}") for setting in SETTINGS)]
+
+
+def run_all(found: list[tuple[str, Contender, str]], repeat: int) -> dict[str, dict[str, float]]:
+    """Take turns; return the medians of what each pass said."""
+    firsts: dict[str, dict[str, float]] = {}
+    passes: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for turn in range(repeat + 1):
+        for name, contender, words in found:
+            if turn == 0:
+                firsts[name] = contender.one_pass(words)
+            else:
+                passes[name].append(contender.one_pass(words))
+    for _, contender, _ in found:
+        if contender.process.poll() is None:
+            contender.close()
+    rates = {}
+    for name, taken in passes.items():
+        median = {key: statistics.median(one[key] for one in taken) for key in taken[0]}
+        spread = [min(one["cells_s"] for one in taken), max(one["cells_s"] for one in taken)]
+        rates[name] = median | {"low": spread[0], "high": spread[1], "rss_mb": max(one["rss_mb"] for one in taken)}
+        rates[name]["first_batch_s"] = firsts[name]["first_batch_s"]
+        print(
+            f"{name:>24}: {median['cells_s']:>10,.0f} cells/s ({spread[0]:,.0f} to {spread[1]:,.0f}), "
+            f"{rates[name]['rss_mb']:,.0f} MiB, first batch after {rates[name]['first_batch_s']:.2f} s",
+            flush=True,
+        )
+    return rates
+
+
+def summary(
+    folder: Path, places: dict[str, str], cells: int, rates: dict[str, dict[str, float]], scale: dict[int, float]
+) -> dict[str, Any]:
+    """Put the figures together."""
+    speed = {name: rate["cells_s"] for name, rate in rates.items()}
+    annbatch = [(value, name) for name, value in speed.items() if name.startswith("annbatch")]
+    best, setting = max(annbatch) if annbatch else (None, None)
+    lake = Path(places["lake"])
+    snapshot = open_snapshot(places["lake"], "bench")
+    names = (
+        "tokenized",
+        "ragged",
+        "warm",
+        "warm tokenized",
+        "tiledbsoma_ml",
+        "scdataset",
+        "sequential_decode",
+        "memmap",
+    )
+    answer: dict[str, Any] = {name.replace(" ", "_"): round(speed[name]) for name in names}
+    answer |= {
+        "annbatch": best and round(best),
+        "annbatch_setting": setting,
+        "tokenized_over_annbatch": best and round(speed["tokenized"] / best, 2),
+        "ragged_over_annbatch": best and round(speed["ragged"] / best, 2),
+        "warm_over_annbatch": best and round(speed["warm"] / best, 2),
+        "tokenized_over_tiledbsoma_ml": round(speed["tokenized"] / speed["tiledbsoma_ml"], 1),
+        "tokenized_over_scdataset": round(speed["tokenized"] / speed["scdataset"], 2),
+        "ragged_over_sequential_decode": round(speed["ragged"] / speed["sequential_decode"], 2),
+        "warm_over_memmap": round(speed["warm"] / speed["memmap"], 2),
+        "tokens_s": round(rates["tokenized"]["tokens_s"]),
+        "first_batch_s": round(rates["tokenized"]["first_batch_s"], 2),
+        "rss_mb": round(rates["tokenized"]["rss_mb"]),
+        "one_thread": {name: round(speed[f"{name}, one thread"]) for name in ("ragged", "tokenized")},
+        "scale": {str(size): round(rate) for size, rate in sorted(scale.items())},
+        "size_mb": {
+            "h5ad": round(size_mb(Path(places["h5ad"]))),
+            "X": round(size_mb(lake / "census_data/homo_sapiens/ms/RNA/X")),
+            "snapshot": round(size_mb(lake / "snapshots/bench")),
+        },
+        "build_cells_s": round(json.loads((folder / f"build-{cells}.json").read_text())["cells_s"]),
+    }
+    return answer | {name: round(value, 4) for name, value in shuffle_quality(snapshot).items()}
+
+
+def draw(folder: Path, rates: dict[str, dict[str, float]], scale: dict[int, float]) -> None:
+    """Draw the charts."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = sorted(((rate["cells_s"], name, rate["low"], rate["high"]) for name, rate in rates.items()))
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.2), layout="constrained")
+    ours = ("tokenized", "ragged", "warm")
+    colours = ["#2a6f97" if name.startswith(ours) else "#b0b0b0" for _, name, _, _ in shown]
+    error = [[speed - low for speed, _, low, _ in shown], [high - speed for speed, _, _, high in shown]]
+    bars = axes.barh([name for _, name, _, _ in shown], [speed for speed, *_ in shown], xerr=error, color=colours)
+    axes.bar_label(bars, [f"{speed / 1000:,.1f} k" for speed, *_ in shown], padding=8, fontsize=9)
+    axes.set_xlabel("cells per second (median of the passes; lines: lowest and highest)")
+    axes.set_title("Streaming the same cells; ours in blue, tokens are 2,048 a cell")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    figure.savefig(folder / "stream.png", dpi=110)
+    plt.close(figure)
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    sizes = sorted(scale)
+    axes.plot(sizes, [scale[size] / 1000 for size in sizes], "o-", color="#2a6f97")
+    axes.set(xscale="log", ylim=(0, None), xlabel="cells in the snapshot", ylabel="tokenized cells/s, thousands")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "stream-scale.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
