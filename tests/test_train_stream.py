@@ -222,3 +222,65 @@ def test_twenty_epochs_leave_no_threads_files_or_memory_behind(one_measurement: 
         after.append((process.num_fds(), threading.active_count(), process.memory_info().rss))
     assert after[-1][:2] == after[4][:2]
     assert after[-1][2] - after[4][2] < 20 * 2**20
+
+
+def test_weights_make_labels_come_equally_often(one_measurement: Snapshot) -> None:
+    first, stop = one_measurement.split_rows["train"]
+    label = np.array(one_measurement.cells(["donor_id"])["donor_id"].to_pylist())[first:stop]
+    names, times = np.unique(label, return_counts=True)
+    weight = np.where(label == names[0], 5.0, 1.0)
+    stream = Stream(one_measurement, batch=32, block=16, window=4, weights=weight, seed=1)
+    expected = weight * len(weight) / weight.sum()
+    total = np.zeros(len(weight))
+    for epoch in range(30):
+        rows = np.concatenate([cells.row for cells in stream.epoch(epoch, start=0)])
+        comes = np.bincount(rows - first, minlength=len(weight))
+        assert len(rows) == stop - first
+        assert (comes >= np.floor(expected)).all()
+        assert (comes <= np.ceil(expected)).all()
+        total += comes
+    assert np.abs(total / 30 - expected).max() < 0.6
+    balanced = Stream(one_measurement, batch=32, block=16, window=4, weights="donor_id")
+    ranks = [np.concatenate([c.row for c in balanced.epoch(0, start=0, rank=r, world=3)]) for r in range(3)]
+    shown = np.unique(label[np.concatenate(ranks) - first], return_counts=True)[1]
+    assert len(names) > 1
+    assert times.max() > times.min()
+    assert shown.max() <= 1.1 * shown.min()
+    with pytest.raises(UsageError, match="one for each cell of the split"):
+        Stream(one_measurement, batch=32, block=16, window=4, weights=[1.0])
+    with pytest.raises(UsageError, match="weights = 'colour' is none of"):
+        Stream(one_measurement, batch=32, block=16, window=4, weights="colour")
+
+
+def test_weighted_cells_carry_their_own_counts_and_resume(one_measurement: Snapshot) -> None:
+    words = {"batch": 32, "block": 16, "window": 4, "weights": "cell_type", "seed": 5}
+    plain = {
+        row: values
+        for cells in Stream(one_measurement, batch=32, block=16, window=4).epoch(0)
+        for row, values in identity(cells)
+    }
+    whole = [identity(cells) for cells in Stream(one_measurement, **words).steps(0, 40)]
+    assert all(values == plain[row] for step in whole for row, values in step)
+    assert [identity(cells) for cells in Stream(one_measurement, **words).steps(17, 40)] == whole[17:]
+    with pytest.raises(UsageError, match="weights"):
+        Stream(one_measurement, batch=32, block=16, window=4, seed=5).load_state_dict(
+            Stream(one_measurement, **words).state_dict()
+        )
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_ranks_get_equally_many_cells_and_about_equally_many_values(snapshot: Snapshot, world: int) -> None:
+    streams = [Stream(snapshot, batch=72, seed=7, block=20, window=4, balance=balance) for balance in (True, False)]
+    spread = []
+    for stream in streams:
+        steps = [list(stream.epoch(0, start=0, rank=rank, world=world)) for rank in range(world)]
+        apart = []
+        for shares in zip(*steps, strict=True):
+            cells = [share.n_cells for share in shares]
+            values = [sum(len(part.counts) for part in share.counts.values()) for share in shares]
+            assert max(cells) - min(cells) <= 1
+            if sum(cells) == 72:
+                apart.append(max(values) / min(values))
+        spread.append(float(np.mean(apart)))
+    assert spread[0] < 1.04
+    assert world < 8 or spread[0] - 1 < (spread[1] - 1) / 3

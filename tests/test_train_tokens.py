@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from train.cells import NUMBERS, PROMPTS, Cells, Csr
-from train.tokens import SCALE, Tokens, TokenSettings, make_tokens, uniform
+from train.tokens import SCALE, Tokens, TokenSettings, make_tokens, pack, uniform
 
 OFFSETS = {"RNA": 1, "protein": 31}
 
@@ -163,3 +164,54 @@ def test_each_token_of_a_deep_cell_is_chosen_as_often_as_any_other() -> None:
     assert len(chosen) == n_features
     spread = np.sqrt(expected * (1 - 50 / n_features))
     assert max(abs(times - expected) for times in chosen.values()) < 5 * spread
+
+
+def counts_of(batch: Cells, cell: int) -> dict[int, float]:
+    part = batch.counts["RNA"]
+    mine = slice(part.indptr[cell], part.indptr[cell + 1])
+    return dict(zip((part.features[mine].astype(int) + 1).tolist(), part.counts[mine].tolist(), strict=True))
+
+
+def test_bins_are_the_quantiles_of_a_cells_own_counts() -> None:
+    batch = whole(20, 4, 500, np.uint16)
+    tokens = make_tokens(batch, {"RNA": 1}, TokenSettings(budget=400, values="bins", bins=10))
+    for cell in np.flatnonzero(batch.measured["RNA"]):
+        counts = counts_of(batch, cell)
+        expected = {
+            feature: 1 + 10 * sum(other < count for other in counts.values()) // len(counts)
+            for feature, count in counts.items()
+        }
+        assert seen(tokens, cell) == expected
+
+
+def test_ranks_go_from_the_highest_normalised_count_down() -> None:
+    batch = whole(20, 5, 500, np.uint16)
+    factors = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 4, 401)).float()
+    settings = TokenSettings(budget=25, values="rank")
+    tokens = make_tokens(batch, {"RNA": 1}, settings, factors=factors)
+    for cell in np.flatnonzero(batch.measured["RNA"]):
+        counts = counts_of(batch, cell)
+        total = sum(counts.values())
+        expected = sorted(counts, key=lambda feature: (-counts[feature] / total / float(factors[feature]), feature))
+        valid = tokens.valid_CL[cell]
+        assert tokens.feature_CL[cell][valid].tolist() == expected[:25]
+        assert tokens.value_CL[cell][valid].tolist() == list(range(min(25, len(expected))))
+
+
+def test_packing_leaves_out_the_padding_and_keeps_within_the_budget() -> None:
+    tokens = make_tokens(whole(40, 6, 9, np.uint8), {"RNA": 1}, TokenSettings(budget=80))
+    length = tokens.valid_CL.sum(1).tolist()
+    (everything,) = pack(tokens)
+    assert everything.cu_seqlens.tolist() == [0, *np.cumsum(length).tolist()]
+    assert everything.longest == max(length)
+    pieces = pack(tokens, budget=200)
+    assert [cell for piece in pieces for cell in range(*piece.cells)] == list(range(40))
+    assert all(len(piece.feature_N) <= 200 for piece in pieces)
+    assert all(len(a.feature_N) + length[b.cells[0]] > 200 for a, b in pairwise(pieces))
+    for piece in pieces:
+        for number, cell in enumerate(range(*piece.cells)):
+            mine = slice(*piece.cu_seqlens[number : number + 2].tolist())
+            assert dict(zip(piece.feature_N[mine].tolist(), piece.value_N[mine].tolist(), strict=True)) == seen(
+                tokens, cell
+            )
+    assert len(pack(tokens, budget=1)) == 40

@@ -8,6 +8,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import threading
 from collections import deque
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from store.errors import UsageError
 from store.schema import measured_column
-from store.snapshot import Snapshot
+from store.snapshot import LABELS, Snapshot
 from train import kernels
 from train.cache import BlockCache
 from train.cells import NUMBERS, PROMPTS, Cells, Csr, Spans
@@ -114,6 +115,10 @@ class Stream:
         cache: A folder for decoded blocks, or a cache that several streams share: from the second epoch on nothing is
             decoded.
         cache_bytes: What that folder may hold.
+        weights: How often each cell of the split comes, relative to the others: numbers in row order, or a label (as
+            ``"cell_type"``) whose values then come equally often. An epoch has as many cells as the split has; a cell
+            comes as often as it should up to one, rare ones several times, common ones in some epochs.
+        balance: Deal a batch out so that ranks get about equally many non-zeros, not only equally many cells.
         labels: What is said of the cells, if it was read before.
 
     Raises:
@@ -135,6 +140,8 @@ class Stream:
         memory_bytes: int = MEMORY_BYTES,
         cache: str | Path | BlockCache | None = None,
         cache_bytes: int = CACHE_BYTES,
+        weights: Sequence[float] | NDArray[Any] | str | None = None,
+        balance: bool = True,
         labels: Labels | None = None,
     ) -> None:
         self.snapshot = snapshot
@@ -157,6 +164,9 @@ class Stream:
         self.threads, self.memory_bytes = threads, memory_bytes
         self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
         self.labels = labels or read_labels(snapshot)
+        self.balance = balance
+        self._upper = None if weights is None else self._expected(weights)
+        self._copies: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self.step = 0
         self._offsets = _offsets(snapshot, self.measurements)
         self._room = _Room()
@@ -184,6 +194,7 @@ class Stream:
             "seed": plan.seed,
             "block": plan.block,
             "window": plan.window,
+            "weights": None if self._upper is None else hashlib.sha256(self._upper.tobytes()).hexdigest(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,6 +207,41 @@ class Stream:
             if key != "step" and state[key] != mine:
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
         self.step = int(state["step"])
+
+    def _expected(self, weights: Sequence[float] | NDArray[Any] | str) -> NDArray[np.float64]:
+        """Return how often the cells up to each one should come together in an epoch."""
+        n_rows = self.plan.n_rows
+        if isinstance(weights, str):
+            if weights not in LABELS:
+                raise UsageError(f"weights = {weights!r} is none of: {', '.join(LABELS)}")
+            column = self.snapshot.cells([weights])[weights].to_pandas()[self.first_row : self.first_row + n_rows]
+            values = 1.0 / column.map(column.value_counts()).to_numpy(np.float64)
+        else:
+            values = np.asarray(weights, dtype=np.float64)
+        if values.shape != (n_rows,) or not np.isfinite(values).all() or values.min() < 0 or values.sum() <= 0:
+            raise UsageError(
+                f"weights are {n_rows:,} numbers, one for each cell of the split, not negative, not all zero"
+            )
+        upper = np.cumsum(values)
+        upper *= n_rows / upper[-1]
+        upper[-1] = n_rows
+        return upper
+
+    def _drawn(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows at these positions of an epoch's cells, which lie in row order, each as often as it comes.
+
+        Systematic sampling: with one random offset an epoch, a cell comes its expected number of times, rounded down or
+        up, and all together exactly as often as there are cells (Madow 1949).
+        """
+        if self._upper is None:
+            return self.first_row + positions
+        drawn_for, rows = self._copies
+        if drawn_for != epoch:
+            offset = np.random.default_rng([self.plan.seed, epoch, 0]).random()
+            ends = np.floor(self._upper + offset).astype(np.int64)
+            rows = np.repeat(np.arange(self.first_row, self.first_row + self.plan.n_rows), np.diff(ends, prepend=0))
+            self._copies = (epoch, rows)
+        return rows[positions]
 
     def epoch(self, epoch: int, *, rank: int = 0, world: int = 1, start: int | None = None) -> Iterator[Any]:
         """Yield one rank's share of every step of an epoch: Cells, or Tokens where the stream has settings for them.
@@ -275,12 +321,13 @@ class Stream:
     def _blocks(self, epoch: int, number: int) -> list[tuple[int, int]]:
         starts = self.plan.window_blocks(epoch, number) * self.plan.block
         stops = np.minimum(starts + self.plan.block, self.plan.n_rows)
-        return [
-            (self.first_row + int(start), self.first_row + int(stop)) for start, stop in zip(starts, stops, strict=True)
-        ]
+        firsts, lasts = self._drawn(epoch, starts), self._drawn(epoch, stops - 1)
+        return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
     def _make(self, waiting: list[Future[Window]], step: int, rank: int, world: int) -> Any:
-        rows = self.first_row + self.plan.share(step, rank, world)
+        rows = self._drawn(self.plan.epoch_of(step)[0], self.plan.batch(step))
+        if world > 1:
+            rows = rows[self._mine(rows, [future.result() for future in waiting], rank, world)]
         parts: dict[str, list[tuple[Spans, NDArray[np.int64]]]] = {name: [] for name in self.measurements}
         for future in waiting:
             window = future.result()
@@ -294,13 +341,27 @@ class Stream:
             return said(counts={name: _gathered(part, len(rows), self._room) for name, part in parts.items()})
         chance = (self.plan.seed, step)
         name = self.measurements[0]
-        if len(parts) == 1 and parts[name][0][0].counts.dtype.kind == "u":
+        compiled = self.tokens.values == "log1p" and parts[name][0][0].counts.dtype.kind == "u"
+        if len(parts) == 1 and compiled:
             measured = self.labels.measured[name][rows]
             return fast_tokens(
                 parts[name], measured, said({}), self._offsets[name], self.tokens, chance, self._room.take
             )
         cells = said(counts={name: _gathered(part, len(rows), self._room) for name, part in parts.items()})
         return make_tokens(cells, self._offsets, self.tokens, chance=chance)
+
+    def _mine(self, rows: NDArray[np.int64], windows: Sequence[Window], rank: int, world: int) -> NDArray[np.int64]:
+        """Choose a rank's cells of a batch: dealt out from the largest to the smallest, there and back again."""
+        if not self.balance:
+            return np.arange(rank, len(rows), world)
+        size = np.zeros(len(rows), np.int64)
+        for window in windows:
+            place = window.places(rows)
+            held = np.flatnonzero(place >= 0)
+            size[held] = sum(spans.lengths[place[held]] for spans in window.spans.values())
+        order = np.argsort(-size, kind="stable")
+        turn, seat = np.divmod(np.arange(len(rows)), world)
+        return np.sort(order[np.where(turn % 2, world - 1 - seat, seat) == rank])
 
     def _said(self, rows: NDArray[np.int64]) -> Any:
         """Return what makes Cells of these rows, given their counts."""

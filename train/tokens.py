@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +41,11 @@ class TokenSettings:
         drop_measurement: Chance that a whole measurement of a cell is hidden in training.
         drop_prompt: Chance that a prompt is not said in training.
         drop_cell_type: The same for the cell type, which must not become a crutch.
+        values: "log1p": of counts per ``SCALE``. "bins": the quantile of a count among the cell's own counts, 1 to
+            ``bins`` (after scGPT, Cui et al. 2024; ties share a bin). "rank": tokens from the highest to the lowest
+            count, each divided by its feature's factor, and the value is the place, from 0; a budget keeps the highest
+            (after Geneformer, Theodoris et al. 2023).
+        bins: Bins of a cell.
     """
 
     budget: int = 128
@@ -47,6 +53,8 @@ class TokenSettings:
     drop_measurement: float = 0.2
     drop_prompt: float = 0.15
     drop_cell_type: float = 0.5
+    values: Literal["log1p", "bins", "rank"] = "log1p"
+    bins: int = 51
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ class Tokens:
     """What the encoder sees of a batch of cells; nothing that is hidden is in it.
 
     Attributes:
-        feature_CL: int32, number over all measurements, in ascending order; 0 where padded.
-        value_CL: float32, log1p of counts per ``SCALE``; 0 where padded.
+        feature_CL: int32, number over all measurements, in ascending order (ranked: by rank); 0 where padded.
+        value_CL: float32, as the settings say, log1p of counts per ``SCALE`` by default; 0 where padded.
         firsts: Number of each measurement's first feature, in ascending order.
         log_depth_CM: log1p of the cell's counts in a measurement; 0 where it is not shown.
         measured_CM: Is the measurement shown?
@@ -157,6 +165,7 @@ def make_tokens(
     chance: tuple[int, int] | None = None,
     seen: Cells | None = None,
     device: torch.device | None = None,
+    factors: Tensor | None = None,
 ) -> Tokens:
     """Write cells as tokens.
 
@@ -169,10 +178,13 @@ def make_tokens(
             is in the answer.
         seen: Cells whose counts are seen in place of ``cells``' own (matched controls), in the same order.
         device: Where to work; CPU when left out.
+        factors: For ranks: what each feature's counts are divided by, by its number (0 is padding), on the device; a
+            feature's median count per ``SCALE``, say. Ones when left out.
     """
     device = device or torch.device("cpu")
     seen = seen or cells
-    if kernels is not None and device.type == "cpu" and len(seen.counts) == 1 and len(offsets) == 1:
+    plain = settings.values == "log1p"
+    if plain and kernels is not None and device.type == "cpu" and len(seen.counts) == 1 and len(offsets) == 1:
         ((name, part),) = seen.counts.items()
         if part.counts.dtype.kind == "u":
             everything = np.arange(cells.n_cells)
@@ -197,12 +209,17 @@ def make_tokens(
             hidden_C = _hidden(_unit(mixed[1]), settings)
             visible_N = draw_N >= hidden_C.long()[found.cell_N]
             priority_N = draw_N.double()
+        value_N = torch.log1p(share_N) if plain else share_N
+        if settings.values == "bins":
+            value_N = _bins(found, settings.bins)
+        elif settings.values == "rank":
+            priority_N = (share_N if factors is None else share_N / factors[feature_N]).double()
         keep = torch.nonzero(visible_N & shown_C[found.cell_N]).squeeze(1)
-        parts.append((found.cell_N[keep], feature_N[keep], torch.log1p(share_N[keep]), priority_N[keep]))
+        parts.append((found.cell_N[keep], feature_N[keep], value_N[keep], priority_N[keep]))
         depths.append(torch.where(shown_C, torch.log1p(found.depth_C), 0.0))
         measured.append(shown_C)
     return Tokens(
-        *_padded(parts, cells.n_cells, settings.budget, device),
+        *_padded(parts, cells.n_cells, settings, device),
         tuple(offsets.values()),
         torch.stack(depths, dim=1),
         torch.stack(measured, dim=1),
@@ -288,9 +305,10 @@ def fast_tokens(
 
 
 def _padded(
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], n_cells: int, budget: int, device: torch.device
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], n_cells: int, settings: TokenSettings, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Keep each cell's ``budget`` tokens of highest priority, ties to the earlier feature; in the order of features."""
+    """Keep each cell's tokens of highest priority, ties to the earlier feature; in the order of features or ranks."""
+    budget = settings.budget
     cell, feature, value, priority = (torch.cat([part[number] for part in parts]) for number in range(4))
     order = torch.argsort(feature, stable=True)
     order = order[torch.argsort(priority[order], descending=True, stable=True)]
@@ -299,8 +317,9 @@ def _padded(
     start = torch.cumsum(length, 0) - length
     place = torch.arange(len(order), device=device) - torch.repeat_interleave(start, length)
     order = order[place < budget]
-    order = order[torch.argsort(feature[order], stable=True)]
-    order = order[torch.argsort(cell[order], stable=True)]
+    if settings.values != "rank":
+        order = order[torch.argsort(feature[order], stable=True)]
+        order = order[torch.argsort(cell[order], stable=True)]
     kept = length.clamp(max=budget)
     start = torch.cumsum(kept, 0) - kept
     place = torch.arange(len(order), device=device) - torch.repeat_interleave(start, kept)
@@ -308,8 +327,64 @@ def _padded(
     features = torch.zeros(shape, dtype=torch.int32, device=device)
     values = torch.zeros(shape, device=device)
     features[cell[order], place] = feature[order].to(torch.int32)
-    values[cell[order], place] = value[order]
+    values[cell[order], place] = place.float() if settings.values == "rank" else value[order]
     return features, values
+
+
+def _bins(found: _Nonzeros, bins: int) -> Tensor:
+    """Return 1 + floor(bins * share of the cell's counts that are smaller) of each count."""
+    order = torch.argsort(found.count_N, stable=True)
+    order = order[torch.argsort(found.cell_N[order], stable=True)]
+    cell, count = found.cell_N[order], found.count_N[order]
+    length = torch.bincount(cell, minlength=len(found.depth_C))
+    start = torch.cumsum(length, 0) - length
+    place = torch.arange(len(order), device=order.device)
+    first = torch.ones_like(place, dtype=torch.bool)
+    first[1:] = (cell[1:] != cell[:-1]) | (count[1:] != count[:-1])
+    smaller = torch.cummax(torch.where(first, place, 0), 0).values - start[cell]
+    binned = torch.empty_like(found.count_N)
+    binned[order] = (1 + bins * smaller // length[cell]).float()
+    return binned
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tokens of some cells on end, without padding, as attention over ragged sequences takes them.
+
+    Attributes:
+        feature_N: int32.
+        value_N: float32.
+        cu_seqlens: int32, one longer than there are cells: where each cell begins, and the end.
+        longest: Most tokens of a cell.
+        cells: The cells' places in the batch that was packed, first and behind the last.
+    """
+
+    feature_N: Tensor
+    value_N: Tensor
+    cu_seqlens: Tensor
+    longest: int
+    cells: tuple[int, int]
+
+
+def pack(tokens: Tokens, budget: int | None = None) -> list[Packed]:
+    """Leave the padding out; with a budget, in as many pieces as keep each within so many tokens.
+
+    Pieces hold whole cells, in their order; a cell that is longer than the budget is a piece of its own.
+    """
+    valid_CL = tokens.valid_CL
+    ends = [0, *torch.cumsum(valid_CL.sum(1), 0).tolist()]
+    feature_N, value_N = tokens.feature_CL[valid_CL], tokens.value_CL[valid_CL]
+    pieces, first, n_cells = [], 0, len(ends) - 1
+    while first < n_cells:
+        stop = first + 1
+        while stop < n_cells and (budget is None or ends[stop + 1] - ends[first] <= budget):
+            stop += 1
+        borders = torch.tensor(ends[first : stop + 1], dtype=torch.int32, device=feature_N.device) - ends[first]
+        where = slice(ends[first], ends[stop])
+        longest = max((b - a for a, b in pairwise(ends[first : stop + 1])), default=0)
+        pieces.append(Packed(feature_N[where], value_N[where], borders, longest, (first, stop)))
+        first = stop
+    return pieces
 
 
 def _prompts(
