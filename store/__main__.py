@@ -232,7 +232,9 @@ def snapshot_create(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value; keys: where, organisms, measurements, seed, split_by, fractions."),
+        typer.Option(
+            "--set", help="key=value; keys: where, organisms, measurements, seed, split_by, fractions, assign, apart."
+        ),
     ] = None,
     lake: LakeOption = "lake",
     json: JsonOption = False,

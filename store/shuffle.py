@@ -6,6 +6,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -291,17 +292,58 @@ def _write_presence(
 
 
 def _splits(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int64]:
-    """Choose each cell's split (its number among the settings'), by cell or by whole groups."""
+    """Choose each cell's split (its number among the settings'): by cell or by whole groups, then as assigned.
+
+    Raises:
+        UsageError: An assigned value does not occur, a cell is assigned to two splits, or a group is in two splits.
+    """
     edges = np.cumsum(list(settings.fractions.values()))
-    if not settings.split_by:
-        draws = np.random.default_rng([settings.seed, 1]).random(cells.num_rows)
-    elif settings.split_by not in snapshot.LABELS:
-        raise UsageError(f"split_by = {settings.split_by!r} is none of: {', '.join(snapshot.LABELS)}")
+    if settings.split_by:
+        labels, group_C = np.unique(_texts(cells, settings.split_by), return_inverse=True)
+        draws = np.array([_draw(settings.seed, label) for label in labels])[group_C]
     else:
-        labels = [str(label) for label in cells[settings.split_by].to_pylist()]
-        draw_of = {label: _draw(settings.seed, label) for label in set(labels)}
-        draws = np.array([draw_of[label] for label in labels])
-    return np.minimum(np.searchsorted(edges, draws, side="right"), len(edges) - 1).astype(np.int64)
+        draws = np.random.default_rng([settings.seed, 1]).random(cells.num_rows)
+    split_C = np.minimum(np.searchsorted(edges, draws, side="right"), len(edges) - 1).astype(np.int64)
+    assigned_C = np.full(cells.num_rows, -1, dtype=np.int64)
+    for name, wanted in settings.assign.items():
+        number = list(settings.fractions).index(name)
+        for column, values in wanted.items():
+            texts = _texts(cells, column)
+            for value in values:
+                found = texts == value
+                if not found.any():
+                    near = difflib.get_close_matches(value, sorted(set(texts)), n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise UsageError(f"assign.{name}.{column}: no chosen cell has {value!r}{hint}")
+                other = assigned_C[found & (assigned_C >= 0) & (assigned_C != number)]
+                if len(other):
+                    raise UsageError(
+                        f"assign.{name}.{column} = {value!r}: {len(other):,} of its cells are also assigned to "
+                        f"{list(settings.fractions)[other[0]]!r}"
+                    )
+                assigned_C[found] = number
+    split_C = np.where(assigned_C >= 0, assigned_C, split_C)
+    for column in dict.fromkeys([*filter(None, [settings.split_by]), *settings.apart]):
+        _refuse_leaks(column, _texts(cells, column), split_C, list(settings.fractions))
+    return split_C
+
+
+def _texts(cells: pa.Table, column: str) -> NDArray[np.object_]:
+    return np.array([str(value) for value in cells[column].to_pylist()], dtype=object)
+
+
+def _refuse_leaks(column: str, texts: NDArray[np.object_], split_C: NDArray[np.int64], names: list[str]) -> None:
+    values, group_C = np.unique(texts, return_inverse=True)
+    holds = np.zeros((len(values), len(names)), dtype=bool)
+    holds[group_C, split_C] = True
+    leaking = np.flatnonzero(holds.sum(axis=1) > 1)
+    if len(leaking):
+        first = leaking[0]
+        where = " and ".join(names[number] for number in np.flatnonzero(holds[first]))
+        raise UsageError(
+            f"{len(leaking)} of {len(values)} values of {column} are in several splits, such as {values[first]!r} in "
+            f"{where}; split by {column}, assign it whole, or narrow the cells with where"
+        )
 
 
 def _order(

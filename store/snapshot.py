@@ -28,7 +28,7 @@ import tiledb
 import tiledb.libtiledb
 import tiledbsoma
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from store import records, schema
 from store.context import reading_context, soma_context
@@ -79,6 +79,22 @@ class SnapshotSettings(Settings):
     """An obs column whose groups (donors, perturbations, ...) stay whole in one split; empty splits cell by cell."""
     fractions: dict[str, float] = Field(default_factory=lambda: {"train": 0.9, "test": 0.1})
     """Split to its expected share of cells (or of groups); the shares sum to 1."""
+
+    assign: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)
+    """Split to obs column to values: cells that have one of them go to this split, whatever was drawn."""
+    apart: tuple[str, ...] = ()
+    """obs columns of which no value may be in two splits, beside ``split_by``; the snapshot is refused if one is."""
+
+    @model_validator(mode="after")
+    def _columns_and_splits_exist(self) -> SnapshotSettings:
+        named = [*filter(None, [self.split_by]), *self.apart, *(name for by in self.assign.values() for name in by)]
+        for name in named:
+            if name not in LABELS:
+                raise ValueError(f"{name!r} is none of the obs columns that a split may look at: {', '.join(LABELS)}")
+        for split in self.assign:
+            if split not in self.fractions:
+                raise ValueError(f"assign.{split}: fractions names no such split; 0 is a fraction too")
+        return self
 
     @field_validator("fractions")
     @classmethod

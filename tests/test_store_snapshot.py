@@ -15,7 +15,7 @@ from encoded import add_dataset
 from store import records
 from store.errors import MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
-from store.settings import parse_settings
+from store.settings import load_settings, parse_settings
 from store.snapshot import (
     Snapshot,
     SnapshotSettings,
@@ -96,6 +96,41 @@ def test_groups_stay_whole_in_one_split(all_cells: Snapshot) -> None:
     assert (
         all_cells.manifest["splits"] == cells["split"].value_counts().reindex(["train", "test"], fill_value=0).to_dict()
     )
+
+
+def test_a_toml_assigns_groups_to_splits_and_no_group_may_leak(lake_uri: str, tmp_path: Path) -> None:
+    path = tmp_path / "splits.toml"
+    path.write_text("""
+        split_by = "donor_id"
+        fractions = { train = 0.8, validation = 0.2, test = 0.0 }
+        apart = ["dataset_id"]
+        where = "tissue == 'blood'"
+        organisms = ["mus_musculus"]
+        [assign.test]
+        donor_id = ["donor1", "donor3"]
+        """)
+    with pytest.raises(UsageError, match="1 of 1 values of dataset_id are in several splits, such as 'mouse' in train"):
+        create_snapshot(lake_uri, "leak", load_settings(SnapshotSettings, path))
+    assert "leak" not in list_snapshots(lake_uri)
+    settings = load_settings(SnapshotSettings, path, ["apart=[]"])
+    cells = create_snapshot(lake_uri, "assigned", settings).cells(["donor_id", "split"]).to_pandas()
+    assert set(cells["donor_id"][cells["split"] == "test"]) == {"donor1", "donor3"}
+    assert set(cells["split"][cells["donor_id"].isin(["donor1", "donor3"])]) == {"test"}
+    assert cells["split"].tolist() == sorted(cells["split"], key=list(settings.fractions).index)
+    typo = settings.model_copy(update={"assign": {"test": {"donor_id": ("doner1",)}}})
+    with pytest.raises(UsageError, match="no chosen cell has 'doner1'; did you mean 'donor1'"):
+        create_snapshot(lake_uri, "typo", typo)
+    twice = settings.model_copy(update={"assign": {"test": {"donor_id": ("donor1",)}, "train": {"sex": ("unknown",)}}})
+    with pytest.raises(UsageError, match="of its cells are also assigned to 'test'"):
+        create_snapshot(lake_uri, "twice", twice)
+    crossed = settings.model_copy(update={"assign": {"test": {"cell_type": ("odd",)}}})
+    with pytest.raises(UsageError, match="of 5 values of donor_id are in several splits"):
+        create_snapshot(lake_uri, "crossed", crossed)
+    with pytest.raises(SettingsError, match="fractions names no such split"):
+        parse_settings(SnapshotSettings, {"assign": {"exam": {}}}, where="t")
+    with pytest.raises(SettingsError, match="'colour' is none of the obs columns"):
+        parse_settings(SnapshotSettings, {"apart": ["colour"]}, where="t")
+    delete_snapshot(lake_uri, "assigned")
 
 
 def test_a_filter_and_a_choice_of_measurements_narrow_the_snapshot(lake_uri: str) -> None:
