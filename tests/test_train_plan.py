@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.plan import SamplePlan
 
 plans = st.builds(
-    SamplePlan,
+    lambda part, lanes, **words: SamplePlan(window=part * lanes, lanes=lanes, **words),
     n_rows=st.integers(1, 400),
     global_batch=st.integers(1, 70),
     seed=st.integers(0, 5),
     block=st.integers(1, 50),
-    window=st.integers(1, 6),
+    part=st.integers(1, 3),
+    lanes=st.integers(1, 4),
 )
 
 
@@ -65,3 +67,33 @@ def test_the_order_is_written_down_for_one_small_plan() -> None:
     """A changed order would make old runs unrepeatable: this is the order of version 1."""
     plan = SamplePlan(10, 4, seed=1, block=3, window=2)
     assert [plan.batch(step).tolist() for step in range(3)] == [[2, 4, 5, 0], [1, 3, 7, 9], [8, 6]]
+
+
+@settings(deadline=None)
+@given(plan=plans, epoch=st.integers(0, 2), world=st.integers(1, 8))
+def test_a_rank_is_told_every_block_that_it_needs(plan: SamplePlan, epoch: int, world: int) -> None:
+    for rank in range(world):
+        told = {
+            (number, int(block))
+            for number in range(plan.n_windows)
+            for block in plan.blocks(epoch, number, rank, world)
+        }
+        blocks = [block for _, block in told]
+        assert len(blocks) == len(set(blocks))
+        assert {row // plan.block for row in epoch_rows(plan, epoch, rank, world)} <= set(blocks)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_with_lanes_a_rank_reads_its_part_and_no_more(world: int) -> None:
+    plan = SamplePlan(64 * 100, 64, seed=2, block=100, window=16, lanes=8)
+    read = [sum(len(plan.blocks(0, number, rank, world)) for number in range(plan.n_windows)) for rank in range(world)]
+    assert read == [64 // world] * world
+
+
+def test_lanes_mix_a_batch_as_well_and_must_divide_the_window() -> None:
+    label = np.arange(6400) // 100 % 16  # each block has one label
+    plan = SamplePlan(6400, 64, seed=2, block=100, window=16, lanes=8)
+    kinds = [len(set(label[plan.batch(step)].tolist())) for step in range(plan.steps_per_epoch)]
+    assert np.mean(kinds) > 9
+    with pytest.raises(ValueError, match="lanes=3 does not divide window=16"):
+        SamplePlan(10, 4, window=16, lanes=3)

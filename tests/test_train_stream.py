@@ -6,6 +6,7 @@ import gc
 import json
 import threading
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -284,3 +285,29 @@ def test_ranks_get_equally_many_cells_and_about_equally_many_values(snapshot: Sn
         spread.append(float(np.mean(apart)))
     assert spread[0] < 1.04
     assert world < 8 or spread[0] - 1 < (spread[1] - 1) / 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_with_lanes_ranks_share_the_reading_and_the_steps_stay_the_same(
+    one_measurement: Snapshot, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    words = {"batch": 32, "block": 16, "window": 8, "lanes": 4, "seed": 5}
+    alone = [sorted(identity(cells)) for cells in Stream(one_measurement, **words).epoch(0)]
+    read: list[int] = []
+    whole = Snapshot.read_into
+
+    def counted(self: Snapshot, measurement: str, start: int, features: np.ndarray, counts: np.ndarray) -> None:
+        read.append(len(features))
+        whole(self, measurement, start, features, counts)
+
+    monkeypatch.setattr(Snapshot, "read_into", counted)
+    shares = []
+    for rank in range(world):
+        stream = Stream(one_measurement, **words)
+        last = stream.plan.steps_per_epoch
+        shares.append([identity(cells) for cells in stream.steps(0, last, rank=rank, world=world)])
+    assert [sorted(chain.from_iterable(step)) for step in zip(*shares, strict=True)] == alone
+    everything = one_measurement.manifest["measurements"]["RNA"]["nnz"]
+    assert sum(read) < 2.2 * everything  # the last window is read by all
+    with pytest.raises(UsageError, match="lanes = 3 does not divide window = 8"):
+        Stream(one_measurement, **(words | {"lanes": 3}))

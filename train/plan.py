@@ -3,6 +3,9 @@
 The rows of a split lie in blocks. Each epoch permutes the blocks, takes a window of them at a time, permutes the rows
 of a window, and cuts the resulting order into global batches. A rank takes every W-th row of a batch. Nothing depends
 on the number of ranks W but the last step, so any number of them resumes any other.
+
+With lanes, a window's blocks are dealt out to lanes, rows are permuted within a lane, and the window's order takes one
+row of each lane in turn. A rank then takes its rows from a few lanes and needs not read the blocks of the others.
 """
 
 from __future__ import annotations
@@ -24,6 +27,11 @@ class SamplePlan:
         seed: Decides the order.
         block: Consecutive rows that are read together.
         window: Blocks whose rows are mixed.
+        lanes: Parts of a window that ranks can read apart; divides ``window``. As many as there will be ranks, or a
+            multiple; part of the order, and independent of the number of ranks.
+
+    Raises:
+        ValueError: ``lanes`` does not divide ``window``.
     """
 
     n_rows: int
@@ -31,6 +39,11 @@ class SamplePlan:
     seed: int = 0
     block: int = 1024
     window: int = 16
+    lanes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1 or self.window % self.lanes:
+            raise ValueError(f"lanes={self.lanes} does not divide window={self.window}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,10 +68,6 @@ class SamplePlan:
         """Return the rows of one window of an epoch, in the order in which they are used."""
         return _window_order(self, epoch, number)
 
-    def window_blocks(self, epoch: int, number: int) -> NDArray[np.int64]:
-        """Return the numbers of the blocks of one window of an epoch."""
-        return _block_order(self, epoch)[number * self.window : (number + 1) * self.window]
-
     def batch(self, global_step: int) -> NDArray[np.int64]:
         """Return the rows of a step, over all ranks."""
         epoch, step = self.epoch_of(global_step)
@@ -71,7 +80,26 @@ class SamplePlan:
 
     def share(self, global_step: int, rank: int, world: int) -> NDArray[np.int64]:
         """Return one rank's rows of a step; ranks differ by at most one row."""
-        return self.batch(global_step)[rank::world]
+        rows = self.batch(global_step)
+        if self.lanes == 1:
+            return rows[rank::world]
+        _, step = self.epoch_of(global_step)
+        lane = np.arange(step * self.global_batch, step * self.global_batch + len(rows)) % self.window_rows % self.lanes
+        mine = slice(rank * len(rows) // world, (rank + 1) * len(rows) // world)
+        return rows[np.sort(np.argsort(lane, kind="stable")[mine])]
+
+    def blocks(self, epoch: int, number: int, rank: int, world: int) -> NDArray[np.int64]:
+        """Return the numbers of the blocks of a window that a rank needs, ascending."""
+        if self.lanes == 1 or world == 1:
+            return np.sort(_window_blocks(self, epoch, number))
+        first = number * self.window_rows
+        steps = range(
+            first // self.global_batch,
+            -(-min(first + self.window_rows, self.n_rows) // self.global_batch),
+        )
+        rows = [self.share(epoch * self.steps_per_epoch + step, rank, world) for step in steps]
+        needed = np.unique(np.concatenate(rows) // self.block)
+        return needed[np.isin(needed, _window_blocks(self, epoch, number))]
 
 
 @lru_cache(maxsize=8)
@@ -82,9 +110,16 @@ def _block_order(plan: SamplePlan, epoch: int) -> NDArray[np.int64]:
     return np.concatenate([order, [n_full]]).astype(np.int64) if rest else order.astype(np.int64)
 
 
+def _window_blocks(plan: SamplePlan, epoch: int, number: int) -> NDArray[np.int64]:
+    return _block_order(plan, epoch)[number * plan.window : (number + 1) * plan.window]
+
+
 @lru_cache(maxsize=8)
 def _window_order(plan: SamplePlan, epoch: int, number: int) -> NDArray[np.int64]:
-    blocks = _block_order(plan, epoch)[number * plan.window : (number + 1) * plan.window]
-    rows = (blocks[:, None] * plan.block + np.arange(plan.block)).ravel()
-    rows = rows[rows < plan.n_rows]
-    return np.random.default_rng([plan.seed, epoch, 1 + number]).permutation(rows)
+    blocks = _window_blocks(plan, epoch, number)
+    rows = blocks[:, None] * plan.block + np.arange(plan.block)
+    draw = np.random.default_rng([plan.seed, epoch, 1 + number])
+    if plan.lanes == 1 or rows.max() >= plan.n_rows or len(blocks) < plan.window:  # the last one: lanes would be uneven
+        mixed = rows.ravel()
+        return draw.permutation(mixed[mixed < plan.n_rows])
+    return draw.permuted(rows.reshape(plan.lanes, -1), axis=1).T.ravel()

@@ -110,6 +110,8 @@ class Stream:
         measurements: Which measurements; all when left out.
         block: Consecutive rows that are read together.
         window: Blocks whose rows are mixed.
+        lanes: Parts of a window that ranks read apart, so that no rank reads everything: as many as there are ranks, or
+            a multiple; divides ``window``. Part of the order, whatever the number of ranks.
         threads: Threads that decode, and as many that make batches.
         memory_bytes: Most that decoded windows may take.
         cache: A folder for decoded blocks, or a cache that several streams share: from the second epoch on nothing is
@@ -118,7 +120,8 @@ class Stream:
         weights: How often each cell of the split comes, relative to the others: numbers in row order, or a label (as
             ``"cell_type"``) whose values then come equally often. An epoch has as many cells as the split has; a cell
             comes as often as it should up to one, rare ones several times, common ones in some epochs.
-        balance: Deal a batch out so that ranks get about equally many non-zeros, not only equally many cells.
+        balance: Deal a batch out so that ranks get about equally many non-zeros, not only equally many cells; not with
+            several lanes, where a rank has only its own to choose from.
         labels: What is said of the cells, if it was read before.
 
     Raises:
@@ -136,6 +139,7 @@ class Stream:
         measurements: Sequence[str] | None = None,
         block: int = 2048,
         window: int = 4,
+        lanes: int = 1,
         threads: int = 2,
         memory_bytes: int = MEMORY_BYTES,
         cache: str | Path | BlockCache | None = None,
@@ -155,7 +159,9 @@ class Stream:
             raise UsageError(f"{snapshot.uri}: no measurement {unknown[0]!r}; measurements: {known}")
         self.measurements = tuple(measurements or snapshot.measurements)
         self.first_row = first
-        self.plan = SamplePlan(stop - first, batch, seed, block, window)
+        if window % max(1, lanes):
+            raise UsageError(f"lanes = {lanes} does not divide window = {window}")
+        self.plan = SamplePlan(stop - first, batch, seed, block, window, lanes)
         if min(batch, self.plan.n_rows) > self.plan.window_rows:
             raise UsageError(
                 f"a batch of {batch:,} cells is larger than a window of {self.plan.window_rows:,} (block times window)"
@@ -194,6 +200,7 @@ class Stream:
             "seed": plan.seed,
             "block": plan.block,
             "window": plan.window,
+            "lanes": plan.lanes,
             "weights": None if self._upper is None else hashlib.sha256(self._upper.tobytes()).hexdigest(),
         }
 
@@ -279,7 +286,7 @@ class Stream:
 
         def ask(key: tuple[int, int]) -> None:
             if key not in windows:
-                windows[key] = reader.ask(self._blocks(*key))
+                windows[key] = reader.ask(self._blocks(*key, rank, world))
 
         def submit(step: int) -> None:
             needed = self._windows(step)
@@ -318,15 +325,17 @@ class Stream:
         epoch, number = key
         return (epoch, number + 1) if number + 1 < self.plan.n_windows else (epoch + 1, 0)
 
-    def _blocks(self, epoch: int, number: int) -> list[tuple[int, int]]:
-        starts = self.plan.window_blocks(epoch, number) * self.plan.block
+    def _blocks(self, epoch: int, number: int, rank: int, world: int) -> list[tuple[int, int]]:
+        starts = self.plan.blocks(epoch, number, rank, world) * self.plan.block
         stops = np.minimum(starts + self.plan.block, self.plan.n_rows)
         firsts, lasts = self._drawn(epoch, starts), self._drawn(epoch, stops - 1)
         return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
     def _make(self, waiting: list[Future[Window]], step: int, rank: int, world: int) -> Any:
-        rows = self._drawn(self.plan.epoch_of(step)[0], self.plan.batch(step))
-        if world > 1:
+        balance = self.balance and self.plan.lanes == 1
+        positions = self.plan.batch(step) if balance else self.plan.share(step, rank, world)
+        rows = self._drawn(self.plan.epoch_of(step)[0], positions)
+        if balance and world > 1:
             rows = rows[self._mine(rows, [future.result() for future in waiting], rank, world)]
         parts: dict[str, list[tuple[Spans, NDArray[np.int64]]]] = {name: [] for name in self.measurements}
         for future in waiting:
@@ -352,8 +361,6 @@ class Stream:
 
     def _mine(self, rows: NDArray[np.int64], windows: Sequence[Window], rank: int, world: int) -> NDArray[np.int64]:
         """Choose a rank's cells of a batch: dealt out from the largest to the smallest, there and back again."""
-        if not self.balance:
-            return np.arange(rank, len(rows), world)
         size = np.zeros(len(rows), np.int64)
         for window in windows:
             place = window.places(rows)
