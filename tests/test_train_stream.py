@@ -311,3 +311,13 @@ def test_with_lanes_ranks_share_the_reading_and_the_steps_stay_the_same(
     assert sum(read) < 2.2 * everything  # the last window is read by all
     with pytest.raises(UsageError, match="lanes = 3 does not divide window = 8"):
         Stream(one_measurement, **(words | {"lanes": 3}))
+
+
+def test_more_ranks_than_cells_of_a_step_leave_some_without(one_measurement: Snapshot) -> None:
+    words = {"batch": 4, "block": 16, "window": 8, "lanes": 8, "tokens": TOKENS}
+    rows = []
+    for rank in range(8):
+        shares = [made.row_C.tolist() for made in Stream(one_measurement, **words).epoch(0, rank=rank, world=8)]
+        assert max(map(len, shares)) <= 1
+        rows += list(chain.from_iterable(shares))
+    assert sorted(rows) == list(range(*one_measurement.split_rows["train"]))

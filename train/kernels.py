@@ -19,6 +19,15 @@ TABLE = 256
 """Counts below this have their logarithm from a table that is made once for each cell."""
 
 
+def compiled(function: Any) -> Any:
+    """Compile a loop that releases the GIL; the result is kept on disk where a cache can be written."""
+    words = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **words)(function)
+    except RuntimeError:  # neither beside this file nor in the user's folder
+        return numba.njit(**words)(function)
+
+
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
 def draw_of(feature: Any, key: Any) -> Any:
     """Hash a feature's number and a cell's key to 32 bits; the constants are Wellons's (2018, lowbias32)."""
@@ -107,7 +116,7 @@ def _choose(draws: Any, n: int, lowest: Any, budget: int, keep: Any) -> int:
     return kept
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")  # type: ignore[untyped-decorator, unused-ignore]
+@compiled
 def tokens_of_one(  # noqa: C901  stages of one loop; each is short
     starts_C: Any,
     lengths_C: Any,
@@ -204,7 +213,7 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
         width_C[row] = kept
 
 
-@numba.njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator, unused-ignore]
+@compiled
 def gather(
     starts_C: Any, lengths_C: Any, features_N: Any, counts_N: Any, to_C: Any, features_out: Any, counts_out: Any
 ) -> None:

@@ -89,9 +89,10 @@ class SamplePlan:
         return rows[np.sort(np.argsort(lane, kind="stable")[mine])]
 
     def blocks(self, epoch: int, number: int, rank: int, world: int) -> NDArray[np.int64]:
-        """Return the numbers of the blocks of a window that a rank needs, ascending."""
+        """Return the numbers of the blocks of a window that a rank needs, ascending; one even if it needs none."""
+        there = _window_blocks(self, epoch, number)
         if self.lanes == 1 or world == 1:
-            return np.sort(_window_blocks(self, epoch, number))
+            return np.sort(there)
         first = number * self.window_rows
         steps = range(
             first // self.global_batch,
@@ -99,7 +100,8 @@ class SamplePlan:
         )
         rows = [self.share(epoch * self.steps_per_epoch + step, rank, world) for step in steps]
         needed = np.unique(np.concatenate(rows) // self.block)
-        return needed[np.isin(needed, _window_blocks(self, epoch, number))]
+        needed = needed[np.isin(needed, there)]
+        return needed if len(needed) else there[:1]
 
 
 @lru_cache(maxsize=8)
