@@ -11,7 +11,7 @@ import fsspec
 import pandas as pd
 
 from ingest.job import SourceSettings
-from ingest.sources import KNOWN, is_census_name, is_dataset_folder, named_as_file, recognise
+from ingest.sources import KNOWN, is_census_name, is_dataset_folder, kind_by_name, recognise
 from store.errors import InputRefused, MissingError, UsageError
 from store.records import is_local
 from store.settings import parse_settings
@@ -41,7 +41,7 @@ def expand(source: SourceSettings, schemes: Sequence[str]) -> list[SourceSetting
             listed = parse_settings(SourceSettings, _merged(source, row), where=f"{uri}: {row['uri']}")
             found += expand(listed, schemes)
         return found
-    if named_as_file(uri) or (is_local(uri) and not _is_folder(uri)):
+    if kind_by_name(uri) or (is_local(uri) and not _is_folder(uri)):
         recognise(uri)
         return [source]
     if _is_folder(uri) and not is_dataset_folder(uri):

@@ -181,8 +181,12 @@ def _named(job: JobSettings, limits: Limits) -> Iterator[_Dataset]:
                 yield _Dataset(source, name, Outcome(source.uri, name))
 
 
+def _cause(error: Exception) -> Exception:
+    return error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
+
+
 def _reason(error: Exception) -> str:
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
+    cause = _cause(error)
     if isinstance(cause, SomaflowError):
         return str(cause)
     if isinstance(cause, ImportError):
@@ -193,7 +197,7 @@ def _reason(error: Exception) -> str:
 
 
 def _exit_code(error: Exception) -> int:
-    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) and error.cause else error
+    cause = _cause(error)
     return cause.exit_code if isinstance(cause, SomaflowError) else SomaflowError.exit_code
 
 

@@ -42,11 +42,15 @@ def tiledb_config() -> dict[str, Any]:
         }
     threads = os.environ.get(THREADS)
     if threads:
-        config |= {"sm.compute_concurrency_level": threads, "sm.io_concurrency_level": threads}
+        config |= _concurrency(threads)
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if region:
         config["vfs.s3.region"] = region
     return config
+
+
+def _concurrency(threads: int | str) -> dict[str, str]:
+    return dict.fromkeys(("sm.compute_concurrency_level", "sm.io_concurrency_level"), str(threads))
 
 
 def is_s3(uri: str) -> bool:
@@ -81,14 +85,10 @@ def storage(uri: str) -> Iterator[None]:
 
 
 @cache
-def tiledb_context() -> tiledb.Ctx:
-    """Return the process's TileDB context for reading arrays without SOMA's copies."""
-    return tiledb.Ctx({key: value for key, value in tiledb_config().items() if not key.startswith("soma.")})
+def tiledb_context(threads: int | None = None) -> tiledb.Ctx:
+    """Return the process's TileDB context for arrays without SOMA's copies.
 
-
-@cache
-def reading_context(threads: int) -> tiledb.Ctx:
-    """Return a context whose queries use ``threads`` threads of TileDB's own, for callers that bring their threads."""
-    levels = {"sm.compute_concurrency_level": str(threads), "sm.io_concurrency_level": str(threads)}
+    ``threads`` is how many of its own TileDB uses (none: as configured), for callers that bring their threads.
+    """
     config = {key: value for key, value in tiledb_config().items() if not key.startswith("soma.")}
-    return tiledb.Ctx({**config, **levels})
+    return tiledb.Ctx(config if threads is None else config | _concurrency(threads))

@@ -304,28 +304,34 @@ def _splits(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int64]:
     else:
         draws = np.random.default_rng([settings.seed, 1]).random(cells.num_rows)
     split_C = np.minimum(np.searchsorted(edges, draws, side="right"), len(edges) - 1).astype(np.int64)
-    assigned_C = np.full(cells.num_rows, -1, dtype=np.int64)
-    for name, wanted in settings.assign.items():
-        number = list(settings.fractions).index(name)
-        for column, values in wanted.items():
-            texts = _texts(cells, column)
-            for value in values:
-                found = texts == value
-                if not found.any():
-                    near = difflib.get_close_matches(value, sorted(set(texts)), n=1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise UsageError(f"assign.{name}.{column}: no chosen cell has {value!r}{hint}")
-                other = assigned_C[found & (assigned_C >= 0) & (assigned_C != number)]
-                if len(other):
-                    raise UsageError(
-                        f"assign.{name}.{column} = {value!r}: {len(other):,} of its cells are also assigned to "
-                        f"{list(settings.fractions)[other[0]]!r}"
-                    )
-                assigned_C[found] = number
+    assigned_C = _assigned(cells, settings)
     split_C = np.where(assigned_C >= 0, assigned_C, split_C)
     for column in dict.fromkeys([*filter(None, [settings.split_by]), *settings.apart]):
         _refuse_leaks(column, _texts(cells, column), split_C, list(settings.fractions))
     return split_C
+
+
+def _assigned(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int64]:
+    """Return the number of the split that each cell is assigned to; -1 for those that are not."""
+    names = list(settings.fractions)
+    assigned_C = np.full(cells.num_rows, -1, dtype=np.int64)
+    wanted = [(name, *item) for name, columns in settings.assign.items() for item in columns.items()]
+    for name, column, values in wanted:
+        number, texts = names.index(name), _texts(cells, column)
+        for value in values:
+            found = texts == value
+            if not found.any():
+                near = difflib.get_close_matches(value, sorted(set(texts)), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UsageError(f"assign.{name}.{column}: no chosen cell has {value!r}{hint}")
+            other = assigned_C[found & (assigned_C >= 0) & (assigned_C != number)]
+            if len(other):
+                raise UsageError(
+                    f"assign.{name}.{column} = {value!r}: {len(other):,} of its cells are also assigned to "
+                    f"{names[other[0]]!r}"
+                )
+            assigned_C[found] = number
+    return assigned_C
 
 
 def _texts(cells: pa.Table, column: str) -> NDArray[np.object_]:

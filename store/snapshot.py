@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
 from store import records, schema
-from store.context import reading_context, soma_context
+from store.context import soma_context, tiledb_context
 from store.errors import MissingError, UsageError, VerificationError
 from store.lake import open_lake
 from store.settings import Settings
@@ -289,7 +289,7 @@ class Snapshot:
         return out
 
     def dtype(self, measurement: str, member: str) -> np.dtype[Any]:
-        """Return how ``features`` or ``counts`` are stored."""
+        """Return how ``indptr``, ``features`` or ``counts`` are stored."""
         self._know(measurement)
         return np.dtype(self._array(measurement, member).attr("soma_data").dtype)
 
@@ -316,7 +316,7 @@ class Snapshot:
     def _read(self, measurement: str, member: str, start: int, out: NDArray[Any]) -> None:
         if len(out) == 0:
             return
-        array, context = self._array(measurement, member), reading_context(READING_THREADS)
+        array, context = self._array(measurement, member), tiledb_context(READING_THREADS)
         try:
             query = tiledb.libtiledb.Query(context, tiledb.libtiledb.Array(context, array))
             query.layout = tiledb.libtiledb.LayoutType.ROW_MAJOR
@@ -341,7 +341,7 @@ class Snapshot:
         key = (measurement, member)
         with self._opening:
             if key not in self._arrays:
-                self._arrays[key] = tiledb.open(records.join(self.uri, *key), ctx=reading_context(READING_THREADS))
+                self._arrays[key] = tiledb.open(records.join(self.uri, *key), ctx=tiledb_context(READING_THREADS))
             return self._arrays[key]
 
     def verify(self) -> None:
@@ -356,7 +356,7 @@ class Snapshot:
             for member, expected in entry["sha256"].items():
                 length = {"indptr": self.n_cells + 1}.get(member, entry["nnz"])
                 checksum = Checksum()
-                kind = self._array(measurement, member).attr("soma_data").dtype
+                kind = self.dtype(measurement, member)
                 for start in range(0, length, 2**22):
                     part = np.empty(min(2**22, length - start), kind)
                     self._read(measurement, member, start, part)

@@ -277,7 +277,7 @@ def test_a_full_disk_is_said_and_leaves_the_lake_as_it_was(tmp_path: Path, limit
     for _ in range(4):
         failed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True)
         whole_commits_only(uri)
-        if failed.returncode != -signal.SIGABRT:  # on a busy machine, TileDB's threads abort once in 50 failed writes
+        if failed.returncode != -signal.SIGABRT:  # TileDB was seen to abort in a failed write
             break
     assert failed.returncode == 5, failed.stderr[-2000:]
     assert uri in failed.stdout

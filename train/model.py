@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.tokens import Tokens
+from train.tokens import Tokens, first_numbers
 
 OVERDISPERSED = ("RNA", "protein")
 """Measurements with a negative binomial likelihood; the others are Poisson."""
@@ -56,11 +56,7 @@ class ModelConfig:
     @property
     def offsets(self) -> dict[str, int]:
         """Measurement to the number of its first feature among all; 0 is padding."""
-        first, found = 1, {}
-        for name, count in self.n_features.items():
-            found[name] = first
-            first += count
-        return found
+        return first_numbers(self.n_features)
 
 
 class Attention(nn.Module):

@@ -30,7 +30,7 @@ from train.cache import BlockCache
 from train.cells import NUMBERS, PROMPTS, Cells, Csr, Spans
 from train.plan import SamplePlan
 from train.reader import SLOTS, Reader, Slot, Window
-from train.tokens import TokenSettings, fast_tokens, make_tokens
+from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
 
 MEMORY_BYTES = 512 * 2**20
 CACHE_BYTES = 50 * 2**30
@@ -174,7 +174,8 @@ class Stream:
         self._upper = None if weights is None else self._expected(weights)
         self._copies: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
         self.step = 0
-        self._offsets = _offsets(snapshot, self.measurements)
+        sizes = snapshot.manifest["measurements"]
+        self._offsets = first_numbers({name: sizes[name]["n_features"] for name in self.measurements})
         self._room = _Room()
         self._slots: list[list[Slot]] = []
 
@@ -183,11 +184,6 @@ class Stream:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _room=_Room(), _slots=[])
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """The split's rows in the snapshot."""
-        return np.arange(self.first_row, self.first_row + self.plan.n_rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: the next step and what its number means."""
@@ -345,19 +341,14 @@ class Stream:
             for name, spans in window.spans.items():
                 mine = Spans(spans.starts[place[held]], spans.lengths[place[held]], spans.features, spans.counts)
                 parts[name].append((mine, held))
-        said = self._said(rows)
-        if self.tokens is None:
-            return said(counts={name: _gathered(part, len(rows), self._room) for name, part in parts.items()})
-        chance = (self.plan.seed, step)
-        name = self.measurements[0]
-        compiled = self.tokens.values == "log1p" and parts[name][0][0].counts.dtype.kind == "u"
-        if len(parts) == 1 and compiled:
-            measured = self.labels.measured[name][rows]
-            return fast_tokens(
-                parts[name], measured, said({}), self._offsets[name], self.tokens, chance, self._room.take
-            )
-        cells = said(counts={name: _gathered(part, len(rows), self._room) for name, part in parts.items()})
-        return make_tokens(cells, self._offsets, self.tokens, chance=chance)
+        name, chance = self.measurements[0], (self.plan.seed, step)
+        stored = parts[name][0][0].counts.dtype.kind
+        if self.tokens and self.tokens.values == "log1p" and len(parts) == 1 and stored == "u":
+            cells = self._cells(rows, {})
+            measured = cells.measured[name]
+            return fast_tokens(parts[name], measured, cells, self._offsets[name], self.tokens, chance, self._room.take)
+        cells = self._cells(rows, {key: _gathered(part, len(rows), self._room) for key, part in parts.items()})
+        return make_tokens(cells, self._offsets, self.tokens, chance=chance) if self.tokens else cells
 
     def _mine(self, rows: NDArray[np.int64], windows: Sequence[Window], rank: int, world: int) -> NDArray[np.int64]:
         """Choose a rank's cells of a batch: dealt out from the largest to the smallest, there and back again."""
@@ -370,32 +361,19 @@ class Stream:
         turn, seat = np.divmod(np.arange(len(rows)), world)
         return np.sort(order[np.where(turn % 2, world - 1 - seat, seat) == rank])
 
-    def _said(self, rows: NDArray[np.int64]) -> Any:
-        """Return what makes Cells of these rows, given their counts."""
+    def _cells(self, rows: NDArray[np.int64], counts: dict[str, Csr]) -> Cells:
+        """Return rows with these counts and what is said of them."""
         labels = self.labels
-
-        def cells(counts: dict[str, Csr]) -> Cells:
-            return Cells(
-                n_cells=len(rows),
-                counts=counts,
-                measured={name: labels.measured[name][rows] for name in self.measurements},
-                panel=labels.panel[rows],
-                prompts={name: part[rows] for name, part in labels.prompts.items()},
-                perturbation=labels.perturbation[rows],
-                numbers={name: part[rows] for name, part in labels.numbers.items()},
-                row=rows,
-            )
-
-        return cells
-
-
-def _offsets(snapshot: Snapshot, measurements: Sequence[str]) -> dict[str, int]:
-    """Number the features of all measurements on end, from 1; the first number of each measurement."""
-    first, found = 1, {}
-    for name in measurements:
-        found[name] = first
-        first += int(snapshot.manifest["measurements"][name]["n_features"])
-    return found
+        return Cells(
+            n_cells=len(rows),
+            counts=counts,
+            measured={name: labels.measured[name][rows] for name in self.measurements},
+            panel=labels.panel[rows],
+            prompts={name: part[rows] for name, part in labels.prompts.items()},
+            perturbation=labels.perturbation[rows],
+            numbers={name: part[rows] for name, part in labels.numbers.items()},
+            row=rows,
+        )
 
 
 def _gathered(parts: Sequence[tuple[Spans, NDArray[np.int64]]], n_cells: int, room: _Room) -> Csr:

@@ -157,6 +157,12 @@ def dense_counts(part: Csr, n_features: int, device: torch.device) -> Tensor:
     return counts
 
 
+def first_numbers(n_features: dict[str, int]) -> dict[str, int]:
+    """Number the features of all measurements on end, from 1 (0 is padding); return each measurement's first number."""
+    ends = np.cumsum([1, *n_features.values()]).tolist()
+    return dict(zip(n_features, ends, strict=False))
+
+
 def make_tokens(
     cells: Cells,
     offsets: dict[str, int],

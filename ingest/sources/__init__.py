@@ -63,21 +63,18 @@ def recognise(uri: str) -> str:
     path = Path(uri.removeprefix("file://"))
     if is_local(uri) and not path.exists():
         raise MissingError(f"{uri}: no such file or folder{_near(path)}; a source is {KNOWN}")
-    name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
-    for pattern, kind in BY_NAME:
-        if re.search(pattern, name):
-            return kind
-    kind = folder_kind(uri)
+    kind = kind_by_name(uri) or folder_kind(uri)
     if kind:
         return kind
-    if not is_local(uri) and not Path(name).suffix:
+    if not is_local(uri) and not Path(uri.rstrip("/")).suffix:
         return "census"
     raise InputRefused(f"{uri}: cannot tell what it is; a source is {KNOWN}; or say it with --set kind=KIND")
 
 
-def named_as_file(uri: str) -> bool:
-    """Say whether the name alone tells that ``uri`` is one file of a known kind; nothing is asked of any store."""
-    return any(re.search(pattern, uri.rstrip("/").rsplit("/", 1)[-1].lower()) for pattern, _ in BY_NAME)
+def kind_by_name(uri: str) -> str:
+    """Say what kind of file ``uri`` is by its name alone; empty when that does not tell. No store is asked."""
+    name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
+    return next((kind for pattern, kind in BY_NAME if re.search(pattern, name)), "")
 
 
 def folder_kind(uri: str) -> str:

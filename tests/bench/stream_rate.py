@@ -29,7 +29,7 @@ def _stream(places: dict[str, str], *, tokens: bool, **words: Any) -> Any:
 
     # every token of a cell up to the budget, by chance: what is hidden would be work that is not done
     settings = TokenSettings(budget=BUDGET, hide=(0.0, 0.0), drop_measurement=0.0)
-    snapshot = open_snapshot(places["lake"], places.get("snapshot", "bench"))
+    snapshot = open_snapshot(places["lake"], "bench")
     return Stream(snapshot, batch=BATCH, tokens=settings if tokens else None, **words)
 
 
