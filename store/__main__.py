@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from store import command, snapshot, upkeep
+from store.cluster import lazy_ray_tasks
 from store.command import answer, console
 from store.errors import UsageError, VerificationError
 from store.export import export as export_cells
@@ -32,6 +36,13 @@ app.add_typer(snapshots, name="snapshot")
 LakeOption = Annotated[str, typer.Option("--lake", help="The lake: a folder or an s3:// URI.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
 CommitOption = Annotated[int | None, typer.Option("--commit", help="An earlier commit of the lake, by number.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(help="CPUs of the Ray cluster that is started; 0 builds in this process, without Ray.")
+]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster; left out, one is started if needed.")]
+SpillOption = Annotated[
+    str | None, typer.Option(help="Folder that all workers see for what lies between the passes; in the lake if none.")
+]
 NameArgument = Annotated[str, typer.Argument(help="The snapshot's name.")]
 
 
@@ -233,13 +244,20 @@ def snapshot_create(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="key=value; keys: where, organisms, measurements, seed, split_by, fractions, assign, apart."
+            "--set",
+            help="key=value; keys: where, organisms, measurements, features, like, seed, split_by, fractions, assign, "
+            "apart.",
         ),
     ] = None,
     lake: LakeOption = "lake",
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    spill: SpillOption = None,
     json: JsonOption = False,
 ) -> None:
     """Copy the cells that fit a filter, shuffled, into a snapshot that training streams from.
+
+    A build that was stopped goes on when the same command is given again.
 
     Example: python -m store snapshot create blood --where "tissue == 'blood'" --set split_by=donor_id
     """
@@ -248,28 +266,63 @@ def snapshot_create(
         values = values.model_copy(update={"where": where})
     if measurements is not None:
         values = values.model_copy(update={"measurements": tuple(measurements.split(","))})
+    with _building(workers, address) as (show, tasks):
+        made = snapshot.create_snapshot(lake, name, values, show, tasks=tasks, spill=spill)
+    _say_made(made, json)
+
+
+@snapshots.command("refresh")
+def snapshot_refresh(
+    old: Annotated[str, typer.Argument(help="The snapshot to bring up to date; it stays, and is needed.")],
+    name: Annotated[str, typer.Argument(help="The new snapshot's name.")],
+    lake: LakeOption = "lake",
+    workers: WorkersOption = None,
+    address: AddressOption = None,
+    spill: SpillOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a snapshot of the same query as the lake is now, reading only the cells that are new.
+
+    Example: python -m store snapshot refresh blood blood-2 --lake ./lake
+    """
+    with _building(workers, address) as (show, tasks):
+        made = snapshot.refresh_snapshot(lake, old, name, show, tasks=tasks, spill=spill)
+    _say_made(made, json)
+
+
+@contextmanager
+def _building(workers: int | None, address: str | None) -> Iterator[tuple[Any, Any]]:
+    """Show progress bars, and hold a Ray cluster where one is wanted."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, Any] = {}
+    with ExitStack() as stack:
+        tasks = None
+        if workers != 0:
+            tasks = stack.enter_context(lazy_ray_tasks(address, workers or os.cpu_count() or 1, ["store"]))
+        bars = stack.enter_context(Progress(*columns, console=console))
+        shown: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
+            if stage not in shown:
+                shown[stage] = bars.add_task(stage, total=total)
+            bars.update(shown[stage], completed=done)
 
-        made = snapshot.create_snapshot(lake, name, values, show)
+        yield show, tasks
+
+
+def _say_made(made: snapshot.Snapshot, json: bool) -> None:
     if json:
         answer("store-snapshot/v1", uri=made.uri, **made.manifest)
     sizes = ", ".join(f"{entry['n_features']:,} {key}" for key, entry in made.manifest["measurements"].items())
-    console.print(f"snapshot {name}: {made.n_cells:,} cells, {sizes} features, splits {made.manifest['splits']}")
+    console.print(f"snapshot {made.name}: {made.n_cells:,} cells, {sizes} features, splits {made.splits}")
 
 
 @snapshots.command("list")
 def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
     """List a lake's snapshots."""
     found = [snapshot.read_manifest(lake, name) for name in snapshot.list_snapshots(open_lake(lake).uri)]
+    begun = snapshot.begun_snapshots(lake)
     if json:
-        answer("store-snapshots/v1", snapshots=found)
+        answer("store-snapshots/v1", snapshots=found, begun=begun)
         return
     _print_table(
         ("snapshot", "cells", "measurements", "commit", "created"),
@@ -278,6 +331,8 @@ def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
             for one in found
         ],
     )
+    for name in begun:
+        console.print(f"{name}: begun and not finished; give the same command again, or delete it", markup=False)
 
 
 @snapshots.command("show")
@@ -290,6 +345,12 @@ def snapshot_show(name: NameArgument, lake: LakeOption = "lake", json: JsonOptio
         console.print_json(data=manifest)
 
 
+@snapshots.command("card")
+def snapshot_card(name: NameArgument, lake: LakeOption = "lake") -> None:
+    """Print a snapshot's dataset card, in Markdown: query, datasets, splits, what the cells are."""
+    print(snapshot.read_card(lake, name), end="")
+
+
 @snapshots.command("verify")
 def snapshot_verify(name: NameArgument, lake: LakeOption = "lake") -> None:
     """Read a snapshot again and compare it with its checksums; exit code 8 when they differ."""
@@ -299,7 +360,7 @@ def snapshot_verify(name: NameArgument, lake: LakeOption = "lake") -> None:
 
 @snapshots.command("delete")
 def snapshot_delete(name: NameArgument, lake: LakeOption = "lake") -> None:
-    """Delete a snapshot; the lake's cells stay."""
+    """Delete a snapshot, or what is there of a half-made one; the lake's cells stay."""
     snapshot.delete_snapshot(lake, name)
     console.print(f"deleted snapshot {name}")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from store.errors import StorageError
 
@@ -59,6 +60,76 @@ def ray_cluster(
         yield
     finally:
         ray.shutdown()
+
+
+Tasks = Callable[[Callable[[Any, Any], None], Any, Sequence[Any]], Iterator[None]]
+"""Runs function(common, item) for all items, in any order and place, and yields as each one ends."""
+
+
+def in_this_process(function: Callable[[Any, Any], None], common: Any, items: Sequence[Any]) -> Iterator[None]:
+    """Run tasks one after the other, here."""
+    for item in items:
+        function(common, item)
+        yield
+
+
+@contextmanager
+def lazy_ray_tasks(address: str | None, cpus: int, packages: Sequence[str]) -> Iterator[Tasks]:
+    """Hold a function as :func:`ray_tasks` that joins or starts a cluster when there is more than one task to run."""
+    with ExitStack() as stack:
+
+        def tasks(function: Callable[[Any, Any], None], common: Any, items: Sequence[Any]) -> Iterator[None]:
+            if len(items) < 2 and not address:
+                return in_this_process(function, common, items)
+            stack.enter_context(ray_cluster(address, cpus=cpus, packages=packages))
+            return ray_tasks(function, common, items)
+
+        yield tasks
+
+
+def ray_tasks(function: Callable[[Any, Any], None], common: Any, items: Sequence[Any]) -> Iterator[None]:
+    """Run function(common, item) for all items as Ray tasks, and yield as each one ends.
+
+    As many are in flight as keep all CPUs busy. A task whose worker dies is run again, three times at most.
+
+    Raises:
+        StorageError: A task's worker died again and again; what the function raises is raised as it is.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(function)
+    shared = ray.put(common)
+    room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting: list[Any] = []
+    try:
+        for item in items:
+            waiting.append(task.remote(shared, item))
+            if len(waiting) >= room:
+                _wait_for_one(waiting)
+                yield
+        while waiting:
+            _wait_for_one(waiting)
+            yield
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=False)
+
+
+def _wait_for_one(waiting: list[Any]) -> None:
+    """Wait for one task and take it off the list."""
+    import ray
+
+    (done, *_), left = ray.wait(waiting, num_returns=1)
+    waiting[:] = left
+    try:
+        ray.get(done)
+    except ray.exceptions.WorkerCrashedError as error:
+        raise StorageError(
+            "a worker died again and again, most likely for want of memory; run the same command again with fewer "
+            "workers: what was done stays done"
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if error.cause else error from None
 
 
 def _probe(address: str) -> None:

@@ -315,23 +315,24 @@ class Lake:
         Read contiguous joinids together: scattered ones are slow.
         """
         joinids = np.asarray(joinids, dtype=np.int64)
-        order = np.argsort(joinids, kind="stable")
-        ascending = joinids[order]
-        shape = (len(joinids), self._n_features(organism, measurement))
+        in_order = bool(np.all(joinids[1:] > joinids[:-1]))
+        ascending = joinids if in_order else np.unique(joinids)
+        shape = (len(ascending), self._n_features(organism, measurement))
         if len(joinids) == 0:
             nothing = np.empty(0, dtype=np.int64)
             return scipy.sparse.coo_matrix((nothing.astype(np.float32), (nothing, nothing)), shape=shape).tocsr()
         contiguous = int(ascending[-1] - ascending[0]) == len(ascending) - 1
-        rows = slice(int(ascending[0]), int(ascending[-1])) if contiguous else pa.array(np.unique(ascending))
+        rows = slice(int(ascending[0]), int(ascending[-1])) if contiguous else pa.array(ascending)
         layers = self._measurement(organism, measurement).X
         if layer not in layers:
             known = ", ".join(layers)
             raise UsageError(f"{self.uri}: {organism} {measurement} has no layer {layer!r}; layers: {known}")
         found = layers[layer].read((rows,)).tables().concat()
-        row_of = np.searchsorted(ascending, found["soma_dim_0"].to_numpy())
+        row_of = found["soma_dim_0"].to_numpy()
+        row_of = row_of - ascending[0] if contiguous else np.searchsorted(ascending, row_of)
         columns, values = found["soma_dim_1"].to_numpy(), found["soma_data"].to_numpy()
         by_joinid = scipy.sparse.coo_matrix((values, (row_of, columns)), shape=shape).tocsr()
-        return by_joinid[np.searchsorted(ascending, joinids)]
+        return by_joinid if in_order else by_joinid[np.searchsorted(ascending, joinids)]
 
     def _measurement(self, organism: str, measurement: str) -> Any:
         experiment = self.experiment(organism)

@@ -24,11 +24,11 @@ PATIENCE_S = 20.0
 
 
 class WriterLock:
-    """One driver's claim to write to a lake."""
+    """One driver's claim to write to a lake, or to something else in it that has a folder for its locks."""
 
-    def __init__(self, lake_uri: str) -> None:
-        self.lake_uri = lake_uri
-        self.folder = records.join(lake_uri, records.FOLDER, "locks")
+    def __init__(self, lake_uri: str, folder: str | None = None, what: str = "the lake") -> None:
+        self.lake_uri, self.what = lake_uri, what
+        self.folder = folder or records.join(lake_uri, records.FOLDER, "locks")
         self.number = -1
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -42,7 +42,7 @@ class WriterLock:
         number, holder = self._newest()
         if holder and not self._given_back(number) and self._alive(number, holder):
             raise ConflictError(
-                f"{self.lake_uri}: the lake is being written by process {holder['pid']} on {holder['host']} since "
+                f"{self.lake_uri}: {self.what} is being written by process {holder['pid']} on {holder['host']} since "
                 f"{holder['since']}; wait until it has finished and run the same command again"
             )
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "since": _now()}
@@ -63,7 +63,7 @@ class WriterLock:
         """
         if self._newest()[0] != self.number:
             raise ConflictError(
-                f"{self.lake_uri}: another driver holds the lake now, because this one did not show any life for "
+                f"{self.lake_uri}: another driver holds {self.what} now, because this one did not show any life for "
                 f"{PATIENCE_S:g} s; nothing more is written here; run the same command again when it has finished"
             )
 

@@ -345,3 +345,18 @@ def vector_options(tile: int, bytes_each: int, *, quick: bool = False) -> dict[s
             }
         }
     }
+
+
+def lines_options(tile: int) -> dict[str, Any]:
+    """Return the TileDB create options of a two-dimensional dense array whose lines are read by themselves."""
+    return {
+        "tiledb": {
+            "create": {
+                "dims": {
+                    "soma_dim_0": {"tile": 1, "filters": [_CHECKSUM]},
+                    "soma_dim_1": {"tile": tile, "filters": [_CHECKSUM]},
+                },
+                "attrs": {"soma_data": {"filters": _zstd(1, "ByteShuffleFilter")}},
+            }
+        }
+    }

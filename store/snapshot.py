@@ -4,11 +4,20 @@
 
     <lake>/snapshots/<name>/              SOMA Collection
         cells                             DataFrame: row -> soma_joinid, organism, split, labels, what was measured
+        codes, numbers                    DenseNDArrays, field x row: the labels as numbers, for training
+        labels                            DataFrame: field, code -> value, and how many cells of each split have it
+        dead                              DenseNDArray: rows of earlier parts that the lake no longer holds, if any
         <measurement>/                    SOMA Collection, the same rows in the same order in each
             indptr, features, counts      one-dimensional DenseNDArrays: a ragged CSR
             var                           DataFrame: position -> feature_id, feature_name, organism
             presence                      SparseNDArray: dataset (position in the manifest) x feature
+        checksums.json                    of each array, bucket of rows by bucket of rows
+        card.md                           the dataset card
         snapshot.json                     the manifest, created last: without it there is no snapshot
+
+A snapshot that was refreshed has several parts. The arrays of the earlier ones stand where they were made; tables that
+speak of the whole (var, presence, labels) stand in the newest. Features and codes keep their numbers from part to part.
+Rows are numbered through all parts, the oldest first.
 
 Shape letters used in this module:
     C  cells      G  features of one measurement      D  datasets
@@ -17,91 +26,34 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
-import tiledb
-import tiledb.libtiledb
 import tiledbsoma
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
 
-from store import records, schema
-from store.context import soma_context, tiledb_context
-from store.errors import MissingError, UsageError, VerificationError
+from store import records
+from store.cluster import Tasks, in_this_process
+from store.context import soma_context
+from store.errors import MissingError, UsageError
 from store.lake import open_lake
-from store.settings import Settings
+from store.part import CODED, LABELS, Part
+from store.splits import SnapshotSettings
 
-FORMAT = 2
-READING_THREADS = 1
-"""TileDB's threads for one read: callers read from several threads of their own."""
+__all__ = ["LABELS", "Snapshot", "SnapshotSettings", "create_snapshot", "open_snapshot", "refresh_snapshot"]
+
+FORMAT = 3
 MANIFEST = "snapshot.json"
-LABELS = (
-    "dataset_id",
-    "cell_type",
-    "tissue",
-    "assay",
-    "donor_id",
-    "disease",
-    "sex",
-    "development_stage",
-    "perturbation_type",
-    "perturbation",
-    "dose",
-    "time",
-    "batch",
-    "sample_id",
-    "cell_id",
-    "is_primary_data",
-)
-"""obs columns that every snapshot carries beside its counts."""
+CARD = "card.md"
+SCANNED_ROWS = 2**20
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done of it and what it has in all."""
-
-
-class SnapshotSettings(Settings):
-    """What a snapshot holds and how it is split."""
-
-    where: str | None = None
-    """A SOMA value filter on obs; none takes every cell."""
-    organisms: tuple[str, ...] = ()
-    """Organisms, by their Census key; empty takes all of the lake's."""
-    measurements: tuple[str, ...] = ()
-    """Measurements; empty takes all that any chosen cell has."""
-    seed: int = Field(default=0, ge=0)
-    """Decides the order of rows and the splits."""
-    split_by: str = ""
-    """An obs column whose groups (donors, perturbations, ...) stay whole in one split; empty splits cell by cell."""
-    fractions: dict[str, float] = Field(default_factory=lambda: {"train": 0.9, "test": 0.1})
-    """Split to its expected share of cells (or of groups); the shares sum to 1."""
-
-    assign: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)
-    """Split to obs column to values: cells that have one of them go to this split, whatever was drawn."""
-    apart: tuple[str, ...] = ()
-    """obs columns of which no value may be in two splits, beside ``split_by``; the snapshot is refused if one is."""
-
-    @model_validator(mode="after")
-    def _columns_and_splits_exist(self) -> SnapshotSettings:
-        named = [*filter(None, [self.split_by]), *self.apart, *(name for by in self.assign.values() for name in by)]
-        for name in named:
-            if name not in LABELS:
-                raise ValueError(f"{name!r} is none of the obs columns that a split may look at: {', '.join(LABELS)}")
-        for split in self.assign:
-            if split not in self.fractions:
-                raise ValueError(f"assign.{split}: fractions names no such split; 0 is a fraction too")
-        return self
-
-    @field_validator("fractions")
-    @classmethod
-    def _sum_to_one(cls, value: dict[str, float]) -> dict[str, float]:
-        if not value or min(value.values()) < 0 or abs(sum(value.values()) - 1) > 1e-9:
-            raise ValueError("the shares are not negative and sum to 1")
-        return value
 
 
 @dataclass(frozen=True)
@@ -130,26 +82,79 @@ def snapshot_uri(lake_uri: str, name: str) -> str:
     return records.join(records.absolute(lake_uri), "snapshots", name)
 
 
-def create_snapshot(lake_uri: str, name: str, settings: SnapshotSettings, progress: Progress | None = None) -> Snapshot:
+def create_snapshot(
+    lake_uri: str,
+    name: str,
+    settings: SnapshotSettings,
+    progress: Progress | None = None,
+    *,
+    tasks: Tasks | None = None,
+    spill: str | None = None,
+) -> Snapshot:
     """Copy the cells that ``settings`` choose from the lake's newest commit into a new snapshot.
 
-    The same commit, settings and seed give the same rows in the same order. Memory is bounded by a block of cells; the
-    shuffle spills to the temporary directory.
+    The same commit, settings and seed give the same arrays, wherever and in whatever order tasks run. A build that was
+    stopped goes on when it is asked for again, with the commit with which it began.
+
+    Args:
+        lake_uri: The lake.
+        name: The new snapshot's name.
+        settings: What it holds and how it is split.
+        progress: Told after each task.
+        tasks: Where tasks run: ``store.cluster.ray_tasks``; one after the other in this process when left out.
+        spill: A folder that all workers see for what lies between the two passes; left out, it lies in the lake.
 
     Raises:
         MissingError: There is no lake.
         UsageError: The name is taken, the filter does not parse, or no cell fits it.
+        ConflictError: Another process builds it now.
     """
-    from store.shuffle import build
+    from store.build import build
 
+    _refuse_taken(lake_uri, name)
+    build(open_lake(lake_uri), name, settings, progress or _silent, tasks or in_this_process, spill)
+    return open_snapshot(lake_uri, name)
+
+
+def refresh_snapshot(
+    lake_uri: str,
+    old: str,
+    name: str,
+    progress: Progress | None = None,
+    *,
+    tasks: Tasks | None = None,
+    spill: str | None = None,
+) -> Snapshot:
+    """Make a new snapshot of what ``old`` asks for, as the lake is now, reading only the cells that ``old`` has not.
+
+    Old cells stay where they are, in the order in which they are; new ones are shuffled among themselves and become
+    another part. Cells that the lake no longer holds are left out. In every batch of a stream each part has its share,
+    so batches mix old and new; splits, features' numbers and labels' codes stay as they were. ``old`` is needed as
+    long as the new one is.
+
+    Raises:
+        MissingError: There is no such snapshot.
+        UsageError: The name is taken, nothing has changed, or a cell would change its split.
+    """
+    from store.build import build
+
+    base = open_snapshot(lake_uri, old)
+    _refuse_taken(lake_uri, name)
+    lake = open_lake(lake_uri)
+    if lake.commit.id == base.commit_id:
+        raise UsageError(f"{base.uri}: the lake has not changed since commit {lake.commit.number}: nothing to refresh")
+    settings = SnapshotSettings.model_validate(base.manifest["settings"])
+    build(lake, name, settings, progress or _silent, tasks or in_this_process, spill, base)
+    return open_snapshot(lake_uri, name)
+
+
+def _refuse_taken(lake_uri: str, name: str) -> None:
     uri = snapshot_uri(lake_uri, name)
     if records.read(records.join(uri, MANIFEST)) is not None:
         raise UsageError(
             f"{uri}: there is a snapshot {name!r}; snapshots never change: choose another name or delete it with "
             f"python -m store snapshot delete {name} --lake {lake_uri}"
         )
-    build(open_lake(lake_uri), name, uri, settings, progress or _silent)
-    return open_snapshot(lake_uri, name)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -195,20 +200,52 @@ def list_snapshots(lake_uri: str) -> list[str]:
     return [name for name in records.folders(folder) if records.read(records.join(folder, name, MANIFEST)) is not None]
 
 
+def begun_snapshots(lake_uri: str) -> list[str]:
+    """Name the snapshots whose building was begun and has not ended."""
+    return records.folders(records.join(records.absolute(lake_uri), records.FOLDER, "building"))
+
+
+def read_card(lake_uri: str, name: str) -> str:
+    """Return a snapshot's dataset card, as Markdown."""
+    read_manifest(lake_uri, name)
+    filesystem, path = fsspec.core.url_to_fs(records.join(snapshot_uri(lake_uri, name), CARD))
+    return bytes(filesystem.cat_file(path)).decode()
+
+
 def delete_snapshot(lake_uri: str, name: str) -> None:
-    """Remove a snapshot, the manifest first, so that nobody sees half of it.
+    """Remove a snapshot, the manifest first, so that nobody sees half of it; or what is there of one half-made.
 
     Raises:
         MissingError: There is none of this name.
+        UsageError: Another snapshot was refreshed from it and needs its arrays.
     """
-    read_manifest(lake_uri, name)
+    from store.build import work_folder
+
     uri = snapshot_uri(lake_uri, name)
+    half_made = name in begun_snapshots(lake_uri)
+    if not half_made:
+        read_manifest(lake_uri, name)
+    for other in list_snapshots(lake_uri):
+        if other != name and name in {part["name"] for part in read_manifest(lake_uri, other).get("parts", ())}:
+            raise UsageError(f"{uri}: snapshot {other!r} was refreshed from it and needs it; delete {other!r} first")
     records.remove(records.join(uri, MANIFEST))
+    work = work_folder(records.absolute(lake_uri), name)
+    plan = records.read(records.join(work, "plan.json"))
+    if plan is not None:
+        records.remove(plan["spill"])
+    records.remove(work)
     records.remove(uri)
 
 
 class Snapshot:
-    """A snapshot opened for reading; cheap to pickle, safe to read from several threads."""
+    """A snapshot opened for reading; cheap to pickle, safe to read from several threads.
+
+    Attributes:
+        n_cells: Cells that are in a split.
+        n_rows: Rows of all parts; more than cells where the lake has let some go.
+        parts: Its parts, the oldest first.
+        splits: Split to its cells.
+    """
 
     def __init__(self, lake_uri: str, name: str, manifest: dict[str, Any]) -> None:
         self.lake_uri = lake_uri
@@ -218,32 +255,117 @@ class Snapshot:
         self.n_cells: int = manifest["n_cells"]
         self.measurements: tuple[str, ...] = tuple(manifest["measurements"])
         self.datasets: tuple[str, ...] = tuple(manifest["datasets"])
-        self.split_rows: dict[str, tuple[int, int]] = {key: (a, b) for key, (a, b) in manifest["split_rows"].items()}
+        self.splits: dict[str, int] = manifest["splits"]
+        firsts = np.cumsum([0, *(entry["n_rows"] for entry in manifest["parts"])]).tolist()
+        self.parts = tuple(
+            Part(lake_uri, entry, first) for entry, first in zip(manifest["parts"], firsts, strict=False)
+        )
+        self.n_rows: int = firsts[-1]
         self.seed: int = manifest["settings"]["seed"]
         self.commit_id: str = manifest["commit_id"]
         self.lake_timestamp: int = manifest["lake_timestamp"]
         self.vocabulary_hash: str = manifest["vocabulary_hash"]
         self.id: str = manifest["id"]
-        self._arrays: dict[tuple[str, str], tiledb.Array] = {}
-        self._opening = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Snapshot, (self.lake_uri, self.name, self.manifest))
 
     def vocabulary(self, measurement: str) -> pa.Table:
         """Return feature_id, feature_name, organism of each feature; its position is its number in ``block``."""
+        self._know(measurement)
         return self._table(measurement, "var").select(["feature_id", "feature_name", "organism"])
 
-    def cells(self, columns: list[str] | None = None) -> pa.Table:
-        """Return one line for each row of the snapshot, in row order: joinid, organism, split, labels."""
-        return self._table("", "cells", columns)
+    def var_rows(self, measurement: str) -> list[tuple[str, str, str, int]]:
+        """Return feature_id, feature_name, organism and joinid in the lake of each feature."""
+        if measurement not in self.measurements:
+            return []
+        columns = ("feature_id", "feature_name", "organism", "lake_joinid")
+        found = self._table(measurement, "var")
+        return list(zip(*(found[column].to_pylist() for column in columns), strict=True))
 
-    def _table(self, measurement: str, member: str, columns: list[str] | None = None) -> pa.Table:
-        index = "row" if member == "cells" else "soma_joinid"
+    def cells(self, columns: list[str] | None = None) -> pa.Table:
+        """Return one line for each row of the snapshot, in row order: joinid, organism, split, labels.
+
+        The split of a cell that the lake no longer holds is empty.
+        """
+        tables = []
+        for part in self.parts:
+            table = part.cells(columns)
+            rows = pa.array(table["row"].to_numpy() + part.first_row)
+            tables.append(table.set_column(0, "row", rows))
+        whole = pa.concat_tables(tables)
+        if len(self.dead) and "split" in whole.schema.names:
+            split = np.array(whole["split"].to_pylist(), dtype=object)
+            split[self.dead] = ""
+            position = whole.schema.names.index("split")
+            whole = whole.set_column(position, "split", pa.array(split, pa.large_string()))
+        return whole
+
+    @cached_property
+    def dead(self) -> NDArray[np.int64]:
+        """Rows, ascending, of cells that the lake no longer held when the snapshot was made; they are in no split."""
+        if not self.manifest["n_dead"]:
+            return np.empty(0, np.int64)
+        with tiledbsoma.DenseNDArray.open(records.join(self.uri, "dead"), context=soma_context()) as array:
+            return np.asarray(array.read().to_numpy())
+
+    def label_values(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Return, for each of ``store.part.CODED``, its values in the order of their codes, to cells of each split."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> dict[str, dict[str, dict[str, int]]]:
+        found: dict[str, dict[str, dict[str, int]]] = {name: {} for name in CODED}
+        table = self._table("", "labels")
+        columns = ("field", "value", "split", "n_cells")
+        for name, value, split, n_cells in zip(*(table[column].to_pylist() for column in columns), strict=True):
+            found[name].setdefault(value, {})[split] = n_cells
+        return found
+
+    def label_counts(self, dead: NDArray[np.int64]) -> dict[str, dict[str, dict[str, int]]]:
+        """Return what ``label_values`` would be if these rows, and no others, were dead."""
+        known = self.label_values()
+        if len(dead) == len(self.dead):
+            return known
+        names = {field: list(values) for field, values in known.items()}
+        counts = {field: np.zeros((len(names[field]), len(self.splits)), np.int64) for field in CODED}
+        gone = np.zeros(self.n_rows, dtype=bool)
+        gone[dead] = True
+        for part in self.parts:
+            for number, split in enumerate(self.splits):
+                first, stop = part.split_rows[split]
+                for start in range(first, stop, SCANNED_ROWS):
+                    end = min(start + SCANNED_ROWS, stop)
+                    alive = ~gone[part.first_row + start : part.first_row + end]
+                    for field, codes in zip(CODED, part.codes(CODED, start, end), strict=True):
+                        counts[field][:, number] += np.bincount(codes[alive], minlength=len(names[field]))
+        return {
+            field: {
+                value: dict(zip(self.splits, of.tolist(), strict=True))
+                for value, of in zip(names[field], counts[field], strict=True)
+            }
+            for field in CODED
+        }
+
+    def identities(self) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield organism, and joinid, row and split (by number) of its cells that are in a split."""
+        organisms = list(self.label_values()["organism"])
+        joinids = np.concatenate([part.joinids() for part in self.parts])
+        codes = np.concatenate([part.codes(["organism"], 0, part.n_rows)[0] for part in self.parts])
+        split = np.full(self.n_rows, -1, np.int64)
+        for part in self.parts:
+            for number, name in enumerate(self.splits):
+                first, stop = part.split_rows[name]
+                split[part.first_row + first : part.first_row + stop] = number
+        split[self.dead] = -1
+        for code, organism in enumerate(organisms):
+            rows = np.flatnonzero((codes == code) & (split >= 0))
+            yield organism, joinids[rows], rows, split[rows]
+
+    def _table(self, measurement: str, member: str) -> pa.Table:
         uri = records.join(self.uri, *(part for part in (measurement, member) if part))
-        wanted = None if columns is None else list(dict.fromkeys([index, *columns]))
         with tiledbsoma.DataFrame.open(uri, context=soma_context()) as frame:
-            return frame.read(column_names=wanted).concat().sort_by(index)
+            return frame.read().concat().sort_by("soma_joinid")
 
     def presence(self, measurement: str) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
         """Return the dataset names, and measured_DG: which of them measures which feature of the vocabulary."""
@@ -266,110 +388,34 @@ class Snapshot:
             UsageError: Unknown measurement or rows outside the snapshot.
             VerificationError: The stored bytes are damaged.
         """
-        indptr = self.indptr(measurement, start, stop)
-        first, last = int(indptr[0]), int(indptr[-1])
-        features, counts = (np.empty(last - first, self.dtype(measurement, name)) for name in ("features", "counts"))
-        self.read_into(measurement, first, features, counts)
-        return CSRBlock(indptr - first, features, counts)
-
-    def indptr(self, measurement: str, start: int, stop: int) -> NDArray[np.int64]:
-        """Return where rows ``start`` to ``stop`` (exclusive) begin among all values, and where the last one ends.
-
-        Raises:
-            UsageError: Unknown measurement or rows outside the snapshot.
-            VerificationError: The stored bytes are damaged.
-        """
         self._know(measurement)
-        if not 0 <= start <= stop <= self.n_cells:
-            raise UsageError(f"{self.uri}: rows {start} to {stop} are outside 0 to {self.n_cells}")
-        out = np.empty(stop + 1 - start, np.int64)
-        self._read(measurement, "indptr", start, out)
-        if np.any(np.diff(out) < 0):
-            raise self._damaged(f"{measurement}/indptr", start, stop, "rows end before they begin")
-        return out
-
-    def dtype(self, measurement: str, member: str) -> np.dtype[Any]:
-        """Return how ``indptr``, ``features`` or ``counts`` are stored."""
-        self._know(measurement)
-        return np.dtype(self._array(measurement, member).attr("soma_data").dtype)
-
-    def read_into(self, measurement: str, start: int, features: NDArray[Any], counts: NDArray[Any]) -> None:
-        """Fill both arrays with the values from ``start`` on; they are contiguous and of the stored types.
-
-        Threads may call this at the same time; nothing but the arrays is allocated for long.
-
-        Raises:
-            VerificationError: The stored bytes are damaged.
-        """
-        self._read(measurement, "features", start, features)
-        self._read(measurement, "counts", start, counts)
-        n_features = self.manifest["measurements"][measurement]["n_features"]
-        if len(features) and features.max() >= n_features:
-            stop = start + len(features)
-            raise self._damaged(f"{measurement}/features", start, stop, f"a feature is beyond {n_features - 1}")
+        if not 0 <= start <= stop <= self.n_rows:
+            raise UsageError(f"{self.uri}: rows {start} to {stop} are outside 0 to {self.n_rows}")
+        pieces = [
+            part.block(measurement, max(start - part.first_row, 0), min(stop - part.first_row, part.n_rows))
+            for part in self.parts
+            if start < part.first_row + part.n_rows and stop > part.first_row
+        ]
+        if not pieces:
+            pieces = [self.parts[0].block(measurement, 0, 0)]
+        ends = np.cumsum([0, *(piece[0][-1] for piece in pieces)])
+        indptr = [piece[0][1:] + end for piece, end in zip(pieces, ends, strict=False)]
+        return CSRBlock(
+            np.concatenate([[0], *indptr]).astype(np.int64),
+            np.concatenate([piece[1] for piece in pieces]),
+            np.concatenate([piece[2] for piece in pieces]),
+        )
 
     def _know(self, measurement: str) -> None:
         if measurement not in self.measurements:
             known = ", ".join(self.measurements)
             raise UsageError(f"{self.uri}: no measurement {measurement!r}; measurements: {known}")
 
-    def _read(self, measurement: str, member: str, start: int, out: NDArray[Any]) -> None:
-        if len(out) == 0:
-            return
-        array, context = self._array(measurement, member), tiledb_context(READING_THREADS)
-        try:
-            query = tiledb.libtiledb.Query(context, tiledb.libtiledb.Array(context, array))
-            query.layout = tiledb.libtiledb.LayoutType.ROW_MAJOR
-            wanted = tiledb.Subarray(array, context)
-            wanted.add_dim_range(0, (start, start + len(out) - 1))
-            query.set_subarray(wanted)
-            query.set_data_buffer("soma_data", out, len(out))
-            query._submit()
-            whole = query.query_status() == tiledb.libtiledb.QueryStatus.COMPLETE
-        except tiledb.TileDBError as error:
-            raise self._damaged(f"{measurement}/{member}", start, start + len(out), str(error)) from error
-        if not whole:
-            raise self._damaged(f"{measurement}/{member}", start, start + len(out), "fewer values came than were asked")
-
-    def _damaged(self, member: str, start: int, stop: int, why: str) -> VerificationError:
-        return VerificationError(
-            f"{self.uri}/{member}: elements {start} to {stop} cannot be read ({why}); the stored bytes are damaged: "
-            "delete the snapshot and make it again"
-        )
-
-    def _array(self, measurement: str, member: str) -> tiledb.Array:
-        key = (measurement, member)
-        with self._opening:
-            if key not in self._arrays:
-                self._arrays[key] = tiledb.open(records.join(self.uri, *key), ctx=tiledb_context(READING_THREADS))
-            return self._arrays[key]
-
     def verify(self) -> None:
-        """Read everything again and compare with the checksums of the manifest.
+        """Read everything again and compare with the checksums, in every part.
 
         Raises:
             VerificationError: Some array is not what was written; the message names it.
         """
-        from store.shuffle import Checksum
-
-        for measurement, entry in self.manifest["measurements"].items():
-            for member, expected in entry["sha256"].items():
-                length = {"indptr": self.n_cells + 1}.get(member, entry["nnz"])
-                checksum = Checksum()
-                kind = self.dtype(measurement, member)
-                for start in range(0, length, 2**22):
-                    part = np.empty(min(2**22, length - start), kind)
-                    self._read(measurement, member, start, part)
-                    checksum.add(part)
-                if checksum.hex() != expected:
-                    raise VerificationError(
-                        f"{self.uri}/{measurement}/{member}: content differs from the manifest's checksum; delete the "
-                        "snapshot and make it again"
-                    )
-
-
-CELLS_SCHEMA = pa.schema(
-    [("row", pa.int64()), ("soma_joinid", pa.int64()), ("organism", pa.large_string()), ("split", pa.large_string())]
-    + [(name, schema.OBS_SCHEMA.field(name).type) for name in LABELS]
-    + [(schema.measured_column(name), pa.bool_()) for name in schema.MEASUREMENTS]
-)
+        for part in self.parts:
+            part.verify()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +15,20 @@ import tiledbsoma
 from encoded import add_dataset
 
 from store import records
-from store.errors import MissingError, SettingsError, UsageError, VerificationError
+from store.cluster import Tasks, in_this_process, ray_tasks
+from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
 from store.settings import load_settings, parse_settings
 from store.snapshot import (
     Snapshot,
     SnapshotSettings,
+    begun_snapshots,
     create_snapshot,
     delete_snapshot,
     list_snapshots,
     open_snapshot,
+    read_card,
+    refresh_snapshot,
 )
 from store.writer import LakeWriter
 
@@ -43,8 +49,8 @@ def all_cells(lake_uri: str) -> Snapshot:
 
 
 def matrix(snapshot: Snapshot, measurement: str) -> scipy.sparse.csr_matrix:
-    block = snapshot.block(measurement, 0, snapshot.n_cells)
-    shape = (snapshot.n_cells, snapshot.vocabulary(measurement).num_rows)
+    block = snapshot.block(measurement, 0, snapshot.n_rows)
+    shape = (snapshot.n_rows, snapshot.vocabulary(measurement).num_rows)
     return scipy.sparse.csr_matrix((block.counts, block.features, block.indptr), shape=shape)
 
 
@@ -172,17 +178,205 @@ def test_a_snapshot_stays_when_the_lake_grows(tmp_path: Path) -> None:
     assert open_snapshot(uri, "s").commit_id == made.commit_id == open_lake(uri, 1).commit.id
 
 
-def test_a_half_made_snapshot_does_not_exist_and_is_made_anew(lake_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class Stopped(BaseException):
+    """A driver that dies."""
+
+
+def stopping_after(n_tasks: int, done: list[Any]) -> Tasks:
+    """Run tasks here, note each, and die when so many were run."""
+
+    def tasks(function: Any, common: Any, items: Any) -> Iterator[None]:
+        for item in items:
+            if len(done) == n_tasks:
+                raise Stopped
+            function(common, item)
+            done.append((function.__name__, item))
+            yield
+
+    return tasks
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of a few cells each, so that a small lake takes many."""
+    monkeypatch.setattr("store.build.ELEMENTS", 900)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_build_killed_after_any_task_goes_on_and_makes_the_same(lake_uri: str) -> None:
+    done: list[Any] = []
+    whole = create_snapshot(lake_uri, "whole", SnapshotSettings(seed=2), tasks=stopping_after(-1, done))
+    whole.verify()
+    assert len([name for name, _ in done if name == "scatter"]) > 4
+    assert len([name for name, _ in done if name == "gather"]) > 4
+    for n_tasks in range(0, len(done), 3):
+        before: list[Any] = []
+        with pytest.raises(Stopped):
+            create_snapshot(lake_uri, "stopped", SnapshotSettings(seed=2), tasks=stopping_after(n_tasks, before))
+        assert "stopped" in begun_snapshots(lake_uri)
+        assert "stopped" not in list_snapshots(lake_uri)
+        with pytest.raises(MissingError, match="no snapshot 'stopped'"):
+            open_snapshot(lake_uri, "stopped")
+        with pytest.raises(UsageError, match="begun with other settings"):
+            create_snapshot(lake_uri, "stopped", SnapshotSettings(seed=3))
+        after: list[Any] = []
+        made = create_snapshot(lake_uri, "stopped", SnapshotSettings(seed=2), tasks=stopping_after(-1, after))
+        assert len(before) == n_tasks
+        assert len(before) + len(after) == len(done)
+        made.verify()
+        assert made.parts[0].entry["checksums"] == whole.parts[0].entry["checksums"]
+        assert begun_snapshots(lake_uri) == []
+        delete_snapshot(lake_uri, "stopped")
+        assert not Path(lake_uri, "snapshots", "stopped").exists()
+    delete_snapshot(lake_uri, "whole")
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_task_killed_while_it_writes_leaves_nothing_twice(lake_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = create_snapshot(lake_uri, "whole", SnapshotSettings(seed=2))
     with monkeypatch.context() as patched:
-        patched.setattr("store.shuffle._write_cells", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            create_snapshot(lake_uri, "half", SnapshotSettings())
-    assert "half" not in list_snapshots(lake_uri)
-    with pytest.raises(MissingError, match="no snapshot 'half'"):
-        open_snapshot(lake_uri, "half")
-    create_snapshot(lake_uri, "half", SnapshotSettings()).verify()
-    delete_snapshot(lake_uri, "half")
-    assert "half" not in list_snapshots(lake_uri)
+        patched.setattr("store.shuffle._write_labels", lambda *args: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            create_snapshot(lake_uri, "torn", SnapshotSettings(seed=2))
+    with LakeWriter(lake_uri) as writer:  # the build goes on with the commit with which it began
+        add_dataset(writer, "later", 20, {"RNA": 40})
+    torn = create_snapshot(lake_uri, "torn", SnapshotSettings(seed=2))
+    torn.verify()
+    assert torn.commit_id == whole.commit_id
+    assert torn.parts[0].entry["checksums"] == whole.parts[0].entry["checksums"]
+    n_buckets = -(-torn.n_rows // torn.parts[0].entry["bucket_rows"])
+    assert len(list(Path(torn.uri, "RNA/counts/__fragments").iterdir())) == n_buckets
+    with LakeWriter(lake_uri) as writer:
+        writer.remove("later", "homo_sapiens")
+    delete_snapshot(lake_uri, "torn")
+    delete_snapshot(lake_uri, "whole")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_tasks_of_any_size_make_the_same_rows(lake_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = create_snapshot(lake_uri, "alone", SnapshotSettings(seed=8, split_by="donor_id"))
+    monkeypatch.setattr("store.build.ELEMENTS", 1500)
+    spread = create_snapshot(lake_uri, "spread", SnapshotSettings(seed=8, split_by="donor_id"), tasks=ray_tasks)
+    here = create_snapshot(lake_uri, "here", SnapshotSettings(seed=8, split_by="donor_id"))
+    spread.verify()
+    assert spread.parts[0].entry["checksums"] == here.parts[0].entry["checksums"]
+    assert spread.cells().to_pandas().equals(alone.cells().to_pandas())
+    for name in alone.measurements:
+        assert (matrix(spread, name) != matrix(alone, name)).nnz == 0
+        assert spread.vocabulary(name).equals(alone.vocabulary(name))
+    for name in ("alone", "spread", "here"):
+        delete_snapshot(lake_uri, name)
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_damaged_spill_file_is_an_error_that_names_it(lake_uri: str, tmp_path: Path) -> None:
+    done: list[Any] = []
+    with pytest.raises(Stopped):
+        create_snapshot(
+            lake_uri, "spilt", SnapshotSettings(), tasks=stopping_after(8, done), spill=str(tmp_path / "spill")
+        )
+    for file in (tmp_path / "spill").iterdir():
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+    with pytest.raises(VerificationError, match=r"spill/0000.* are not what was written"):
+        create_snapshot(lake_uri, "spilt", SnapshotSettings())
+    delete_snapshot(lake_uri, "spilt")
+    assert begun_snapshots(lake_uri) == []
+    assert not (tmp_path / "spill").exists()
+
+
+def test_a_subset_of_features_and_another_snapshots_vocabulary(lake_uri: str, all_cells: Snapshot) -> None:
+    wanted = ("RNA0007", "RNA0003", "RNA0050")
+    few = create_snapshot(lake_uri, "few", SnapshotSettings(features={"RNA": wanted}, measurements=("RNA",)))
+    ids = few.vocabulary("RNA").to_pylist()
+    assert {row["feature_id"] for row in ids} == set(wanted)
+    cells = few.cells().to_pandas()
+    lake = open_lake(lake_uri)
+    for organism in lake.organisms:
+        rows = np.flatnonzero(cells["organism"] == organism)
+        columns = [number for number, row in enumerate(ids) if row["organism"] == organism]
+        var = lake.var(organism, "RNA").to_pandas().set_index("feature_id")["soma_joinid"]
+        expected = lake.counts(organism, "RNA", cells["soma_joinid"].to_numpy()[rows])
+        expected = expected[:, var[[ids[column]["feature_id"] for column in columns]]]
+        assert (matrix(few, "RNA")[rows][:, columns] != expected).nnz == 0
+    with pytest.raises(UsageError, match="1 of 1 are in no chosen organism, such as 'TP53'"):
+        create_snapshot(lake_uri, "none", SnapshotSettings(features={"RNA": ("TP53",)}))
+    mouse = SnapshotSettings(organisms=("mus_musculus",), like="all")
+    alike = create_snapshot(lake_uri, "alike", mouse)
+    assert alike.vocabulary("RNA").equals(all_cells.vocabulary("RNA"))
+    assert alike.n_cells == 70
+    for name in ("few", "alike"):
+        delete_snapshot(lake_uri, name)
+
+
+def test_a_refreshed_snapshot_reads_new_cells_only_and_leaves_out_those_that_went(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 120, {"RNA": 30}, origin="a.h5ad")
+        add_dataset(writer, "b", 90, {"RNA": 40})
+        old = create_snapshot(uri, "s", SnapshotSettings(seed=3, where="is_primary_data == True"))
+        with pytest.raises(UsageError, match="nothing to refresh"):
+            refresh_snapshot(uri, "s", "s2")
+        add_dataset(writer, "a", 130, {"RNA": 30}, version=1, origin="a.h5ad")
+        add_dataset(writer, "c", 100, {"RNA": 60, "protein": 5})
+    done: list[Any] = []
+    new = refresh_snapshot(uri, "s", "s2", tasks=stopping_after(-1, done))
+    new.verify()
+    assert sum(len(item.joinids_C) for name, item in done if name == "scatter") == 117 + 90
+    assert [part.name for part in new.parts] == ["s", "s2"]
+    lake = open_lake(uri)
+    cells = new.cells().to_pandas()
+    live = cells[cells["split"] != ""]
+    assert len(new.dead) == 108
+    assert len(live) == new.n_cells == sum(new.splits.values()) == 117 + 81 + 90
+    obs = lake.obs("homo_sapiens", "is_primary_data == True", ["soma_joinid"])
+    assert sorted(live["soma_joinid"]) == obs["soma_joinid"].to_pylist()
+    counts, ids = matrix(new, "RNA"), new.vocabulary("RNA")["feature_id"].to_pylist()
+    known = old.vocabulary("RNA")["feature_id"].to_pylist()
+    assert ids[: len(known)] == known
+    var = lake.var("homo_sapiens", "RNA").to_pandas().set_index("feature_id")["soma_joinid"]
+    expected = lake.counts("homo_sapiens", "RNA", live["soma_joinid"].to_numpy())[:, var[ids]]
+    assert (counts[live["row"].to_numpy()] != expected).nnz == 0
+    again = create_snapshot(uri, "anew", SnapshotSettings(seed=3, where="is_primary_data == True"))
+    assert again.splits == new.splits
+    split = dict(zip(live["soma_joinid"], live["split"], strict=True))
+    assert all(split[line["soma_joinid"]] == line["split"] for line in again.cells().to_pylist())
+    alive = {
+        name: {value: of for value, of in by.items() if any(of.values())} for name, by in new.label_values().items()
+    }
+    assert alive == again.label_values()
+    with pytest.raises(UsageError, match="'s2' was refreshed from it and needs it"):
+        delete_snapshot(uri, "s")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "d", 55, {"RNA": 20})
+    third = refresh_snapshot(uri, "s2", "s3")
+    assert third.n_cells == new.n_cells + 50
+    assert [part.n_rows for part in third.parts] == [189, 207, 50]
+    for name in ("s3", "s2", "s"):
+        delete_snapshot(uri, name)
+    assert list_snapshots(uri) == ["anew"]
+
+
+def test_the_card_tells_query_splits_and_datasets(all_cells: Snapshot) -> None:
+    card = read_card(all_cells.lake_uri, "all")
+    assert card.startswith("---\nlibrary_name: somaflow\n")
+    for text in ("310 cells of 3 datasets", "`split_by`: `donor_id`", "| mouse | 70 |", "| homo_sapiens | 240 |"):
+        assert text in card
+
+
+def test_two_drivers_do_not_build_one_snapshot(lake_uri: str) -> None:
+    done: list[Any] = []
+
+    def meanwhile(function: Any, common: Any, items: Any) -> Iterator[None]:
+        with pytest.raises(ConflictError, match="snapshot 'shared' is being written by process"):
+            create_snapshot(lake_uri, "shared", SnapshotSettings())
+        done.append(function)
+        yield from in_this_process(function, common, items)
+
+    create_snapshot(lake_uri, "shared", SnapshotSettings(), tasks=meanwhile)
+    assert len(done) == 2
+    delete_snapshot(lake_uri, "shared")
 
 
 def test_damage_is_an_error_that_names_the_array_never_a_wrong_batch(lake_uri: str) -> None:

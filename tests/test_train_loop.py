@@ -43,7 +43,7 @@ def settings(lake: str, output: Path, **changes: object) -> RunSettings:
         "workers": 1,
         "checkpoint_every": 4,
         "model": {"width": 16, "layers": 1, "heads": 2},
-        "data": {"global_batch": 24, "block": 32, "window": 2, "tokens": 32},
+        "data": {"global_batch": 24, "block": 64, "window": 2, "tokens": 32},
         "optim": {"warmup_steps": 2, "lr": 0.003},
     }
     return parse_settings(RunSettings, values | changes, where="test")
@@ -170,7 +170,7 @@ def test_two_workers_take_the_same_steps_as_one_and_a_finished_run_is_not_run_ag
 
     n_cells = open_snapshot(lake, "s").manifest["splits"]["train"]
     lonely = next(size for size in range(20, n_cells) if n_cells % size == 1)  # an epoch ends on a batch of one cell
-    data = {"global_batch": lonely, "block": 32, "window": 2, "tokens": 32}
+    data = {"global_batch": lonely, "block": 64, "window": 2, "tokens": 32}
     assert n_cells // lonely < 12
     Run(settings(lake, tmp_path / "one", data=data), 1).train()
     steps: list[int] = []

@@ -10,9 +10,9 @@ import scipy.stats
 import torch
 from test_train_tokens import OFFSETS, cells
 
-from train.cells import NUMBERS, PROMPTS
+from train.cells import NUMBERS, PROMPTS, Controls
 from train.model import CellModel, ModelConfig, log_rates, negative_log_likelihood, reconstruction_loss
-from train.objective import Objective, matched_controls
+from train.objective import Objective, seen_cells
 from train.tokens import TokenSettings, make_tokens
 
 CONFIG = ModelConfig(
@@ -107,7 +107,7 @@ def test_an_unmeasured_feature_and_an_unmeasured_cell_carry_no_loss(model: CellM
     batch = cells()
     panels = {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}
     panels["RNA"][0, 5] = False
-    objective = Objective(panels, SETTINGS, 0.0, 0, torch.device("cpu"))
+    objective = Objective(panels, SETTINGS, 0, torch.device("cpu"))
     counts, panel = objective.targets(batch, model)
     logits = model(make_tokens(batch, OFFSETS, SETTINGS))[1]
     before = reconstruction_loss(model, logits, counts, panel)
@@ -126,7 +126,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     model = CellModel(CONFIG)
     torch.nn.init.normal_(model.target.weight)
     objective = Objective(
-        {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}, SETTINGS, 0.5, 0, torch.device("cpu")
+        {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}, SETTINGS, 0, torch.device("cpu")
     )
     loss, *_ = objective(model, model, cells(), 1)
     loss.total.backward()
@@ -135,22 +135,25 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_a_rank_without_cells_adds_nothing_and_still_has_gradients(model: CellModel) -> None:
     objective = Objective(
-        {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}, SETTINGS, 0.5, 0, torch.device("cpu")
+        {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}, SETTINGS, 0, torch.device("cpu")
     )
-    loss, n_tokens, n_cells = objective(model, model, cells(1), 1, rank=1, world=2)
+    loss, n_tokens, n_cells = objective(model, model, cells(1).take(np.empty(0, np.int64)), 1)
     loss.total.backward()
     assert (float(loss.total.detach()), float(loss.pairs), n_tokens, n_cells) == (0.0, 0.0, 0, 0)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(grad is not None and not grad.any() for grad in gradients.values()), gradients
 
 
-def test_controls_match_in_dataset_type_and_time() -> None:
-    batch = cells(60)
-    code = np.where(np.arange(60) % 2 == 0, 1, 2).astype(np.int32)  # even cells are controls
-    kind = (np.arange(60) % 3).astype(np.int32)
-    batch = replace(batch, perturbation=code[:, None], prompts={**batch.prompts, "cell_type": kind})
-    chosen = matched_controls(batch, 1.0, seed=0, step=4)
-    assert (chosen[::2] == np.arange(0, 60, 2)).all()
-    assert (chosen[1::2] % 2 == 0).all()
-    assert (kind[chosen] == kind).all()
-    assert (matched_controls(batch, 0.0, seed=0, step=4) == np.arange(60)).all()
+def test_a_cell_with_a_control_is_seen_as_its_control() -> None:
+    batch, others = cells(6), cells(3)
+    place = np.array([[-1], [2], [0], [-1], [2], [-1]])
+    seen = seen_cells(replace(batch, controls=Controls(others, place)))
+    for name, part in seen.counts.items():
+        for cell in range(6):
+            source, row = (others, place[cell, 0]) if place[cell, 0] >= 0 else (batch, cell)
+            expected = source.counts[name].take(np.array([row]))
+            found = part.take(np.array([cell]))
+            assert found.features.tolist() == expected.features.tolist()
+            assert found.counts.tolist() == expected.counts.tolist()
+    assert (seen.row == batch.row).all()
+    assert seen_cells(batch) is batch

@@ -16,10 +16,12 @@ import torch
 from encoded import add_dataset, encoded_counts
 
 from store.errors import UsageError, VerificationError
+from store.part import Part
 from store.snapshot import Snapshot, SnapshotSettings, create_snapshot
 from store.writer import LakeWriter
 from train.cells import Cells, Csr
-from train.stream import Stream, read_labels
+from train.labels import read_labels
+from train.stream import Stream
 from train.tokens import Tokens, TokenSettings, make_tokens
 
 
@@ -84,10 +86,10 @@ def test_resuming_at_a_step_goes_on_as_if_never_stopped(snapshot: Snapshot) -> N
 def test_an_error_of_the_reading_thread_reaches_the_consumer(
     snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Snapshot, *where: object) -> None:
+    def broken(self: Part, *where: object) -> None:
         raise VerificationError("RNA/counts: damaged")
 
-    monkeypatch.setattr(Snapshot, "read_into", broken)
+    monkeypatch.setattr(Part, "read_into", broken)
     with pytest.raises(VerificationError, match="damaged"):
         next(stream(snapshot).epoch(0))
 
@@ -105,9 +107,11 @@ def test_a_value_that_training_never_shows_has_no_code(tmp_path: Path) -> None:
     every, learned = read_labels(held), read_labels(held, "train")
     assert set(every.values["perturbation"]) == {"", "control", "RNA0003"}
     assert set(learned.values["perturbation"]) == {"", "control"} | shown
+    codes = held.parts[0].codes(["perturbation"], 0, held.n_rows)[0]
+    code = learned.perturbation[0][codes]
     unknown = ~cells["perturbation"].isin(set(learned.values["perturbation"])).to_numpy()
-    assert (learned.perturbation[unknown] == 0).all()
-    assert (learned.perturbation[(cells["split"] == "train").to_numpy()] > 0).all()
+    assert (code[unknown] == 0).all()
+    assert (code[(cells["split"] == "train").to_numpy()] > 0).all()
 
 
 def test_a_split_without_cells_is_refused_with_those_that_have_some(snapshot: Snapshot) -> None:
@@ -160,7 +164,7 @@ def test_every_cell_comes_once_for_any_number_of_ranks_and_threads(
         for made in stream.epoch(2, rank=rank, world=world)
         for row in made.row_C.tolist()
     ]
-    first, stop = one_measurement.split_rows["train"]
+    first, stop = one_measurement.parts[0].split_rows["train"]
     assert sorted(rows) == list(range(first, stop))
 
 
@@ -226,7 +230,7 @@ def test_twenty_epochs_leave_no_threads_files_or_memory_behind(one_measurement: 
 
 
 def test_weights_make_labels_come_equally_often(one_measurement: Snapshot) -> None:
-    first, stop = one_measurement.split_rows["train"]
+    first, stop = one_measurement.parts[0].split_rows["train"]
     label = np.array(one_measurement.cells(["donor_id"])["donor_id"].to_pylist())[first:stop]
     names, times = np.unique(label, return_counts=True)
     weight = np.where(label == names[0], 5.0, 1.0)
@@ -294,13 +298,13 @@ def test_with_lanes_ranks_share_the_reading_and_the_steps_stay_the_same(
     words = {"batch": 32, "block": 16, "window": 8, "lanes": 4, "seed": 5}
     alone = [sorted(identity(cells)) for cells in Stream(one_measurement, **words).epoch(0)]
     read: list[int] = []
-    whole = Snapshot.read_into
+    whole = Part.read_into
 
-    def counted(self: Snapshot, measurement: str, start: int, features: np.ndarray, counts: np.ndarray) -> None:
+    def counted(self: Part, measurement: str, start: int, features: np.ndarray, counts: np.ndarray) -> None:
         read.append(len(features))
         whole(self, measurement, start, features, counts)
 
-    monkeypatch.setattr(Snapshot, "read_into", counted)
+    monkeypatch.setattr(Part, "read_into", counted)
     shares = []
     for rank in range(world):
         stream = Stream(one_measurement, **words)
@@ -320,4 +324,4 @@ def test_more_ranks_than_cells_of_a_step_leave_some_without(one_measurement: Sna
         shares = [made.row_C.tolist() for made in Stream(one_measurement, **words).epoch(0, rank=rank, world=8)]
         assert max(map(len, shares)) <= 1
         rows += list(chain.from_iterable(shares))
-    assert sorted(rows) == list(range(*one_measurement.split_rows["train"]))
+    assert sorted(rows) == list(range(*one_measurement.parts[0].split_rows["train"]))

@@ -52,6 +52,7 @@ class BlockCache:
                 if time.time() - left.stat().st_mtime > STALE_S:
                     left.unlink()
         self._bytes = sum(size for _, size, _ in self._files())
+        self._writing = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (BlockCache, (self.folder, self.max_bytes))
@@ -104,9 +105,12 @@ class BlockCache:
         except OSError:
             with contextlib.suppress(OSError):
                 part_path.unlink()
-            return
+            written = 0
+        else:
+            written = size
         with self._lock:
-            self._bytes += size
+            self._writing -= size
+            self._bytes += written
 
     def _path(self, key: Sequence[str | int]) -> Path:
         snapshot_id, *rest = key
@@ -139,20 +143,23 @@ class BlockCache:
 
     def _files(self) -> list[tuple[float, int, Path]]:
         found = []
-        for path in self.folder.glob("*/*"):
+        for path in self.folder.glob("*/[!.]*"):
             with contextlib.suppress(OSError):
                 state = path.stat()
                 found.append((state.st_mtime, state.st_size, path))
         return sorted(found)
 
     def _make_room(self, size: int) -> None:
+        """Count a file that is about to be written, and remove the oldest until it fits."""
         with self._lock:
-            if self._bytes + size <= self.max_bytes:
+            self._writing += size
+            room = self.max_bytes - self._writing
+            if self._bytes <= room:
                 return
             files = self._files()  # other processes write here too
             self._bytes = sum(held for _, held, _ in files)
             for _, held, path in files:
-                if self._bytes + size <= self.max_bytes:
+                if self._bytes <= room:
                     break
                 self._open.pop(path, None)
                 with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """This module is the form in which stream, predictor and server hand cells around: ragged counts and codes, numpy only.
 
 Shape letters used in this module:
-    C  cells      T  perturbation targets of a cell at most
+    C  cells      S  controls of a cell      T  perturbation targets of a cell at most
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ PROMPTS = ("organism", "tissue", "assay", "disease", "sex", "development_stage",
 
 NUMBERS = ("time", "dose")
 
+CONTROL = 1
+"""Code of "control" among perturbations; 0 is "not said"."""
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -26,6 +29,10 @@ class Spans:
     lengths: NDArray[np.int64]
     features: NDArray[Any]
     counts: NDArray[Any]
+
+    def take(self, rows: NDArray[np.int64]) -> Spans:
+        """Return these rows, in this order; no value is copied."""
+        return Spans(self.starts[rows], self.lengths[rows], self.features, self.counts)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Cells:
         perturbation: [C, T] codes of the targets hit together; 0 fills up.
         numbers: Name of ``NUMBERS`` to [C]; NaN is "not said".
         row: [C] a number that stays with the cell (its row in the snapshot), so that chance can depend on it.
+        controls: The cells' matched controls, where they were asked for.
     """
 
     n_cells: int
@@ -89,6 +97,7 @@ class Cells:
     perturbation: NDArray[np.int32]
     numbers: dict[str, NDArray[np.float32]]
     row: NDArray[np.int64]
+    controls: Controls | None = None
 
     def take(self, rows: NDArray[np.int64]) -> Cells:
         """Return these cells, in this order."""
@@ -101,4 +110,22 @@ class Cells:
             perturbation=self.perturbation[rows],
             numbers={name: part[rows] for name, part in self.numbers.items()},
             row=self.row[rows],
+            controls=None if self.controls is None else self.controls.take(rows),
         )
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Unperturbed cells that go with the cells of a batch.
+
+    Attributes:
+        cells: The controls, each once.
+        place_CS: Which of them go with each cell; -1 where there is none.
+    """
+
+    cells: Cells
+    place_CS: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.int64]) -> Controls:
+        """Return the controls of these cells; controls that go with none of them stay."""
+        return Controls(self.cells, self.place_CS[rows])

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -25,10 +26,12 @@ from train import checkpoint
 from train.card import write_card
 from train.cells import PROMPTS, Cells
 from train.checkpoint import Vocabulary
+from train.controls import MatchedControls
+from train.labels import Labels, read_labels
 from train.model import CellModel, ModelConfig
 from train.objective import Objective
 from train.settings import RunSettings
-from train.stream import Labels, Stream, read_labels
+from train.stream import Stream
 from train.tokens import TokenSettings
 
 BASELINE_CELLS = 16384
@@ -101,7 +104,7 @@ class Run:
         self.rank, self.world = self.accelerator.process_index, world
         self.snapshot: Snapshot = open_snapshot(settings.lake, settings.snapshot)
         self.labels: Labels = read_labels(self.snapshot, settings.data.split)
-        self.stream = self._stream(settings.data.split)
+        self.stream = self._stream(settings.data.split, MatchedControls(share=settings.data.matched_controls))
         self.vocabulary = _vocabulary(self.snapshot)
         self.fingerprint = fingerprint(settings, self.snapshot.id)
         torch.manual_seed(settings.seed)
@@ -115,9 +118,9 @@ class Run:
         self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
         tokens = TokenSettings(budget=settings.data.tokens)
-        self.objective = Objective(panels, tokens, settings.data.matched_controls, settings.seed, self.device)
+        self.objective = Objective(panels, tokens, settings.seed, self.device)
 
-    def _stream(self, split: str) -> Stream:
+    def _stream(self, split: str, controls: MatchedControls | None = None) -> Stream:
         data = self.settings.data
         return Stream(
             self.snapshot,
@@ -126,6 +129,8 @@ class Run:
             split=split,
             block=data.block,
             window=data.window,
+            lanes=data.lanes,
+            controls=controls,
             memory_bytes=data.memory_mb * 2**20,
             cache=data.cache or None,
             cache_bytes=int(data.cache_gb * 2**30),
@@ -143,10 +148,10 @@ class Run:
     def _shares(self) -> dict[str, torch.Tensor]:
         """Return each feature's share of the counts of the first training rows, with half a count for all."""
         shares = {}
-        first = self.stream.first_row
-        stop = min(first + self.stream.plan.n_rows, first + BASELINE_CELLS)
+        source = max(self.stream.sources, key=lambda one: one.n_rows)
+        rows = source.rows(np.array([0, min(source.n_rows, BASELINE_CELLS) - 1])) + source.part.first_row
         for name, part in self.vocabulary.items():
-            block = self.snapshot.block(name, first, stop)
+            block = self.snapshot.block(name, int(rows[0]), int(rows[1]) + 1)
             counts = torch.full((len(part.feature_id),), 0.5, dtype=torch.float64)
             counts.index_add_(0, torch.from_numpy(block.features).long(), torch.from_numpy(block.counts).double())
             shares[name] = (counts / counts.sum()).float()
@@ -214,10 +219,10 @@ class Run:
             if self.rank == 0:
                 _write_json(self.folder / "start.json", {"loss_test": before})
         first_step = self.step
-        batches = self.stream.steps(self.step, self.settings.steps)
+        batches = self.stream.steps(self.step, self.settings.steps, rank=self.rank, world=self.world)
         with _Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
             for batch, waited in _timed(batches):
-                row = self._one(batch) | {"data_wait_s": waited}
+                row = self._one(batch) | {"data_wait_s": waited, "entropy_ratio": self.stream.telemetry.ratio}
                 self.step += 1
                 if self.rank == 0:
                     metrics.write({"step": self.step, "time": time.time(), **row})
@@ -241,9 +246,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self.accelerator.autocast():
-            loss, n_tokens, n_cells = self.objective(
-                self.model, self.plain, batch, self.step, rank=self.rank, world=self.world
-            )
+            loss, n_tokens, n_cells = self.objective(self.model, self.plain, batch, self.step)
         sums = self._sum(loss.total.detach(), loss.pairs, n_cells, n_tokens)
         mean = float(sums[0] / sums[1])
         if not math.isfinite(mean):
@@ -284,8 +287,8 @@ class Run:
         total = torch.zeros(2, dtype=torch.float64)
         self.plain.eval()
         with torch.no_grad():
-            for batch in stream.steps(0, steps):
-                loss, *_ = self.objective(self.plain, self.plain, batch, None, rank=self.rank, world=self.world)
+            for batch in stream.steps(0, steps, rank=self.rank, world=self.world):
+                loss, *_ = self.objective(self.plain, self.plain, batch, None)
                 total += torch.tensor([float(loss.total), float(loss.pairs)], dtype=torch.float64)
         self.plain.train()
         sums = self._sum(*total)

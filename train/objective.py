@@ -6,37 +6,33 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.cells import Cells
+from train.cells import Cells, Csr
 from train.model import CellModel, Loss, reconstruction_loss
 from train.tokens import TokenSettings, dense_counts, make_tokens
 
-CONTROL = 1
-"""Code of "control" among perturbations; 0 is "not said"."""
 
+def seen_cells(cells: Cells) -> Cells:
+    """Return what is seen in each cell's place: itself, or its first matched control where it came with one.
 
-def matched_controls(cells: Cells, share: float, seed: int, step: int) -> NDArray[np.int64]:
-    """Choose for each cell the cell that is seen in its place: itself, or for some perturbed cells a matched control.
-
-    A control matches when it comes from the same dataset, has the same cell type and time, and was not perturbed. So
-    the model learns to predict perturbed counts from control counts and the prompt, which is what it is asked later.
+    So the model learns to predict perturbed counts from control counts and the prompt, which is what it is asked later.
     """
-    chosen = np.arange(cells.n_cells, dtype=np.int64)
-    perturbed = cells.perturbation[:, 0] > CONTROL
-    time = np.nan_to_num(cells.numbers["time"], nan=-1.0)
-    keys = list(zip(cells.panel, cells.prompts["cell_type"], time, strict=True))
-    controls: dict[tuple[int, int, float], list[int]] = {}
-    for cell in np.flatnonzero(~perturbed):
-        controls.setdefault(keys[cell], []).append(int(cell))
-    for cell in np.flatnonzero(perturbed):
-        draw = np.random.default_rng([seed, step, int(cells.row[cell])])
-        if keys[cell] in controls and draw.random() < share:
-            chosen[cell] = draw.choice(controls[keys[cell]])
-    return chosen
+    if cells.controls is None:
+        return cells
+    others, place_C = cells.controls.cells, cells.controls.place_CS[:, 0]
+    taken = np.where(place_C >= 0, cells.n_cells + place_C, np.arange(cells.n_cells))
+    return replace(
+        cells,
+        counts={name: Csr.concatenate([part, others.counts[name]]).take(taken) for name, part in cells.counts.items()},
+        measured={name: np.concatenate([part, others.measured[name]])[taken] for name, part in cells.measured.items()},
+        controls=None,
+    )
 
 
 class Objective:
@@ -46,13 +42,11 @@ class Objective:
         self,
         panels_DG: dict[str, NDArray[np.bool_]],
         settings: TokenSettings,
-        share: float,
         seed: int,
         device: torch.device,
     ) -> None:
         self.panels = {name: torch.from_numpy(panel).to(device) for name, panel in panels_DG.items()}
         self.settings = settings
-        self.share = share
         self.seed = seed
         self.device = device
 
@@ -60,33 +54,23 @@ class Objective:
         self,
         model: torch.nn.Module,
         plain: CellModel,
-        batch: Cells,
+        cells: Cells,
         step: int | None,
-        *,
-        rank: int = 0,
-        world: int = 1,
     ) -> tuple[Loss, int, int]:
         """Return the loss of one rank's share of a batch, its number of tokens and of cells.
-
-        Controls are sought in the whole batch, so that a step is the same at any number of ranks.
 
         Args:
             model: The model as Accelerate wrapped it.
             plain: The same, unwrapped.
-            batch: All cells of the step.
-            step: The global step; None evaluates with the masks of step 0 and without matched controls.
-            rank: This process.
-            world: All processes; a rank takes every ``world``-th cell.
+            cells: The rank's cells of the step, with the matched controls that stand in for some of them.
+            step: The global step; None evaluates with the masks of step 0.
         """
-        chosen = matched_controls(batch, self.share if step is not None else 0.0, self.seed, step or 0)
-        mine = np.arange(rank, batch.n_cells, world, dtype=np.int64)
-        cells = batch.take(mine)
         tokens = make_tokens(
             cells,
             plain.config.offsets,
             self.settings,
             chance=(self.seed, step or 0),
-            seen=batch.take(chosen[mine]),
+            seen=seen_cells(cells),
             device=self.device,
         )
         _, logits = model(tokens)

@@ -19,10 +19,9 @@ from scipy.sparse import csr_matrix
 
 from store.errors import InputRefused
 from train import checkpoint
-from train.cells import NUMBERS, PROMPTS, Cells, Csr
+from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
 from train.checkpoint import Vocabulary
 from train.model import log_rates
-from train.objective import CONTROL
 from train.tokens import SCALE, Tokens, make_tokens
 
 BATCH_CELLS = 256

@@ -1,4 +1,4 @@
-"""This module reads a snapshot's rows ahead of their use, window by window, in threads and within a bounded memory.
+"""This module reads a part's rows ahead of their use, window by window, in threads and within a bounded memory.
 
 A window is some blocks of consecutive rows. Its values are decoded straight into a slot: arrays that are kept and used
 again, because on many machines fresh pages cost as much as decoding. The slots are all that reading holds.
@@ -7,6 +7,7 @@ again, because on many machines fresh pages cost as much as decoding. The slots 
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import UsageError
-from store.snapshot import Snapshot
+from store.part import NUMBERS, Part
 from train.cache import BlockCache
 from train.cells import Spans
 
@@ -43,16 +44,29 @@ class Window:
         firsts: First row of each block, ascending.
         offsets: Where the rows of each block begin among the window's rows; one longer.
         spans: Measurement to all rows, block after block.
+        codes_FR: What is said of the rows: codes of the reader's fields, in the snapshot's numbering.
+        numbers_FR: ``store.part.NUMBERS`` of the rows.
         slot: What holds the values.
+        notes: What users of the window found out about it and need again.
     """
 
     firsts: NDArray[np.int64]
     offsets: NDArray[np.int64]
     spans: dict[str, Spans]
+    codes_FR: NDArray[np.int32]
+    numbers_FR: NDArray[np.float32]
     slot: Slot
+    notes: dict[Any, Any] = field(default_factory=dict)
+
+    def rows(self) -> NDArray[np.int64]:
+        """Return the part's row of each of the window's rows."""
+        lengths = np.diff(self.offsets)
+        return np.repeat(self.firsts - self.offsets[:-1], lengths) + np.arange(self.offsets[-1])
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where rows lie among the window's; -1 for those that it does not hold."""
+        if len(self.firsts) == 0:
+            return np.full(len(rows), -1)
         block = np.searchsorted(self.firsts, rows, side="right") - 1
         within = rows - self.firsts[block]
         held = (block >= 0) & (within < np.diff(self.offsets)[block])
@@ -60,12 +74,13 @@ class Window:
 
 
 class Reader:
-    """Reads windows in the order in which they are asked for.
+    """Reads windows of one part in the order in which they are asked for.
 
     Args:
-        snapshot: What is read.
+        part: What is read.
         measurements: Which measurements.
-        threads: Threads that decode.
+        fields: Which of ``store.part.FIELDS``.
+        threads: Threads that decode; several readers may share them.
         memory_bytes: What the slots may hold together.
         slots: ``SLOTS`` of them, that no other reader uses.
         cache: Where decoded blocks are looked for first, and kept.
@@ -73,28 +88,29 @@ class Reader:
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        part: Part,
         measurements: Sequence[str],
+        fields: Sequence[str],
         *,
-        threads: int,
+        threads: ThreadPoolExecutor,
         memory_bytes: int,
         slots: Sequence[Slot],
         cache: BlockCache | None = None,
     ) -> None:
-        self.snapshot, self.measurements = snapshot, tuple(measurements)
+        self.part, self.measurements, self.fields = part, tuple(measurements), tuple(fields)
         self.memory_bytes, self.cache = memory_bytes, cache
+        self._fields_mark = zlib.crc32(" ".join(self.fields).encode())
         self._lengths = ThreadPoolExecutor(1, thread_name_prefix="somaflow-lengths")
-        self._values = ThreadPoolExecutor(threads, thread_name_prefix="somaflow-read")
-        self._free = list(slots)
+        self._values = threads
+        self._free, self._n_slots = list(slots), len(slots)
         self._returned = threading.Semaphore(len(self._free))
         self._closed = False
 
     def close(self) -> None:
-        """Stop reading; windows that were asked for and not yet read never come."""
+        """Begin nothing more, and end the thread that begins. The threads that decode are the caller's."""
         self._closed = True
         self._returned.release()
         self._lengths.shutdown(wait=True, cancel_futures=True)
-        self._values.shutdown(wait=True, cancel_futures=True)
 
     def ask(self, blocks: Sequence[Block]) -> Future[Window]:
         """Read a window as soon as a slot is free."""
@@ -111,6 +127,7 @@ class Reader:
         """Find out how long the rows are, then have the blocks read side by side."""
         try:
             lengths = {name: [self._block_lengths(name, block) for block in blocks] for name in self.measurements}
+            codes, numbers = self._said(blocks)
             self._returned.acquire()
             if self._closed:
                 answer.cancel()
@@ -124,10 +141,10 @@ class Reader:
                 for block, (part, first), start, size in zip(blocks, parts, starts, sizes, strict=False):
                     where = slice(int(start), int(start) + size)
                     reads.append((name, block, part, first, features[where], counts[where]))
-                length = np.concatenate([part for part, _ in parts])
+                length = np.concatenate([np.empty(0, np.int64), *(part for part, _ in parts)])
                 spans[name] = Spans(np.cumsum(length) - length, length, features, counts)
             offsets = np.cumsum([0, *(stop - start for start, stop in blocks)])
-            window = Window(np.array([start for start, _ in blocks]), offsets, spans, slot)
+            window = Window(np.array([start for start, _ in blocks]), offsets, spans, codes, numbers, slot)
         except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
             answer.set_exception(error)
             return
@@ -137,12 +154,28 @@ class Reader:
         if not reads:
             answer.set_result(window)
 
+    def _said(self, blocks: list[Block]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return codes_FR and numbers_FR of the rows of all blocks."""
+        n_rows = [stop - first for first, stop in blocks]
+        offsets = np.cumsum([0, *n_rows])
+        codes_FR = np.empty((len(self.fields), offsets[-1]), np.int32)
+        numbers_FR = np.empty((len(NUMBERS), offsets[-1]), np.float32)
+        for block, size, at in zip(blocks, n_rows, offsets, strict=False):
+            key = (self.part.id, f"labels-{self._fields_mark}", *block)
+            codes, numbers = np.empty((len(self.fields), size), np.int32), np.empty((len(NUMBERS), size), np.float32)
+            if not (self.cache and self.cache.load(key, codes.reshape(-1), numbers.reshape(-1))):
+                codes, numbers = self.part.codes(self.fields, *block), self.part.numbers(*block)
+                if self.cache:
+                    self.cache.store(key, np.empty(0, np.int64), codes.reshape(-1), numbers.reshape(-1))
+            codes_FR[:, at : at + size], numbers_FR[:, at : at + size] = codes, numbers
+        return codes_FR, numbers_FR
+
     def _block_lengths(self, name: str, block: Block) -> tuple[NDArray[np.int64], int | None]:
-        """Return how long the rows of a block are, and where its values begin in the snapshot if that was read."""
+        """Return how long the rows of a block are, and where its values begin in the part if that was read."""
         known = self.cache.lengths(self._key(name, block)) if self.cache else None
         if known is not None:
             return known, None
-        indptr = self.snapshot.indptr(name, *block)
+        indptr = self.part.indptr(name, *block)
         return np.diff(indptr), int(indptr[0])
 
     def _read(
@@ -157,21 +190,21 @@ class Reader:
         if self.cache and self.cache.load(self._key(name, block), features, counts):
             return
         if first is None:  # the file went between the question and now
-            first = int(self.snapshot.indptr(name, block[0], block[0])[0])
-        self.snapshot.read_into(name, first, features, counts)
+            first = int(self.part.indptr(name, block[0], block[0])[0])
+        self.part.read_into(name, first, features, counts)
         if self.cache:
             self.cache.store(self._key(name, block), lengths, features, counts)
 
     def _key(self, name: str, block: Block) -> tuple[str, str, int, int]:
-        return (self.snapshot.id, name, *block)
+        return (self.part.id, name, *block)
 
     def _room(self, slot: Slot, name: str, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
         if name not in slot.features or len(slot.features[name]) < size:
-            kinds = [self.snapshot.dtype(name, member) for member in ("features", "counts")]
-            needed = SLOTS * size * sum(kind.itemsize for kind in kinds)
+            kinds = [self.part.dtype(name, member) for member in ("features", "counts")]
+            needed = self._n_slots * size * sum(kind.itemsize for kind in kinds)
             if needed > self.memory_bytes:
                 raise UsageError(
-                    f"{self.snapshot.uri}: {SLOTS} windows of {name} take {needed / 2**20:,.0f} MiB and "
+                    f"{self.part.uri}: {self._n_slots} windows of {name} take {needed / 2**20:,.0f} MiB and "
                     f"{self.memory_bytes / 2**20:,.0f} MiB are allowed; choose a smaller window or block, or allow more"
                 )
             room = int(size * 1.05) + 1

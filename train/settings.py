@@ -41,6 +41,8 @@ class DataSettings(Settings):
     """Consecutive rows that are read together."""
     window: int = Field(default=4, ge=1)
     """Blocks whose rows are mixed; three windows are held in memory."""
+    lanes: int = Field(default=1, ge=1)
+    """Parts of a window that workers read apart: with as many as workers, or a multiple, each reads only its own."""
     memory_mb: int = Field(default=512, ge=16)
     """Most that decoded windows may take, in MiB, in each worker."""
     cache: str = ""
@@ -50,7 +52,7 @@ class DataSettings(Settings):
     tokens: int = Field(default=128, ge=8)
     """Tokens of a cell at most."""
     matched_controls: float = Field(default=0.5, ge=0, le=1)
-    """Share of perturbed cells that are predicted from a matched control of the same batch."""
+    """Share of perturbed cells that are predicted from a matched control of the same window."""
 
 
 class OptimSettings(Settings):

@@ -1,9 +1,9 @@
-"""This module streams a snapshot's cells, ragged or as tokens, in the order of the sample plan.
+"""This module streams the cells of snapshots, ragged or as tokens, in the order of the sample plan.
 
 Stages overlap: threads decode the windows to come, others make the batches to come, the consumer takes them in order.
 
 Shape letters used in this module:
-    C  cells      D  datasets      G  features of a measurement      T  targets of a perturbation
+    B  rows of a batch      C  cells of a batch that a rank gets      S  controls of a cell
 """
 
 from __future__ import annotations
@@ -12,84 +12,44 @@ import hashlib
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from store.errors import UsageError
+from store.part import CODED
+from store.part import NUMBERS as PART_NUMBERS
 from store.schema import measured_column
-from store.snapshot import LABELS, Snapshot
+from store.snapshot import Snapshot
 from train import kernels
 from train.cache import BlockCache
-from train.cells import NUMBERS, PROMPTS, Cells, Csr, Spans
-from train.plan import SamplePlan
+from train.cells import NUMBERS, PROMPTS, Cells, Controls, Csr, Spans
+from train.controls import MatchedControls, find_controls, match_keys
+from train.labels import FIELDS, Labels, read_labels
+from train.plan import RowOrder, Rows, SamplePlan
+from train.plan import Window as WindowKey
 from train.reader import SLOTS, Reader, Slot, Window
+from train.sources import Source, find_sources, vocabulary_sizes
+from train.telemetry import ShuffleTelemetry
 from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
 
 MEMORY_BYTES = 512 * 2**20
 CACHE_BYTES = 50 * 2**30
 BATCHES_AHEAD = 4
+SHARES = 2**30
+"""Shares of sources are told to the plan in whole numbers of this sum."""
 
-
-@dataclass(frozen=True)
-class Labels:
-    """Codes of what is said of every row of a snapshot, and the values behind the codes."""
-
-    values: dict[str, list[str]]
-    prompts: dict[str, NDArray[np.int32]]
-    perturbation: NDArray[np.int32]
-    numbers: dict[str, NDArray[np.float32]]
-    measured: dict[str, NDArray[np.bool_]]
-    panel: NDArray[np.int32]
-
-
-NOT_SAID = {"", "unknown", "na", "nan"}
-
-
-def read_labels(snapshot: Snapshot, learned: str | None = None) -> Labels:
-    """Code the labels of a snapshot; values are numbered in alphabetical order after "" (not said).
-
-    Args:
-        snapshot: Whose labels.
-        learned: The split that is trained on: a value that only other splits have gets no code and is "not said"
-            there, so that a checkpoint never claims to know what it was not shown. None codes every value.
-    """
-    cells = snapshot.cells().to_pandas()
-    mine = cells["split"].eq(learned) if learned is not None else pd.Series(True, index=cells.index)
-    values, prompts = {}, {}
-    for name in PROMPTS:
-        said = cells[name].astype(str).where(~cells[name].isin(NOT_SAID), "")
-        values[name] = ["", *sorted(set(said[mine]) - {""})]
-        prompts[name] = np.maximum(_codes(said, values[name]), 0)
-    split = cells["perturbation"].astype(str).str.split("+")
-    names = sorted({name for parts in split[mine] for name in parts} - {"", "control"})
-    values["perturbation"] = ["", "control", *names]
-    n_targets = max(1, int(split.str.len().max()))
-    columns = [split.str[number].fillna("") for number in range(n_targets)]
-    targets = np.stack([_codes(column, values["perturbation"]) for column in columns], axis=1)
-    targets[(targets < 0).any(axis=1)] = 0  # one unknown target makes the whole combination unknown
-    return Labels(
-        values=values,
-        prompts=prompts,
-        perturbation=targets,
-        numbers={name: cells[name].to_numpy(np.float32) for name in NUMBERS},
-        measured={name: cells[measured_column(name)].to_numpy(bool) for name in snapshot.measurements},
-        panel=_codes(cells["dataset_id"], list(snapshot.datasets)),
-    )
-
-
-def _codes(column: pd.Series, values: list[str]) -> NDArray[np.int32]:
-    return pd.Categorical(column, categories=values).codes.astype(np.int32)
+Key = tuple[int, WindowKey]
+"""A source's number and one of its windows."""
 
 
 class Stream:
-    """One split of a snapshot as batches of cells.
+    """One split of a snapshot, or of several, as batches of cells.
 
     ::
 
@@ -101,7 +61,8 @@ class Stream:
     of ranks goes on where any other stopped.
 
     Args:
-        snapshot: What is streamed.
+        snapshot: What is streamed; or several snapshots, each with its share of every batch. Their vocabularies must
+            begin alike (``store snapshot create --set like=...``).
         batch: Cells of a step, over all ranks.
         seed: Decides the order, and the chances of tokens.
         split: The split.
@@ -109,7 +70,7 @@ class Stream:
             ragged :class:`~train.cells.Cells`.
         measurements: Which measurements; all when left out.
         block: Consecutive rows that are read together.
-        window: Blocks whose rows are mixed.
+        window: Blocks whose rows are mixed. Sources share ``block`` times ``window`` rows by their shares of a batch.
         lanes: Parts of a window that ranks read apart, so that no rank reads everything: as many as there are ranks, or
             a multiple; divides ``window``. Part of the order, whatever the number of ranks.
         threads: Threads that decode, and as many that make batches.
@@ -123,14 +84,20 @@ class Stream:
         balance: Deal a batch out so that ranks get about equally many non-zeros, not only equally many cells; not with
             several lanes, where a rank has only its own to choose from.
         labels: What is said of the cells, if it was read before.
+        controls: Unperturbed cells that perturbed ones come with; with ragged batches only.
+
+    Attributes:
+        step: The next step.
+        telemetry: How well batches are mixed so far.
 
     Raises:
-        UsageError: No cell is in the split, a measurement is unknown, or a batch is larger than a window.
+        UsageError: No cell is in the split, a measurement is unknown, a batch is larger than a window, or vocabularies
+            differ.
     """
 
     def __init__(
         self,
-        snapshot: Snapshot,
+        snapshot: Snapshot | Mapping[Snapshot, float],
         *,
         batch: int,
         tokens: TokenSettings | None = None,
@@ -147,37 +114,50 @@ class Stream:
         weights: Sequence[float] | NDArray[Any] | str | None = None,
         balance: bool = True,
         labels: Labels | None = None,
+        controls: MatchedControls | None = None,
     ) -> None:
-        self.snapshot = snapshot
-        first, stop = snapshot.split_rows.get(split, (0, 0))
-        if first == stop:
-            known = ", ".join(name for name, (a, b) in sorted(snapshot.split_rows.items()) if b > a)
-            raise UsageError(f"{snapshot.uri}: no cell is in split {split!r}; splits with cells: {known}")
-        unknown = sorted(set(measurements or ()) - set(snapshot.measurements))
-        if unknown:
-            known = ", ".join(snapshot.measurements)
-            raise UsageError(f"{snapshot.uri}: no measurement {unknown[0]!r}; measurements: {known}")
-        self.measurements = tuple(measurements or snapshot.measurements)
-        self.first_row = first
-        if window % max(1, lanes):
+        if lanes < 1 or window % lanes:
             raise UsageError(f"lanes = {lanes} does not divide window = {window}")
-        self.plan = SamplePlan(stop - first, batch, seed, block, window, lanes)
-        if min(batch, self.plan.n_rows) > self.plan.window_rows:
-            raise UsageError(
-                f"a batch of {batch:,} cells is larger than a window of {self.plan.window_rows:,} (block times window)"
-            )
-        self.tokens = tokens
+        if tokens and controls:
+            raise UsageError("controls come with ragged batches: leave tokens out, and make tokens of both")
+        shares = dict(snapshot) if isinstance(snapshot, Mapping) else {snapshot: 1.0}
+        self.snapshots = tuple(shares)
+        sizes = vocabulary_sizes(self.snapshots)
+        unknown = sorted(set(measurements or ()) - set(sizes))
+        if unknown:
+            known = ", ".join(sizes)
+            raise UsageError(f"{self.snapshots[0].uri}: no measurement {unknown[0]!r}; measurements: {known}")
+        self.measurements = tuple(measurements or sizes)
+        self.sources = find_sources(shares, split)
+        matched = controls.fields if controls else ()
+        measured = (measured_column(name) for name in self.measurements)
+        self.fields = tuple(dict.fromkeys((*FIELDS, *matched, *measured)))
+        self.tokens, self.controls = tokens, controls
         self.threads, self.memory_bytes = threads, memory_bytes
         self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
-        self.labels = labels or read_labels(snapshot)
+        self.labels = labels or read_labels(self.snapshots)
         self.balance = balance
-        self._upper = None if weights is None else self._expected(weights)
-        self._copies: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
+        portions = np.array([source.share for source in self.sources])
+        self._upper: list[NDArray[np.float64]] = []
+        if weights is not None:
+            portions = self._weigh(weights, split)
+        whole = len(shares) == 1 and weights is None
+        self.plan = SamplePlan(
+            _orders([source.n_rows for source in self.sources], portions / portions.sum(), seed, block, window, lanes),
+            batch,
+            seed,
+            () if whole else tuple(int(share) for share in np.rint(portions / portions.sum() * SHARES)),
+        )
+        room = sum(order.window_rows for order in self.plan.orders)
+        if min(batch, self.plan.n_rows) > room:
+            raise UsageError(f"a batch of {batch:,} cells is larger than a window of {room:,} (block times window)")
+        expected = None if weights is not None else _dataset_shares(self.sources, self.labels, split, portions)
+        self.telemetry = ShuffleTelemetry(expected)
+        self._drawn_for: dict[int, tuple[int, NDArray[np.int64]]] = {}
         self.step = 0
-        sizes = snapshot.manifest["measurements"]
-        self._offsets = first_numbers({name: sizes[name]["n_features"] for name in self.measurements})
+        self._offsets = first_numbers({name: sizes[name] for name in self.measurements})
         self._room = _Room()
-        self._slots: list[list[Slot]] = []
+        self._slots: list[list[list[Slot]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_room", "_slots")}
@@ -188,16 +168,16 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: the next step and what its number means."""
         plan = self.plan
+        weights = hashlib.sha256(b"".join(upper.tobytes() for upper in self._upper)).hexdigest()
         return {
             "step": self.step,
-            "snapshot_id": self.snapshot.id,
+            "snapshot_id": "+".join(snapshot.id for snapshot in self.snapshots),
             "n_rows": plan.n_rows,
             "global_batch": plan.global_batch,
             "seed": plan.seed,
-            "block": plan.block,
-            "window": plan.window,
-            "lanes": plan.lanes,
-            "weights": None if self._upper is None else hashlib.sha256(self._upper.tobytes()).hexdigest(),
+            "blocks": [[order.block, order.window, order.lanes] for order in plan.orders],
+            "weights": weights if self._upper else None,
+            "shares": list(plan.shares),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -211,41 +191,48 @@ class Stream:
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
         self.step = int(state["step"])
 
-    def _expected(self, weights: Sequence[float] | NDArray[Any] | str) -> NDArray[np.float64]:
-        """Return how often the cells up to each one should come together in an epoch."""
-        n_rows = self.plan.n_rows
+    # ----------------------------------------------------------------------------------------------------- weights
+    def _weigh(self, weights: Sequence[float] | NDArray[Any] | str, split: str) -> NDArray[np.float64]:
+        """Note how often the cells up to each one should come together in an epoch; return each source's share."""
+        n_rows = sum(source.n_rows for source in self.sources)
         if isinstance(weights, str):
-            if weights not in LABELS:
-                raise UsageError(f"weights = {weights!r} is none of: {', '.join(LABELS)}")
-            column = self.snapshot.cells([weights])[weights].to_pandas()[self.first_row : self.first_row + n_rows]
-            values = 1.0 / column.map(column.value_counts()).to_numpy(np.float64)
+            if weights not in CODED:
+                raise UsageError(f"weights = {weights!r} is none of: {', '.join(CODED)}")
+            values = np.concatenate([source.label_weights(weights, split) for source in self.sources])
         else:
             values = np.asarray(weights, dtype=np.float64)
         if values.shape != (n_rows,) or not np.isfinite(values).all() or values.min() < 0 or values.sum() <= 0:
             raise UsageError(
                 f"weights are {n_rows:,} numbers, one for each cell of the split, not negative, not all zero"
             )
-        upper = np.cumsum(values)
-        upper *= n_rows / upper[-1]
-        upper[-1] = n_rows
-        return upper
+        first, portions = 0, []
+        for source in self.sources:
+            mine = values[first : first + source.n_rows]
+            first += source.n_rows
+            upper = np.cumsum(mine)
+            portions.append(float(upper[-1]) * source.share / source.n_rows if len(self.snapshots) > 1 else upper[-1])
+            upper *= source.n_rows / max(upper[-1], np.finfo(float).tiny)
+            upper[-1] = source.n_rows
+            self._upper.append(upper)
+        return np.array(portions)
 
-    def _drawn(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows at these positions of an epoch's cells, which lie in row order, each as often as it comes.
+    def _rows(self, source: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of a source's part at these positions of an epoch's cells, which lie in row order.
 
-        Systematic sampling: with one random offset an epoch, a cell comes its expected number of times, rounded down or
-        up, and all together exactly as often as there are cells (Madow 1949).
+        Systematic sampling where there are weights: with one random offset an epoch, a cell comes its expected number
+        of times, rounded down or up, and all together exactly as often as there are cells (Madow 1949).
         """
-        if self._upper is None:
-            return self.first_row + positions
-        drawn_for, rows = self._copies
-        if drawn_for != epoch:
-            offset = np.random.default_rng([self.plan.seed, epoch, 0]).random()
-            ends = np.floor(self._upper + offset).astype(np.int64)
-            rows = np.repeat(np.arange(self.first_row, self.first_row + self.plan.n_rows), np.diff(ends, prepend=0))
-            self._copies = (epoch, rows)
-        return rows[positions]
+        if self._upper:
+            drawn_for, copies = self._drawn_for.get(source, (-1, positions))
+            if drawn_for != epoch:
+                offset = np.random.default_rng([self.plan.seed, epoch, 0, *([source] if source else [])]).random()
+                ends = np.floor(self._upper[source] + offset).astype(np.int64)
+                copies = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+                self._drawn_for[source] = (epoch, copies)
+            positions = copies[positions]
+        return self.sources[source].rows(positions)
 
+    # ----------------------------------------------------------------------------------------------------- batches
     def epoch(self, epoch: int, *, rank: int = 0, world: int = 1, start: int | None = None) -> Iterator[Any]:
         """Yield one rank's share of every step of an epoch: Cells, or Tokens where the stream has settings for them.
 
@@ -258,122 +245,288 @@ class Stream:
             start = self.step - first if first <= self.step < stop else 0
         yield from self.steps(first + start, stop, rank=rank, world=world)
 
-    def steps(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[Any]:
+    def steps(self, start: int, stop: int, *, rank: int = 0, world: int = 1, every: int = 1) -> Iterator[Any]:
         """Yield one rank's share of global steps ``start`` to ``stop`` (exclusive), over epoch borders.
 
-        A share may be empty when a last batch has fewer rows than there are ranks.
+        A share may be empty when a last batch has fewer rows than there are ranks. With ``every``, only each so
+        many-th step is made: processes that share a rank's work take turns.
 
         Raises:
             VerificationError: The snapshot's stored bytes are damaged.
             UsageError: Windows take more memory than is allowed.
         """
-        slots = self._slots.pop() if self._slots else [Slot() for _ in range(SLOTS)]
-        reader = Reader(
-            self.snapshot,
-            self.measurements,
-            threads=self.threads,
-            memory_bytes=self.memory_bytes,
-            slots=slots,
-            cache=self.cache,
-        )
+        kept = self._slots.pop() if self._slots else self._new_slots()
+        decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-read")
         makers = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-batch")
-        windows: dict[tuple[int, int], Future[Window]] = {}
+        readers = self._readers(decoders, kept)
+        windows: dict[Key, Future[Window]] = {}
         batches: deque[Future[Any]] = deque()
 
-        def ask(key: tuple[int, int]) -> None:
+        def ask(key: Key) -> None:
             if key not in windows:
-                windows[key] = reader.ask(self._blocks(*key, rank, world))
+                windows[key] = readers[key[0]].ask(self._blocks(key, rank, world))
 
         def submit(step: int) -> None:
             needed = self._windows(step)
             for key in needed:
                 ask(key)
-            if step + 1 < stop:
-                ask(self._behind(needed[-1]))
-            batches.append(makers.submit(self._make, [windows[key] for key in needed], step, rank, world))
+            for number, window in dict(needed if step + every < stop else []).items():
+                ask((number, self.plan.orders[number].following(window)))
+            batches.append(makers.submit(self._make, {key: windows[key] for key in needed}, step, rank, world))
 
         try:
-            for step in range(start, min(start + BATCHES_AHEAD, stop)):
+            ahead = BATCHES_AHEAD * every
+            for step in range(start, min(start + ahead, stop), every):
                 submit(step)
-            for step in range(start, stop):
-                batch = batches.popleft().result()
-                following = self._windows(step + 1)[0]
-                for key in [key for key in windows if key < following]:
-                    reader.give_back(windows.pop(key).result())
-                if step + BATCHES_AHEAD < stop:
-                    submit(step + BATCHES_AHEAD)
+            for step in range(start, stop, every):
+                batch, datasets = batches.popleft().result()
+                first_needed = self._first_windows(step + every)
+                for key in [key for key in windows if key[1] < first_needed[key[0]]]:
+                    readers[key[0]].give_back(windows.pop(key).result())
+                if step + ahead < stop:
+                    submit(step + ahead)
                 self.step = step + 1
+                self.telemetry.add(datasets)
                 yield batch
         finally:
             for waiting in windows.values():
                 waiting.cancel()
             makers.shutdown(wait=True, cancel_futures=True)
-            reader.close()
-            self._slots.append(slots)
+            for reader in readers:
+                reader.close()
+            decoders.shutdown(wait=True, cancel_futures=True)
+            self._slots.append(kept)
 
-    def _windows(self, step: int) -> list[tuple[int, int]]:
-        epoch, number = self.plan.epoch_of(step)
-        first = number * self.plan.global_batch
-        last = min(first + self.plan.global_batch, self.plan.n_rows) - 1
-        return [(epoch, w) for w in range(first // self.plan.window_rows, last // self.plan.window_rows + 1)]
+    def _new_slots(self) -> list[list[Slot]]:
+        """Return room for the windows of each source; a source with few cells may pass many windows in one batch."""
+        return [
+            [Slot() for _ in range(max(SLOTS, 1 + -(-self.plan.most_rows(number) // order.n_rows)))]
+            if order.n_windows == 1
+            else [Slot() for _ in range(SLOTS)]
+            for number, order in enumerate(self.plan.orders)
+        ]
 
-    def _behind(self, key: tuple[int, int]) -> tuple[int, int]:
-        epoch, number = key
-        return (epoch, number + 1) if number + 1 < self.plan.n_windows else (epoch + 1, 0)
+    def _readers(self, decoders: ThreadPoolExecutor, kept: list[list[Slot]]) -> list[Reader]:
+        room = sum(order.window_rows for order in self.plan.orders)
+        return [
+            Reader(
+                source.part,
+                self.measurements,
+                self.fields,
+                threads=decoders,
+                memory_bytes=self.memory_bytes * order.window_rows // room,
+                slots=slots,
+                cache=self.cache,
+            )
+            for source, order, slots in zip(self.sources, self.plan.orders, kept, strict=True)
+        ]
 
-    def _blocks(self, epoch: int, number: int, rank: int, world: int) -> list[tuple[int, int]]:
-        starts = self.plan.blocks(epoch, number, rank, world) * self.plan.block
-        stops = np.minimum(starts + self.plan.block, self.plan.n_rows)
-        firsts, lasts = self._drawn(epoch, starts), self._drawn(epoch, stops - 1)
+    def _windows(self, step: int) -> list[Key]:
+        """Return the windows that a step needs, each source's in order."""
+        orders = self.plan.orders
+        spans = self.plan.spans(step)
+        return [
+            (number, window)
+            for number, (first, last) in enumerate(spans)
+            for window, _, _ in orders[number].pieces(first, last)
+        ]
+
+    def _first_windows(self, step: int) -> list[WindowKey]:
+        """Return, for each source, the first window that this step or a later one needs."""
+        found = []
+        for order, (first, _) in zip(self.plan.orders, self.plan.spans(step), strict=True):
+            epoch, place = divmod(first, order.n_rows)
+            found.append((epoch, place // order.window_rows))
+        return found
+
+    def _blocks(self, key: Key, rank: int, world: int) -> list[tuple[int, int]]:
+        number, window = key
+        order = self.plan.orders[number]
+        blocks = order.blocks(window, self.plan.lanes_of(number, window, rank, world))
+        if len(blocks) == 0:
+            return []
+        starts = blocks * order.block
+        stops = np.minimum(starts + order.block, order.n_rows)
+        firsts, lasts = self._rows(number, window[0], starts), self._rows(number, window[0], stops - 1)
         return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
-    def _make(self, waiting: list[Future[Window]], step: int, rank: int, world: int) -> Any:
-        balance = self.balance and self.plan.lanes == 1
-        positions = self.plan.batch(step) if balance else self.plan.share(step, rank, world)
-        rows = self._drawn(self.plan.epoch_of(step)[0], positions)
-        if balance and world > 1:
-            rows = rows[self._mine(rows, [future.result() for future in waiting], rank, world)]
-        parts: dict[str, list[tuple[Spans, NDArray[np.int64]]]] = {name: [] for name in self.measurements}
-        for future in waiting:
-            window = future.result()
-            place = window.places(rows)
-            held = np.flatnonzero(place >= 0)
-            for name, spans in window.spans.items():
-                mine = Spans(spans.starts[place[held]], spans.lengths[place[held]], spans.features, spans.counts)
-                parts[name].append((mine, held))
-        name, chance = self.measurements[0], (self.plan.seed, step)
-        stored = parts[name][0][0].counts.dtype.kind
-        if self.tokens and self.tokens.values == "log1p" and len(parts) == 1 and stored == "u":
-            cells = self._cells(rows, {})
-            measured = cells.measured[name]
-            return fast_tokens(parts[name], measured, cells, self._offsets[name], self.tokens, chance, self._room.take)
-        cells = self._cells(rows, {key: _gathered(part, len(rows), self._room) for key, part in parts.items()})
-        return make_tokens(cells, self._offsets, self.tokens, chance=chance) if self.tokens else cells
+    def _make(self, waiting: dict[Key, Future[Window]], step: int, rank: int, world: int) -> tuple[Any, NDArray[Any]]:
+        """Return a rank's batch of a step, and the datasets of its cells."""
+        windows = {key: future.result() for key, future in waiting.items()}
+        balance = self.balance and world > 1 and all(order.lanes == 1 for order in self.plan.orders)
+        rows = self.plan.batch(step) if balance else self.plan.share(step, rank, world)
+        held = self._find(windows, rows)
+        if balance:
+            held = held.take(_fair_share(held.sizes(), rank, world))
+        cells = self._cells(held)
+        chance, name = (self.plan.seed, step), self.measurements[0]
+        if self.tokens and self.tokens.values == "log1p" and len(self.measurements) == 1:
+            spans = held.spans(name)
+            if all(part.counts.dtype.kind == "u" for part, _ in spans):
+                measured, offset = cells.measured[name], self._offsets[name]
+                return fast_tokens(spans, measured, cells, offset, self.tokens, chance, self._room.take), cells.panel
+        cells = self._with_counts(cells, held)
+        if self.tokens:
+            return make_tokens(cells, self._offsets, self.tokens, chance=chance), cells.panel
+        if self.controls:
+            cells = replace(cells, controls=self._find_controls(held, cells.row, chance))
+        return cells, cells.panel
 
-    def _mine(self, rows: NDArray[np.int64], windows: Sequence[Window], rank: int, world: int) -> NDArray[np.int64]:
-        """Choose a rank's cells of a batch: dealt out from the largest to the smallest, there and back again."""
-        size = np.zeros(len(rows), np.int64)
-        for window in windows:
-            place = window.places(rows)
-            held = np.flatnonzero(place >= 0)
-            size[held] = sum(spans.lengths[place[held]] for spans in window.spans.values())
-        order = np.argsort(-size, kind="stable")
-        turn, seat = np.divmod(np.arange(len(rows)), world)
-        return np.sort(order[np.where(turn % 2, world - 1 - seat, seat) == rank])
+    def _find(self, windows: dict[Key, Window], rows: Rows) -> _Held:
+        """Find a batch's rows in the windows."""
+        row = np.empty(len(rows), np.int64)
+        for number, epoch in dict.fromkeys(zip(rows.source.tolist(), rows.epoch.tolist(), strict=True)):
+            mine = np.flatnonzero((rows.source == number) & (rows.epoch == epoch))
+            row[mine] = self._rows(number, epoch, rows.row[mine])
+        pieces = []
+        found = np.zeros(len(rows), dtype=bool)
+        for key, window in windows.items():
+            mine = np.flatnonzero((rows.source == key[0]) & ~found)
+            place = window.places(row[mine])
+            there = place >= 0
+            pieces.append((key, window, mine[there], place[there]))
+            found[mine[there]] = True
+        if not found.all():
+            raise AssertionError(f"{int((~found).sum())} rows of a batch are in none of the windows {list(windows)}")
+        return _Held(len(rows), rows.source, row, pieces)
 
-    def _cells(self, rows: NDArray[np.int64], counts: dict[str, Csr]) -> Cells:
-        """Return rows with these counts and what is said of them."""
-        labels = self.labels
+    def _cells(self, held: _Held) -> Cells:
+        """Return rows with what is said of them, and no counts."""
+        labels, n_cells = self.labels, held.n_cells
+        codes = np.empty((len(self.fields), n_cells), np.int32)
+        numbers = np.empty((len(NUMBERS), n_cells), np.float32)
+        for _, window, mine, place in held.pieces:
+            codes[:, mine] = window.codes_FR[:, place]
+            numbers[:, mine] = window.numbers_FR[:, place]
+        of_field = dict(zip(self.fields, codes, strict=True))
+        prompts = {name: np.zeros(n_cells, np.int32) for name in PROMPTS}
+        perturbation = np.zeros((n_cells, labels.perturbation[0].shape[1]), np.int32)
+        panel, row = np.zeros(n_cells, np.int32), np.empty(n_cells, np.int64)
+        for number, source in enumerate(self.sources):
+            mine = np.flatnonzero(held.source == number)
+            which = source.number
+            for name in PROMPTS:
+                prompts[name][mine] = labels.prompts[which][name][of_field[name][mine]]
+            perturbation[mine] = labels.perturbation[which][of_field["perturbation"][mine]]
+            panel[mine] = labels.panel[which][of_field["dataset_id"][mine]]
+            row[mine] = source.first_row + held.row[mine]
         return Cells(
-            n_cells=len(rows),
-            counts=counts,
-            measured={name: labels.measured[name][rows] for name in self.measurements},
-            panel=labels.panel[rows],
-            prompts={name: part[rows] for name, part in labels.prompts.items()},
-            perturbation=labels.perturbation[rows],
-            numbers={name: part[rows] for name, part in labels.numbers.items()},
-            row=rows,
+            n_cells=n_cells,
+            counts={},
+            measured={name: of_field[measured_column(name)].astype(bool) for name in self.measurements},
+            panel=panel,
+            prompts=prompts,
+            perturbation=perturbation,
+            numbers={name: numbers[PART_NUMBERS.index(name)] for name in NUMBERS},
+            row=row,
         )
+
+    def _with_counts(self, cells: Cells, held: _Held) -> Cells:
+        counts = {name: _gathered(held.spans(name), held.n_cells, self._room) for name in self.measurements}
+        return replace(cells, counts=counts)
+
+    def _find_controls(self, held: _Held, row: NDArray[np.int64], chance: tuple[int, int]) -> Controls:
+        """Return matched controls of a batch's cells, from the windows in which the cells lie."""
+        assert self.controls is not None
+        place_CS = np.full((held.n_cells, self.controls.size), -1, np.int64)
+        sources, rows, pieces, n_controls = [], [], [], 0
+        for key, window, mine, place in held.pieces:
+            source = self.sources[key[0]]
+            plain_V = np.array([value in ("", "control") for value in source.snapshot.label_values()["perturbation"]])
+            own = window.rows()
+            unperturbed_R = plain_V[window.codes_FR[self.fields.index("perturbation")]]
+            unperturbed_R &= ~np.isin(own, source.snapshot.dead - source.part.first_row)
+            lane_R = self._lanes(key, window)
+            key_RF = match_keys(self.controls, self.fields, window)
+            chosen = find_controls(self.controls, window, key_RF, lane_R, unperturbed_R, place, row[mine], chance)
+            there, position = np.unique(chosen, return_inverse=True)
+            position = position.reshape(chosen.shape)
+            if len(there) and there[0] < 0:
+                there, position = there[1:], position - 1
+            place_CS[mine] = np.where(position < 0, -1, n_controls + position)
+            pieces.append((key, window, np.arange(n_controls, n_controls + len(there)), there))
+            sources.append(np.full(len(there), key[0]))
+            rows.append(own[there])
+            n_controls += len(there)
+        found = _Held(n_controls, np.concatenate(sources), np.concatenate(rows), pieces)
+        return Controls(self._with_counts(self._cells(found), found), place_CS)
+
+    def _lanes(self, key: Key, window: Window) -> NDArray[np.int64]:
+        """Return the lane of each of a window's rows."""
+        number, (epoch, _) = key
+        order = self.plan.orders[number]
+        blocks = order.blocks(key[1])
+        firsts = self._rows(number, epoch, blocks * order.block)
+        lanes = order.lanes_of_blocks(key[1], blocks[np.searchsorted(firsts, window.firsts)])
+        return np.repeat(lanes, np.diff(window.offsets))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Where the rows of a batch lie in the windows.
+
+    Attributes:
+        n_cells: Rows.
+        source: The source of each.
+        row: The row of each in its part.
+        pieces: Windows with the places in the batch, and the places among the window's rows, of the rows they hold.
+    """
+
+    n_cells: int
+    source: NDArray[np.int64]
+    row: NDArray[np.int64]
+    pieces: list[tuple[Key, Window, NDArray[np.int64], NDArray[np.int64]]]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the number of values of each row."""
+        size = np.zeros(self.n_cells, np.int64)
+        for _, window, mine, place in self.pieces:
+            size[mine] = sum(spans.lengths[place] for spans in window.spans.values())
+        return size
+
+    def spans(self, measurement: str) -> list[tuple[Spans, NDArray[np.int64]]]:
+        """Return the rows' values, window by window, with their places in the batch."""
+        return [(window.spans[measurement].take(place), mine) for _, window, mine, place in self.pieces]
+
+    def take(self, which: NDArray[np.int64]) -> _Held:
+        """Return some of the rows, in this order."""
+        position = np.full(self.n_cells, -1, np.int64)
+        position[which] = np.arange(len(which))
+        pieces = []
+        for key, window, mine, place in self.pieces:
+            kept = position[mine] >= 0
+            pieces.append((key, window, position[mine][kept], place[kept]))
+        return _Held(len(which), self.source[which], self.row[which], pieces)
+
+
+def _fair_share(size: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
+    """Choose a rank's cells of a batch: dealt out from the largest to the smallest, there and back again."""
+    order = np.argsort(-size, kind="stable")
+    turn, seat = np.divmod(np.arange(len(size)), world)
+    return np.sort(order[np.where(turn % 2, world - 1 - seat, seat) == rank])
+
+
+def _orders(
+    sizes: Sequence[int], portions: NDArray[np.float64], seed: int, block: int, window: int, lanes: int
+) -> tuple[RowOrder, ...]:
+    """Return the sources' orders; each one's blocks are as small as its share of a batch."""
+    return tuple(
+        RowOrder(n_rows, seed, max(1, int(np.ceil(block * share))), window, lanes, number)
+        for number, (n_rows, share) in enumerate(zip(sizes, portions, strict=True))
+    )
+
+
+def _dataset_shares(
+    sources: Sequence[Source], labels: Labels, split: str, portions: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the share of each dataset among the cells that are streamed."""
+    shares = np.zeros(len(labels.datasets))
+    for number in {source.number for source in sources}:
+        mine = [place for place, source in enumerate(sources) if source.number == number]
+        snapshot = sources[mine[0]].snapshot
+        counts = np.array([of.get(split, 0) for of in snapshot.label_values()["dataset_id"].values()], np.float64)
+        shares[labels.panel[number]] += counts / counts.sum() * portions[mine].sum()
+    return shares / shares.sum()
 
 
 def _gathered(parts: Sequence[tuple[Spans, NDArray[np.int64]]], n_cells: int, room: _Room) -> Csr:
@@ -382,9 +535,10 @@ def _gathered(parts: Sequence[tuple[Spans, NDArray[np.int64]]], n_cells: int, ro
     for spans, place in parts:
         lengths[place] = spans.lengths
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    first = parts[0][0]
-    features = room.take(int(indptr[-1]), first.features.dtype)
-    counts = room.take(int(indptr[-1]), first.counts.dtype)
+    kinds = [{getattr(spans, name).dtype for spans, _ in parts} for name in ("features", "counts")]
+    features = room.take(int(indptr[-1]), np.result_type(*kinds[0]))
+    floats = any(kind.kind == "f" for kind in kinds[1])
+    counts = room.take(int(indptr[-1]), np.float32 if floats else np.result_type(*kinds[1]))
     for spans, place in parts:
         kernels.gather(spans.starts, spans.lengths, spans.features, spans.counts, indptr[:-1][place], features, counts)
     return Csr(indptr, features, counts)

@@ -209,7 +209,7 @@ def make_tokens(
         share_N = found.count_N * (SCALE / found.depth_C.clamp(min=1))[found.cell_N]
         visible_N, priority_N = torch.ones_like(share_N, dtype=torch.bool), share_N.double()
         if chance is not None:
-            mixed = _mixed(row_C, _salts(chance, (2 * number, 2 * number + 1, KEY)))
+            mixed = _mixed(row_C, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
             shown_C = shown_C & (_unit(mixed[0]) >= settings.drop_measurement)
             draw_N = draws(feature_N, _high(mixed[2])[found.cell_N])
             hidden_C = _hidden(_unit(mixed[1]), settings)
@@ -238,7 +238,8 @@ KEY, PROMPT, PERTURBATION, NUMBER = 32, 40, 60, 61
 """What a cell's chances are for; below 32, two for each measurement: shown at all, share hidden."""
 
 
-def _salts(chance: tuple[int, int], numbers: Sequence[int]) -> list[int]:
+def chance_salts(chance: tuple[int, int], numbers: Sequence[int]) -> list[int]:
+    """Return the salts of (seed, step) for some of the 64 kinds of chance that a step has."""
     return [(chance[0] * 1_000_003 + chance[1]) * 64 + number for number in numbers]
 
 
@@ -272,7 +273,7 @@ def fast_tokens(
     shown_C, key_C = measured_C, np.zeros(cells.n_cells, np.uint32)
     hidden_C = key_C
     if chance is not None:
-        mixed = _mixed(row_C, _salts(chance, (0, 1, KEY)))
+        mixed = _mixed(row_C, chance_salts(chance, (0, 1, KEY)))
         shown_C = shown_C & (_unit(mixed[0]).numpy() >= settings.drop_measurement)
         hidden_C = _hidden(_unit(mixed[1]).numpy(), settings).astype(np.uint32)
         key_C = _high(mixed[2]).numpy().astype(np.uint32)
@@ -402,7 +403,7 @@ def _prompts(
     if chance is None:
         return codes, targets, numbers
     salts = (*range(PROMPT, PROMPT + len(PROMPTS)), PERTURBATION, NUMBER)
-    drawn_SC = uniform(row_C, *_salts(chance, salts))
+    drawn_SC = uniform(row_C, *chance_salts(chance, salts))
     rates = [settings.drop_cell_type if name == "cell_type" else settings.drop_prompt for name in PROMPTS]
     kept_SC = drawn_SC >= torch.tensor([*rates, settings.drop_prompt, settings.drop_prompt], device=device)[:, None]
     numbers = torch.where(kept_SC[-1, :, None], numbers, torch.nan)

@@ -1,0 +1,639 @@
+"""This module drives the building of a snapshot: what goes where is decided here, the tasks of the shuffle move it.
+
+What a build needs to go on after its driver died stands in ``<lake>/somaflow/building/<name>``: the plan (settings and
+commit, from which everything else follows) and a record of each finished task. The driver itself holds some 40 bytes
+of each cell, and no counts.
+
+Shape letters used in this module:
+    C  chosen cells, in lake order      R  rows of the part that is made
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import tiledb
+import tiledbsoma
+from numpy.typing import NDArray
+
+from store import fragments, records, schema, snapshot
+from store.cluster import Tasks
+from store.context import soma_context, storage, tiledb_context
+from store.errors import UsageError
+from store.lake import Lake, open_lake, utc_now
+from store.lock import WriterLock
+from store.part import CELLS_SCHEMA, CODED, FIELDS, NUMBERS
+from store.shuffle import (
+    Bucket,
+    Chunk,
+    Gather,
+    Scatter,
+    Spilled,
+    gather,
+    gather_record,
+    read_spilled,
+    scatter,
+    scatter_record,
+)
+from store.snapshot_card import write_card
+from store.splits import SnapshotSettings, draw_splits
+
+if TYPE_CHECKING:
+    from store.snapshot import Progress, Snapshot
+
+ELEMENTS = 2**24
+"""Values that a task moves, about; it needs some 60 bytes of memory for each."""
+MANY_ELEMENTS = 2**33
+"""From so many values on, tasks move four times as many: the number of reads of spill files falls by sixteen."""
+TILE_ELEMENTS = 2**18
+ROW_TILE = 2**14
+MANY_FRAGMENTS = 32
+
+VarRow = tuple[str, str, str, int]
+"""feature_id, feature_name, organism, joinid in the lake."""
+
+
+def work_folder(lake_uri: str, name: str) -> str:
+    """Return where a snapshot that is being built keeps its plan, records and, unless told otherwise, spill files."""
+    return records.join(lake_uri, records.FOLDER, "building", name)
+
+
+def build(
+    lake: Lake,
+    name: str,
+    settings: SnapshotSettings,
+    progress: Progress,
+    tasks: Tasks,
+    spill: str | None = None,
+    base: Snapshot | None = None,
+) -> None:
+    """Build a snapshot, or go on with a build of the same settings; the manifest comes last.
+
+    Args:
+        lake: The commit to take cells from; a build that goes on keeps the commit with which it began.
+        name: The snapshot's name.
+        settings: What it holds.
+        progress: Told after each task.
+        tasks: Where tasks run.
+        spill: A folder that all workers see, for what lies between the two passes; none keeps it in the lake.
+        base: A snapshot whose cells are taken as they are, so that only new cells are read.
+
+    Raises:
+        UsageError: The settings do not fit the lake, or a build of this name has others.
+        ConflictError: Another process builds it now.
+    """
+    work = work_folder(lake.uri, name)
+    wanted = {"settings": settings.model_dump(mode="json"), "base": base.id if base else "", "format": snapshot.FORMAT}
+    locks = records.join(lake.uri, records.FOLDER, "building-locks", name)
+    lock = WriterLock(lake.uri, locks, f"snapshot {name!r}")
+    with storage(lake.uri):
+        lock.acquire()
+        try:
+            known = records.read(records.join(work, "plan.json"))
+            if known is not None and known["wanted"] != wanted:
+                raise UsageError(
+                    f"{lake.uri}: snapshot {name!r} was begun with other settings; choose another name, or drop what "
+                    f"was done with: python -m store snapshot delete {name} --lake {lake.uri}"
+                )
+            if known is not None:
+                lake = open_lake(lake.uri, known["commit"])
+            job = _Build(lake, name, settings, progress, tasks, base)
+            if known is None:
+                known = {"wanted": wanted, "commit": lake.commit.number, "spill": spill or records.join(work, "spill")}
+                records.create(records.join(work, "plan.json"), known)
+            job.run(known["spill"])
+            records.remove(known["spill"])
+            records.remove(work)
+        finally:
+            lock.release()
+
+
+class _Build:
+    """One build; everything in it follows from lake commit, settings and base."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        name: str,
+        settings: SnapshotSettings,
+        progress: Progress,
+        tasks: Tasks,
+        base: Snapshot | None,
+    ) -> None:
+        self.lake, self.name, self.settings, self.progress, self.tasks, self.base = (
+            lake,
+            name,
+            settings,
+            progress,
+            tasks,
+            base,
+        )
+        self.uri = snapshot.snapshot_uri(lake.uri, name)
+        self.work = work_folder(lake.uri, name)
+        self.like = base or (snapshot.open_snapshot(lake.uri, settings.like) if settings.like else None)
+        self.splits = tuple(settings.fractions)
+        cells = _chosen_cells(lake, settings)
+        self.organisms = list(dict.fromkeys(_dictionary(cells["organism"])[0]))
+        self.measurements = _chosen_measurements(cells, settings)
+        self.kept = _kept_features(lake, settings, self.organisms, self.measurements)
+        split_C = draw_splits(cells, settings)
+        organism_C = _dictionary(cells["organism"])[1]
+        joinid_C = cells["soma_joinid"].to_numpy()
+        self.dead = np.empty(0, np.int64)
+        if base is not None:
+            fresh, self.dead = _difference(base, self.organisms, self.splits, organism_C, joinid_C, split_C)
+            organism_C, joinid_C, split_C = organism_C[fresh], joinid_C[fresh], split_C[fresh]
+        self.organism_C, self.joinid_C, self.split_C = organism_C, joinid_C, split_C
+        self.n_rows = len(joinid_C)
+        number = len(base.parts) if base else 0
+        self.row_C, self.split_rows = _order(split_C, self.splits, settings.seed, number)
+        self.size_C, self.per_cell = _sizes(lake, self.organisms, self.measurements, organism_C, joinid_C)
+        total = float(self.size_C.sum())
+        self.elements = ELEMENTS if total < MANY_ELEMENTS else 4 * ELEMENTS
+        per_bucket = self.elements / max(1.0, total / max(1, self.n_rows))
+        self.bucket_rows = max(1, min(self.n_rows, int(per_bucket)))
+        self.offsets = {
+            name: _offsets(lake, name, [key for key in self.organisms if name in lake.measurements(key)])
+            for name in self.measurements
+        }
+
+    def run(self, spill: str) -> None:
+        """Run what is not done yet of both passes, then write the manifest."""
+        spilled = self._scatter(spill)
+        common = self._plan_arrays(spilled)
+        made = records.join(self.work, "arrays.json")
+        if records.read(made) is None:
+            records.remove(self.uri)
+            self._create_arrays(common)
+            records.create(made, {})
+        sums = self._gather(common, spilled)
+        for member in _array_uris(self.uri, self.measurements):
+            _tidy(member)
+        self._write_manifest(common, sums)
+
+    # ------------------------------------------------------------------------------------------------------ pass 1
+    def _chunks(self) -> Iterator[Chunk]:
+        """Cut the cells, in lake order, into chunks of one organism and about as many values."""
+        chunk_C = (np.cumsum(self.size_C) / self.elements).astype(np.int64)
+        changes = (np.diff(chunk_C) != 0) | (np.diff(self.organism_C) != 0)
+        borders = [0, *(np.flatnonzero(changes) + 1).tolist(), self.n_rows] if self.n_rows else [0]
+        for number, (first, stop) in enumerate(pairwise(borders)):
+            organism = self.organisms[self.organism_C[first]]
+            mine = {name: by[organism] for name, by in self.offsets.items() if organism in by}
+            yield Chunk(
+                number,
+                organism,
+                self.joinid_C[first:stop],
+                self.row_C[first:stop],
+                self.split_C[first:stop],
+                mine,
+                {name: self.kept[name][organism] for name in mine if name in self.kept},
+                {name: self.per_cell[organism, name] for name in mine},
+            )
+
+    def _scatter(self, spill: str) -> list[Spilled]:
+        chunks = list(self._chunks())
+        done = set(records.names(records.join(self.work, "scattered")))
+        missing = [chunk for chunk in chunks if f"{chunk.number:08d}.json" not in done]
+        common = Scatter(self.lake.uri, self.lake.commit.number, self.work, spill, self.bucket_rows, self.splits)
+        self._run("read", scatter, common, missing, len(chunks))
+        found = [records.read(scatter_record(self.work, chunk.number)) for chunk in chunks]
+        return [read_spilled(values) for values in found if values is not None]
+
+    def _run(self, stage: str, function: Callable[[Any, Any], None], common: Any, items: list[Any], total: int) -> None:
+        done = total - len(items)
+        self.progress(stage, done, total)
+        for _ in self.tasks(function, common, items):
+            done += 1
+            self.progress(stage, done, total)
+
+    # ------------------------------------------------------------------------------------------- between the passes
+    def _plan_arrays(self, spilled: list[Spilled]) -> Gather:
+        """Number features and labels, choose types, and find out where each bucket's values begin."""
+        self.var: dict[str, list[VarRow]] = {}
+        numbers, kinds, starts = {}, {}, {}
+        n_buckets = -(-self.n_rows // self.bucket_rows)
+        for name in self.measurements:
+            numbers[name] = self._number_features(name, spilled)
+            mine = [one for one in spilled if name in one.nnz]
+            per_bucket = np.zeros(n_buckets, np.int64)
+            for one in mine:
+                per_bucket[one.buckets] += one.nnz[name]
+            starts[name] = np.concatenate([[0], np.cumsum(per_bucket)])
+            largest = max((one.largest[name] for one in mine), default=0.0)
+            whole = all(one.integral[name] for one in mine)
+            features = "uint16" if len(self.var[name]) <= 2**16 else "uint32"
+            kinds[name] = (features, str(np.min_scalar_type(int(largest))) if whole else "float32")
+        self.labels = self._label_counts(spilled)
+        codes = {field: {value: code for code, value in enumerate(by)} for field, by in self.labels.items()}
+        return Gather(self.uri, self.work, self.bucket_rows, self.n_rows, numbers, kinds, starts, codes)
+
+    def _number_features(self, measurement: str, spilled: list[Spilled]) -> NDArray[np.int64]:
+        """Number the features that occur behind those of the snapshot whose vocabulary comes first."""
+        offsets = self.offsets[measurement]
+        sizes = {organism: _n_features(self.lake, organism, measurement) for organism in offsets}
+        number = np.full(sum(sizes.values()), -1, dtype=np.int64)
+        rows: list[VarRow] = list(self.like.var_rows(measurement)) if self.like else []
+        for position, (_, _, organism, joinid) in enumerate(rows):
+            if organism in offsets:
+                number[offsets[organism] + joinid] = position
+        used = np.zeros(len(number), dtype=bool)
+        for one in spilled:
+            if measurement in one.used:
+                seen = one.used[measurement][: len(used)]
+                used[: len(seen)] |= seen
+        for organism, offset in offsets.items():
+            fresh = np.flatnonzero(used[offset : offset + sizes[organism]] & (number[offset:][: sizes[organism]] < 0))
+            number[offset + fresh] = np.arange(len(rows), len(rows) + len(fresh))
+            var = self.lake.var(organism, measurement)
+            place = np.searchsorted(var["soma_joinid"].to_numpy(), fresh)
+            named = var.select(["feature_id", "feature_name"]).take(pa.array(place)).to_pylist()
+            rows += [
+                (line["feature_id"], line["feature_name"], organism, int(joinid))
+                for line, joinid in zip(named, fresh, strict=True)
+            ]
+        self.var[measurement] = rows
+        return number
+
+    def _label_counts(self, spilled: list[Spilled]) -> dict[str, dict[str, dict[str, int]]]:
+        """Return field to value, in the order of codes, to cells of each split."""
+        counts: dict[str, dict[str, dict[str, int]]] = {field: {} for field in CODED}
+        if self.base is not None:
+            for field, by in self.base.label_counts(self.dead).items():
+                counts[field] = {value: dict(of) for value, of in by.items()}
+        for field in CODED:
+            added: dict[str, dict[str, int]] = {}
+            for one in spilled:
+                for value, of in one.labels[field].items():
+                    held = added.setdefault(value, {})
+                    for split, n_cells in of.items():
+                        held[split] = held.get(split, 0) + n_cells
+            for value in sorted(added):
+                held = counts[field].setdefault(value, {})
+                for split, n_cells in added[value].items():
+                    held[split] = held.get(split, 0) + n_cells
+        return counts
+
+    # ------------------------------------------------------------------------------------------------------ arrays
+    def _create_arrays(self, common: Gather) -> None:
+        with tiledbsoma.Collection.create(self.uri, context=soma_context()) as root:
+            root.metadata["somaflow_snapshot_format"] = snapshot.FORMAT
+            for name in self.measurements:
+                member = root.add_new_collection(name)
+                nnz = int(common.starts[name][-1])
+                _new_vector(member, "indptr", "int64", self.n_rows + 1, tile=ROW_TILE).write(
+                    (slice(0, 0),), pa.Tensor.from_numpy(np.zeros(1, np.int64))
+                )
+                _new_vector(member, "features", common.kinds[name][0], nnz, quick=True)
+                _new_vector(member, "counts", common.kinds[name][1], nnz)
+                _write_vocabulary(member, self.var[name])
+                _write_presence(self.lake, member, name, self.var[name], list(self.labels["dataset_id"]))
+            for member, kind, lines in (("codes", "int32", len(FIELDS)), ("numbers", "float32", len(NUMBERS))):
+                root.add_new_dense_ndarray(
+                    member,
+                    type=pa.from_numpy_dtype(np.dtype(kind)),
+                    shape=(lines, max(1, self.n_rows)),
+                    platform_config=schema.lines_options(ROW_TILE),
+                )
+            root.add_new_dataframe(
+                "cells",
+                schema=CELLS_SCHEMA,
+                index_column_names=["row"],
+                domain=[(0, max(0, self.n_rows - 1))],
+                platform_config=schema.table_options(CELLS_SCHEMA, index="row"),
+            )
+            _write_labels(root, self.labels, self.splits)
+            if len(self.dead):
+                vector = _new_vector(root, "dead", "int64", len(self.dead), tile=ROW_TILE)
+                vector.write((slice(0, len(self.dead) - 1),), pa.Tensor.from_numpy(self.dead))
+
+    # ------------------------------------------------------------------------------------------------------ pass 2
+    def _gather(self, common: Gather, spilled: list[Spilled]) -> dict[str, list[str]]:
+        n_buckets = -(-self.n_rows // self.bucket_rows)
+        shares: list[list[tuple[str, int, int, int]]] = [[] for _ in range(n_buckets)]
+        for one in spilled:
+            for bucket, (at, size, crc) in zip(one.buckets.tolist(), one.where.tolist(), strict=True):
+                shares[bucket].append((one.file, at, size, crc))
+        done = set(records.names(records.join(self.work, "gathered")))
+        missing = [Bucket(number, shares[number]) for number in range(n_buckets) if f"{number:08d}.json" not in done]
+        self._run("write", gather, common, missing, n_buckets)
+        sums: dict[str, list[str]] = {}
+        for number in range(n_buckets):
+            record = records.read(gather_record(self.work, number)) or {}
+            for member, digest in record["sha256"].items():
+                sums.setdefault(member, []).append(digest)
+        return sums
+
+    # ---------------------------------------------------------------------------------------------------- manifest
+    def _write_manifest(self, common: Gather, sums: dict[str, list[str]]) -> None:
+        records.create(records.join(self.uri, "checksums.json"), sums)
+        part: dict[str, Any] = {
+            "name": self.name,
+            "n_rows": self.n_rows,
+            "bucket_rows": self.bucket_rows,
+            "split_rows": {split: list(rows) for split, rows in self.split_rows.items()},
+            "measurements": {
+                name: {"n_features": len(self.var[name]), "nnz": int(common.starts[name][-1])}
+                for name in self.measurements
+            },
+            "checksums": hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest(),
+        }
+        part["id"] = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        before = self.base.manifest["parts"] if self.base else []
+        counts = list(self.labels["dataset_id"].values())
+        splits = {split: sum(of.get(split, 0) for of in counts) for split in self.splits}
+        nnz = {
+            name: sum(one["measurements"].get(name, {"nnz": 0})["nnz"] for one in [*before, part])
+            for name in self.measurements
+        }
+        entries = {
+            name: {
+                "n_features": len(rows),
+                "nnz": nnz[name],
+                "vocabulary_hash": vocabulary_hash(name, [row[0] for row in rows], [row[2] for row in rows]),
+            }
+            for name, rows in self.var.items()
+        }
+        manifest: dict[str, Any] = {
+            "format": snapshot.FORMAT,
+            "name": self.name,
+            "n_cells": sum(splits.values()),
+            "n_dead": len(self.dead),
+            "splits": splits,
+            "measurements": entries,
+            "datasets": list(self.labels["dataset_id"]),
+            "parts": [*before, part],
+            "settings": self.settings.model_dump(mode="json"),
+            "commit": self.lake.commit.number,
+            "commit_id": self.lake.commit.id,
+            "lake_timestamp": self.lake.commit.timestamp_ms,
+            "vocabulary_hash": hashlib.sha256(
+                "".join(entry["vocabulary_hash"] for entry in entries.values()).encode()
+            ).hexdigest(),
+            "versions": {key: importlib.metadata.version(key) for key in ("tiledbsoma", "tiledb", "numpy")},
+        }
+        manifest["id"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        manifest["created"] = utc_now()
+        filesystem, path = fsspec.core.url_to_fs(records.join(self.uri, snapshot.CARD))
+        filesystem.pipe_file(path, write_card(manifest, self.labels, self.lake.datasets()).encode())
+        records.create(records.join(self.uri, snapshot.MANIFEST), manifest)
+
+
+def _dictionary(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:
+    coded = column.combine_chunks()
+    return coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False)
+
+
+def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
+    """Return joinid, organism (as a dictionary), what splits look at and what was measured, in lake order."""
+    organisms = settings.organisms or tuple(lake.organisms)
+    measured = (schema.measured_column(name) for name in schema.MEASUREMENTS)
+    wanted = ["soma_joinid", *settings.split_columns, *measured]
+    parts = []
+    for organism in organisms:
+        table = lake.obs(organism, settings.where, wanted)
+        if table.num_rows:
+            nought = pa.array(np.zeros(table.num_rows, np.int32))
+            column = pa.DictionaryArray.from_arrays(nought, pa.array([organism]))
+            parts.append(table.append_column("organism", column))
+    if not parts:
+        raise UsageError(f"{lake.uri}: no cell fits where = {settings.where!r} in {', '.join(organisms) or 'the lake'}")
+    return pa.concat_tables(parts).unify_dictionaries()
+
+
+def _chosen_measurements(cells: pa.Table, settings: SnapshotSettings) -> list[str]:
+    present = [
+        name for name in schema.MEASUREMENTS if pa.compute.any(cells[schema.measured_column(name)]).as_py() is True
+    ]
+    for name in (*settings.measurements, *settings.features):
+        if name not in present:
+            raise UsageError(f"no chosen cell has measurement {name!r}; measurements here: {', '.join(present)}")
+    return [name for name in present if not settings.measurements or name in settings.measurements]
+
+
+def _kept_features(
+    lake: Lake, settings: SnapshotSettings, organisms: list[str], measurements: list[str]
+) -> dict[str, dict[str, NDArray[np.bool_]]]:
+    """Return measurement to organism to which joinids are kept, for measurements of which only some are.
+
+    Raises:
+        UsageError: A feature that no organism has.
+    """
+    kept: dict[str, dict[str, NDArray[np.bool_]]] = {}
+    for name in measurements:
+        if name not in settings.features:
+            continue
+        wanted, found = set(settings.features[name]), set()
+        kept[name] = {}
+        for organism in organisms:
+            if name in lake.measurements(organism):
+                var = lake.var(organism, name)
+                ids = var["feature_id"].to_pylist()
+                kept[name][organism] = np.zeros(_n_features(lake, organism, name), dtype=bool)
+                mine = np.array([feature in wanted for feature in ids])
+                kept[name][organism][var["soma_joinid"].to_numpy()[mine]] = True
+                found |= wanted & set(ids)
+        if missing := sorted(wanted - found):
+            raise UsageError(
+                f"features.{name}: {len(missing)} of {len(wanted)} are in no chosen organism, such as {missing[0]!r}; "
+                "features are named by feature_id, as python -m store info --lake tells"
+            )
+    return kept
+
+
+def _n_features(lake: Lake, organism: str, measurement: str) -> int:
+    return 1 + int(lake.var(organism, measurement)["soma_joinid"].to_numpy().max(initial=-1))
+
+
+def _offsets(lake: Lake, measurement: str, organisms: list[str]) -> dict[str, int]:
+    ends = np.cumsum([0, *(_n_features(lake, organism, measurement) for organism in organisms)]).tolist()
+    return dict(zip(organisms, ends, strict=False))
+
+
+def _difference(
+    base: Snapshot,
+    organisms: list[str],
+    splits: tuple[str, ...],
+    organism_C: NDArray[np.int32],
+    joinid_C: NDArray[np.int64],
+    split_C: NDArray[np.int8],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which chosen cells ``base`` does not hold, and the rows of ``base`` that are not chosen any more.
+
+    Raises:
+        UsageError: A cell would change its split.
+    """
+    fresh = np.ones(len(joinid_C), dtype=bool)
+    alive = np.zeros(base.n_rows, dtype=bool)
+    for organism, joinids, rows, split in base.identities():
+        mine = np.flatnonzero(organism_C == organisms.index(organism)) if organism in organisms else np.empty(0, int)
+        _, here, there = np.intersect1d(joinid_C[mine], joinids, assume_unique=True, return_indices=True)
+        here = mine[here]
+        fresh[here] = False
+        alive[rows[there]] = True
+        moved = np.flatnonzero(split_C[here] != split[there])
+        if len(moved):
+            cell = here[moved[0]]
+            raise UsageError(
+                f"{base.uri}: {len(moved):,} cells would change their split, such as {organism} {joinid_C[cell]} from "
+                f"{splits[split[there[moved[0]]]]!r} to {splits[split_C[cell]]!r}; make a new snapshot instead"
+            )
+    return np.flatnonzero(fresh), np.flatnonzero(~alive).astype(np.int64)
+
+
+def _order(
+    split_C: NDArray[np.int8], splits: tuple[str, ...], seed: int, part: int
+) -> tuple[NDArray[np.int64], dict[str, tuple[int, int]]]:
+    """Return the row of each cell, shuffled within each split, and the rows (first, behind the last) of each split.
+
+    A split's rows lie together, so that streaming it reads nothing else.
+    """
+    shuffled = np.random.default_rng([seed, part]).permutation(len(split_C))
+    order = shuffled[np.argsort(split_C[shuffled], kind="stable")]
+    row_C = np.empty(len(order), np.int64)
+    row_C[order] = np.arange(len(order))
+    ends = np.cumsum(np.bincount(split_C, minlength=len(splits))).tolist()
+    return row_C, {name: (start, end) for name, start, end in zip(splits, [0, *ends], ends, strict=False)}
+
+
+def _sizes(
+    lake: Lake,
+    organisms: list[str],
+    measurements: list[str],
+    organism_C: NDArray[np.int32],
+    joinid_C: NDArray[np.int64],
+) -> tuple[NDArray[np.float32], dict[tuple[str, str], float]]:
+    """Return how many values each cell has, about: its dataset's mean, and one for its labels; and each organism's."""
+    size_C = np.ones(len(joinid_C), np.float32)
+    per_cell = {}
+    for number, organism in enumerate(organisms):
+        mine = np.flatnonzero(organism_C == number)
+        datasets = [commit for commit in lake.current if commit.dataset["organism"] == organism]
+        datasets.sort(key=lambda commit: commit.dataset["obs_start"])
+        starts = np.array([commit.dataset["obs_start"] for commit in datasets])
+        of = np.searchsorted(starts, joinid_C[mine], side="right") - 1
+        for name in measurements:
+            held = [commit.content[name].nnz if name in commit.content else 0 for commit in datasets]
+            n_obs = [commit.dataset["n_obs"] for commit in datasets]
+            size_C[mine] += np.divide(held, n_obs).astype(np.float32)[of]
+            per_cell[organism, name] = max(np.divide(held, n_obs), default=0.0)
+    return size_C, per_cell
+
+
+def vocabulary_hash(measurement: str, feature_ids: list[str], organisms: list[str]) -> str:
+    """Digest a vocabulary: the same features of the same organisms in the same order give the same hash."""
+    return hashlib.sha256(json.dumps([measurement, feature_ids, organisms]).encode()).hexdigest()
+
+
+def _array_uris(uri: str, measurements: list[str]) -> list[str]:
+    vectors = [records.join(uri, name, member) for name in measurements for member in ("indptr", "features", "counts")]
+    return [*vectors, *(records.join(uri, member) for member in ("codes", "numbers", "cells"))]
+
+
+def _tidy(uri: str) -> None:
+    """Remove what tasks that were killed wrote once more or by half, and merge the fragments' footers if many."""
+    newest: dict[str, tuple[int, str]] = {}
+    found = tiledb.array_fragments(uri, ctx=tiledb_context())
+    for fragment in found:
+        name = fragment.uri.rstrip("/").rsplit("/", 1)[-1]
+        key, mark = repr(fragment.nonempty_domain), (fragment.timestamp_range[1], name)
+        newest[key] = max(newest.get(key, mark), mark)
+    kept = {name for _, name in newest.values()}
+    extra = [item.name for item in fragments.fragments(uri) if item.name not in kept]
+    fragments.remove_fragments(uri, extra)
+    if len(kept) > MANY_FRAGMENTS:
+        fragments.consolidate(uri, ("fragment_meta",))
+
+
+def _new_vector(
+    member: Any, name: str, kind: str, length: int, tile: int = TILE_ELEMENTS, *, quick: bool = False
+) -> Any:
+    return member.add_new_dense_ndarray(
+        name,
+        type=pa.from_numpy_dtype(np.dtype(kind)),
+        shape=(max(1, length),),
+        platform_config=schema.vector_options(tile, np.dtype(kind).itemsize, quick=quick),
+    )
+
+
+def _write_vocabulary(member: Any, var: list[VarRow]) -> None:
+    columns = pa.schema(
+        [("soma_joinid", pa.int64())]
+        + [(name, pa.large_string()) for name in ("feature_id", "feature_name", "organism")]
+        + [("lake_joinid", pa.int64())]
+    )
+    rows = [list(column) for column in zip(*var, strict=True)] or [[], [], [], []]
+    _write_frame(member, "var", columns, [list(range(len(var))), *rows])
+
+
+def _write_labels(root: Any, labels: dict[str, dict[str, dict[str, int]]], splits: tuple[str, ...]) -> None:
+    columns = pa.schema(
+        [("soma_joinid", pa.int64()), ("field", pa.large_string()), ("code", pa.int64())]
+        + [(name, pa.large_string()) for name in ("value", "split")]
+        + [("n_cells", pa.int64())]
+    )
+    rows = [
+        (field, code, value, split, of.get(split, 0))
+        for field, by in labels.items()
+        for code, (value, of) in enumerate(by.items())
+        for split in splits
+    ]
+    _write_frame(
+        root, "labels", columns, [list(range(len(rows))), *(list(column) for column in zip(*rows, strict=True))]
+    )
+
+
+def _write_frame(member: Any, name: str, columns: pa.Schema, values: list[list[Any]]) -> None:
+    frame = member.add_new_dataframe(
+        name,
+        schema=columns,
+        index_column_names=["soma_joinid"],
+        domain=[(0, max(0, len(values[0]) - 1))],
+        platform_config=schema.table_options(columns),
+    )
+    frame.write(pa.table([pa.array(v, t.type) for v, t in zip(values, columns, strict=True)], schema=columns))
+
+
+def _write_presence(lake: Lake, member: Any, measurement: str, var: list[VarRow], datasets: list[str]) -> None:
+    array = member.add_new_sparse_ndarray(
+        "presence",
+        type=pa.bool_(),
+        shape=(max(1, len(datasets)), max(1, len(var))),
+        platform_config=schema.counts_options(),
+    )
+    joinid_of = {
+        commit.dataset["dataset_id"]: (commit.dataset["organism"], commit.dataset["dataset_joinid"])
+        for commit in lake.current
+    }
+    rows, columns = [], []
+    for organism in dict.fromkeys(row[2] for row in var):
+        if organism not in lake.organisms or measurement not in lake.measurements(organism):
+            continue
+        positions = np.array([number for number, row in enumerate(var) if row[2] == organism])
+        joinids = np.array([var[number][3] for number in positions])
+        matrix = lake.presence(organism, measurement)
+        for row, dataset in enumerate(datasets):
+            if joinid_of.get(dataset, ("", 0))[0] == organism:
+                measured = np.asarray(matrix[joinid_of[dataset][1]].todense()).ravel()[joinids]
+                rows.append(np.full(int(measured.sum()), row, dtype=np.int64))
+                columns.append(positions[measured])
+    if rows and sum(map(len, rows)):
+        joined = np.concatenate(rows)
+        array.write(
+            pa.table(
+                {
+                    "soma_dim_0": joined,
+                    "soma_dim_1": np.concatenate(columns).astype(np.int64),
+                    "soma_data": np.ones(len(joined), dtype=bool),
+                }
+            )
+        )

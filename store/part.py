@@ -1,0 +1,251 @@
+"""This module reads the arrays of one part of a snapshot: rows that were shuffled and written together.
+
+Shape letters used in this module:
+    F  fields      R  rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tiledb
+import tiledb.libtiledb
+import tiledbsoma
+from numpy.typing import NDArray
+
+from store import records, schema
+from store.context import soma_context, tiledb_context
+from store.errors import UsageError, VerificationError
+
+READING_THREADS = 1
+"""TileDB's threads for one read: callers read from several threads of their own."""
+VERIFIED_ELEMENTS = 2**22
+
+LABELS = (
+    "dataset_id",
+    "cell_type",
+    "tissue",
+    "assay",
+    "donor_id",
+    "disease",
+    "sex",
+    "development_stage",
+    "perturbation_type",
+    "perturbation",
+    "dose",
+    "time",
+    "batch",
+    "sample_id",
+    "cell_id",
+    "is_primary_data",
+)
+"""obs columns that every snapshot carries beside its counts."""
+NUMBERS = ("time", "dose")
+"""Those of them that are numbers: rows of the array ``numbers``."""
+CODED = ("organism", *(name for name in LABELS if name not in (*NUMBERS, "cell_id", "is_primary_data")))
+"""Those that have few values, each with a code in the table ``labels``."""
+FIELDS = (*CODED, *(schema.measured_column(name) for name in schema.MEASUREMENTS))
+"""Rows of the array ``codes``: codes of ``CODED``, then whether the cell was measured, 0 or 1."""
+
+CELLS_SCHEMA = pa.schema(
+    [("row", pa.int64()), ("soma_joinid", pa.int64()), ("organism", pa.large_string()), ("split", pa.large_string())]
+    + [(name, schema.OBS_SCHEMA.field(name).type) for name in LABELS]
+    + [(schema.measured_column(name), pa.bool_()) for name in schema.MEASUREMENTS]
+)
+
+
+class Part:
+    """Rows 0 to ``n_rows`` of one part, opened for reading; cheap to pickle, safe to read from several threads.
+
+    Attributes:
+        uri: The collection that holds the arrays.
+        id: Digest of all that the part holds.
+        n_rows: Its rows.
+        first_row: The number of its first row in the snapshot.
+        measurements: Those that some of its cells have.
+        split_rows: Split to its rows, first and behind the last, counted within the part.
+    """
+
+    def __init__(self, lake_uri: str, entry: dict[str, Any], first_row: int) -> None:
+        self.lake_uri, self.entry, self.first_row = lake_uri, entry, first_row
+        self.name: str = entry["name"]
+        self.uri = records.join(lake_uri, "snapshots", self.name)
+        self.id: str = entry["id"]
+        self.n_rows: int = entry["n_rows"]
+        self.measurements: dict[str, dict[str, Any]] = entry["measurements"]
+        self.split_rows: dict[str, tuple[int, int]] = {key: (a, b) for key, (a, b) in entry["split_rows"].items()}
+        self._arrays: dict[tuple[str, ...], tiledb.Array] = {}
+        self._opening = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Part, (self.lake_uri, self.entry, self.first_row))
+
+    def indptr(self, measurement: str, start: int, stop: int) -> NDArray[np.int64]:
+        """Return where rows ``start`` to ``stop`` (exclusive) begin among all values, and where the last one ends.
+
+        Raises:
+            UsageError: Rows outside the part.
+            VerificationError: The stored bytes are damaged.
+        """
+        if not 0 <= start <= stop <= self.n_rows:
+            raise UsageError(f"{self.uri}: rows {start} to {stop} are outside 0 to {self.n_rows}")
+        out = np.zeros(stop + 1 - start, np.int64)
+        if measurement not in self.measurements:
+            return out
+        self._read((measurement, "indptr"), [(start, stop)], out)
+        if np.any(np.diff(out) < 0):
+            raise self._damaged(f"{measurement}/indptr", start, stop, "rows end before they begin")
+        return out
+
+    def dtype(self, measurement: str, member: str) -> np.dtype[Any]:
+        """Return how ``indptr``, ``features`` or ``counts`` are stored."""
+        if measurement not in self.measurements:
+            return np.dtype(np.int64 if member == "indptr" else np.uint8)
+        return np.dtype(self._array((measurement, member)).attr("soma_data").dtype)
+
+    def read_into(self, measurement: str, start: int, features: NDArray[Any], counts: NDArray[Any]) -> None:
+        """Fill both arrays with the values from ``start`` on; they are contiguous and of the stored types.
+
+        Threads may call this at the same time; nothing but the arrays is allocated for long.
+
+        Raises:
+            VerificationError: The stored bytes are damaged.
+        """
+        if len(features) == 0:
+            return
+        stop = start + len(features)
+        self._read((measurement, "features"), [(start, stop - 1)], features)
+        self._read((measurement, "counts"), [(start, stop - 1)], counts)
+        n_features = self.measurements[measurement]["n_features"]
+        if features.max() >= n_features:
+            raise self._damaged(f"{measurement}/features", start, stop, f"a feature is beyond {n_features - 1}")
+
+    def block(self, measurement: str, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]]:
+        """Return indptr (from 0 on), features and counts of rows ``start`` to ``stop`` (exclusive), as stored."""
+        indptr = self.indptr(measurement, start, stop)
+        first, last = int(indptr[0]), int(indptr[-1])
+        features, counts = (np.empty(last - first, self.dtype(measurement, name)) for name in ("features", "counts"))
+        self.read_into(measurement, first, features, counts)
+        return indptr - first, features, counts
+
+    def codes(self, fields: Sequence[str], start: int, stop: int) -> NDArray[np.int32]:
+        """Return codes_FR of some of ``FIELDS`` for rows ``start`` to ``stop`` (exclusive)."""
+        return self._lines("codes", [FIELDS.index(name) for name in fields], start, stop, np.int32)
+
+    def numbers(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return numbers_FR of ``NUMBERS`` for rows ``start`` to ``stop`` (exclusive); NaN is "not said"."""
+        return self._lines("numbers", list(range(len(NUMBERS))), start, stop, np.float32)
+
+    def joinids(self) -> NDArray[np.int64]:
+        """Return the soma_joinid of every row."""
+        return np.asarray(self.cells(["soma_joinid"])["soma_joinid"].to_numpy())
+
+    def cells(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return one line for each row, in row order, as it was when the part was made."""
+        wanted = None if columns is None else list(dict.fromkeys(["row", *columns]))
+        with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
+            return frame.read(column_names=wanted).concat().sort_by("row")
+
+    def _lines(self, member: str, lines: list[int], start: int, stop: int, kind: type[Any]) -> NDArray[Any]:
+        out = np.empty((len(lines), stop - start), kind)
+        if out.size:
+            # ranges come in ascending order, whatever the order in which they are asked for
+            order = np.argsort(lines)
+            found = np.empty_like(out)
+            self._read((member,), [(start, stop - 1)], found.reshape(-1), sorted(lines))
+            out[order] = found
+        return out
+
+    def _read(
+        self, member: tuple[str, ...], ranges: list[tuple[int, int]], out: NDArray[Any], lines: Sequence[int] = ()
+    ) -> None:
+        """Fill ``out``; ranges are inclusive, ``lines`` are those of the first dimension of an array of two."""
+        array, context = self._array(member), tiledb_context(READING_THREADS)
+        first, last = ranges[0]
+        try:
+            query = tiledb.libtiledb.Query(context, tiledb.libtiledb.Array(context, array))
+            query.layout = tiledb.libtiledb.LayoutType.ROW_MAJOR
+            wanted = tiledb.Subarray(array, context)
+            for line in lines:
+                wanted.add_dim_range(0, (line, line))
+            wanted.add_dim_range(1 if lines else 0, (first, last))
+            query.set_subarray(wanted)
+            query.set_data_buffer("soma_data", out, len(out))
+            query._submit()
+            whole = query.query_status() == tiledb.libtiledb.QueryStatus.COMPLETE
+        except tiledb.TileDBError as error:
+            raise self._damaged("/".join(member), first, last + 1, str(error)) from error
+        if not whole:
+            raise self._damaged("/".join(member), first, last + 1, "fewer values came than were asked")
+
+    def _damaged(self, member: str, start: int, stop: int, why: str) -> VerificationError:
+        return VerificationError(
+            f"{self.uri}/{member}: elements {start} to {stop} cannot be read ({why}); the stored bytes are damaged: "
+            "delete the snapshot and make it again"
+        )
+
+    def _array(self, member: tuple[str, ...]) -> tiledb.Array:
+        with self._opening:
+            if member not in self._arrays:
+                self._arrays[member] = tiledb.open(records.join(self.uri, *member), ctx=tiledb_context(READING_THREADS))
+            return self._arrays[member]
+
+    def verify(self) -> None:
+        """Read everything again and compare with the checksums of each bucket of rows.
+
+        Raises:
+            VerificationError: Something is not what was written; the message names the array and the rows.
+        """
+        sums = records.read(records.join(self.uri, "checksums.json")) or {}
+        if hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest() != self.entry["checksums"]:
+            raise VerificationError(f"{self.uri}/checksums.json: is not what was written; make the snapshot again")
+        size = self.entry["bucket_rows"]
+        for bucket, start in enumerate(range(0, self.n_rows, size)):
+            stop = min(start + size, self.n_rows)
+            for member, digest in self._digests(start, stop):
+                if sums[member][bucket] != digest:
+                    raise VerificationError(
+                        f"{self.uri}/{member}: rows {start:,} to {stop:,} differ from the checksum that was taken when "
+                        "they were written; delete the snapshot and make it again"
+                    )
+
+    def _digests(self, start: int, stop: int) -> Iterator[tuple[str, str]]:
+        for name in self.measurements:
+            indptr = self.indptr(name, start, stop)
+            yield f"{name}/indptr", digest_of(indptr[1:])
+            for member in ("features", "counts"):
+                found = hashlib.sha256()
+                for first in range(int(indptr[0]), int(indptr[-1]), VERIFIED_ELEMENTS):
+                    part = np.empty(min(VERIFIED_ELEMENTS, int(indptr[-1]) - first), self.dtype(name, member))
+                    self._read((name, member), [(first, first + len(part) - 1)], part)
+                    found.update(part.data)
+                yield f"{name}/{member}", found.hexdigest()
+        yield "codes", digest_of(self.codes(FIELDS, start, stop))
+        yield "numbers", digest_of(self.numbers(start, stop))
+        with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
+            cells = frame.read((slice(start, stop - 1),), column_names=list(CELLS_SCHEMA.names)).concat()
+        yield "cells", cells_digest(cells.sort_by("row"))
+
+
+def digest_of(values: NDArray[Any]) -> str:
+    """Return the SHA-256 of an array's bytes, in hex."""
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def cells_digest(cells: pa.Table) -> str:
+    """Return a SHA-256 over what a table of cells says, whatever its chunks."""
+    found = hashlib.sha256()
+    for name in CELLS_SCHEMA.names:
+        column = cells[name].combine_chunks()
+        if pa.types.is_large_string(column.type):
+            lengths = pa.compute.binary_length(column).to_numpy(zero_copy_only=False)
+            found.update(np.ascontiguousarray(lengths).data)
+            found.update("".join(column.to_pylist()).encode())
+        else:
+            found.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).data)
+    return found.hexdigest()

@@ -1,0 +1,113 @@
+"""This module finds the rows that a stream reads: the sources of its plan are the parts of its snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import UsageError
+from store.part import Part
+from store.snapshot import Snapshot
+
+SCANNED_ROWS = 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """The cells of a split in one part of a snapshot.
+
+    Attributes:
+        snapshot: The snapshot.
+        number: Its position among the stream's.
+        part: The part.
+        first: The split's first row in it.
+        gone: How many rows of the split, counted from ``first`` without them, come before each one that the lake no
+            longer holds.
+        n_rows: Its cells.
+        share: Of every batch, relative to the other sources.
+        first_row: The number of the part's first row among all rows of all snapshots.
+    """
+
+    snapshot: Snapshot
+    number: int
+    part: Part
+    first: int
+    gone: NDArray[np.int64]
+    n_rows: int
+    share: float
+    first_row: int
+
+    def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the part's rows at these positions among the source's cells."""
+        if len(self.gone) == 0:
+            return self.first + positions
+        return self.first + positions + np.searchsorted(self.gone, positions, side="right")
+
+    def label_weights(self, field: str, split: str) -> NDArray[np.float64]:
+        """Return for each cell the inverse of how many cells of the snapshot's split have its value of a field."""
+        counts = np.array([of.get(split, 0) for of in self.snapshot.label_values()[field].values()], dtype=np.float64)
+        of_code = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+        weights = np.empty(self.n_rows)
+        for start in range(0, self.n_rows, SCANNED_ROWS):
+            rows = self.rows(np.arange(start, min(start + SCANNED_ROWS, self.n_rows)))
+            codes = self.part.codes([field], int(rows[0]), int(rows[-1]) + 1)[0]
+            weights[start : start + len(rows)] = of_code[codes[rows - rows[0]]]
+        return weights
+
+
+def find_sources(shares: Mapping[Snapshot, float], split: str) -> list[Source]:
+    """Return the sources of a split, snapshot by snapshot and part by part.
+
+    Raises:
+        UsageError: A snapshot has no cell in the split, or a share is not a positive number.
+    """
+    sources: list[Source] = []
+    first_row = 0
+    for number, (snapshot, share) in enumerate(shares.items()):
+        if not (np.isfinite(share) and share > 0):
+            raise UsageError(f"{snapshot.uri}: its share is {share!r}; shares are positive numbers")
+        n_cells = snapshot.splits.get(split, 0)
+        if n_cells == 0:
+            known = ", ".join(name for name, cells in sorted(snapshot.splits.items()) if cells)
+            raise UsageError(f"{snapshot.uri}: no cell is in split {split!r}; splits with cells: {known}")
+        for part in snapshot.parts:
+            first, stop = part.split_rows.get(split, (0, 0))
+            dead = snapshot.dead - part.first_row
+            dead = dead[(dead >= first) & (dead < stop)]
+            n_rows = stop - first - len(dead)
+            if n_rows:
+                gone = dead - first - np.arange(len(dead))
+                mine = share * n_rows / n_cells
+                sources.append(Source(snapshot, number, part, first, gone, n_rows, mine, first_row + part.first_row))
+        first_row += snapshot.n_rows
+    return sources
+
+
+def vocabulary_sizes(snapshots: Sequence[Snapshot]) -> dict[str, int]:
+    """Return the features of each measurement over all snapshots.
+
+    Raises:
+        UsageError: Their vocabularies do not begin alike, so that one number would stand for two features.
+    """
+    sizes: dict[str, int] = {}
+    if len(snapshots) == 1:
+        (snapshot,) = snapshots
+        return {name: snapshot.manifest["measurements"][name]["n_features"] for name in snapshot.measurements}
+    longest: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    for snapshot in snapshots:
+        for name in snapshot.measurements:
+            rows = [(feature, organism) for feature, _, organism, _ in snapshot.var_rows(name)]
+            other, known = longest.get(name, ("", []))
+            shared = min(len(rows), len(known))
+            if rows[:shared] != known[:shared]:
+                raise UsageError(
+                    f"{snapshot.name!r} and {other!r} number {name} features differently and cannot be mixed; make one "
+                    f"of them anew with the other's vocabulary: --set like={other}"
+                )
+            if len(rows) >= len(known):
+                longest[name] = (snapshot.name, rows)
+            sizes[name] = len(longest[name][1])
+    return sizes
