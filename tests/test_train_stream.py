@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import threading
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -14,14 +13,18 @@ import psutil
 import pytest
 import torch
 from encoded import add_dataset, encoded_counts
+from torch.utils.data import DataLoader
 
 from store.errors import UsageError, VerificationError
 from store.part import Part
-from store.snapshot import Snapshot, SnapshotSettings, create_snapshot
+from store.snapshot import Snapshot, SnapshotSettings, create_snapshot, refresh_snapshot
 from store.writer import LakeWriter
 from train.cells import Cells, Csr
+from train.controls import MatchedControls
+from train.dataset import EpochDataset
 from train.labels import read_labels
 from train.stream import Stream
+from train.telemetry import ShuffleTelemetry
 from train.tokens import Tokens, TokenSettings, make_tokens
 
 
@@ -187,25 +190,6 @@ def test_a_saved_state_goes_on_where_it_stood_also_with_other_ranks(one_measurem
         Stream(one_measurement, **(words | {"batch": 31})).load_state_dict(state)
 
 
-def test_a_loader_of_torch_yields_the_same_batches_from_a_process_of_its_own(one_measurement: Snapshot) -> None:
-    stream = Stream(one_measurement, batch=60, block=16, window=4, tokens=TOKENS)
-    loader = torch.utils.data.DataLoader(
-        EpochOf(stream, 1), batch_size=None, num_workers=1, multiprocessing_context="spawn"
-    )
-    for one, other in zip(loader, stream.epoch(1), strict=True):
-        same_tokens(one, other)
-
-
-class EpochOf(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
-    """One epoch of a stream as torch wants it."""
-
-    def __init__(self, stream: Stream, epoch: int) -> None:
-        self.stream, self.epoch = stream, epoch
-
-    def __iter__(self) -> Iterator[Tokens]:
-        return self.stream.epoch(self.epoch)
-
-
 def test_too_large_a_window_is_refused_with_what_it_takes(one_measurement: Snapshot) -> None:
     with pytest.raises(UsageError, match=r"3 windows of RNA take .* MiB are allowed; choose a smaller window"):
         next(Stream(one_measurement, batch=16, memory_bytes=1000).epoch(0))
@@ -325,3 +309,163 @@ def test_more_ranks_than_cells_of_a_step_leave_some_without(one_measurement: Sna
         assert max(map(len, shares)) <= 1
         rows += list(chain.from_iterable(shares))
     assert sorted(rows) == list(range(*one_measurement.parts[0].split_rows["train"]))
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """A snapshot of three parts, from which cells went."""
+    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 300, {"RNA": 40, "protein": 6})
+        add_dataset(writer, "second", 90, {"RNA": 60}, origin="b")
+        create_snapshot(uri, "one", SnapshotSettings(seed=2))
+        add_dataset(writer, "second", 110, {"RNA": 60}, version=1, origin="b")
+        refresh_snapshot(uri, "one", "two")
+        add_dataset(writer, "third", 160, {"RNA": 70})
+    return refresh_snapshot(uri, "two", "three")
+
+
+def living(snapshot: Snapshot) -> list[int]:
+    return [row for row, split in enumerate(snapshot.cells(["split"])["split"].to_pylist()) if split == "train"]
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (2, 3), (3, 1), (8, 4)])
+def test_every_cell_of_every_part_comes_once_for_any_ranks_and_workers(
+    grown: Snapshot, world: int, workers: int, lanes: int
+) -> None:
+    made = Stream(grown, batch=32, seed=3, block=12, window=4, lanes=lanes)
+    first, stop = made.plan.steps_per_epoch, 2 * made.plan.steps_per_epoch
+    rows: list[int] = []
+    by_step: dict[int, int] = {}
+    for rank in range(world):
+        for worker in range(workers):
+            steps = made.steps(first + worker, stop, rank=rank, world=world, every=workers)
+            for step, cells in zip(range(first + worker, stop, workers), steps, strict=True):
+                rows += cells.row.tolist()
+                by_step[step] = by_step.get(step, 0) + cells.n_cells
+    assert sorted(rows) == living(grown)
+    assert list(by_step.values()).count(32) >= len(by_step) - 1
+
+
+def test_a_refreshed_snapshot_streams_its_own_counts_mixed_in_every_batch_and_resumes(grown: Snapshot) -> None:
+    table = grown.cells().to_pandas()
+    counts = {name: encoded_counts(start, 400, 70).toarray() for name, start in (("first", 0), ("third", 0))}
+    counts["second"] = encoded_counts(1000, 110, 70).toarray()
+    sizes = {"first": 40, "second": 60, "third": 70}
+    ids = [int(name.removeprefix("RNA")) for name in grown.vocabulary("RNA")["feature_id"].to_pylist()]
+    labels = read_labels(grown)
+    kinds = []
+    for cells in Stream(grown, batch=64, seed=3, block=16, window=4).epoch(0):
+        kinds.append(len(set(cells.panel.tolist())))
+        for number, row in enumerate(cells.row):
+            line = table.iloc[row]
+            dataset, cell = line["dataset_id"], int(line["cell_id"].rsplit("-", 1)[1])
+            expected = np.where(np.arange(70) < sizes[dataset], counts[dataset][cell], 0)[ids]
+            assert (dense(cells.counts["RNA"], number, len(ids)) == expected).all()
+            assert labels.datasets[cells.panel[number]] == dataset
+            assert cells.measured["protein"][number] == (dataset == "first")
+    assert min(kinds[:-1]) == 3
+    whole = [cells.row.tolist() for cells in Stream(grown, batch=64, seed=3, block=16, window=4).epoch(1)]
+    again = Stream(grown, batch=64, seed=3, block=16, window=4)
+    again.load_state_dict(again.state_dict() | {"step": again.plan.steps_per_epoch + 3})
+    assert [cells.row.tolist() for cells in again.epoch(1)] == whole[3:]
+
+
+def test_snapshots_are_mixed_by_their_shares_and_only_with_one_vocabulary(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 150, {"RNA": 40})
+        add_dataset(writer, "second", 400, {"RNA": 60})
+    small = create_snapshot(uri, "small", SnapshotSettings(where="dataset_id == 'first'"))
+    other = create_snapshot(uri, "other", SnapshotSettings(features={"RNA": ("RNA0005",)}))
+    with pytest.raises(UsageError, match=r"number RNA features differently .* --set like=small"):
+        Stream({small: 1, other: 1}, batch=32)
+    large = create_snapshot(uri, "large", SnapshotSettings(where="dataset_id == 'second'", like="small"))
+    made = Stream({small: 3, large: 1}, batch=32, block=16, window=4, seed=1)
+    found = [cells for epoch in range(3) for cells in made.epoch(epoch)]
+    panel = np.concatenate([cells.panel for cells in found])
+    names = np.array(made.labels.datasets)[panel]
+    assert abs((names == "first").mean() - 0.75) < 0.01
+    assert all(abs(cells.panel.tolist().count(0) - 0.75 * cells.n_cells) <= 1 for cells in found)
+    rows = np.concatenate([cells.row for cells in found])
+    ids = [int(name.removeprefix("RNA")) for name in large.vocabulary("RNA")["feature_id"].to_pylist()]
+    tables = {"first": small.cells().to_pandas(), "second": large.cells().to_pandas()}
+    offsets = {"first": 0, "second": small.n_rows}
+    seen = np.unique(rows[names == "first"], return_counts=True)[1]
+    assert len(seen) == small.splits["train"]
+    assert seen.max() - seen.min() <= 1
+    cells = found[-2]
+    for number, row in enumerate(cells.row):
+        name = made.labels.datasets[cells.panel[number]]
+        line = tables[name].iloc[row - offsets[name]]
+        expected = encoded_counts(int(line["cell_id"].rsplit("-", 1)[1]), 1, 60).toarray()[0]
+        expected[{"first": 40, "second": 60}[name] :] = 0
+        assert (dense(cells.counts["RNA"], number, len(ids)) == expected[ids]).all()
+    half = made.steps(3, 9, rank=0, world=2), made.steps(3, 9, rank=1, world=2)
+    together = [sorted([*a.row, *b.row]) for a, b in zip(*half, strict=True)]
+    assert together == [sorted(cells.row) for cells in found[3:9]]
+    with pytest.raises(UsageError, match="shares are positive"):
+        Stream({small: 1, large: 0}, batch=8)
+    two = "cell_id == 'first-4' or cell_id == 'first-6'"
+    tiny = create_snapshot(uri, "tiny", SnapshotSettings(where=two, like="small", fractions={"train": 1.0}))
+    drawn = next(Stream({tiny: 1, large: 1}, batch=64, block=32, window=4).epoch(0))
+    assert sorted(np.unique(drawn.row[drawn.row < 2], return_counts=True)[1].tolist()) == [16, 16]
+
+
+@pytest.mark.parametrize(("lanes", "world"), [(1, 1), (1, 3), (4, 2), (4, 4)])
+def test_controls_match_and_are_the_same_at_any_number_of_ranks(grown: Snapshot, lanes: int, world: int) -> None:
+    words = {"batch": 32, "block": 24, "window": 4, "lanes": lanes, "seed": 5, "balance": False}
+    wanted = MatchedControls(size=3, share=0.7, match=("dataset_id", "cell_type", "time"))
+    table = grown.cells().to_pandas()
+
+    def pairs(rank: int, world: int) -> list[dict[int, list[int]]]:
+        made = Stream(grown, controls=wanted, **words)
+        steps = []
+        for cells in made.epoch(0, rank=rank, world=world):
+            controls = cells.controls
+            assert controls is not None
+            row = np.append(controls.cells.row, -1)
+            steps.append({int(r): row[place].tolist() for r, place in zip(cells.row, controls.place_CS, strict=True)})
+            chosen = table.iloc[controls.cells.row]
+            assert (chosen["perturbation"] == "control").all()
+            assert (chosen["split"] == "train").all()
+            assert (controls.cells.prompts["cell_type"] > 0).all()
+        return steps
+
+    shares = [pairs(rank, world) for rank in range(world)]
+    together = [{key: value for part in step for key, value in part.items()} for step in zip(*shares, strict=True)]
+    assert together == pairs(0, 1)
+    found = [(row, others) for step in together for row, others in step.items()]
+    perturbed = [others for row, others in found if table["perturbation"][row] != "control"]
+    assert all(others == [-1] * 3 for row, others in found if table["perturbation"][row] == "control")
+    assert 0.3 < np.mean([others[0] >= 0 for others in perturbed]) < 0.8
+    for row, others in found:
+        for other in others:
+            if other >= 0:
+                for name in ("dataset_id", "cell_type", "time"):
+                    assert table[name][row] == table[name][other]
+    with pytest.raises(UsageError, match="match some of"):
+        MatchedControls(match=("colour",))
+
+
+def test_telemetry_tells_a_mixed_stream_from_one_in_runs(grown: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Stream(grown, batch=64, block=16, window=4)
+    assert np.isnan(made.telemetry.ratio)
+    list(made.epoch(0))
+    assert 0.97 < made.telemetry.ratio < 1.05
+    sorted_once = ShuffleTelemetry(np.array([0.5, 0.5]))
+    for number in range(10):
+        sorted_once.add(np.full(64, number // 5, np.int32))
+    assert sorted_once.ratio == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataloader_with_workers_gives_the_same_batches_in_the_same_order(snapshot: Snapshot, workers: int) -> None:
+    made = Stream(snapshot, batch=32, tokens=TOKENS, block=20, window=3)
+    expected = [tokens.feature_CL for tokens in made.epoch(1, rank=1, world=2, start=2)]
+    dataset = EpochDataset(made, 1, rank=1, world=2, start=2)
+    words = {"multiprocessing_context": "spawn"} if workers else {}
+    found = [tokens.feature_CL for tokens in DataLoader(dataset, batch_size=None, num_workers=workers, **words)]
+    assert len(found) == len(expected) == len(dataset)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
