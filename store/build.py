@@ -56,7 +56,7 @@ MANY_ELEMENTS = 2**33
 """From so many values on, tasks move four times as many: the number of reads of spill files falls by sixteen."""
 TILE_ELEMENTS = 2**18
 ROW_TILE = 2**14
-MANY_FRAGMENTS = 32
+MANY_FRAGMENTS = 2
 
 VarRow = tuple[str, str, str, int]
 """feature_id, feature_name, organism, joinid in the lake."""
@@ -551,7 +551,7 @@ def _tidy(uri: str) -> None:
     extra = [item.name for item in fragments.fragments(uri) if item.name not in kept]
     fragments.remove_fragments(uri, extra)
     if len(kept) > MANY_FRAGMENTS:
-        fragments.consolidate(uri, ("fragment_meta",))
+        fragments.consolidate(uri, ("fragment_meta", "commits"))
 
 
 def _new_vector(

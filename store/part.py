@@ -24,6 +24,8 @@ from store.errors import UsageError, VerificationError
 
 READING_THREADS = 1
 """TileDB's threads for one read: callers read from several threads of their own."""
+REMOTE_READS = 8
+"""Requests that one read from a remote store may have under way."""
 VERIFIED_ELEMENTS = 2**22
 
 LABELS = (
@@ -81,9 +83,20 @@ class Part:
         self.split_rows: dict[str, tuple[int, int]] = {key: (a, b) for key, (a, b) in entry["split_rows"].items()}
         self._arrays: dict[tuple[str, ...], tiledb.Array] = {}
         self._opening = threading.Lock()
+        self._locks: dict[tuple[str, ...], threading.Lock] = {}
+        self._context = tiledb_context(READING_THREADS, None if records.is_local(self.uri) else REMOTE_READS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Part, (self.lake_uri, self.entry, self.first_row))
+
+    def arrays(self, measurements: Sequence[str]) -> list[tuple[str, ...]]:
+        """Name the arrays from which these measurements are read, for ``warm``."""
+        names = [name for name in measurements if name in self.measurements]
+        return [("codes",), ("numbers",), *((name, one) for name in names for one in ("indptr", "features", "counts"))]
+
+    def warm(self, array: tuple[str, ...]) -> None:
+        """Open one array ahead of its use."""
+        self._array(array)
 
     def indptr(self, measurement: str, start: int, stop: int) -> NDArray[np.int64]:
         """Return where rows ``start`` to ``stop`` (exclusive) begin among all values, and where the last one ends.
@@ -165,7 +178,7 @@ class Part:
         self, member: tuple[str, ...], ranges: list[tuple[int, int]], out: NDArray[Any], lines: Sequence[int] = ()
     ) -> None:
         """Fill ``out``; ranges are inclusive, ``lines`` are those of the first dimension of an array of two."""
-        array, context = self._array(member), tiledb_context(READING_THREADS)
+        array, context = self._array(member), self._context
         first, last = ranges[0]
         try:
             query = tiledb.libtiledb.Query(context, tiledb.libtiledb.Array(context, array))
@@ -191,8 +204,10 @@ class Part:
 
     def _array(self, member: tuple[str, ...]) -> tiledb.Array:
         with self._opening:
+            mine = self._locks.setdefault(member, threading.Lock())
+        with mine:  # several arrays may be opened at the same time: from afar that takes a while
             if member not in self._arrays:
-                self._arrays[member] = tiledb.open(records.join(self.uri, *member), ctx=tiledb_context(READING_THREADS))
+                self._arrays[member] = tiledb.open(records.join(self.uri, *member), ctx=self._context)
             return self._arrays[member]
 
     def verify(self) -> None:

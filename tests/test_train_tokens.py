@@ -153,6 +153,47 @@ def test_the_compiled_way_equals_torch(
         assert (kept == np.where(shown, np.minimum(np.diff(batch.counts["RNA"].indptr), budget), 0)).all()
 
 
+def several(n_cells: int) -> Cells:
+    """Cells of three measurements with whole counts of different types; no cell of the third was measured."""
+    batch = whole(n_cells, 1, 3000, np.uint16)
+    other = whole(n_cells, 2, 9, np.uint8)
+    return replace(
+        batch,
+        counts={"RNA": batch.counts["RNA"], "protein": other.counts["RNA"], "ATAC": other.counts["RNA"]},
+        measured={**batch.measured, "protein": np.arange(n_cells) % 5 != 0, "ATAC": np.zeros(n_cells, bool)},
+    )
+
+
+@pytest.mark.parametrize("values", ["log1p", "bins", "rank"])
+@pytest.mark.parametrize("budget", [1, 40, 150, 900])
+@pytest.mark.parametrize("chance", [None, (3, 17)])
+@pytest.mark.parametrize("with_factors", [False, True])
+def test_the_compiled_way_of_several_measurements_bins_and_ranks_equals_torch(
+    values: str, budget: int, chance: tuple[int, int] | None, with_factors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = several(60)
+    offsets = {"RNA": 1, "protein": 401, "ATAC": 801}
+    settings = TokenSettings(budget=budget, values=values, bins=7, hide=(0.1, 0.8))  # type: ignore[arg-type]
+    factors = torch.rand(1201, generator=torch.Generator().manual_seed(0)) + 0.5 if with_factors else None
+    fast = make_tokens(batch, offsets, settings, chance=chance, factors=factors)
+    monkeypatch.setattr("train.tokens.kernels", None)
+    slow = make_tokens(batch, offsets, settings, chance=chance, factors=factors)
+    assert torch.equal(fast.feature_CL, slow.feature_CL)
+    torch.testing.assert_close(fast.value_CL, slow.value_CL, rtol=1e-6, atol=1e-7)
+    assert fast.firsts == slow.firsts
+    for name in ("measured_CM", "prompt_CF", "perturbation_CT", "row_C", "measurement_CL"):
+        assert torch.equal(getattr(fast, name), getattr(slow, name)), name
+    torch.testing.assert_close(fast.log_depth_CM, slow.log_depth_CM)
+
+
+def test_tokens_move_to_another_device_whole() -> None:
+    tokens = make_tokens(cells(), OFFSETS, TokenSettings(budget=20))
+    moved = tokens.to("meta")
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert moved.firsts == tokens.firsts
+    assert torch.equal(tokens.to("cpu").feature_CL, tokens.feature_CL)
+
+
 def test_each_token_of_a_deep_cell_is_chosen_as_often_as_any_other() -> None:
     one = replace(whole(5, 2, 9, np.uint8).take(np.array([1])), row=np.array([77]), measured={"RNA": np.ones(1, bool)})
     settings = TokenSettings(budget=50, hide=(0.0, 0.0), drop_measurement=0.0)

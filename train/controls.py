@@ -54,12 +54,12 @@ class MatchedControls:
 def match_keys(controls: MatchedControls, fields: tuple[str, ...], window: Window) -> NDArray[np.int32]:
     """Return key_RF of the rows of a window: what must be the same."""
     lines = [
-        window.codes_FR[fields.index(name)]
+        window.codes_RF[:, fields.index(name)]
         if name in CODED
-        else window.numbers_FR[MEASURED_NUMBERS.index(name)].view(np.int32)
+        else window.numbers_RF.view(np.int32)[:, MEASURED_NUMBERS.index(name)]
         for name in controls.match
     ]
-    return np.stack(lines, axis=1) if lines else np.zeros((window.codes_FR.shape[1], 0), np.int32)
+    return np.stack(lines, axis=1) if lines else np.zeros((len(window.codes_RF), 0), np.int32)
 
 
 def find_controls(

@@ -213,6 +213,158 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
         width_C[row] = kept
 
 
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _bins_of(count: Any, n: int, bins: int, below: Any, large: Any, value: Any) -> None:
+    """Write 1 + floor(bins * share of the counts that are smaller) for each of ``n`` counts."""
+    below[:] = 0
+    n_large = 0
+    for i in range(n):
+        below[min(np.int64(count[i]), np.int64(TABLE - 1)) + 1] += 1
+        large[n_large] = count[i]
+        n_large += count[i] >= TABLE - 1
+    for number in range(1, TABLE + 1):
+        below[number] += below[number - 1]
+    ascending = np.sort(large[:n_large])
+    for i in range(n):
+        smaller = below[min(np.int64(count[i]), np.int64(TABLE - 1))]
+        if count[i] >= TABLE - 1:
+            smaller += np.searchsorted(ascending, U32(count[i]))
+        value[i] = np.float32(1 + bins * smaller // n)
+
+
+LOG1P, BINS, RANK = 0, 1, 2
+
+
+@compiled
+def candidates(
+    starts_C: Any,
+    lengths_C: Any,
+    features_N: Any,
+    counts_N: Any,
+    keys_C: Any,
+    hide_C: Any,
+    by_chance: bool,
+    offset: int,
+    scale: Any,
+    kind: int,
+    bins: int,
+    factors: Any,
+    place_C: Any,
+    fill_C: Any,
+    feature_K: Any,
+    value_K: Any,
+    priority_K: Any,
+    depth_C: Any,
+) -> None:
+    """Append the visible non-zeros of one measurement of whole counts to their cells' candidates for tokens.
+
+    Args:
+        starts_C: Where a cell's non-zeros begin.
+        lengths_C: How many they are.
+        features_N: Features, uint16 or uint32.
+        counts_N: Counts, unsigned.
+        keys_C: uint32 from which a cell's chances come.
+        hide_C: Draws below are hidden, uint32.
+        by_chance: Hide by draws and, but for ranks, let draws decide what is kept; else the greatest shares are kept.
+        offset: Added to features.
+        scale: Shares are counts per this many.
+        kind: ``LOG1P``, ``BINS`` or ``RANK``.
+        bins: Bins of a cell.
+        factors: For ranks: what shares are divided by, by feature with offset, float32; of length 0 for ones.
+        place_C: The place of each cell in the batch.
+        fill_C: Where the next candidate of each place goes; moved on.
+        feature_K: Answer, int32.
+        value_K: Answer, float32.
+        priority_K: Answer, uint32: the greatest are kept.
+        depth_C: Answer: sum of each place's counts, float32.
+    """
+    longest = 1
+    for cell in range(len(lengths_C)):
+        longest = max(longest, lengths_C[cell])
+    share, value = np.empty(longest, np.float32), np.empty(longest, np.float32)
+    bits = share.view(np.uint32)  # of numbers that are not negative the bits have the same order
+    below, large = np.empty(TABLE + 1, np.int64), np.empty(longest + 1, np.uint32)
+    for cell in range(len(lengths_C)):
+        start, n, key, row = starts_C[cell], lengths_C[cell], keys_C[cell], place_C[cell]
+        feature, count = features_N[start : start + n], counts_N[start : start + n]
+        total = U32(0)
+        for i in range(n):
+            total = U32(total + U32(count[i]))
+        depth = np.int64(total)
+        depth_C[row] = depth
+        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
+        for i in range(n):
+            share[i] = np.float32(count[i]) * factor
+        if kind == BINS:
+            _bins_of(count, n, bins, below, large, value)
+        else:
+            for i in range(n):
+                value[i] = np.log1p(share[i])
+        if kind == RANK and len(factors) > 0:
+            for i in range(n):
+                share[i] /= factors[np.int64(feature[i]) + offset]
+        fill = fill_C[row]
+        for i in range(n):
+            feature_K[fill] = np.int32(feature[i]) + np.int32(offset)
+            value_K[fill] = value[i]
+            priority_K[fill] = bits[i]
+            seen = True
+            if by_chance:
+                draw = draw_of(U32(U32(feature[i]) + U32(offset)), key)
+                seen = draw >= hide_C[cell]
+                if kind != RANK:
+                    priority_K[fill] = draw
+            fill += seen
+        fill_C[row] = fill
+
+
+@compiled
+def choose_tokens(
+    first_C: Any, fill_C: Any, feature_K: Any, value_K: Any, priority_K: Any, ranked: bool, tokens: Any
+) -> None:
+    """Keep each cell's candidates of highest priority, ties to the earlier one, in their order or by rank.
+
+    Args:
+        first_C: Where each cell's candidates begin.
+        fill_C: Where they end.
+        feature_K: int32.
+        value_K: float32.
+        priority_K: uint32.
+        ranked: Order them by priority, and let the value be the place.
+        tokens: Answer: feature_CL (int32, 0 where padded; as wide as the budget), value_CL (float32), width_C.
+    """
+    feature_CL, value_CL, width_C = tokens
+    budget, longest = feature_CL.shape[1], 1
+    for cell in range(len(first_C)):
+        longest = max(longest, fill_C[cell] - first_C[cell])
+    keep, edge = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.uint32)
+    hist = np.empty((4, 256), np.int32)
+    for cell in range(len(first_C)):
+        first, n = first_C[cell], fill_C[cell] - first_C[cell]
+        priority = priority_K[first : first + n]
+        kept = n
+        if n > budget:
+            lowest, _ = _lowest_kept(priority, n, U32(0), budget, hist, edge)
+            kept = _choose(priority, n, lowest, budget, keep)
+        else:
+            for i in range(n):
+                keep[i] = i
+        if ranked:
+            for j in range(kept):
+                edge[j] = ~priority[keep[j]]
+            order = np.argsort(edge[:kept], kind="mergesort")
+            for j in range(kept):
+                feature_CL[cell, j] = feature_K[first + keep[order[j]]]
+                value_CL[cell, j] = np.float32(j)
+        else:
+            for j in range(kept):
+                feature_CL[cell, j] = feature_K[first + keep[j]]
+                value_CL[cell, j] = value_K[first + keep[j]]
+        feature_CL[cell, kept:] = 0
+        value_CL[cell, kept:] = 0
+        width_C[cell] = kept
+
+
 @compiled
 def gather(
     starts_C: Any, lengths_C: Any, features_N: Any, counts_N: Any, to_C: Any, features_out: Any, counts_out: Any

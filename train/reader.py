@@ -21,9 +21,6 @@ from store.part import NUMBERS, Part
 from train.cache import BlockCache
 from train.cells import Spans
 
-SLOTS = 3
-"""Windows in memory: the one in use, the next, and the one that is being read."""
-
 Block = tuple[int, int]
 """Rows from the first to behind the last."""
 
@@ -44,8 +41,8 @@ class Window:
         firsts: First row of each block, ascending.
         offsets: Where the rows of each block begin among the window's rows; one longer.
         spans: Measurement to all rows, block after block.
-        codes_FR: What is said of the rows: codes of the reader's fields, in the snapshot's numbering.
-        numbers_FR: ``store.part.NUMBERS`` of the rows.
+        codes_RF: What is said of the rows: codes of the reader's fields, in the snapshot's numbering.
+        numbers_RF: ``store.part.NUMBERS`` of the rows.
         slot: What holds the values.
         notes: What users of the window found out about it and need again.
     """
@@ -53,8 +50,8 @@ class Window:
     firsts: NDArray[np.int64]
     offsets: NDArray[np.int64]
     spans: dict[str, Spans]
-    codes_FR: NDArray[np.int32]
-    numbers_FR: NDArray[np.float32]
+    codes_RF: NDArray[np.int32]
+    numbers_RF: NDArray[np.float32]
     slot: Slot
     notes: dict[Any, Any] = field(default_factory=dict)
 
@@ -81,8 +78,9 @@ class Reader:
         measurements: Which measurements.
         fields: Which of ``store.part.FIELDS``.
         threads: Threads that decode; several readers may share them.
+        small_threads: Threads of its own that read lengths and labels.
         memory_bytes: What the slots may hold together.
-        slots: ``SLOTS`` of them, that no other reader uses.
+        slots: Room for the windows in memory: the one in use, the next, those that are being read.
         cache: Where decoded blocks are looked for first, and kept.
     """
 
@@ -93,6 +91,7 @@ class Reader:
         fields: Sequence[str],
         *,
         threads: ThreadPoolExecutor,
+        small_threads: int = 1,
         memory_bytes: int,
         slots: Sequence[Slot],
         cache: BlockCache | None = None,
@@ -101,6 +100,7 @@ class Reader:
         self.memory_bytes, self.cache = memory_bytes, cache
         self._fields_mark = zlib.crc32(" ".join(self.fields).encode())
         self._lengths = ThreadPoolExecutor(1, thread_name_prefix="somaflow-lengths")
+        self._small = ThreadPoolExecutor(small_threads, thread_name_prefix="somaflow-small")
         self._values = threads
         self._free, self._n_slots = list(slots), len(slots)
         self._returned = threading.Semaphore(len(self._free))
@@ -111,6 +111,7 @@ class Reader:
         self._closed = True
         self._returned.release()
         self._lengths.shutdown(wait=True, cancel_futures=True)
+        self._small.shutdown(wait=True, cancel_futures=True)
 
     def ask(self, blocks: Sequence[Block]) -> Future[Window]:
         """Read a window as soon as a slot is free."""
@@ -126,8 +127,14 @@ class Reader:
     def _begin(self, blocks: list[Block], answer: Future[Window]) -> None:
         """Find out how long the rows are, then have the blocks read side by side."""
         try:
-            lengths = {name: [self._block_lengths(name, block) for block in blocks] for name in self.measurements}
+            names = [name for name in self.measurements for _ in blocks]
+            asked = self._small.map(self._block_lengths, names, blocks * len(self.measurements))
             codes, numbers = self._said(blocks)
+            found = list(asked)
+            lengths = {
+                name: found[number * len(blocks) : (number + 1) * len(blocks)]
+                for number, name in enumerate(self.measurements)
+            }
             self._returned.acquire()
             if self._closed:
                 answer.cancel()
@@ -155,20 +162,21 @@ class Reader:
             answer.set_result(window)
 
     def _said(self, blocks: list[Block]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Return codes_FR and numbers_FR of the rows of all blocks."""
-        n_rows = [stop - first for first, stop in blocks]
-        offsets = np.cumsum([0, *n_rows])
-        codes_FR = np.empty((len(self.fields), offsets[-1]), np.int32)
-        numbers_FR = np.empty((len(NUMBERS), offsets[-1]), np.float32)
-        for block, size, at in zip(blocks, n_rows, offsets, strict=False):
-            key = (self.part.id, f"labels-{self._fields_mark}", *block)
-            codes, numbers = np.empty((len(self.fields), size), np.int32), np.empty((len(NUMBERS), size), np.float32)
-            if not (self.cache and self.cache.load(key, codes.reshape(-1), numbers.reshape(-1))):
-                codes, numbers = self.part.codes(self.fields, *block), self.part.numbers(*block)
-                if self.cache:
-                    self.cache.store(key, np.empty(0, np.int64), codes.reshape(-1), numbers.reshape(-1))
-            codes_FR[:, at : at + size], numbers_FR[:, at : at + size] = codes, numbers
-        return codes_FR, numbers_FR
+        """Return codes_RF and numbers_RF of the rows of all blocks."""
+        said = list(self._small.map(self._block_labels, blocks))
+        codes = [np.empty((0, len(self.fields)), np.int32), *(codes.T for codes, _ in said)]
+        numbers = [np.empty((0, len(NUMBERS)), np.float32), *(numbers.T for _, numbers in said)]
+        return np.concatenate(codes), np.concatenate(numbers)
+
+    def _block_labels(self, block: Block) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        key = (self.part.id, f"labels-{self._fields_mark}", *block)
+        size = block[1] - block[0]
+        codes, numbers = np.empty((len(self.fields), size), np.int32), np.empty((len(NUMBERS), size), np.float32)
+        if not (self.cache and self.cache.load(key, codes.reshape(-1), numbers.reshape(-1))):
+            codes, numbers = self.part.codes(self.fields, *block), self.part.numbers(*block)
+            if self.cache:
+                self.cache.store(key, np.empty(0, np.int64), codes.reshape(-1), numbers.reshape(-1))
+        return codes, numbers
 
     def _block_lengths(self, name: str, block: Block) -> tuple[NDArray[np.int64], int | None]:
         """Return how long the rows of a block are, and where its values begin in the part if that was read."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from store.errors import UsageError
 from store.part import CODED
 from store.part import NUMBERS as PART_NUMBERS
+from store.records import is_local
 from store.schema import measured_column
 from store.snapshot import Snapshot
 from train import kernels
@@ -33,7 +34,7 @@ from train.controls import MatchedControls, find_controls, match_keys
 from train.labels import FIELDS, Labels, read_labels
 from train.plan import RowOrder, Rows, SamplePlan
 from train.plan import Window as WindowKey
-from train.reader import SLOTS, Reader, Slot, Window
+from train.reader import Reader, Slot, Window
 from train.sources import Source, find_sources, vocabulary_sizes
 from train.telemetry import ShuffleTelemetry
 from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
@@ -41,6 +42,9 @@ from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
 MEMORY_BYTES = 512 * 2**20
 CACHE_BYTES = 50 * 2**30
 BATCHES_AHEAD = 4
+WINDOWS_AHEAD = 1
+REMOTE = 4
+"""So many times more threads read from a remote store."""
 SHARES = 2**30
 """Shares of sources are told to the plan in whole numbers of this sum."""
 
@@ -73,7 +77,7 @@ class Stream:
         window: Blocks whose rows are mixed. Sources share ``block`` times ``window`` rows by their shares of a batch.
         lanes: Parts of a window that ranks read apart, so that no rank reads everything: as many as there are ranks, or
             a multiple; divides ``window``. Part of the order, whatever the number of ranks.
-        threads: Threads that decode, and as many that make batches.
+        threads: Threads that decode, and as many that make batches; from a remote store four times as many read.
         memory_bytes: Most that decoded windows may take.
         cache: A folder for decoded blocks, or a cache that several streams share: from the second epoch on nothing is
             decoded.
@@ -134,6 +138,9 @@ class Stream:
         self.fields = tuple(dict.fromkeys((*FIELDS, *matched, *measured)))
         self.tokens, self.controls = tokens, controls
         self.threads, self.memory_bytes = threads, memory_bytes
+        # whoever reads from afar waits most of the time: more wait together, and earlier
+        remote = any(not is_local(source.part.uri) for source in self.sources)
+        self._reading, self._ahead = (REMOTE * threads, WINDOWS_AHEAD + 1) if remote else (threads, WINDOWS_AHEAD)
         self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
         self.labels = labels or read_labels(self.snapshots)
         self.balance = balance
@@ -256,7 +263,7 @@ class Stream:
             UsageError: Windows take more memory than is allowed.
         """
         kept = self._slots.pop() if self._slots else self._new_slots()
-        decoders = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-read")
+        decoders = ThreadPoolExecutor(self._reading, thread_name_prefix="somaflow-read")
         makers = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-batch")
         readers = self._readers(decoders, kept)
         windows: dict[Key, Future[Window]] = {}
@@ -270,8 +277,8 @@ class Stream:
             needed = self._windows(step)
             for key in needed:
                 ask(key)
-            for number, window in dict(needed if step + every < stop else []).items():
-                ask((number, self.plan.orders[number].following(window)))
+            for key in self._behind(needed) if step + every < stop else []:
+                ask(key)
             batches.append(makers.submit(self._make, {key: windows[key] for key in needed}, step, rank, world))
 
         try:
@@ -299,14 +306,17 @@ class Stream:
 
     def _new_slots(self) -> list[list[Slot]]:
         """Return room for the windows of each source; a source with few cells may pass many windows in one batch."""
-        return [
-            [Slot() for _ in range(max(SLOTS, 1 + -(-self.plan.most_rows(number) // order.n_rows)))]
-            if order.n_windows == 1
-            else [Slot() for _ in range(SLOTS)]
-            for number, order in enumerate(self.plan.orders)
-        ]
+        found = []
+        for number, order in enumerate(self.plan.orders):
+            passed = 1 + -(-self.plan.most_rows(number) // order.n_rows) if order.n_windows == 1 else 0
+            found.append([Slot() for _ in range(max(2 + self._ahead, passed))])
+        return found
 
     def _readers(self, decoders: ThreadPoolExecutor, kept: list[list[Slot]]) -> list[Reader]:
+        """Return a reader for each source, and have the arrays opened side by side."""
+        for source in self.sources:
+            for array in source.part.arrays(self.measurements):
+                decoders.submit(source.part.warm, array)
         room = sum(order.window_rows for order in self.plan.orders)
         return [
             Reader(
@@ -314,6 +324,7 @@ class Stream:
                 self.measurements,
                 self.fields,
                 threads=decoders,
+                small_threads=max(1, self._reading // 2),
                 memory_bytes=self.memory_bytes * order.window_rows // room,
                 slots=slots,
                 cache=self.cache,
@@ -330,6 +341,16 @@ class Stream:
             for number, (first, last) in enumerate(spans)
             for window, _, _ in orders[number].pieces(first, last)
         ]
+
+    def _behind(self, needed: list[Key]) -> list[Key]:
+        """Return the windows that come after those that a step needs, of each source, as far as is read ahead."""
+        found = []
+        for number, last in dict(needed).items():
+            window = last
+            for _ in range(self._ahead):
+                window = self.plan.orders[number].following(window)
+                found.append((number, window))
+        return found
 
     def _first_windows(self, step: int) -> list[WindowKey]:
         """Return, for each source, the first window that this step or a later one needs."""
@@ -359,12 +380,12 @@ class Stream:
         if balance:
             held = held.take(_fair_share(held.sizes(), rank, world))
         cells = self._cells(held)
-        chance, name = (self.plan.seed, step), self.measurements[0]
-        if self.tokens and self.tokens.values == "log1p" and len(self.measurements) == 1:
-            spans = held.spans(name)
-            if all(part.counts.dtype.kind == "u" for part, _ in spans):
-                measured, offset = cells.measured[name], self._offsets[name]
-                return fast_tokens(spans, measured, cells, offset, self.tokens, chance, self._room.take), cells.panel
+        chance = (self.plan.seed, step)
+        if self.tokens:
+            spans = {name: held.spans(name) for name in self.measurements}
+            if all(part.counts.dtype.kind == "u" for parts in spans.values() for part, _ in parts):
+                made = fast_tokens(spans, cells.measured, cells, self._offsets, self.tokens, chance, self._room.take)
+                return made, cells.panel
         cells = self._with_counts(cells, held)
         if self.tokens:
             return make_tokens(cells, self._offsets, self.tokens, chance=chance), cells.panel
@@ -375,7 +396,7 @@ class Stream:
     def _find(self, windows: dict[Key, Window], rows: Rows) -> _Held:
         """Find a batch's rows in the windows."""
         row = np.empty(len(rows), np.int64)
-        for number, epoch in dict.fromkeys(zip(rows.source.tolist(), rows.epoch.tolist(), strict=True)):
+        for number, epoch in dict.fromkeys((key[0], key[1][0]) for key in windows):
             mine = np.flatnonzero((rows.source == number) & (rows.epoch == epoch))
             row[mine] = self._rows(number, epoch, rows.row[mine])
         pieces = []
@@ -393,23 +414,23 @@ class Stream:
     def _cells(self, held: _Held) -> Cells:
         """Return rows with what is said of them, and no counts."""
         labels, n_cells = self.labels, held.n_cells
-        codes = np.empty((len(self.fields), n_cells), np.int32)
-        numbers = np.empty((len(NUMBERS), n_cells), np.float32)
+        codes = np.empty((n_cells, len(self.fields)), np.int32)
+        numbers = np.empty((n_cells, len(NUMBERS)), np.float32)
         for _, window, mine, place in held.pieces:
-            codes[:, mine] = window.codes_FR[:, place]
-            numbers[:, mine] = window.numbers_FR[:, place]
-        of_field = dict(zip(self.fields, codes, strict=True))
-        prompts = {name: np.zeros(n_cells, np.int32) for name in PROMPTS}
-        perturbation = np.zeros((n_cells, labels.perturbation[0].shape[1]), np.int32)
-        panel, row = np.zeros(n_cells, np.int32), np.empty(n_cells, np.int64)
+            codes[mine] = window.codes_RF[place]
+            numbers[mine] = window.numbers_RF[place]
+        of_field = dict(zip(self.fields, codes.T, strict=True))
+        prompts = {name: np.empty(n_cells, np.int32) for name in PROMPTS}
+        perturbation = np.empty((n_cells, labels.perturbation[0].shape[1]), np.int32)
+        panel, row = np.empty(n_cells, np.int32), np.empty(n_cells, np.int64)
         for number, source in enumerate(self.sources):
-            mine = np.flatnonzero(held.source == number)
+            its: Any = np.flatnonzero(held.source == number) if len(self.sources) > 1 else slice(None)
             which = source.number
             for name in PROMPTS:
-                prompts[name][mine] = labels.prompts[which][name][of_field[name][mine]]
-            perturbation[mine] = labels.perturbation[which][of_field["perturbation"][mine]]
-            panel[mine] = labels.panel[which][of_field["dataset_id"][mine]]
-            row[mine] = source.first_row + held.row[mine]
+                prompts[name][its] = labels.prompts[which][name][of_field[name][its]]
+            perturbation[its] = labels.perturbation[which][of_field["perturbation"][its]]
+            panel[its] = labels.panel[which][of_field["dataset_id"][its]]
+            row[its] = source.first_row + held.row[its]
         return Cells(
             n_cells=n_cells,
             counts={},
@@ -417,7 +438,7 @@ class Stream:
             panel=panel,
             prompts=prompts,
             perturbation=perturbation,
-            numbers={name: numbers[PART_NUMBERS.index(name)] for name in NUMBERS},
+            numbers={name: np.ascontiguousarray(numbers[:, PART_NUMBERS.index(name)]) for name in NUMBERS},
             row=row,
         )
 
@@ -434,7 +455,7 @@ class Stream:
             source = self.sources[key[0]]
             plain_V = np.array([value in ("", "control") for value in source.snapshot.label_values()["perturbation"]])
             own = window.rows()
-            unperturbed_R = plain_V[window.codes_FR[self.fields.index("perturbation")]]
+            unperturbed_R = plain_V[window.codes_RF[:, self.fields.index("perturbation")]]
             unperturbed_R &= ~np.isin(own, source.snapshot.dead - source.part.first_row)
             lane_R = self._lanes(key, window)
             key_RF = match_keys(self.controls, self.fields, window)

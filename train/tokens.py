@@ -2,7 +2,7 @@
 
 Chance is a hash of (seed, step, cell's row, feature), not the state of a generator: the same cell at the same step is
 masked the same way on every machine and at every number of ranks. Imports only torch, numpy and the cells' form; where
-numba is installed, ``train.kernels`` does the same faster for cells of one measurement on CPU.
+numba is installed, ``train.kernels`` does the same faster for whole counts on CPU.
 
 Shape letters used in this module:
     C  cells      L  tokens of a cell, padded      N  non-zeros of all cells      M  measurements      T  targets
@@ -11,7 +11,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -83,6 +83,20 @@ class Tokens:
     number_CF: Tensor
     row_C: Tensor
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Tokens:
+        """Return these tokens on a device; from pinned memory, without waiting, if ``non_blocking``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Tokens:
+        """Return these tokens in memory from which a GPU copies by itself."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
+
     @property
     def valid_CL(self) -> Tensor:  # noqa: N802
         """Which tokens are there."""
@@ -94,7 +108,7 @@ class Tokens:
         if len(self.firsts) == 1:
             return torch.zeros_like(self.feature_CL)
         borders = torch.tensor(self.firsts[1:], dtype=self.feature_CL.dtype, device=self.feature_CL.device)
-        return torch.bucketize(self.feature_CL, borders, right=True, out_int32=True)
+        return torch.bucketize(self.feature_CL.contiguous(), borders, right=True, out_int32=True)
 
 
 def _mixed(key: Tensor, salts: Sequence[int]) -> Tensor:
@@ -190,11 +204,11 @@ def make_tokens(
     device = device or torch.device("cpu")
     seen = seen or cells
     plain = settings.values == "log1p"
-    if plain and kernels is not None and device.type == "cpu" and len(seen.counts) == 1 and len(offsets) == 1:
-        ((name, part),) = seen.counts.items()
-        if part.counts.dtype.kind == "u":
-            everything = np.arange(cells.n_cells)
-            return fast_tokens([(part.spans, everything)], seen.measured[name], cells, offsets[name], settings, chance)
+    whole = all(part.counts.dtype.kind == "u" for part in seen.counts.values())
+    if kernels is not None and device.type == "cpu" and whole:
+        everything = np.arange(cells.n_cells)
+        spans = {name: [(part.spans, everything)] for name, part in seen.counts.items()}
+        return fast_tokens(spans, seen.measured, cells, offsets, settings, chance, factors=factors)
     row_C = torch.from_numpy(cells.row).to(device)
     parts, depths, measured = [], [], []
     for number, name in enumerate(offsets):
@@ -250,62 +264,80 @@ def _hidden(drawn: Any, settings: TokenSettings) -> Any:
 
 
 def fast_tokens(
-    parts: Sequence[tuple[Spans, NDArray[np.int64]]],
-    measured_C: NDArray[np.bool_],
+    parts: dict[str, list[tuple[Spans, NDArray[np.int64]]]],
+    measured: dict[str, NDArray[np.bool_]],
     cells: Cells,
-    offset: int,
+    offsets: dict[str, int],
     settings: TokenSettings,
     chance: tuple[int, int] | None,
     empty: Callable[[int, type[np.generic]], NDArray[Any]] = np.empty,
+    factors: Tensor | None = None,
 ) -> Tokens:
-    """Write cells of one measurement of whole counts as tokens on CPU; equal to :func:`make_tokens`.
+    """Write cells of whole counts as tokens on CPU; equal to :func:`make_tokens`.
 
     Args:
-        parts: The cells' counts, in one or several buffers, and each cell's place in the batch.
-        measured_C: Was the cell measured at all?
+        parts: Measurement to the cells' counts, in one or several buffers, and each cell's place in the batch.
+        measured: Measurement to which cells were measured at all.
         cells: What is said of the cells; their ``counts`` are not looked at.
-        offset: Number of the measurement's first feature.
+        offsets: Measurement to the number of its first feature.
         settings: Budget and chances.
         chance: As for :func:`make_tokens`.
         empty: Gives room for a number of values of a type.
+        factors: As for :func:`make_tokens`.
     """
     row_C = torch.from_numpy(cells.row)
-    shown_C, key_C = measured_C, np.zeros(cells.n_cells, np.uint32)
-    hidden_C = key_C
-    if chance is not None:
-        mixed = _mixed(row_C, chance_salts(chance, (0, 1, KEY)))
-        shown_C = shown_C & (_unit(mixed[0]).numpy() >= settings.drop_measurement)
-        hidden_C = _hidden(_unit(mixed[1]).numpy(), settings).astype(np.uint32)
-        key_C = _high(mixed[2]).numpy().astype(np.uint32)
-    longest = max((int(spans.lengths.max(initial=0)) for spans, _ in parts), default=0)
-    width = max(1, min(settings.budget, longest))
+    shown: dict[str, NDArray[np.bool_]] = {}
+    hidden: dict[str, NDArray[np.uint32]] = {}
+    key_C = np.zeros(cells.n_cells, np.uint32)
+    for number, name in enumerate(offsets):
+        shown[name] = measured[name] if name in parts else np.zeros(cells.n_cells, bool)
+        hidden[name] = np.zeros(cells.n_cells, np.uint32)
+        if chance is not None:
+            mixed = _mixed(row_C, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
+            shown[name] = shown[name] & (_unit(mixed[0]).numpy() >= settings.drop_measurement)
+            hidden[name] = _hidden(_unit(mixed[1]).numpy(), settings).astype(np.uint32)
+            key_C = _high(mixed[2]).numpy().astype(np.uint32)
+    lengths_C = np.zeros(cells.n_cells, np.int64)
+    for name in parts:
+        for spans, place_C in parts[name]:
+            lengths_C[place_C] += spans.lengths * shown[name][place_C]
+    width = max(1, min(settings.budget, int(lengths_C.max(initial=0))))
     feature_CL = empty(cells.n_cells * width, np.int32).reshape(cells.n_cells, width)
     value_CL = empty(cells.n_cells * width, np.float32).reshape(cells.n_cells, width)
-    width_C, depth_C = np.zeros(cells.n_cells, np.int32), np.zeros(cells.n_cells, np.float32)
-    for spans, place_C in parts:
-        kernels.tokens_of_one(
-            spans.starts,
-            np.where(shown_C[place_C], spans.lengths, 0),
-            spans.features,
-            spans.counts,
-            key_C[place_C],
-            hidden_C[place_C],
-            chance is not None,
-            offset,
-            SCALE,
-            place_C,
-            feature_CL,
-            value_CL,
-            width_C,
-            depth_C,
-        )
+    width_C = np.zeros(cells.n_cells, np.int32)
+    depths = {name: np.zeros(cells.n_cells, np.float32) for name in offsets}
+    one = len(offsets) == 1 and settings.values == "log1p"
+    first_C = np.cumsum(lengths_C) - lengths_C
+    room = 0 if one else int(lengths_C.sum()) + 1
+    fill_C, found = first_C.copy(), [empty(room, kind) for kind in (np.int32, np.float32, np.uint32)]
+    divisors = np.empty(0, np.float32) if factors is None else factors.numpy().astype(np.float32)
+    for name, offset in offsets.items():
+        for spans, place_C in parts.get(name, ()):
+            these = (
+                spans.starts,
+                np.where(shown[name][place_C], spans.lengths, 0),
+                spans.features,
+                spans.counts,
+                key_C[place_C],
+                hidden[name][place_C],
+                chance is not None,
+                offset,
+                SCALE,
+            )
+            if one:
+                kernels.tokens_of_one(*these, place_C, feature_CL, value_CL, width_C, depths[name])
+            else:
+                kind = {"log1p": kernels.LOG1P, "bins": kernels.BINS, "rank": kernels.RANK}[settings.values]
+                kernels.candidates(*these, kind, settings.bins, divisors, place_C, fill_C, *found, depths[name])
+    if not one:
+        kernels.choose_tokens(first_C, fill_C, *found, settings.values == "rank", (feature_CL, value_CL, width_C))
     widest = max(1, int(width_C.max(initial=0)))
     return Tokens(
         torch.from_numpy(feature_CL)[:, :widest],
         torch.from_numpy(value_CL)[:, :widest],
-        (offset,),
-        torch.from_numpy(np.log1p(depth_C))[:, None],
-        torch.from_numpy(shown_C)[:, None],
+        tuple(offsets.values()),
+        torch.from_numpy(np.log1p(np.stack(list(depths.values()), axis=1))),
+        torch.from_numpy(np.stack(list(shown.values()), axis=1)),
         *_prompts(cells, row_C, chance, settings, torch.device("cpu")),
         row_C=row_C,
     )

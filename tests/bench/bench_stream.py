@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from train.plan import SamplePlan  # noqa: E402
 EPOCHS = {"tiledbsoma_ml": 1, "scdataset": 2, "annbatch": 2, "warm": 10, "warm tokenized": 6, "memmap": 10}
 SETTINGS = ("256 16", "1024 16", "512 32", "64 64")
 """annbatch's rows of a chunk and chunks of a buffer; the best of them is told."""
+LATENCIES = (0, 20, 50, 100)
+"""Milliseconds that each answer of the S3 server takes; it shares the machine's cores."""
 PLATES = 14
 
 
@@ -116,7 +119,7 @@ def entropy_of(plan: SamplePlan, plate_of_row: Any, world: int, steps: int = 400
     ideal_order = rng.permutation(plan.n_rows)
     found, ideal = [], []
     for step in range(min(steps, plan.steps_per_epoch - 1)):
-        found.extend(_entropy(plate_of_row[plan.share(step, rank, world)]) for rank in range(world))
+        found.extend(_entropy(plate_of_row[plan.share(step, rank, world).row]) for rank in range(world))
         rows = ideal_order[step * plan.global_batch : (step + 1) * plan.global_batch]
         ideal.extend(_entropy(plate_of_row[rows[rank::world]]) for rank in range(world))
     return float(np.mean(found) / np.mean(ideal))
@@ -132,9 +135,9 @@ def shuffle_quality(snapshot: Snapshot) -> dict[str, float]:
     """Measure how well cells are mixed that lie in the lake sorted by plate."""
     joinid = snapshot.cells(["soma_joinid"])["soma_joinid"].to_numpy()
     plate = (joinid * PLATES // len(joinid)).astype(np.int64)
-    plan = SamplePlan(len(joinid), 256, 0, 2048, 4)
+    plan = SamplePlan.of(len(joinid), 256, 0, 2048, 4)
     steps = plan.steps_per_epoch
-    orders = [np.concatenate([plan.batch(epoch * steps + step) for step in range(steps)]) for epoch in range(21)]
+    orders = [np.concatenate([plan.batch(epoch * steps + step).row for step in range(steps)]) for epoch in range(21)]
     places = [np.argsort(order) for order in orders]
     alike = [np.corrcoef(one, other)[0, 1] for one, other in pairwise(places)]
     return {
@@ -162,7 +165,14 @@ def main() -> None:
     warm_up = our_contender("tokenized", places)  # compiles the loops, once on a machine
     warm_up.one_pass("1")
     warm_up.close()
-    rates = run_all(contenders(folder, places, options.peers_python), options.repeat)
+    stores = {latency: SlowStore(folder, latency) for latency in LATENCIES}
+    remote = {"lake": f"s3://{folder.name}/{Path(places['lake']).name}"}
+    found = contenders(folder, places, options.peers_python)
+    for latency, store in stores.items():
+        found.append((f"s3, {latency} ms", our_contender("tokenized", remote, environment=store.words), "4"))
+    rates = run_all(found, options.repeat)
+    for store in stores.values():
+        store.close()
     scale = {options.cells: rates["tokenized"]["cells_s"]}
     for cells in [int(word) for word in options.scale.split(",") if word]:
         one = our_contender("tokenized", prepare(folder, cells))
@@ -175,11 +185,37 @@ def main() -> None:
     print(json.dumps(answer))
 
 
-def our_contender(name: str, places: dict[str, str], python_path: str = "") -> Contender:
+class SlowStore:
+    """A server that hands out the benchmark's folder as S3, each answer after a while."""
+
+    def __init__(self, folder: Path, milliseconds: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "slow_s3.py"), str(folder.parent), str(milliseconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.words = [
+            f"AWS_ENDPOINT_URL=http://127.0.0.1:{self.process.stdout.readline().strip()}",
+            *("AWS_ACCESS_KEY_ID=bench", "AWS_SECRET_ACCESS_KEY=bench", "AWS_DEFAULT_REGION=us-east-1"),
+        ]
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def our_contender(
+    name: str, places: dict[str, str], python_path: str = "", environment: Sequence[str] = ()
+) -> Contender:
     """Start a contender of this environment."""
     command = [
         "env",
         f"PYTHONPATH={python_path}",
+        *environment,
         sys.executable,
         str(HERE / "stream_rate.py"),
         name,
@@ -195,6 +231,7 @@ def contenders(folder: Path, places: dict[str, str], peers_python: str | None) -
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(beside), "scdataset==0.3.0"]
         subprocess.run(pip, check=True)
     names = ["tokenized", "ragged", "warm", "warm tokenized", "ragged, one thread", "tokenized, one thread"]
+    names += ["ranked"]
     names += ["sequential_decode", "memmap", "tiledbsoma_ml", "scdataset"]
     found = [(name, our_contender(name, places, str(beside)), str(EPOCHS.get(name, 4))) for name in names]
     peers = peers_environment(folder, peers_python)
@@ -266,6 +303,12 @@ def summary(
         "tokens_s": round(rates["tokenized"]["tokens_s"]),
         "first_batch_s": round(rates["tokenized"]["first_batch_s"], 2),
         "rss_mb": round(rates["tokenized"]["rss_mb"]),
+        "consumer_waits": round(rates["tokenized"]["waited"], 3),
+        "s3": {str(latency): round(speed[f"s3, {latency} ms"]) for latency in LATENCIES},
+        "s3_50_ms_over_local": round(speed["s3, 50 ms"] / speed["tokenized"], 2),
+        "s3_50_ms_over_s3_without_latency": round(speed["s3, 50 ms"] / speed["s3, 0 ms"], 2),
+        "s3_50_ms_first_batch_s": round(rates["s3, 50 ms"]["first_batch_s"], 2),
+        "ranks": round(speed["ranked"]),
         "one_thread": {name: round(speed[f"{name}, one thread"]) for name in ("ragged", "tokenized")},
         "scale": {str(size): round(rate) for size, rate in sorted(scale.items())},
         "size_mb": {
@@ -288,7 +331,7 @@ def draw(folder: Path, rates: dict[str, dict[str, float]], scale: dict[int, floa
     folder.mkdir(parents=True, exist_ok=True)
     shown = sorted(((rate["cells_s"], name, rate["low"], rate["high"]) for name, rate in rates.items()))
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.2), layout="constrained")
-    ours = ("tokenized", "ragged", "warm")
+    ours = ("tokenized", "ragged", "warm", "ranked", "s3")
     colours = ["#2a6f97" if name.startswith(ours) else "#b0b0b0" for _, name, _, _ in shown]
     error = [[speed - low for speed, _, low, _ in shown], [high - speed for speed, _, _, high in shown]]
     bars = axes.barh([name for _, name, _, _ in shown], [speed for speed, *_ in shown], xerr=error, color=colours)

@@ -22,13 +22,13 @@ BATCH = 256
 BUDGET = 2048
 
 
-def _stream(places: dict[str, str], *, tokens: bool, **words: Any) -> Any:
+def _stream(places: dict[str, str], *, tokens: bool, values: Any = "log1p", **words: Any) -> Any:
     from store.snapshot import open_snapshot
     from train.stream import Stream
     from train.tokens import TokenSettings
 
     # every token of a cell up to the budget, by chance: what is hidden would be work that is not done
-    settings = TokenSettings(budget=BUDGET, hide=(0.0, 0.0), drop_measurement=0.0)
+    settings = TokenSettings(budget=BUDGET, hide=(0.0, 0.0), drop_measurement=0.0, values=values)
     snapshot = open_snapshot(places["lake"], "bench")
     return Stream(snapshot, batch=BATCH, tokens=settings if tokens else None, **words)
 
@@ -53,23 +53,23 @@ def _sequential(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int, i
     """Decode the snapshot's arrays from the first to the last row in two threads, and look at nothing."""
     from store.snapshot import open_snapshot
 
-    snapshot = open_snapshot(places["lake"], "bench")
-    indptr = snapshot.indptr("RNA", 0, snapshot.n_cells)
+    part = open_snapshot(places["lake"], "bench").parts[0]
+    indptr = part.indptr("RNA", 0, part.n_rows)
     room = int(np.diff(indptr[::1024]).max(initial=0)) * 2
-    free = [[np.zeros(room, snapshot.dtype("RNA", name)) for name in ("features", "counts")] for _ in range(2)]
+    free = [[np.zeros(room, part.dtype("RNA", name)) for name in ("features", "counts")] for _ in range(2)]
 
     def read(start: int) -> tuple[int, int]:
-        stop = min(start + 1024, snapshot.n_cells)
+        stop = min(start + 1024, part.n_rows)
         first, size = int(indptr[start]), int(indptr[stop] - indptr[start])
         room = free.pop()
-        snapshot.read_into("RNA", first, *(part[:size] for part in room))
+        part.read_into("RNA", first, *(buffer[:size] for buffer in room))
         free.append(room)
         return stop - start, 0
 
     def one_pass(n_epochs: int) -> Iterator[tuple[int, int]]:
         with ThreadPoolExecutor(2) as threads:
             for _ in range(n_epochs):
-                yield from threads.map(read, range(0, snapshot.n_cells, 1024))
+                yield from threads.map(read, range(0, part.n_rows, 1024))
 
     return one_pass
 
@@ -80,14 +80,14 @@ def _memmap(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int, int]]
     from train import kernels
 
     snapshot, folder = open_snapshot(places["lake"], "bench"), Path(places["memmap"])
-    indptr = snapshot.indptr("RNA", 0, snapshot.n_cells)
+    indptr = snapshot.parts[0].indptr("RNA", 0, snapshot.n_cells)
     if not folder.exists():
         folder.mkdir(parents=True)
         block = snapshot.block("RNA", 0, snapshot.n_cells)
         block.features.tofile(folder / "features")
         block.counts.tofile(folder / "counts")
         del block
-    mapped = [np.memmap(folder / name, snapshot.dtype("RNA", name), "r") for name in ("features", "counts")]
+    mapped = [np.memmap(folder / name, snapshot.parts[0].dtype("RNA", name), "r") for name in ("features", "counts")]
     rng = np.random.default_rng(0)
     room = int(np.diff(indptr).max()) * BATCH
     free = [[np.zeros(room, part.dtype) for part in mapped] for _ in range(2)]
@@ -159,6 +159,7 @@ def _scdataset(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int, in
 KINDS: dict[str, Callable[[dict[str, str]], Callable[[int], Iterator[tuple[int, int]]]]] = {
     "tokenized": lambda places: _ours(places, tokens=True),
     "ragged": _ours,
+    "ranked": lambda places: _ours(places, tokens=True, values="rank"),
     "ragged, one thread": lambda places: _ours(places, threads=1),
     "tokenized, one thread": lambda places: _ours(places, tokens=True, threads=1),
     "warm": lambda places: _ours(places, cache=places["cache"]),
