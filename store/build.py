@@ -21,17 +21,16 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import tiledb
-import tiledbsoma
 from numpy.typing import NDArray
 
-from store import fragments, records, schema, snapshot
+from store import records, schema, snapshot
 from store.cluster import Tasks
-from store.context import soma_context, storage, tiledb_context
+from store.context import storage
 from store.errors import UsageError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
-from store.part import CELLS_SCHEMA, CODED, FIELDS, NUMBERS
+from store.order import order_of, units_of
+from store.part import CODED
 from store.shuffle import (
     Bucket,
     Chunk,
@@ -44,6 +43,7 @@ from store.shuffle import (
     scatter,
     scatter_record,
 )
+from store.snapshot_arrays import FORMAT, Contents, VarRow, array_uris, create_arrays, tidy, vocabulary_hash
 from store.snapshot_card import write_card
 from store.splits import SnapshotSettings, draw_splits
 
@@ -54,12 +54,6 @@ ELEMENTS = 2**24
 """Values that a task moves, about; it needs some 60 bytes of memory for each."""
 MANY_ELEMENTS = 2**33
 """From so many values on, tasks move four times as many: the number of reads of spill files falls by sixteen."""
-TILE_ELEMENTS = 2**18
-ROW_TILE = 2**14
-MANY_FRAGMENTS = 2
-
-VarRow = tuple[str, str, str, int]
-"""feature_id, feature_name, organism, joinid in the lake."""
 
 
 def work_folder(lake_uri: str, name: str) -> str:
@@ -92,7 +86,7 @@ def build(
         ConflictError: Another process builds it now.
     """
     work = work_folder(lake.uri, name)
-    wanted = {"settings": settings.model_dump(mode="json"), "base": base.id if base else "", "format": snapshot.FORMAT}
+    wanted = {"settings": settings.model_dump(mode="json"), "base": base.id if base else "", "format": FORMAT}
     locks = records.join(lake.uri, records.FOLDER, "building-locks", name)
     lock = WriterLock(lake.uri, locks, f"snapshot {name!r}")
     with storage(lake.uri):
@@ -148,14 +142,16 @@ class _Build:
         split_C = draw_splits(cells, settings)
         organism_C = _dictionary(cells["organism"])[1]
         joinid_C = cells["soma_joinid"].to_numpy()
-        self.dead = np.empty(0, np.int64)
+        self.dead, fresh = np.empty(0, np.int64), np.arange(cells.num_rows)
         if base is not None:
             fresh, self.dead = _difference(base, self.organisms, self.splits, organism_C, joinid_C, split_C)
             organism_C, joinid_C, split_C = organism_C[fresh], joinid_C[fresh], split_C[fresh]
         self.organism_C, self.joinid_C, self.split_C = organism_C, joinid_C, split_C
         self.n_rows = len(joinid_C)
         number = len(base.parts) if base else 0
-        self.row_C, self.split_rows = _order(split_C, self.splits, settings.seed, number)
+        self.row_C, self.split_rows, self.set_starts = order_of(
+            split_C, self.splits, [settings.seed, number], units_of(cells, settings, fresh), settings.set_size
+        )
         self.size_C, self.per_cell = _sizes(lake, self.organisms, self.measurements, organism_C, joinid_C)
         total = float(self.size_C.sum())
         self.elements = ELEMENTS if total < MANY_ELEMENTS else 4 * ELEMENTS
@@ -173,11 +169,14 @@ class _Build:
         made = records.join(self.work, "arrays.json")
         if records.read(made) is None:
             records.remove(self.uri)
-            self._create_arrays(common)
+            contents = Contents(
+                self.measurements, self.var, self.labels, self.splits, {"dead": self.dead, "sets": self.set_starts}
+            )
+            create_arrays(self.lake, self.uri, common, contents)
             records.create(made, {})
         sums = self._gather(common, spilled)
-        for member in _array_uris(self.uri, self.measurements):
-            _tidy(member)
+        for member in array_uris(self.uri, self.measurements):
+            tidy(member)
         self._write_manifest(common, sums)
 
     # ------------------------------------------------------------------------------------------------------ pass 1
@@ -283,39 +282,6 @@ class _Build:
                     held[split] = held.get(split, 0) + n_cells
         return counts
 
-    # ------------------------------------------------------------------------------------------------------ arrays
-    def _create_arrays(self, common: Gather) -> None:
-        with tiledbsoma.Collection.create(self.uri, context=soma_context()) as root:
-            root.metadata["somaflow_snapshot_format"] = snapshot.FORMAT
-            for name in self.measurements:
-                member = root.add_new_collection(name)
-                nnz = int(common.starts[name][-1])
-                _new_vector(member, "indptr", "int64", self.n_rows + 1, tile=ROW_TILE).write(
-                    (slice(0, 0),), pa.Tensor.from_numpy(np.zeros(1, np.int64))
-                )
-                _new_vector(member, "features", common.kinds[name][0], nnz, quick=True)
-                _new_vector(member, "counts", common.kinds[name][1], nnz)
-                _write_vocabulary(member, self.var[name])
-                _write_presence(self.lake, member, name, self.var[name], list(self.labels["dataset_id"]))
-            for member, kind, lines in (("codes", "int32", len(FIELDS)), ("numbers", "float32", len(NUMBERS))):
-                root.add_new_dense_ndarray(
-                    member,
-                    type=pa.from_numpy_dtype(np.dtype(kind)),
-                    shape=(lines, max(1, self.n_rows)),
-                    platform_config=schema.lines_options(ROW_TILE),
-                )
-            root.add_new_dataframe(
-                "cells",
-                schema=CELLS_SCHEMA,
-                index_column_names=["row"],
-                domain=[(0, max(0, self.n_rows - 1))],
-                platform_config=schema.table_options(CELLS_SCHEMA, index="row"),
-            )
-            _write_labels(root, self.labels, self.splits)
-            if len(self.dead):
-                vector = _new_vector(root, "dead", "int64", len(self.dead), tile=ROW_TILE)
-                vector.write((slice(0, len(self.dead) - 1),), pa.Tensor.from_numpy(self.dead))
-
     # ------------------------------------------------------------------------------------------------------ pass 2
     def _gather(self, common: Gather, spilled: list[Spilled]) -> dict[str, list[str]]:
         n_buckets = -(-self.n_rows // self.bucket_rows)
@@ -345,6 +311,7 @@ class _Build:
                 name: {"n_features": len(self.var[name]), "nnz": int(common.starts[name][-1])}
                 for name in self.measurements
             },
+            "n_sets": max(0, len(self.set_starts) - 1),
             "checksums": hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest(),
         }
         part["id"] = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
@@ -364,7 +331,7 @@ class _Build:
             for name, rows in self.var.items()
         }
         manifest: dict[str, Any] = {
-            "format": snapshot.FORMAT,
+            "format": FORMAT,
             "name": self.name,
             "n_cells": sum(splits.values()),
             "n_dead": len(self.dead),
@@ -397,7 +364,8 @@ def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
     """Return joinid, organism (as a dictionary), what splits look at and what was measured, in lake order."""
     organisms = settings.organisms or tuple(lake.organisms)
     measured = (schema.measured_column(name) for name in schema.MEASUREMENTS)
-    wanted = ["soma_joinid", *settings.split_columns, *measured]
+    sets = (*settings.set_by, "x", "y") if settings.set_size else ()
+    wanted = list(dict.fromkeys(["soma_joinid", *settings.split_columns, *sets, *measured]))
     parts = []
     for organism in organisms:
         table = lake.obs(organism, settings.where, wanted)
@@ -490,21 +458,6 @@ def _difference(
     return np.flatnonzero(fresh), np.flatnonzero(~alive).astype(np.int64)
 
 
-def _order(
-    split_C: NDArray[np.int8], splits: tuple[str, ...], seed: int, part: int
-) -> tuple[NDArray[np.int64], dict[str, tuple[int, int]]]:
-    """Return the row of each cell, shuffled within each split, and the rows (first, behind the last) of each split.
-
-    A split's rows lie together, so that streaming it reads nothing else.
-    """
-    shuffled = np.random.default_rng([seed, part]).permutation(len(split_C))
-    order = shuffled[np.argsort(split_C[shuffled], kind="stable")]
-    row_C = np.empty(len(order), np.int64)
-    row_C[order] = np.arange(len(order))
-    ends = np.cumsum(np.bincount(split_C, minlength=len(splits))).tolist()
-    return row_C, {name: (start, end) for name, start, end in zip(splits, [0, *ends], ends, strict=False)}
-
-
 def _sizes(
     lake: Lake,
     organisms: list[str],
@@ -527,113 +480,3 @@ def _sizes(
             size_C[mine] += np.divide(held, n_obs).astype(np.float32)[of]
             per_cell[organism, name] = max(np.divide(held, n_obs), default=0.0)
     return size_C, per_cell
-
-
-def vocabulary_hash(measurement: str, feature_ids: list[str], organisms: list[str]) -> str:
-    """Digest a vocabulary: the same features of the same organisms in the same order give the same hash."""
-    return hashlib.sha256(json.dumps([measurement, feature_ids, organisms]).encode()).hexdigest()
-
-
-def _array_uris(uri: str, measurements: list[str]) -> list[str]:
-    vectors = [records.join(uri, name, member) for name in measurements for member in ("indptr", "features", "counts")]
-    return [*vectors, *(records.join(uri, member) for member in ("codes", "numbers", "cells"))]
-
-
-def _tidy(uri: str) -> None:
-    """Remove what tasks that were killed wrote once more or by half, and merge the fragments' footers if many."""
-    newest: dict[str, tuple[int, str]] = {}
-    found = tiledb.array_fragments(uri, ctx=tiledb_context())
-    for fragment in found:
-        name = fragment.uri.rstrip("/").rsplit("/", 1)[-1]
-        key, mark = repr(fragment.nonempty_domain), (fragment.timestamp_range[1], name)
-        newest[key] = max(newest.get(key, mark), mark)
-    kept = {name for _, name in newest.values()}
-    extra = [item.name for item in fragments.fragments(uri) if item.name not in kept]
-    fragments.remove_fragments(uri, extra)
-    if len(kept) > MANY_FRAGMENTS:
-        fragments.consolidate(uri, ("fragment_meta", "commits"))
-
-
-def _new_vector(
-    member: Any, name: str, kind: str, length: int, tile: int = TILE_ELEMENTS, *, quick: bool = False
-) -> Any:
-    return member.add_new_dense_ndarray(
-        name,
-        type=pa.from_numpy_dtype(np.dtype(kind)),
-        shape=(max(1, length),),
-        platform_config=schema.vector_options(tile, np.dtype(kind).itemsize, quick=quick),
-    )
-
-
-def _write_vocabulary(member: Any, var: list[VarRow]) -> None:
-    columns = pa.schema(
-        [("soma_joinid", pa.int64())]
-        + [(name, pa.large_string()) for name in ("feature_id", "feature_name", "organism")]
-        + [("lake_joinid", pa.int64())]
-    )
-    rows = [list(column) for column in zip(*var, strict=True)] or [[], [], [], []]
-    _write_frame(member, "var", columns, [list(range(len(var))), *rows])
-
-
-def _write_labels(root: Any, labels: dict[str, dict[str, dict[str, int]]], splits: tuple[str, ...]) -> None:
-    columns = pa.schema(
-        [("soma_joinid", pa.int64()), ("field", pa.large_string()), ("code", pa.int64())]
-        + [(name, pa.large_string()) for name in ("value", "split")]
-        + [("n_cells", pa.int64())]
-    )
-    rows = [
-        (field, code, value, split, of.get(split, 0))
-        for field, by in labels.items()
-        for code, (value, of) in enumerate(by.items())
-        for split in splits
-    ]
-    _write_frame(
-        root, "labels", columns, [list(range(len(rows))), *(list(column) for column in zip(*rows, strict=True))]
-    )
-
-
-def _write_frame(member: Any, name: str, columns: pa.Schema, values: list[list[Any]]) -> None:
-    frame = member.add_new_dataframe(
-        name,
-        schema=columns,
-        index_column_names=["soma_joinid"],
-        domain=[(0, max(0, len(values[0]) - 1))],
-        platform_config=schema.table_options(columns),
-    )
-    frame.write(pa.table([pa.array(v, t.type) for v, t in zip(values, columns, strict=True)], schema=columns))
-
-
-def _write_presence(lake: Lake, member: Any, measurement: str, var: list[VarRow], datasets: list[str]) -> None:
-    array = member.add_new_sparse_ndarray(
-        "presence",
-        type=pa.bool_(),
-        shape=(max(1, len(datasets)), max(1, len(var))),
-        platform_config=schema.counts_options(),
-    )
-    joinid_of = {
-        commit.dataset["dataset_id"]: (commit.dataset["organism"], commit.dataset["dataset_joinid"])
-        for commit in lake.current
-    }
-    rows, columns = [], []
-    for organism in dict.fromkeys(row[2] for row in var):
-        if organism not in lake.organisms or measurement not in lake.measurements(organism):
-            continue
-        positions = np.array([number for number, row in enumerate(var) if row[2] == organism])
-        joinids = np.array([var[number][3] for number in positions])
-        matrix = lake.presence(organism, measurement)
-        for row, dataset in enumerate(datasets):
-            if joinid_of.get(dataset, ("", 0))[0] == organism:
-                measured = np.asarray(matrix[joinid_of[dataset][1]].todense()).ravel()[joinids]
-                rows.append(np.full(int(measured.sum()), row, dtype=np.int64))
-                columns.append(positions[measured])
-    if rows and sum(map(len, rows)):
-        joined = np.concatenate(rows)
-        array.write(
-            pa.table(
-                {
-                    "soma_dim_0": joined,
-                    "soma_dim_1": np.concatenate(columns).astype(np.int64),
-                    "soma_data": np.ones(len(joined), dtype=bool),
-                }
-            )
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,23 @@ class Part:
         """Name the arrays from which these measurements are read, for ``warm``."""
         names = [name for name in measurements if name in self.measurements]
         return [("codes",), ("numbers",), *((name, one) for name in names for one in ("indptr", "features", "counts"))]
+
+    @cached_property
+    def set_starts(self) -> NDArray[np.int64]:
+        """Where each set of rows begins, and where the last one ends.
+
+        Raises:
+            UsageError: The part was not made of sets.
+        """
+        n_sets = self.entry.get("n_sets", 0)
+        if not n_sets:
+            raise UsageError(
+                f"{self.uri}: has no sets; make a snapshot that has: python -m store snapshot create NAME "
+                '--set set_size=32 --set \'set_by=["dataset_id", "sample_id"]\''
+            )
+        starts = np.empty(n_sets + 1, np.int64)
+        self._read(("sets",), [(0, n_sets)], starts)
+        return starts
 
     def warm(self, array: tuple[str, ...]) -> None:
         """Open one array ahead of its use."""

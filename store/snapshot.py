@@ -7,6 +7,7 @@
         codes, numbers                    DenseNDArrays, field x row: the labels as numbers, for training
         labels                            DataFrame: field, code -> value, and how many cells of each split have it
         dead                              DenseNDArray: rows of earlier parts that the lake no longer holds, if any
+        sets                              DenseNDArray: where each set of rows begins, and the end, if there are sets
         <measurement>/                    SOMA Collection, the same rows in the same order in each
             indptr, features, counts      one-dimensional DenseNDArrays: a ragged CSR
             var                           DataFrame: position -> feature_id, feature_name, organism
@@ -43,11 +44,11 @@ from store.context import soma_context
 from store.errors import MissingError, UsageError
 from store.lake import open_lake
 from store.part import CODED, LABELS, Part
+from store.snapshot_arrays import FORMAT
 from store.splits import SnapshotSettings
 
 __all__ = ["LABELS", "Snapshot", "SnapshotSettings", "create_snapshot", "open_snapshot", "refresh_snapshot"]
 
-FORMAT = 3
 MANIFEST = "snapshot.json"
 CARD = "card.md"
 SCANNED_ROWS = 2**20

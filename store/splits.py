@@ -41,14 +41,19 @@ class SnapshotSettings(Settings):
 
     assign: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)
     """Split to obs column to values: cells that have one of them go to this split, whatever was drawn."""
+    set_size: int = Field(default=0, ge=0)
+    """Cells of a set: sets are shuffled, and the cells of one lie together; 0 shuffles cell by cell."""
+    set_by: tuple[str, ...] = ("dataset_id", "sample_id")
+    """obs columns in which the cells of a set agree. Those that have a position (x, y) are neighbours: a niche."""
     apart: tuple[str, ...] = ()
     """obs columns of which no value may be in two splits, beside ``split_by``; the snapshot is refused if one is."""
 
     @model_validator(mode="after")
     def _columns_and_splits_exist(self) -> SnapshotSettings:
-        for name in self.split_columns:
+        for name in (*self.split_columns, *self.set_by):
             if name not in LABELS:
-                raise ValueError(f"{name!r} is none of the obs columns that a split may look at: {', '.join(LABELS)}")
+                known = ", ".join(LABELS)
+                raise ValueError(f"{name!r} is none of the obs columns that splits and sets may look at: {known}")
         for split in self.assign:
             if split not in self.fractions:
                 raise ValueError(f"assign.{split}: fractions names no such split; 0 is a fraction too")

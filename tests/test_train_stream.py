@@ -9,16 +9,19 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
-from encoded import add_dataset, encoded_counts
+from encoded import add_dataset, encoded_counts, numbered
 from torch.utils.data import DataLoader
 
 from store.errors import UsageError, VerificationError
+from store.lake import open_lake
 from store.part import Part
+from store.schema import DatasetPlan
 from store.snapshot import Snapshot, SnapshotSettings, create_snapshot, refresh_snapshot
-from store.writer import LakeWriter
+from store.writer import LakeWriter, write_counts
 from train.cells import Cells, Csr
 from train.controls import MatchedControls
 from train.dataset import EpochDataset
@@ -469,3 +472,70 @@ def test_a_dataloader_with_workers_gives_the_same_batches_in_the_same_order(snap
     found = [tokens.feature_CL for tokens in DataLoader(dataset, batch_size=None, num_workers=workers, **words)]
     assert len(found) == len(expected) == len(dataset)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def tissue(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """Two slides of 20 x 20 cells on a grid, in random order, as sets of 16 neighbours; and cells without a place."""
+    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
+    rng = np.random.default_rng(0)
+    with LakeWriter(uri) as writer:
+        for number, name in enumerate(("left", "right")):
+            plan = DatasetPlan(name, "homo_sapiens", f"key-{name}", 400, {"RNA": numbered("RNA", 30)})
+            reservation = writer.reserve(plan)
+            place = rng.permutation(400)
+            obs = pd.DataFrame(
+                {
+                    "cell_id": [f"{name}-{cell}" for cell in range(400)],
+                    "sample_id": name,
+                    "x": place % 20 * 1.5,
+                    "y": place // 20 * 1.5,
+                }
+            )
+            block = write_counts(reservation, "RNA", 0, encoded_counts(1000 * number, 400, 30))
+            writer.commit(reservation, obs, [block])
+        add_dataset(writer, "loose", 70, {"RNA": 30})
+    return create_snapshot(uri, "sets", SnapshotSettings(set_size=16, set_by=("dataset_id",), seed=4))
+
+
+@pytest.mark.parametrize(("lanes", "world"), [(1, 1), (1, 3), (4, 4)])
+def test_sets_come_whole_once_an_epoch_and_are_niches(tissue: Snapshot, lanes: int, world: int) -> None:
+    table = tissue.cells().to_pandas()
+    lake = open_lake(tissue.lake_uri)
+    places = lake.obs("homo_sapiens", None, ["soma_joinid", "x", "y"]).to_pandas().set_index("soma_joinid")
+    seen: list[int] = []
+    sizes = []
+    for rank in range(world):
+        made = Stream(tissue, batch=8, block=64, window=4, lanes=lanes, sets=True)
+        for cells in made.epoch(1, rank=rank, world=world):
+            assert cells.set_C is not None
+            seen += cells.row.tolist()
+            for number in np.unique(cells.set_C):
+                rows = cells.row[cells.set_C == number]
+                assert (np.diff(rows) == 1).all()
+                lines = table.iloc[rows]
+                assert lines["dataset_id"].nunique() == 1
+                sizes.append(len(rows))
+                if lines["dataset_id"].iloc[0] != "loose":
+                    where = places.loc[lines["soma_joinid"]].to_numpy()
+                    extent = where.max(axis=0) - where.min(axis=0)
+                    sizes[-1] = len(rows) if extent.max() <= 21 else -1
+            for number, row in enumerate(cells.row):
+                line = table.iloc[row]
+                cell = int(line["cell_id"].rsplit("-", 1)[1]) + 1000 * (line["dataset_id"] == "right")
+                ids = [int(name.removeprefix("RNA")) for name in tissue.vocabulary("RNA")["feature_id"].to_pylist()]
+                assert (dense(cells.counts["RNA"], number, 30) == encoded_counts(cell, 1, 30).toarray()[0][ids]).all()
+                break
+    assert sorted(seen) == np.flatnonzero(table["split"] == "train").tolist()
+    assert sizes.count(16) > 0.85 * len(sizes)
+    random_extent = places.iloc[:400].to_numpy()[:16]
+    assert (random_extent.max(axis=0) - random_extent.min(axis=0)).max() > 21
+
+
+def test_sets_need_a_snapshot_of_sets_and_come_ragged(snapshot: Snapshot, tissue: Snapshot) -> None:
+    with pytest.raises(UsageError, match=r"has no sets; make a snapshot that has: .* set_size=32"):
+        Stream(snapshot, batch=4, sets=True)
+    with pytest.raises(UsageError, match="ragged batches and without weights"):
+        Stream(tissue, batch=4, sets=True, tokens=TOKENS)
+    alone = [cells.row.tolist() for cells in Stream(tissue, batch=32, block=64).epoch(0)]
+    assert sorted(chain.from_iterable(alone)) == list(range(tissue.splits["train"]))

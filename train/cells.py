@@ -87,6 +87,7 @@ class Cells:
         numbers: Name of ``NUMBERS`` to [C]; NaN is "not said".
         row: [C] a number that stays with the cell (its row in the snapshot), so that chance can depend on it.
         controls: The cells' matched controls, where they were asked for.
+        set_C: The number within the batch of each cell's set; None where cells come singly.
     """
 
     n_cells: int
@@ -98,6 +99,7 @@ class Cells:
     numbers: dict[str, NDArray[np.float32]]
     row: NDArray[np.int64]
     controls: Controls | None = None
+    set_C: NDArray[np.int64] | None = None
 
     def take(self, rows: NDArray[np.int64]) -> Cells:
         """Return these cells, in this order."""
@@ -111,6 +113,7 @@ class Cells:
             numbers={name: part[rows] for name, part in self.numbers.items()},
             row=self.row[rows],
             controls=None if self.controls is None else self.controls.take(rows),
+            set_C=None if self.set_C is None else self.set_C[rows],
         )
 
 

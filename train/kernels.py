@@ -318,6 +318,25 @@ def candidates(
         fill_C[row] = fill
 
 
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _by_priority(priority: Any, n: int, keep: Any, spare: Any, hist: Any) -> None:
+    """Order ``n`` indices by descending priority, equal ones as they are: a radix sort, a byte at a time."""
+    for shift in range(0, 32, 8):
+        hist[:] = 0
+        for j in range(n):
+            hist[(~priority[keep[j]] >> U32(shift)) & U32(255)] += 1
+        place = 0
+        for number in range(256):
+            held = hist[number]
+            hist[number] = place
+            place += held
+        for j in range(n):
+            number = (~priority[keep[j]] >> U32(shift)) & U32(255)
+            spare[hist[number]] = keep[j]
+            hist[number] += 1
+        keep[:n] = spare[:n]
+
+
 @compiled
 def choose_tokens(
     first_C: Any, fill_C: Any, feature_K: Any, value_K: Any, priority_K: Any, ranked: bool, tokens: Any
@@ -338,7 +357,7 @@ def choose_tokens(
     for cell in range(len(first_C)):
         longest = max(longest, fill_C[cell] - first_C[cell])
     keep, edge = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.uint32)
-    hist = np.empty((4, 256), np.int32)
+    hist, spare = np.empty((4, 256), np.int32), np.empty(longest + 1, np.int32)
     for cell in range(len(first_C)):
         first, n = first_C[cell], fill_C[cell] - first_C[cell]
         priority = priority_K[first : first + n]
@@ -350,11 +369,9 @@ def choose_tokens(
             for i in range(n):
                 keep[i] = i
         if ranked:
+            _by_priority(priority, kept, keep, spare, hist[0])
             for j in range(kept):
-                edge[j] = ~priority[keep[j]]
-            order = np.argsort(edge[:kept], kind="mergesort")
-            for j in range(kept):
-                feature_CL[cell, j] = feature_K[first + keep[order[j]]]
+                feature_CL[cell, j] = feature_K[first + keep[j]]
                 value_CL[cell, j] = np.float32(j)
         else:
             for j in range(kept):

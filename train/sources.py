@@ -29,6 +29,7 @@ class Source:
         n_rows: Its cells.
         share: Of every batch, relative to the other sources.
         first_row: The number of the part's first row among all rows of all snapshots.
+        sets: Where its sets begin among the part's rows, and where the last one ends; empty where cells come singly.
     """
 
     snapshot: Snapshot
@@ -39,6 +40,25 @@ class Source:
     n_rows: int
     share: float
     first_row: int
+    sets: NDArray[np.int64]
+
+    @property
+    def n_units(self) -> int:
+        """What the plan deals out: sets, or cells."""
+        return len(self.sets) - 1 if len(self.sets) else self.n_rows
+
+    def rows_of_sets(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the part's rows of these sets, and which of the sets each belongs to, by its place among them."""
+        starts, lengths = self.sets[positions], np.diff(self.sets)[positions]
+        place = np.repeat(np.arange(len(positions)), lengths)
+        rows = np.arange(int(lengths.sum())) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        alive = ~np.isin(rows, self.dead)
+        return rows[alive], place[alive]
+
+    @property
+    def dead(self) -> NDArray[np.int64]:
+        """The part's rows of cells of the split that the lake no longer holds."""
+        return self.first + self.gone + np.arange(len(self.gone))
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the part's rows at these positions among the source's cells."""
@@ -58,11 +78,11 @@ class Source:
         return weights
 
 
-def find_sources(shares: Mapping[Snapshot, float], split: str) -> list[Source]:
-    """Return the sources of a split, snapshot by snapshot and part by part.
+def find_sources(shares: Mapping[Snapshot, float], split: str, *, sets: bool = False) -> list[Source]:
+    """Return the sources of a split, snapshot by snapshot and part by part; of sets if asked for.
 
     Raises:
-        UsageError: A snapshot has no cell in the split, or a share is not a positive number.
+        UsageError: A snapshot has no cell in the split, a share is not a positive number, or there are no sets.
     """
     sources: list[Source] = []
     first_row = 0
@@ -81,7 +101,10 @@ def find_sources(shares: Mapping[Snapshot, float], split: str) -> list[Source]:
             if n_rows:
                 gone = dead - first - np.arange(len(dead))
                 mine = share * n_rows / n_cells
-                sources.append(Source(snapshot, number, part, first, gone, n_rows, mine, first_row + part.first_row))
+                row, starts = first_row + part.first_row, np.empty(0, np.int64)
+                if sets:
+                    starts = part.set_starts[(part.set_starts >= first) & (part.set_starts <= stop)]
+                sources.append(Source(snapshot, number, part, first, gone, n_rows, mine, row, starts))
         first_row += snapshot.n_rows
     return sources
 

@@ -67,7 +67,7 @@ class Stream:
     Args:
         snapshot: What is streamed; or several snapshots, each with its share of every batch. Their vocabularies must
             begin alike (``store snapshot create --set like=...``).
-        batch: Cells of a step, over all ranks.
+        batch: Cells of a step, over all ranks; with ``sets``, sets.
         seed: Decides the order, and the chances of tokens.
         split: The split.
         tokens: How cells become :class:`~train.tokens.Tokens`, by chance as training needs it; without it batches are
@@ -89,6 +89,8 @@ class Stream:
             several lanes, where a rank has only its own to choose from.
         labels: What is said of the cells, if it was read before.
         controls: Unperturbed cells that perturbed ones come with; with ragged batches only.
+        sets: Deal out whole sets of cells (``set_size`` of the snapshot's settings): niches, or cells that share a
+            perturbation. ``Cells.set_C`` tells them apart; ranks get equally many sets, up to one.
 
     Attributes:
         step: The next step.
@@ -119,11 +121,14 @@ class Stream:
         balance: bool = True,
         labels: Labels | None = None,
         controls: MatchedControls | None = None,
+        sets: bool = False,
     ) -> None:
         if lanes < 1 or window % lanes:
             raise UsageError(f"lanes = {lanes} does not divide window = {window}")
         if tokens and controls:
             raise UsageError("controls come with ragged batches: leave tokens out, and make tokens of both")
+        if sets and (tokens or weights is not None):
+            raise UsageError("sets come in ragged batches and without weights: make tokens of what comes")
         shares = dict(snapshot) if isinstance(snapshot, Mapping) else {snapshot: 1.0}
         self.snapshots = tuple(shares)
         sizes = vocabulary_sizes(self.snapshots)
@@ -132,7 +137,7 @@ class Stream:
             known = ", ".join(sizes)
             raise UsageError(f"{self.snapshots[0].uri}: no measurement {unknown[0]!r}; measurements: {known}")
         self.measurements = tuple(measurements or sizes)
-        self.sources = find_sources(shares, split)
+        self.sources, self.sets = find_sources(shares, split, sets=sets), sets
         matched = controls.fields if controls else ()
         measured = (measured_column(name) for name in self.measurements)
         self.fields = tuple(dict.fromkeys((*FIELDS, *matched, *measured)))
@@ -150,7 +155,7 @@ class Stream:
             portions = self._weigh(weights, split)
         whole = len(shares) == 1 and weights is None
         self.plan = SamplePlan(
-            _orders([source.n_rows for source in self.sources], portions / portions.sum(), seed, block, window, lanes),
+            _orders(self.sources, portions / portions.sum(), seed, block, window, lanes),
             batch,
             seed,
             () if whole else tuple(int(share) for share in np.rint(portions / portions.sum() * SHARES)),
@@ -158,7 +163,7 @@ class Stream:
         room = sum(order.window_rows for order in self.plan.orders)
         if min(batch, self.plan.n_rows) > room:
             raise UsageError(f"a batch of {batch:,} cells is larger than a window of {room:,} (block times window)")
-        expected = None if weights is not None else _dataset_shares(self.sources, self.labels, split, portions)
+        expected = None if weights is not None or sets else _dataset_shares(self.sources, self.labels, split, portions)
         self.telemetry = ShuffleTelemetry(expected)
         self._drawn_for: dict[int, tuple[int, NDArray[np.int64]]] = {}
         self.step = 0
@@ -368,13 +373,16 @@ class Stream:
             return []
         starts = blocks * order.block
         stops = np.minimum(starts + order.block, order.n_rows)
+        if self.sets:
+            borders = self.sources[number].sets
+            return list(zip(borders[starts].tolist(), borders[stops].tolist(), strict=True))
         firsts, lasts = self._rows(number, window[0], starts), self._rows(number, window[0], stops - 1)
         return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
     def _make(self, waiting: dict[Key, Future[Window]], step: int, rank: int, world: int) -> tuple[Any, NDArray[Any]]:
         """Return a rank's batch of a step, and the datasets of its cells."""
         windows = {key: future.result() for key, future in waiting.items()}
-        balance = self.balance and world > 1 and all(order.lanes == 1 for order in self.plan.orders)
+        balance = self.balance and not self.sets and world > 1 and all(order.lanes == 1 for order in self.plan.orders)
         rows = self.plan.batch(step) if balance else self.plan.share(step, rank, world)
         held = self._find(windows, rows)
         if balance:
@@ -394,22 +402,37 @@ class Stream:
         return cells, cells.panel
 
     def _find(self, windows: dict[Key, Window], rows: Rows) -> _Held:
-        """Find a batch's rows in the windows."""
-        row = np.empty(len(rows), np.int64)
-        for number, epoch in dict.fromkeys((key[0], key[1][0]) for key in windows):
-            mine = np.flatnonzero((rows.source == number) & (rows.epoch == epoch))
-            row[mine] = self._rows(number, epoch, rows.row[mine])
+        """Find a batch's rows, or all rows of its sets, in the windows."""
+        source, row, set_C = rows.source, np.empty(len(rows), np.int64), None
+        if self.sets:
+            source, row, set_C = self._rows_of_sets(rows)
+        else:
+            for number, epoch in dict.fromkeys((key[0], key[1][0]) for key in windows):
+                mine = np.flatnonzero((source == number) & (rows.epoch == epoch))
+                row[mine] = self._rows(number, epoch, rows.row[mine])
         pieces = []
-        found = np.zeros(len(rows), dtype=bool)
+        found = np.zeros(len(row), dtype=bool)
         for key, window in windows.items():
-            mine = np.flatnonzero((rows.source == key[0]) & ~found)
+            mine = np.flatnonzero((source == key[0]) & ~found)
             place = window.places(row[mine])
             there = place >= 0
             pieces.append((key, window, mine[there], place[there]))
             found[mine[there]] = True
         if not found.all():
             raise AssertionError(f"{int((~found).sum())} rows of a batch are in none of the windows {list(windows)}")
-        return _Held(len(rows), rows.source, row, pieces)
+        return _Held(len(row), source, row, pieces, set_C)
+
+    def _rows_of_sets(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return source, row and number of the set of all cells of the sets of a batch."""
+        sources, found, numbers = [], [], []
+        for number, source in enumerate(self.sources):
+            mine = np.flatnonzero(rows.source == number)
+            row, place = source.rows_of_sets(rows.row[mine])
+            sources.append(np.full(len(row), number))
+            found.append(row)
+            numbers.append(mine[place])
+        order = np.argsort(np.concatenate(numbers), kind="stable")
+        return np.concatenate(sources)[order], np.concatenate(found)[order], np.concatenate(numbers)[order]
 
     def _cells(self, held: _Held) -> Cells:
         """Return rows with what is said of them, and no counts."""
@@ -440,6 +463,7 @@ class Stream:
             perturbation=perturbation,
             numbers={name: np.ascontiguousarray(numbers[:, PART_NUMBERS.index(name)]) for name in NUMBERS},
             row=row,
+            set_C=held.set_C,
         )
 
     def _with_counts(self, cells: Cells, held: _Held) -> Cells:
@@ -477,7 +501,8 @@ class Stream:
         number, (epoch, _) = key
         order = self.plan.orders[number]
         blocks = order.blocks(key[1])
-        firsts = self._rows(number, epoch, blocks * order.block)
+        places = blocks * order.block
+        firsts = self.sources[number].sets[places] if self.sets else self._rows(number, epoch, places)
         lanes = order.lanes_of_blocks(key[1], blocks[np.searchsorted(firsts, window.firsts)])
         return np.repeat(lanes, np.diff(window.offsets))
 
@@ -491,12 +516,14 @@ class _Held:
         source: The source of each.
         row: The row of each in its part.
         pieces: Windows with the places in the batch, and the places among the window's rows, of the rows they hold.
+        set_C: The set of each, by its number in the batch, where there are sets.
     """
 
     n_cells: int
     source: NDArray[np.int64]
     row: NDArray[np.int64]
     pieces: list[tuple[Key, Window, NDArray[np.int64], NDArray[np.int64]]]
+    set_C: NDArray[np.int64] | None = None
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the number of values of each row."""
@@ -528,12 +555,15 @@ def _fair_share(size: NDArray[np.int64], rank: int, world: int) -> NDArray[np.in
 
 
 def _orders(
-    sizes: Sequence[int], portions: NDArray[np.float64], seed: int, block: int, window: int, lanes: int
+    sources: Sequence[Source], portions: NDArray[np.float64], seed: int, block: int, window: int, lanes: int
 ) -> tuple[RowOrder, ...]:
-    """Return the sources' orders; each one's blocks are as small as its share of a batch."""
+    """Return the sources' orders; each one's blocks are as small as its share of a batch, counted in what it deals."""
+    sizes = [
+        int(np.ceil(block * share * one.n_units / one.n_rows)) for one, share in zip(sources, portions, strict=True)
+    ]
     return tuple(
-        RowOrder(n_rows, seed, max(1, int(np.ceil(block * share))), window, lanes, number)
-        for number, (n_rows, share) in enumerate(zip(sizes, portions, strict=True))
+        RowOrder(source.n_units, seed, max(1, size), window, lanes, number)
+        for number, (source, size) in enumerate(zip(sources, sizes, strict=True))
     )
 
 
