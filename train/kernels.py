@@ -236,7 +236,7 @@ LOG1P, BINS, RANK = 0, 1, 2
 
 
 @compiled
-def candidates(
+def candidates(  # noqa: C901  stages of one loop; each is short
     starts_C: Any,
     lengths_C: Any,
     features_N: Any,
@@ -284,6 +284,8 @@ def candidates(
     share, value = np.empty(longest, np.float32), np.empty(longest, np.float32)
     bits = share.view(np.uint32)  # of numbers that are not negative the bits have the same order
     below, large = np.empty(TABLE + 1, np.int64), np.empty(longest + 1, np.uint32)
+    table = np.empty(TABLE, np.float32)
+    value[:] = 0
     for cell in range(len(lengths_C)):
         start, n, key, row = starts_C[cell], lengths_C[cell], keys_C[cell], place_C[cell]
         feature, count = features_N[start : start + n], counts_N[start : start + n]
@@ -297,9 +299,12 @@ def candidates(
             share[i] = np.float32(count[i]) * factor
         if kind == BINS:
             _bins_of(count, n, bins, below, large, value)
-        else:
+        elif kind == LOG1P:
+            for number in range(TABLE):
+                table[number] = np.log1p(np.float32(number) * factor)
             for i in range(n):
-                value[i] = np.log1p(share[i])
+                small = count[i] < TABLE
+                value[i] = table[count[i]] if small else np.log1p(share[i])
         if kind == RANK and len(factors) > 0:
             for i in range(n):
                 share[i] /= factors[np.int64(feature[i]) + offset]
