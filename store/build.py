@@ -10,11 +10,14 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import secrets
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -61,6 +64,20 @@ def work_folder(lake_uri: str, name: str) -> str:
     return records.join(lake_uri, records.FOLDER, "building", name)
 
 
+def remove_work(lake_uri: str, name: str) -> None:
+    """Remove what a build keeps for itself, and of the folder into which it spilled nothing but its own files."""
+    work = work_folder(lake_uri, name)
+    plan = records.read(records.join(work, "plan.json"))
+    if plan is not None:
+        for file in records.names(plan["spill"]):
+            if plan["mark"] in file:
+                records.remove(records.join(plan["spill"], file))
+        if plan["made_spill"] and records.is_local(plan["spill"]):
+            with contextlib.suppress(OSError):  # somebody else put something there
+                Path(plan["spill"]).rmdir()
+    records.remove(work)
+
+
 def build(
     lake: Lake,
     name: str,
@@ -102,11 +119,17 @@ def build(
                 lake = open_lake(lake.uri, known["commit"])
             job = _Build(lake, name, settings, progress, tasks, base)
             if known is None:
-                known = {"wanted": wanted, "commit": lake.commit.number, "spill": spill or records.join(work, "spill")}
+                folder = records.absolute(spill) if spill else records.join(work, "spill")
+                known = {
+                    "wanted": wanted,
+                    "commit": lake.commit.number,
+                    "spill": folder,
+                    "made_spill": not records.exists(folder),
+                    "mark": secrets.token_hex(6),
+                }
                 records.create(records.join(work, "plan.json"), known)
-            job.run(known["spill"])
-            records.remove(known["spill"])
-            records.remove(work)
+            job.run(known["spill"], known["mark"])
+            remove_work(lake.uri, name)
         finally:
             lock.release()
 
@@ -162,9 +185,9 @@ class _Build:
             for name in self.measurements
         }
 
-    def run(self, spill: str) -> None:
-        """Run what is not done yet of both passes, then write the manifest."""
-        spilled = self._scatter(spill)
+    def run(self, spill: str, mark: str) -> None:
+        """Run what is not done yet of both passes, then write the manifest; ``mark`` is in the names of spill files."""
+        spilled = self._scatter(spill, mark)
         common = self._plan_arrays(spilled)
         made = records.join(self.work, "arrays.json")
         if records.read(made) is None:
@@ -199,11 +222,11 @@ class _Build:
                 {name: self.per_cell[organism, name] for name in mine},
             )
 
-    def _scatter(self, spill: str) -> list[Spilled]:
+    def _scatter(self, spill: str, mark: str) -> list[Spilled]:
         chunks = list(self._chunks())
         done = set(records.names(records.join(self.work, "scattered")))
         missing = [chunk for chunk in chunks if f"{chunk.number:08d}.json" not in done]
-        common = Scatter(self.lake.uri, self.lake.commit.number, self.work, spill, self.bucket_rows, self.splits)
+        common = Scatter(self.lake.uri, self.lake.commit.number, self.work, spill, mark, self.bucket_rows, self.splits)
         self._run("read", scatter, common, missing, len(chunks))
         found = [records.read(scatter_record(self.work, chunk.number)) for chunk in chunks]
         return [read_spilled(values) for values in found if values is not None]

@@ -71,6 +71,7 @@ class Scatter:
     commit: int
     work: str
     spill: str
+    mark: str
     bucket_rows: int
     splits: tuple[str, ...]
 
@@ -168,7 +169,7 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
         integral[name] = bool(np.all(counts == np.rint(counts)))
     table = pa.table(columns)
     counted = {name: _counted(table, name) for name in CODED}
-    file = records.join(job.spill, f"{chunk.number:08d}-{secrets.token_hex(6)}.arrows")
+    file = records.join(job.spill, f"{chunk.number:08d}-{job.mark}-{secrets.token_hex(6)}.arrows")
     found = {"used": used, "largest": largest, "integral": integral, "labels": counted}
     records.create(
         scatter_record(job.work, chunk.number), {"file": file, **_spill(file, table, chunk, job.bucket_rows), **found}

@@ -220,7 +220,7 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
         MissingError: There is none of this name.
         UsageError: Another snapshot was refreshed from it and needs its arrays.
     """
-    from store.build import work_folder
+    from store.build import remove_work
 
     uri = snapshot_uri(lake_uri, name)
     half_made = name in begun_snapshots(lake_uri)
@@ -230,11 +230,7 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
         if other != name and name in {part["name"] for part in read_manifest(lake_uri, other).get("parts", ())}:
             raise UsageError(f"{uri}: snapshot {other!r} was refreshed from it and needs it; delete {other!r} first")
     records.remove(records.join(uri, MANIFEST))
-    work = work_folder(records.absolute(lake_uri), name)
-    plan = records.read(records.join(work, "plan.json"))
-    if plan is not None:
-        records.remove(plan["spill"])
-    records.remove(work)
+    remove_work(records.absolute(lake_uri), name)
     records.remove(uri)
 
 

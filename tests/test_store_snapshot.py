@@ -286,6 +286,20 @@ def test_a_damaged_spill_file_is_an_error_that_names_it(lake_uri: str, tmp_path:
     assert not (tmp_path / "spill").exists()
 
 
+def test_a_build_leaves_what_is_not_its_own_in_the_folder_of_its_spill_files(lake_uri: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years")
+    (tmp_path / "00000000-other.arrows").write_text("another build's")
+    create_snapshot(lake_uri, "spilling", SnapshotSettings(), spill=str(tmp_path))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["00000000-other.arrows", "mine", "thesis.tex"]
+    with pytest.raises(Stopped):
+        create_snapshot(lake_uri, "left", SnapshotSettings(), tasks=stopping_after(1, []), spill=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) > 2
+    delete_snapshot(lake_uri, "left")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["00000000-other.arrows", "mine", "thesis.tex"]
+    delete_snapshot(lake_uri, "spilling")
+
+
 def test_a_subset_of_features_and_another_snapshots_vocabulary(lake_uri: str, all_cells: Snapshot) -> None:
     wanted = ("RNA0007", "RNA0003", "RNA0050")
     few = create_snapshot(lake_uri, "few", SnapshotSettings(features={"RNA": wanted}, measurements=("RNA",)))
