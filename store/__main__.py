@@ -245,8 +245,7 @@ def snapshot_create(
         list[str] | None,
         typer.Option(
             "--set",
-            help="key=value; keys: where, organisms, measurements, features, like, seed, split_by, fractions, assign, "
-            "apart.",
+            help=f"key=value; keys: {', '.join(SnapshotSettings.model_fields)}.",
         ),
     ] = None,
     lake: LakeOption = "lake",

@@ -15,7 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from store.errors import UsageError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.order import order_of, units_of
-from store.part import CODED
+from store.part import CODED, checksums_digest
 from store.shuffle import (
     Bucket,
     Chunk,
@@ -48,7 +48,7 @@ from store.shuffle import (
 )
 from store.snapshot_arrays import FORMAT, Contents, VarRow, array_uris, create_arrays, tidy, vocabulary_hash
 from store.snapshot_card import write_card
-from store.splits import SnapshotSettings, draw_splits
+from store.splits import SnapshotSettings, coded, draw_splits
 
 if TYPE_CHECKING:
     from store.snapshot import Progress, Snapshot
@@ -146,24 +146,17 @@ class _Build:
         tasks: Tasks,
         base: Snapshot | None,
     ) -> None:
-        self.lake, self.name, self.settings, self.progress, self.tasks, self.base = (
-            lake,
-            name,
-            settings,
-            progress,
-            tasks,
-            base,
-        )
+        self.lake, self.name, self.settings, self.base = lake, name, settings, base
+        self.progress, self.tasks = progress, tasks
         self.uri = snapshot.snapshot_uri(lake.uri, name)
         self.work = work_folder(lake.uri, name)
         self.like = base or (snapshot.open_snapshot(lake.uri, settings.like) if settings.like else None)
         self.splits = tuple(settings.fractions)
         cells = _chosen_cells(lake, settings)
-        self.organisms = list(dict.fromkeys(_dictionary(cells["organism"])[0]))
+        self.organisms, organism_C = coded(cells, "organism")
         self.measurements = _chosen_measurements(cells, settings)
         self.kept = _kept_features(lake, settings, self.organisms, self.measurements)
         split_C = draw_splits(cells, settings)
-        organism_C = _dictionary(cells["organism"])[1]
         joinid_C = cells["soma_joinid"].to_numpy()
         self.dead, fresh = np.empty(0, np.int64), np.arange(cells.num_rows)
         if base is not None:
@@ -224,19 +217,27 @@ class _Build:
 
     def _scatter(self, spill: str, mark: str) -> list[Spilled]:
         chunks = list(self._chunks())
-        done = set(records.names(records.join(self.work, "scattered")))
-        missing = [chunk for chunk in chunks if f"{chunk.number:08d}.json" not in done]
         common = Scatter(self.lake.uri, self.lake.commit.number, self.work, spill, mark, self.bucket_rows, self.splits)
-        self._run("read", scatter, common, missing, len(chunks))
-        found = [records.read(scatter_record(self.work, chunk.number)) for chunk in chunks]
-        return [read_spilled(values) for values in found if values is not None]
+        return [read_spilled(values) for values in self._run("read", scatter, common, chunks, scatter_record)]
 
-    def _run(self, stage: str, function: Callable[[Any, Any], None], common: Any, items: list[Any], total: int) -> None:
-        done = total - len(items)
-        self.progress(stage, done, total)
-        for _ in self.tasks(function, common, items):
+    def _run(
+        self,
+        stage: str,
+        function: Callable[[Any, Any], None],
+        common: Any,
+        items: Sequence[Chunk | Bucket],
+        record: Callable[[str, int], str],
+    ) -> list[dict[str, Any]]:
+        """Run the tasks of a pass that have no record yet; return the records of all, in order."""
+        folder = record(self.work, 0).rpartition("/")[0]
+        ended = set(records.names(folder))
+        missing = [item for item in items if record(self.work, item.number).rpartition("/")[2] not in ended]
+        done = len(items) - len(missing)
+        self.progress(stage, done, len(items))
+        for _ in self.tasks(function, common, missing):
             done += 1
-            self.progress(stage, done, total)
+            self.progress(stage, done, len(items))
+        return records.read_all(folder)
 
     # ------------------------------------------------------------------------------------------- between the passes
     def _plan_arrays(self, spilled: list[Spilled]) -> Gather:
@@ -262,7 +263,7 @@ class _Build:
     def _number_features(self, measurement: str, spilled: list[Spilled]) -> NDArray[np.int64]:
         """Number the features that occur behind those of the snapshot whose vocabulary comes first."""
         offsets = self.offsets[measurement]
-        sizes = {organism: _n_features(self.lake, organism, measurement) for organism in offsets}
+        sizes = {organism: self.lake.n_features(organism, measurement) for organism in offsets}
         number = np.full(sum(sizes.values()), -1, dtype=np.int64)
         rows: list[VarRow] = list(self.like.var_rows(measurement)) if self.like else []
         for position, (_, _, organism, joinid) in enumerate(rows):
@@ -293,16 +294,13 @@ class _Build:
             for field, by in self.base.label_counts(self.dead).items():
                 counts[field] = {value: dict(of) for value, of in by.items()}
         for field in CODED:
-            added: dict[str, dict[str, int]] = {}
+            for value in sorted({value for one in spilled for value in one.labels[field]}):
+                counts[field].setdefault(value, {})
             for one in spilled:
                 for value, of in one.labels[field].items():
-                    held = added.setdefault(value, {})
+                    held = counts[field][value]
                     for split, n_cells in of.items():
                         held[split] = held.get(split, 0) + n_cells
-            for value in sorted(added):
-                held = counts[field].setdefault(value, {})
-                for split, n_cells in added[value].items():
-                    held[split] = held.get(split, 0) + n_cells
         return counts
 
     # ------------------------------------------------------------------------------------------------------ pass 2
@@ -312,12 +310,9 @@ class _Build:
         for one in spilled:
             for bucket, (at, size, crc) in zip(one.buckets.tolist(), one.where.tolist(), strict=True):
                 shares[bucket].append((one.file, at, size, crc))
-        done = set(records.names(records.join(self.work, "gathered")))
-        missing = [Bucket(number, shares[number]) for number in range(n_buckets) if f"{number:08d}.json" not in done]
-        self._run("write", gather, common, missing, n_buckets)
+        buckets = [Bucket(number, of) for number, of in enumerate(shares)]
         sums: dict[str, list[str]] = {}
-        for number in range(n_buckets):
-            record = records.read(gather_record(self.work, number)) or {}
+        for record in self._run("write", gather, common, buckets, gather_record):
             for member, digest in record["sha256"].items():
                 sums.setdefault(member, []).append(digest)
         return sums
@@ -335,7 +330,7 @@ class _Build:
                 for name in self.measurements
             },
             "n_sets": max(0, len(self.set_starts) - 1),
-            "checksums": hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest(),
+            "checksums": checksums_digest(sums),
         }
         part["id"] = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
         before = self.base.manifest["parts"] if self.base else []
@@ -376,11 +371,6 @@ class _Build:
         filesystem, path = fsspec.core.url_to_fs(records.join(self.uri, snapshot.CARD))
         filesystem.pipe_file(path, write_card(manifest, self.labels, self.lake.datasets()).encode())
         records.create(records.join(self.uri, snapshot.MANIFEST), manifest)
-
-
-def _dictionary(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int32]]:
-    coded = column.combine_chunks()
-    return coded.dictionary.to_pylist(), coded.indices.to_numpy(zero_copy_only=False)
 
 
 def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
@@ -429,7 +419,7 @@ def _kept_features(
             if name in lake.measurements(organism):
                 var = lake.var(organism, name)
                 ids = var["feature_id"].to_pylist()
-                kept[name][organism] = np.zeros(_n_features(lake, organism, name), dtype=bool)
+                kept[name][organism] = np.zeros(lake.n_features(organism, name), dtype=bool)
                 mine = np.array([feature in wanted for feature in ids])
                 kept[name][organism][var["soma_joinid"].to_numpy()[mine]] = True
                 found |= wanted & set(ids)
@@ -441,12 +431,8 @@ def _kept_features(
     return kept
 
 
-def _n_features(lake: Lake, organism: str, measurement: str) -> int:
-    return 1 + int(lake.var(organism, measurement)["soma_joinid"].to_numpy().max(initial=-1))
-
-
 def _offsets(lake: Lake, measurement: str, organisms: list[str]) -> dict[str, int]:
-    ends = np.cumsum([0, *(_n_features(lake, organism, measurement) for organism in organisms)]).tolist()
+    ends = np.cumsum([0, *(lake.n_features(organism, measurement) for organism in organisms)]).tolist()
     return dict(zip(organisms, ends, strict=False))
 
 

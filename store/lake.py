@@ -299,7 +299,7 @@ class Lake:
         found = matrix.read().tables().concat()
         rows, columns = found["soma_dim_0"].to_numpy(), found["soma_dim_1"].to_numpy()
         n_datasets = 1 + max((int(commit.dataset["dataset_joinid"]) for commit in self.current), default=-1)
-        shape = (n_datasets, self._n_features(organism, measurement))
+        shape = (n_datasets, self.n_features(organism, measurement))
         return scipy.sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=shape).tocsr()
 
     def measurement_presence(self, organism: str) -> pa.Table:
@@ -317,7 +317,7 @@ class Lake:
         joinids = np.asarray(joinids, dtype=np.int64)
         in_order = bool(np.all(joinids[1:] > joinids[:-1]))
         ascending = joinids if in_order else np.unique(joinids)
-        shape = (len(ascending), self._n_features(organism, measurement))
+        shape = (len(ascending), self.n_features(organism, measurement))
         if len(joinids) == 0:
             nothing = np.empty(0, dtype=np.int64)
             return scipy.sparse.coo_matrix((nothing.astype(np.float32), (nothing, nothing)), shape=shape).tocsr()
@@ -341,6 +341,7 @@ class Lake:
             raise UsageError(f"{self.uri}: {organism} has no measurement {measurement!r}; measurements: {known}")
         return experiment.ms[measurement]
 
-    def _n_features(self, organism: str, measurement: str) -> int:
+    def n_features(self, organism: str, measurement: str) -> int:
+        """Return how many joinids the features of a measurement take: columns of its counts."""
         joinids = self._measurement(organism, measurement).var.read(column_names=["soma_joinid"]).concat()
         return 1 + max(joinids["soma_joinid"].to_numpy(), default=-1)

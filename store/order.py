@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from store.splits import SnapshotSettings
+from store.splits import SnapshotSettings, coded
 
 
 def units_of(
@@ -25,7 +25,7 @@ def units_of(
         return None
     group = np.zeros(len(chosen), np.int64)
     for name in settings.set_by:
-        code = cells[name].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)[chosen]
+        code = coded(cells, name)[1][chosen]
         group = np.unique(np.stack([group, code]), axis=1, return_inverse=True)[1].reshape(-1)
     place = np.random.default_rng([settings.seed, 3]).random(len(chosen))
     position = np.stack([cells[name].to_numpy()[chosen] for name in ("x", "y")])

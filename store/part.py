@@ -235,7 +235,7 @@ class Part:
             VerificationError: Something is not what was written; the message names the array and the rows.
         """
         sums = records.read(records.join(self.uri, "checksums.json")) or {}
-        if hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest() != self.entry["checksums"]:
+        if checksums_digest(sums) != self.entry["checksums"]:
             raise VerificationError(f"{self.uri}/checksums.json: is not what was written; make the snapshot again")
         size = self.entry["bucket_rows"]
         for bucket, start in enumerate(range(0, self.n_rows, size)):
@@ -263,6 +263,11 @@ class Part:
         with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
             cells = frame.read((slice(start, stop - 1),), column_names=list(CELLS_SCHEMA.names)).concat()
         yield "cells", cells_digest(cells.sort_by("row"))
+
+
+def checksums_digest(sums: dict[str, list[str]]) -> str:
+    """Return the SHA-256 over the checksums of all arrays, in hex."""
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 
 
 def digest_of(values: NDArray[Any]) -> str:

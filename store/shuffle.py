@@ -31,6 +31,7 @@ from store.context import soma_context
 from store.errors import StorageError, VerificationError
 from store.lake import Lake, open_lake
 from store.part import CELLS_SCHEMA, CODED, LABELS, NUMBERS, cells_digest, digest_of
+from store.splits import coded
 
 READ_ELEMENTS = 2**22
 """Values that one read of X should bring."""
@@ -323,7 +324,7 @@ def _write_counts(
 
 def _write_labels(job: Gather, cells: pa.Table, start: int, stop: int) -> dict[str, str]:
     codes_FR = np.stack(
-        [_code(cells[name], job.codes[name]) for name in CODED]
+        [_code(cells, name, job.codes[name]) for name in CODED]
         + [cells[name].to_numpy().astype(np.int32) for name in MEASURED]
     )
     numbers_FR = np.stack([cells[name].to_numpy().astype(np.float32) for name in NUMBERS])
@@ -334,10 +335,9 @@ def _write_labels(job: Gather, cells: pa.Table, start: int, stop: int) -> dict[s
     return {"codes": digest_of(codes_FR), "numbers": digest_of(numbers_FR), "cells": cells_digest(cells)}
 
 
-def _code(column: pa.ChunkedArray, codes: dict[str, int]) -> NDArray[np.int32]:
-    coded = column.combine_chunks().dictionary_encode()
-    of_value = np.array([codes[value] for value in coded.dictionary.to_pylist()], dtype=np.int32)
-    return of_value[coded.indices.to_numpy(zero_copy_only=False)]
+def _code(cells: pa.Table, name: str, codes: dict[str, int]) -> NDArray[np.int32]:
+    values, value_R = coded(cells, name)
+    return np.array([codes[value] for value in values], dtype=np.int32)[value_R]
 
 
 def _write(job: Gather, member: str, where: tuple[slice, ...], values: NDArray[Any]) -> None:

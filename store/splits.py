@@ -82,25 +82,25 @@ def draw_splits(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int8]
     Raises:
         UsageError: An assigned value does not occur, a cell is assigned to two splits, or a group is in two splits.
     """
-    coded = {name: _coded(cells, name) for name in settings.split_columns}
+    by_name = {name: coded(cells, name) for name in settings.split_columns}
     edges = np.cumsum(list(settings.fractions.values()))
     if settings.split_by:
-        values, code_C = coded[settings.split_by]
+        values, code_C = by_name[settings.split_by]
         draw_C = np.array([_draw(settings.seed, value) for value in values])[code_C]
     else:
         draw_C = _cell_draws(cells, settings.seed)
     split_C = np.minimum(np.searchsorted(edges, draw_C, side="right"), len(edges) - 1).astype(np.int8)
-    assigned_C = _assigned(coded, settings, cells.num_rows)
+    assigned_C = _assigned(by_name, settings, cells.num_rows)
     split_C = np.where(assigned_C >= 0, assigned_C, split_C)
     for column in dict.fromkeys([*filter(None, [settings.split_by]), *settings.apart]):
-        _refuse_leaks(column, *coded[column], split_C, list(settings.fractions))
+        _refuse_leaks(column, *by_name[column], split_C, list(settings.fractions))
     return split_C
 
 
-def _coded(cells: pa.Table, column: str) -> tuple[list[str], NDArray[np.int32]]:
+def coded(cells: pa.Table, column: str) -> tuple[list[str], NDArray[np.int32]]:
     """Return a column's distinct values, as text, and the number of each cell's."""
-    coded = cells[column].combine_chunks().dictionary_encode()
-    return [str(value) for value in coded.dictionary.to_pylist()], coded.indices.to_numpy(zero_copy_only=False)
+    found = cells[column].combine_chunks().dictionary_encode()
+    return [str(value) for value in found.dictionary.to_pylist()], found.indices.to_numpy(zero_copy_only=False)
 
 
 def _draw(seed: int, label: str) -> float:
@@ -109,7 +109,7 @@ def _draw(seed: int, label: str) -> float:
 
 def _cell_draws(cells: pa.Table, seed: int) -> NDArray[np.float64]:
     """Hash joinids, salted by seed and organism, to [0, 1) (SplitMix's finaliser; Steele, Lea and Flood 2014)."""
-    organisms, code_C = _coded(cells, "organism")
+    organisms, code_C = coded(cells, "organism")
     salts = [int.from_bytes(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8], "big") for name in organisms]
     mixed = cells["soma_joinid"].to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed += np.array(salts, np.uint64)[code_C]
@@ -120,14 +120,14 @@ def _cell_draws(cells: pa.Table, seed: int) -> NDArray[np.float64]:
 
 
 def _assigned(
-    coded: dict[str, tuple[list[str], NDArray[np.int32]]], settings: SnapshotSettings, n_cells: int
+    by_name: dict[str, tuple[list[str], NDArray[np.int32]]], settings: SnapshotSettings, n_cells: int
 ) -> NDArray[np.int8]:
     """Return the number of the split that each cell is assigned to; -1 for those that are not."""
     names = list(settings.fractions)
     assigned_C = np.full(n_cells, -1, dtype=np.int8)
     wanted = [(name, *item) for name, columns in settings.assign.items() for item in columns.items()]
     for name, column, values in wanted:
-        number, (known, code_C) = names.index(name), coded[column]
+        number, (known, code_C) = names.index(name), by_name[column]
         for value in values:
             if value not in known:
                 near = difflib.get_close_matches(value, sorted(known), n=1)
