@@ -234,3 +234,10 @@ def test_paths_are_absolute_wherever_the_command_stands(tmp_path: Path, monkeypa
     os.chdir("/")
     assert lake.uri == str(tmp_path / "lake")
     assert lake.datasets().num_rows == 0
+
+
+def test_counts_of_joinids_that_come_twice_or_out_of_order_are_each_rows_own(tiny_lake: Path) -> None:
+    lake = open_lake(str(tiny_lake))
+    whole = lake.counts("homo_sapiens", "RNA", np.arange(240))
+    for asked in ([1, 1, 3], [7, 5, 6], [200, 3, 3, 90, 200], [4, 5, 6, 7]):
+        assert (lake.counts("homo_sapiens", "RNA", np.array(asked)) != whole[asked]).nnz == 0

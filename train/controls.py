@@ -51,54 +51,74 @@ class MatchedControls:
         return (*(name for name in self.match if name in CODED), "perturbation")
 
 
-def match_keys(controls: MatchedControls, fields: tuple[str, ...], window: Window) -> NDArray[np.int32]:
-    """Return key_RF of the rows of a window: what must be the same."""
+@dataclass(frozen=True)
+class ControlGroups:
+    """The controls of a window, found out once for all batches from it.
+
+    Attributes:
+        key_R: What a row's controls have in common with it.
+        unperturbed_R: Which rows are controls themselves.
+        places: Key to the places of its controls among the window's rows, ascending.
+    """
+
+    key_R: list[bytes]
+    unperturbed_R: NDArray[np.bool_]
+    places: dict[bytes, NDArray[np.int64]]
+
+
+def group_controls(
+    controls: MatchedControls,
+    fields: tuple[str, ...],
+    window: Window,
+    lane_R: NDArray[np.int64],
+    unperturbed_R: NDArray[np.bool_],
+) -> ControlGroups:
+    """Sort the rows of a window that can be controls by what must be the same.
+
+    Args:
+        controls: What is wanted.
+        fields: The fields of the window's codes.
+        window: The window.
+        lane_R: The rows' lanes: a control is of the same.
+        unperturbed_R: Which rows can be controls.
+    """
     lines = [
         window.codes_RF[:, fields.index(name)]
         if name in CODED
         else window.numbers_RF.view(np.int32)[:, MEASURED_NUMBERS.index(name)]
         for name in controls.match
     ]
-    return np.stack(lines, axis=1) if lines else np.zeros((len(window.codes_RF), 0), np.int32)
+    key_RF = np.stack([*lines, lane_R.astype(np.int32)], axis=1)
+    key_R = [line.tobytes() for line in key_RF]
+    found: dict[bytes, list[int]] = {}
+    for place in np.flatnonzero(unperturbed_R).tolist():
+        found.setdefault(key_R[place], []).append(place)
+    return ControlGroups(key_R, unperturbed_R, {key: np.array(places) for key, places in found.items()})
 
 
 def find_controls(
     controls: MatchedControls,
-    window: Window,
-    key_RF: NDArray[np.int32],
-    lane_R: NDArray[np.int64],
-    unperturbed_R: NDArray[np.bool_],
+    groups: ControlGroups,
     place_C: NDArray[np.int64],
     row_C: NDArray[np.int64],
     chance: tuple[int, int],
 ) -> NDArray[np.int64]:
-    """Return place_CS among the window's rows of the controls of some of its cells; -1 where there is none.
+    """Return place_CS among a window's rows of the controls of some of its cells; -1 where there is none.
 
     Args:
         controls: What is wanted.
-        window: The window; remembers which of its rows are controls of what.
-        key_RF: What must be the same.
-        lane_R: The rows' lanes.
-        unperturbed_R: Which rows can be controls.
+        groups: The window's controls.
         place_C: The cells' places among the window's rows.
         row_C: The numbers that stay with the cells.
         chance: (seed, step).
     """
-    full_RF = np.ascontiguousarray(np.concatenate([key_RF, lane_R[:, None].astype(np.int32)], axis=1))
-    groups: dict[bytes, NDArray[np.int64]] | None = window.notes.get("controls")
-    if groups is None:
-        found: dict[bytes, list[int]] = {}
-        for place in np.flatnonzero(unperturbed_R).tolist():
-            found.setdefault(full_RF[place].tobytes(), []).append(place)
-        groups = {key: np.array(places) for key, places in found.items()}
-        window.notes["controls"] = groups
     salts = chance_salts((chance[0] + SEED, chance[1]), range(controls.size + 1))
     drawn_SC = uniform(torch.from_numpy(row_C), *salts).numpy()
     place_CS = np.full((len(place_C), controls.size), -1, np.int64)
     for cell, place in enumerate(place_C.tolist()):
-        if unperturbed_R[place] or drawn_SC[0, cell] >= controls.share:
+        if groups.unperturbed_R[place] or drawn_SC[0, cell] >= controls.share:
             continue
-        candidates = groups.get(full_RF[place].tobytes())
+        candidates = groups.places.get(groups.key_R[place])
         if candidates is not None:
             place_CS[cell] = candidates[(drawn_SC[1:, cell] * len(candidates)).astype(np.int64)]
     return place_CS

@@ -49,7 +49,8 @@ class Source:
 
     def rows_of_sets(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the part's rows of these sets, and which of the sets each belongs to, by its place among them."""
-        starts, lengths = self.sets[positions], np.diff(self.sets)[positions]
+        starts = self.sets[positions]
+        lengths = self.sets[positions + 1] - starts
         place = np.repeat(np.arange(len(positions)), lengths)
         rows = np.arange(int(lengths.sum())) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
         alive = ~np.isin(rows, self.dead)

@@ -30,7 +30,7 @@ from store.snapshot import Snapshot
 from train import kernels
 from train.cache import BlockCache
 from train.cells import NUMBERS, PROMPTS, Cells, Controls, Csr, Spans
-from train.controls import MatchedControls, find_controls, match_keys
+from train.controls import ControlGroups, MatchedControls, find_controls, group_controls
 from train.labels import FIELDS, Labels, read_labels
 from train.plan import RowOrder, Rows, SamplePlan
 from train.plan import Window as WindowKey
@@ -476,14 +476,8 @@ class Stream:
         place_CS = np.full((held.n_cells, self.controls.size), -1, np.int64)
         sources, rows, pieces, n_controls = [], [], [], 0
         for key, window, mine, place in held.pieces:
-            source = self.sources[key[0]]
-            plain_V = np.array([value in ("", "control") for value in source.snapshot.label_values()["perturbation"]])
-            own = window.rows()
-            unperturbed_R = plain_V[window.codes_RF[:, self.fields.index("perturbation")]]
-            unperturbed_R &= ~np.isin(own, source.snapshot.dead - source.part.first_row)
-            lane_R = self._lanes(key, window)
-            key_RF = match_keys(self.controls, self.fields, window)
-            chosen = find_controls(self.controls, window, key_RF, lane_R, unperturbed_R, place, row[mine], chance)
+            own, groups = self._control_groups(key, window)
+            chosen = find_controls(self.controls, groups, place, row[mine], chance)
             there, position = np.unique(chosen, return_inverse=True)
             position = position.reshape(chosen.shape)
             if len(there) and there[0] < 0:
@@ -495,6 +489,20 @@ class Stream:
             n_controls += len(there)
         found = _Held(n_controls, np.concatenate(sources), np.concatenate(rows), pieces)
         return Controls(self._with_counts(self._cells(found), found), place_CS)
+
+    def _control_groups(self, key: Key, window: Window) -> tuple[NDArray[np.int64], ControlGroups]:
+        """Return the part's row of each of a window's rows, and its controls; the window remembers both."""
+        assert self.controls is not None
+        if "controls" not in window.notes:
+            source, own = self.sources[key[0]], window.rows()
+            names = source.snapshot.label_values()["perturbation"]
+            plain_V = np.array([value in ("", "control") for value in names])
+            unperturbed_R = plain_V[window.codes_RF[:, self.fields.index("perturbation")]]
+            unperturbed_R &= ~np.isin(own, source.snapshot.dead - source.part.first_row)
+            lane_R = self._lanes(key, window)
+            window.notes["controls"] = own, group_controls(self.controls, self.fields, window, lane_R, unperturbed_R)
+        found: tuple[NDArray[np.int64], ControlGroups] = window.notes["controls"]
+        return found
 
     def _lanes(self, key: Key, window: Window) -> NDArray[np.int64]:
         """Return the lane of each of a window's rows."""
