@@ -29,6 +29,15 @@ def compiled(function: Any) -> Any:
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _longest(lengths_C: Any) -> Any:
+    """Return the greatest of some lengths, and at least 1."""
+    longest = 1
+    for cell in range(len(lengths_C)):
+        longest = max(longest, lengths_C[cell])
+    return longest
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
 def draw_of(feature: Any, key: Any) -> Any:
     """Hash a feature's number and a cell's key to 32 bits; the constants are Wellons's (2018, lowbias32)."""
     # numba's products of 32 bits have 64: each is cut back
@@ -151,9 +160,7 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
         width_C: Answer: tokens of each cell.
         depth_C: Answer: sum of each cell's counts, float32.
     """
-    longest = 1
-    for cell in range(len(lengths_C)):
-        longest = max(longest, lengths_C[cell])
+    longest = _longest(lengths_C)
     draws, edge = np.empty(longest, np.uint32), np.empty(longest + 1, np.uint32)
     keep = np.empty(longest + 1, np.int32)
     hist, table = np.empty((4, 256), np.int32), np.empty(TABLE, np.float32)
@@ -278,9 +285,7 @@ def candidates(  # noqa: C901  stages of one loop; each is short
         priority_K: Answer, uint32: the greatest are kept.
         depth_C: Answer: sum of each place's counts, float32.
     """
-    longest = 1
-    for cell in range(len(lengths_C)):
-        longest = max(longest, lengths_C[cell])
+    longest = _longest(lengths_C)
     share, value = np.empty(longest, np.float32), np.empty(longest, np.float32)
     bits = share.view(np.uint32)  # of numbers that are not negative the bits have the same order
     below, large = np.empty(TABLE + 1, np.int64), np.empty(longest + 1, np.uint32)
@@ -358,9 +363,7 @@ def choose_tokens(
         tokens: Answer: feature_CL (int32, 0 where padded; as wide as the budget), value_CL (float32), width_C.
     """
     feature_CL, value_CL, width_C = tokens
-    budget, longest = feature_CL.shape[1], 1
-    for cell in range(len(first_C)):
-        longest = max(longest, fill_C[cell] - first_C[cell])
+    budget, longest = feature_CL.shape[1], _longest(fill_C - first_C)
     keep, edge = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.uint32)
     hist, spare = np.empty((4, 256), np.int32), np.empty(longest + 1, np.int32)
     for cell in range(len(first_C)):
