@@ -104,8 +104,7 @@ def build(
     """
     work = work_folder(lake.uri, name)
     wanted = {"settings": settings.model_dump(mode="json"), "base": base.id if base else "", "format": FORMAT}
-    locks = records.join(lake.uri, records.FOLDER, "building-locks", name)
-    lock = WriterLock(lake.uri, locks, f"snapshot {name!r}")
+    lock = builder_lock(lake.uri, name)
     with storage(lake.uri):
         lock.acquire()
         try:
@@ -132,6 +131,12 @@ def build(
             remove_work(lake.uri, name)
         finally:
             lock.release()
+
+
+def builder_lock(lake_uri: str, name: str) -> WriterLock:
+    """Return the lock that whoever builds the snapshot holds."""
+    folder = records.join(lake_uri, records.FOLDER, "building-locks", name)
+    return WriterLock(lake_uri, folder, f"snapshot {name!r}")
 
 
 class _Build:

@@ -219,8 +219,9 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
     Raises:
         MissingError: There is none of this name.
         UsageError: Another snapshot was refreshed from it and needs its arrays.
+        ConflictError: It is half-made, and a living process is building it.
     """
-    from store.build import remove_work
+    from store.build import builder_lock, remove_work
 
     uri = snapshot_uri(lake_uri, name)
     half_made = name in begun_snapshots(lake_uri)
@@ -229,9 +230,14 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
     for other in list_snapshots(lake_uri):
         if other != name and name in {part["name"] for part in read_manifest(lake_uri, other).get("parts", ())}:
             raise UsageError(f"{uri}: snapshot {other!r} was refreshed from it and needs it; delete {other!r} first")
-    records.remove(records.join(uri, MANIFEST))
-    remove_work(records.absolute(lake_uri), name)
-    records.remove(uri)
+    lock = builder_lock(records.absolute(lake_uri), name)
+    lock.acquire()
+    try:
+        records.remove(records.join(uri, MANIFEST))
+        remove_work(records.absolute(lake_uri), name)
+        records.remove(uri)
+    finally:
+        lock.release()
 
 
 class Snapshot:

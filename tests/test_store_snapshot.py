@@ -15,6 +15,7 @@ import tiledbsoma
 from encoded import add_dataset
 
 from store import records
+from store.build import builder_lock
 from store.cluster import Tasks, in_this_process, ray_tasks
 from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
@@ -229,6 +230,22 @@ def test_a_build_killed_after_any_task_goes_on_and_makes_the_same(lake_uri: str)
         delete_snapshot(lake_uri, "stopped")
         assert not Path(lake_uri, "snapshots", "stopped").exists()
     delete_snapshot(lake_uri, "whole")
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_a_half_made_snapshot_is_not_deleted_under_a_living_builder(lake_uri: str) -> None:
+    with pytest.raises(Stopped):
+        create_snapshot(lake_uri, "busy", SnapshotSettings(seed=2), tasks=stopping_after(2, []))
+    lock = builder_lock(lake_uri, "busy")
+    lock.acquire()
+    try:
+        with pytest.raises(ConflictError, match="snapshot 'busy' is being written by process"):
+            delete_snapshot(lake_uri, "busy")
+        assert "busy" in begun_snapshots(lake_uri)
+    finally:
+        lock.release()
+    delete_snapshot(lake_uri, "busy")
+    assert "busy" not in begun_snapshots(lake_uri)
 
 
 @pytest.mark.usefixtures("small_tasks")

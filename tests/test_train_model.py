@@ -11,8 +11,10 @@ import torch
 from test_train_tokens import OFFSETS, cells
 
 from train.cells import NUMBERS, PROMPTS, Controls
-from train.model import CellModel, ModelConfig, log_rates, negative_log_likelihood, reconstruction_loss
-from train.objective import Objective, seen_cells
+from train.layout import lay_out
+from train.likelihood import log_rates, negative_log_likelihood
+from train.model import CellModel, ModelConfig
+from train.objective import Loss, Objective, seen_cells
 from train.tokens import TokenSettings, make_tokens
 
 CONFIG = ModelConfig(
@@ -110,15 +112,26 @@ def test_an_unmeasured_feature_and_an_unmeasured_cell_carry_no_loss(model: CellM
     objective = Objective(panels, SETTINGS, 0, torch.device("cpu"))
     counts, panel = objective.targets(batch, model)
     logits = model(make_tokens(batch, OFFSETS, SETTINGS))[1]
-    before = reconstruction_loss(model, logits, counts, panel)
+    before = rebuilt(objective, model, logits, counts, panel)
     moved = {name: values.clone() for name, values in logits.items()}
     moved["RNA"][:, 5] += 100.0
-    after = reconstruction_loss(model, moved, counts, panel)
+    after = rebuilt(objective, model, moved, counts, panel)
     assert float(before.pairs) == 80
-    torch.testing.assert_close(before.total, after.total)
+    torch.testing.assert_close(before.rebuilt, after.rebuilt)
     absent = replace(batch, measured={**batch.measured, "protein": np.arange(40) < 10})
     _, panel = objective.targets(absent, model)
-    assert float(reconstruction_loss(model, logits, counts, panel).pairs) == 50
+    assert float(rebuilt(objective, model, logits, counts, panel).pairs) == 50
+
+
+def rebuilt(
+    objective: Objective,
+    model: CellModel,
+    logits: dict[str, torch.Tensor],
+    counts: dict[str, torch.Tensor],
+    panel: dict[str, torch.Tensor],
+) -> Loss:
+    none = torch.empty(0, dtype=torch.int64)
+    return objective._loss(model, logits, torch.empty(0), counts, panel, dict.fromkeys(panel, (none, none)))
 
 
 def test_every_parameter_gets_a_gradient() -> None:
@@ -157,3 +170,68 @@ def test_a_cell_with_a_control_is_seen_as_its_control() -> None:
             assert found.counts.tolist() == expected.counts.tolist()
     assert (seen.row == batch.row).all()
     assert seen_cells(batch) is batch
+
+
+def test_what_is_asked_for_is_hidden_or_zero_and_the_same_whoever_sits_beside() -> None:
+    batch = cells()
+    panels = {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}
+    objective = Objective(panels, SETTINGS, 0, torch.device("cpu"), queries=8)
+    model = CellModel(CONFIG)
+    tokens = make_tokens(batch, OFFSETS, SETTINGS, chance=(0, 5))
+    counts, panel = objective.targets(batch, model)
+    itself = np.ones(batch.n_cells, bool)
+    cell, feature = objective._ask("RNA", batch, itself, tokens, counts["RNA"], panel["RNA"], model, (0, 5))
+    shown = {(c, f - 1) for c in range(batch.n_cells) for f in tokens.feature_CL[c][tokens.valid_CL[c]].tolist()}
+    asked = set(zip(cell.tolist(), feature.tolist(), strict=True))
+    assert not asked & shown
+    n_nonzero = np.bincount(cell[counts["RNA"][cell, feature] > 0], minlength=batch.n_cells)
+    assert n_nonzero.max() == 4
+    some = batch.take(np.array([3, 30]))
+    alone = objective._ask(
+        "RNA",
+        some,
+        itself[:2],
+        make_tokens(some, OFFSETS, SETTINGS, chance=(0, 5)),
+        counts["RNA"][[3, 30]],
+        panel["RNA"][[3, 30]],
+        model,
+        (0, 5),
+    )
+    for place, row in enumerate((3, 30)):
+        assert sorted(alone[1][alone[0] == place].tolist()) == sorted(feature[cell == row].tolist())
+
+
+def test_blocks_read_what_their_kind_says() -> None:
+    """Within-measurement blocks alone let nothing of a protein reach RNA's tokens; a joint block does."""
+    config = replace(CONFIG, layers=4)
+    assert config.kinds == ["within", "between", "within", "joint"]
+    assert replace(config, attention="full").kinds == ["joint"] * 4
+    torch.manual_seed(0)
+    model = CellModel(config).eval()
+    batch = cells()
+    part = batch.counts["protein"]
+    other = replace(batch, counts={**batch.counts, "protein": replace(part, counts=part.counts[::-1].copy())})
+    tokens = [make_tokens(one, OFFSETS, SETTINGS) for one in (batch, other)]
+    n_head = len(PROMPTS) + 4
+    layouts = [lay_out(one, n_head, config.bottlenecks) for one in tokens]
+    first, second = (model.encode(one)[0] for one in tokens)
+    rna = layouts[0].feature_N[tokens[0].feature_CL.flatten()[layouts[0].source_N] < OFFSETS["protein"]]
+    assert (first[rna] - second[rna]).abs().max() > 1e-5
+    for number, kind in enumerate(config.kinds):
+        x = torch.randn(layouts[0].n_tokens, config.width, generator=torch.Generator().manual_seed(number))
+        changed = x.clone()
+        changed[np.setdiff1d(np.arange(len(x)), [*rna.tolist(), *layouts[0].hub_H.tolist()])] += 1.0
+        cut = layouts[0].cells if kind == "joint" else layouts[0].pieces
+        if kind != "between":
+            moved = (model.blocks[number](x, cut)[rna] - model.blocks[number](changed, cut)[rna]).abs().max()
+            assert (moved > 1e-6) == (kind == "joint")
+
+
+def test_the_layout_puts_every_token_in_one_place() -> None:
+    tokens = make_tokens(cells(), OFFSETS, SETTINGS)
+    layout = lay_out(tokens, 5, 3)
+    places = torch.cat([layout.head_CP.flatten(), layout.bottleneck_B, layout.feature_N])
+    assert sorted(places.tolist()) == list(range(layout.n_tokens))
+    assert len(layout.feature_N) == int(tokens.valid_CL.sum())
+    assert (layout.cells.segment_N[layout.feature_N] == layout.cell_N).all()
+    assert layout.hubs.lengths.tolist() == (5 + 3 * tokens.measured_CM.sum(1)).tolist()

@@ -12,14 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from store.errors import UsageError
 from store.part import CODED
 from store.part import NUMBERS as MEASURED_NUMBERS
 from train.reader import Window
-from train.tokens import chance_salts, uniform
+from train.tokens import chance_salts, drawn, units
 
 SEED = 2**20
 """Added to the seed, so that chance here has nothing to do with that of tokens."""
@@ -113,7 +112,7 @@ def find_controls(
         chance: (seed, step).
     """
     salts = chance_salts((chance[0] + SEED, chance[1]), range(controls.size + 1))
-    drawn_SC = uniform(torch.from_numpy(row_C), *salts).numpy()
+    drawn_SC = units(drawn(row_C, salts))
     place_CS = np.full((len(place_C), controls.size), -1, np.int64)
     for cell, place in enumerate(place_C.tolist()):
         if groups.unperturbed_R[place] or drawn_SC[0, cell] >= controls.share:

@@ -118,7 +118,7 @@ class Run:
         self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
         tokens = TokenSettings(budget=settings.data.tokens)
-        self.objective = Objective(panels, tokens, settings.seed, self.device)
+        self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries)
 
     def _stream(self, split: str, controls: MatchedControls | None = None) -> Stream:
         data = self.settings.data
@@ -247,7 +247,7 @@ class Run:
             group["lr"] = rate
         with self.accelerator.autocast():
             loss, n_tokens, n_cells = self.objective(self.model, self.plain, batch, self.step)
-        sums = self._sum(loss.total.detach(), loss.pairs, n_cells, n_tokens)
+        sums = self._sum(loss.rebuilt.detach(), loss.pairs, n_cells, n_tokens, loss.asked.detach())
         mean = float(sums[0] / sums[1])
         if not math.isfinite(mean):
             raise VerificationError(
@@ -262,6 +262,7 @@ class Run:
         end = time.monotonic()
         return {
             "loss": mean,
+            "loss_asked": float(sums[4] / sums[1]),
             "lr": rate,
             "grad_norm": float(norm),
             "cells": float(sums[2]),
@@ -289,7 +290,7 @@ class Run:
         with torch.no_grad():
             for batch in stream.steps(0, steps, rank=self.rank, world=self.world):
                 loss, *_ = self.objective(self.plain, self.plain, batch, None)
-                total += torch.tensor([float(loss.total), float(loss.pairs)], dtype=torch.float64)
+                total += torch.tensor([float(loss.rebuilt), float(loss.pairs)], dtype=torch.float64)
         self.plain.train()
         sums = self._sum(*total)
         return float(sums[0] / sums[1])

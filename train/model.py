@@ -1,30 +1,31 @@
-"""This module is the model: one encoder over the visible tokens and prompts of a cell, one decoder of whole cells.
+"""This module is the model: an encoder of packed cells, a decoder of whole cells, and one of single features.
 
-The encoder (pre-norm, RMSNorm, QK-norm, SwiGLU, plain linear projections) reads a summary token, prompt tokens and
-the visible feature tokens. The decoder takes the summary and the prompts and gives log rates of every feature of every
-measurement; hidden values never enter (but in the sum of a cell's counts, its depth), they are only compared with.
-Likelihoods: negative binomial for RNA and protein, Poisson for the others; the mean is the cell's depth times a softmax
-over the features that its dataset measures. Architecture after the reference of masked cell models (He et al. 2022;
-Lopez et al. 2018 for the likelihood).
+The encoder reads, for each cell, a summary token, prompt tokens, and the visible features of each measurement behind
+some bottleneck tokens. Attention is hybrid: blocks within a measurement, blocks between measurements through heads and
+bottlenecks (Nagrani et al. 2021), and joint blocks at the end. From the summary and the prompts one decoder gives log
+rates of every feature of every measurement; another corrects the rates of the features that it is asked for, reading
+the encoder's tokens. Hidden values never enter (but in the sum of a cell's counts, its depth), they are only compared
+with (after He et al. 2022; Hao et al. 2024). Projections are plain linear layers, so that adapters reach them.
 
 Shape letters used in this module:
-    C  cells      L  tokens      D  width      H  heads      G  features of a measurement      M  measurements
-    F  fields     T  perturbation targets
+    C  cells      L  tokens      N  packed tokens      D  width      H  heads      G  features of a measurement
+    M  measurements      F  fields      T  perturbation targets      Q  queries      P  tokens of a head
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from train.attention import Segments, attend
+from train.layout import Layout, lay_out
+from train.likelihood import OVERDISPERSED
 from train.tokens import Tokens, first_numbers
-
-OVERDISPERSED = ("RNA", "protein")
-"""Measurements with a negative binomial likelihood; the others are Poisson."""
 
 FOURIER = 6
 
@@ -42,6 +43,9 @@ class ModelConfig:
         layers: Encoder blocks.
         heads: H; divides the width.
         bins: Soft bins of a value's embedding.
+        bottlenecks: Tokens through which a measurement of a cell speaks with the others.
+        query_layers: Blocks of the decoder of single features.
+        attention: "hybrid", or "full": every block is joint.
     """
 
     n_features: dict[str, int]
@@ -52,15 +56,38 @@ class ModelConfig:
     layers: int = 2
     heads: int = 4
     bins: int = 16
+    bottlenecks: int = 4
+    query_layers: int = 1
+    attention: Literal["hybrid", "full"] = "hybrid"
 
     @property
     def offsets(self) -> dict[str, int]:
         """Measurement to the number of its first feature among all; 0 is padding."""
         return first_numbers(self.n_features)
 
+    @property
+    def kinds(self) -> list[str]:
+        """What each encoder block reads: "within" a measurement, "between" them, or all of the cell ("joint")."""
+        joint = self.layers if self.attention == "full" else max(1, self.layers // 3)
+        mixed = ["within" if number % 2 == 0 else "between" for number in range(self.layers - joint)]
+        return [*mixed, *["joint"] * joint]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Features whose values are asked for.
+
+    Attributes:
+        feature_Q: Number of each among all features, from 1; cell by cell.
+        cells: The queries cut between cells.
+    """
+
+    feature_Q: Tensor
+    cells: Segments
+
 
 class Attention(nn.Module):
-    """Self-attention with separate projections and normalised queries and keys."""
+    """Attention with separate projections and normalised queries and keys."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -72,19 +99,17 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads)
         self.k_norm = nn.RMSNorm(width // heads)
 
-    def forward(self, x_CLD: Tensor, valid_CL: Tensor) -> Tensor:
-        """Attend from every token to the valid ones."""
-        shape = (*x_CLD.shape[:2], self.heads, x_CLD.shape[2] // self.heads)  # spelt out: a share may hold no cell
-        q = self.q_norm(self.q_proj(x_CLD).view(shape)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x_CLD).view(shape)).transpose(1, 2)
-        v = self.v_proj(x_CLD).view(shape).transpose(1, 2)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=valid_CL[:, None, None, :])
-        joined: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+    def forward(self, x_ND: Tensor, read_ND: Tensor, cu_q: Segments, cu_k: Segments) -> Tensor:
+        """Let each token of ``x`` read the tokens of ``read`` in its segment."""
+        v = self.v_proj(read_ND).unflatten(1, (self.heads, -1))
+        q = self.q_norm(self.q_proj(x_ND).unflatten(1, (self.heads, -1))).to(v.dtype)
+        k = self.k_norm(self.k_proj(read_ND).unflatten(1, (self.heads, -1))).to(v.dtype)
+        joined: Tensor = self.o_proj(attend(q, k, v, cu_q, cu_k).flatten(1))
         return joined
 
 
 class Block(nn.Module):
-    """One encoder block: attention, then a gated feed-forward layer."""
+    """Attention, then a gated feed-forward layer."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -95,11 +120,14 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, 2 * width, bias=False)
         self.down_proj = nn.Linear(2 * width, width, bias=False)
 
-    def forward(self, x_CLD: Tensor, valid_CL: Tensor) -> Tensor:
-        """Return the tokens after the block."""
-        x_CLD = x_CLD + self.attention(self.attention_norm(x_CLD), valid_CL)
-        fed = self.feed_norm(x_CLD)
-        out: Tensor = x_CLD + self.down_proj(functional.silu(self.gate_proj(fed)) * self.up_proj(fed))
+    def forward(
+        self, x_ND: Tensor, cu_q: Segments, read_ND: Tensor | None = None, cu_k: Segments | None = None
+    ) -> Tensor:
+        """Return the tokens after the block; they read each other, or what they are given."""
+        own = self.attention_norm(x_ND)
+        x_ND = x_ND + self.attention(own, own if read_ND is None else read_ND, cu_q, cu_k or cu_q)
+        fed = self.feed_norm(x_ND)
+        out: Tensor = x_ND + self.down_proj(functional.silu(self.gate_proj(fed)) * self.up_proj(fed))
         return out
 
 
@@ -174,6 +202,7 @@ class CellModel(nn.Module):
         self.value = SoftBins(width, config.bins)
         self.prompts = Prompts(config)
         self.summary = nn.Parameter(torch.zeros(width))
+        self.bottlenecks = nn.Parameter(torch.zeros(len(config.n_features), config.bottlenecks, width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
         self.norm = nn.RMSNorm(width)
         self.mix = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
@@ -184,22 +213,43 @@ class CellModel(nn.Module):
                 for name, size in config.n_features.items()
             }
         )
+        self.asked = nn.Parameter(torch.zeros(width))
+        self.query_blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.query_layers))
+        self.query_norm = nn.RMSNorm(width)
+        self.correction = nn.Linear(width, 1)
         self.apply(_initialise)
         nn.init.zeros_(self.target.weight)
-        nn.init.normal_(self.summary, std=0.02)
+        for parameter in (self.summary, self.bottlenecks, self.asked):
+            nn.init.normal_(parameter, std=0.02)
+
+    def encode(self, tokens: Tokens) -> tuple[Tensor, Layout, Tensor]:
+        """Return the encoder's tokens_ND, where they lie, and the mean of the cells' prompts_CD."""
+        prompts = self.prompts(tokens)
+        head_CPD = torch.cat([self.summary.expand(len(prompts), 1, -1), prompts], dim=1)
+        layout = lay_out(tokens, head_CPD.shape[1], self.config.bottlenecks)
+        feature_N = tokens.feature_CL.flatten()[layout.source_N]
+        features = (
+            self.identity(feature_N)
+            + self.measurement(tokens.measurement_CL.flatten()[layout.source_N])
+            + self.value(tokens.value_CL.flatten()[layout.source_N])
+        )
+        own = self.bottlenecks.flatten(0, 1)
+        number_B = torch.arange(len(layout.bottleneck_B), device=own.device) % max(1, self.config.bottlenecks)
+        bottlenecks = own[layout.bottleneck_measurement * self.config.bottlenecks + number_B]
+        x = torch.cat([head_CPD.flatten(0, 1), bottlenecks, features])
+        place = torch.cat([layout.head_CP.flatten(), layout.bottleneck_B, layout.feature_N])
+        x = torch.zeros_like(x).index_copy(0, place, x)
+        for kind, block in zip(self.config.kinds, self.blocks, strict=True):
+            if kind == "between":
+                x = x.index_copy(0, layout.hub_H, block(x[layout.hub_H], layout.hubs))
+            else:
+                x = block(x, layout.cells if kind == "joint" else layout.pieces)
+        return self.norm(x), layout, prompts.mean(1)
 
     def embed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the cells' embeddings_CD and the mean of their prompts_CD."""
-        prompts = self.prompts(tokens)
-        features = (
-            self.identity(tokens.feature_CL) + self.measurement(tokens.measurement_CL) + self.value(tokens.value_CL)
-        )
-        x = torch.cat([self.summary.expand(len(features), 1, -1), prompts, features], dim=1)
-        always = torch.ones(x.shape[0], 1 + prompts.shape[1], dtype=torch.bool, device=x.device)
-        valid = torch.cat([always, tokens.valid_CL], dim=1)
-        for block in self.blocks:
-            x = block(x, valid)
-        return self.norm(x[:, 0]), prompts.mean(1)
+        x, layout, prompts = self.encode(tokens)
+        return x[layout.head_CP[:, 0]], prompts
 
     def decode(self, embedding_CD: Tensor, prompts_CD: Tensor, perturbation_CT: Tensor) -> dict[str, Tensor]:
         """Return logits_CG of every measurement."""
@@ -207,10 +257,23 @@ class CellModel(nn.Module):
         perturbation = self.target(perturbation_CT).sum(1)
         return {name: decoder(summary, perturbation) for name, decoder in self.decoders.items()}
 
-    def forward(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return embeddings_CD and logits_CG of every measurement."""
-        embedding, prompts = self.embed(tokens)
-        return embedding, self.decode(embedding, prompts, tokens.perturbation_CT)
+    def correct(self, x_ND: Tensor, layout: Layout, queries: Queries) -> Tensor:
+        """Return what is added to the log rate of each feature that is asked for, from all that the encoder knows."""
+        borders = torch.tensor(list(self.config.offsets.values())[1:], dtype=torch.int64, device=x_ND.device)
+        measurement_Q = torch.bucketize(queries.feature_Q.long(), borders, right=True)
+        q = self.identity(queries.feature_Q) + self.measurement(measurement_Q) + self.asked
+        for block in self.query_blocks:
+            q = block(q, queries.cells, x_ND, layout.cells)
+        correction: Tensor = self.correction(self.query_norm(q)).squeeze(1)
+        return correction
+
+    def forward(self, tokens: Tokens, queries: Queries | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return embeddings_CD, logits_CG of every measurement, and the correction_Q of what is asked for."""
+        x, layout, prompts = self.encode(tokens)
+        embedding = x[layout.head_CP[:, 0]]
+        logits = self.decode(embedding, prompts, tokens.perturbation_CT)
+        correction = x.new_zeros(0) if queries is None else self.correct(x, layout, queries)
+        return embedding, logits, correction
 
     def set_baseline(self, share: dict[str, Tensor]) -> None:
         """Let the decoders begin at the training cells' mean share_G of counts: learning begins at the floor."""
@@ -236,69 +299,3 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02 if module.bias is None else 1 / math.sqrt(module.in_features) / 2)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A sum of mean negative log likelihoods, and the number of (cell, measurement) pairs that it sums over."""
-
-    total: Tensor
-    pairs: Tensor
-    per_measurement: dict[str, Tensor] = field(default_factory=dict)
-
-
-def log_rates(logits_CG: Tensor, panel_CG: Tensor) -> Tensor:
-    """Return the log share of each measured feature; a feature that was not measured has none (-inf)."""
-    return functional.log_softmax(logits_CG.masked_fill(~panel_CG, -torch.inf), dim=1)
-
-
-def negative_log_likelihood(
-    counts_CG: Tensor, log_share_CG: Tensor, panel_CG: Tensor, log_dispersion_G: Tensor | None
-) -> Tensor:
-    """Return each cell's mean over its measured features of -log p(counts), in nats.
-
-    Args:
-        counts_CG: Raw counts.
-        log_share_CG: From ``log_rates``.
-        panel_CG: Which features were measured.
-        log_dispersion_G: Log inverse dispersion of the negative binomial; None is Poisson.
-    """
-    depth_C1 = counts_CG.sum(1, keepdim=True).clamp(min=1)
-    log_mean = torch.log(depth_C1) + log_share_CG.masked_fill(~panel_CG, 0.0)
-    if log_dispersion_G is None:
-        nll = log_mean.exp() - counts_CG * log_mean + torch.lgamma(counts_CG + 1)
-    else:
-        r_G = functional.softplus(log_dispersion_G) + 1e-4
-        log_r_plus_mean = torch.logaddexp(r_G.log(), log_mean)
-        nll = (
-            torch.lgamma(r_G)
-            + torch.lgamma(counts_CG + 1)
-            - torch.lgamma(counts_CG + r_G)
-            - r_G * (r_G.log() - log_r_plus_mean)
-            - counts_CG * (log_mean - log_r_plus_mean)
-        )
-    return (nll * panel_CG).sum(1) / panel_CG.sum(1).clamp(min=1)
-
-
-def reconstruction_loss(
-    model: CellModel, logits: dict[str, Tensor], counts: dict[str, Tensor], panels: dict[str, Tensor]
-) -> Loss:
-    """Compare predicted rates with the cells' own counts, in every measurement that the cell has.
-
-    Args:
-        model: Gives the dispersions.
-        logits: Measurement to logits_CG.
-        counts: Measurement to counts_CG.
-        panels: Measurement to panel_CG: features measured in the cell; a row of False is a cell without it.
-    """
-    device = next(iter(logits.values())).device
-    total, pairs = torch.zeros((), device=device), torch.zeros((), device=device)
-    per_measurement = {}
-    for name, panel_CG in panels.items():
-        has_C = panel_CG.any(1)
-        shares = log_rates(logits[name][has_C], panel_CG[has_C])
-        nll_C = negative_log_likelihood(counts[name][has_C], shares, panel_CG[has_C], model.log_dispersion(name))
-        total = total + nll_C.sum() + 0.0 * logits[name].sum()
-        pairs = pairs + has_C.sum()
-        per_measurement[name] = nll_C.detach().sum()
-    return Loss(total, pairs, per_measurement)

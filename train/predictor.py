@@ -21,7 +21,7 @@ from store.errors import InputRefused
 from train import checkpoint
 from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
 from train.checkpoint import Vocabulary
-from train.model import log_rates
+from train.likelihood import log_rates
 from train.tokens import SCALE, Tokens, make_tokens
 
 BATCH_CELLS = 256
@@ -162,7 +162,7 @@ class Predictor:
         total = {name: np.zeros(len(part.feature_id)) for name, part in self.vocabulary.items()}
         with torch.inference_mode():
             for rows, tokens in self._batches(cells):
-                _, logits = self.model(tokens)
+                _, logits, _ = self.model(tokens)
                 for name, logits_CG in logits.items():
                     share = log_rates(logits_CG.float(), self._panel(name, cells.take(rows))).exp()
                     total[name] += torch.log1p(share * SCALE).sum(0).double().cpu().numpy()

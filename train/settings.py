@@ -20,6 +20,12 @@ class ModelSettings(Settings):
     """Attention heads; divides the width."""
     bins: int = Field(default=16, ge=2)
     """Soft bins of a value's embedding."""
+    bottlenecks: int = Field(default=4, ge=1)
+    """Tokens through which a measurement of a cell speaks with its other measurements."""
+    query_layers: int = Field(default=1, ge=0)
+    """Blocks of the decoder of single features."""
+    attention: Literal["hybrid", "full"] = "hybrid"
+    """Within and between measurements in turn, joint at the end; or joint in every block."""
 
     @model_validator(mode="after")
     def _divides(self) -> ModelSettings:
@@ -51,6 +57,8 @@ class DataSettings(Settings):
     """What that folder may hold, in GiB."""
     tokens: int = Field(default=128, ge=8)
     """Tokens of a cell at most."""
+    queries: int = Field(default=16, ge=2)
+    """Features of a cell and measurement that the query decoder is asked for, half of them hidden non-zeros."""
     matched_controls: float = Field(default=0.5, ge=0, le=1)
     """Share of perturbed cells that are predicted from a matched control of the same window."""
 

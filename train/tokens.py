@@ -136,6 +136,23 @@ def _high(mixed: Tensor) -> Tensor:
     return (mixed >> 32) & 0xFFFFFFFF
 
 
+def drawn(key_C: NDArray[np.int64], salts: Sequence[int]) -> NDArray[np.uint64]:
+    """Hash integers as :func:`uniform` does, on CPU and without torch where numba is at hand; 64 bits, [S, C]."""
+    slow = kernels is None
+    out_SC = np.empty((len(salts), len(key_C)), np.uint64)
+    if slow:
+        out_SC[:] = _mixed(torch.from_numpy(key_C), salts).numpy().view(np.uint64)
+    else:
+        kernels.mixed(key_C, np.array([(salt * 0xC2B2AE3D27D4EB4F) % 2**64 for salt in salts], np.uint64), out_SC)
+    return out_SC
+
+
+def units(mixed: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return hashes as numbers in [0, 1): those of :func:`uniform`."""
+    numbers: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
+    return numbers
+
+
 def draws(feature_N: Tensor, key_N: Tensor) -> Tensor:
     """Hash features' numbers with their cells' keys to integers below 2**32 (Wellons 2018, lowbias32)."""
     low = 0xFFFFFFFF
@@ -243,7 +260,7 @@ def make_tokens(
         tuple(offsets.values()),
         torch.stack(depths, dim=1),
         torch.stack(measured, dim=1),
-        *_prompts(cells, row_C, chance, settings, device),
+        *_prompts(cells, chance, settings, device),
         row_C=row_C,
     )
 
@@ -285,7 +302,6 @@ def fast_tokens(
         empty: Gives room for a number of values of a type.
         factors: As for :func:`make_tokens`.
     """
-    row_C = torch.from_numpy(cells.row)
     shown: dict[str, NDArray[np.bool_]] = {}
     hidden: dict[str, NDArray[np.uint32]] = {}
     key_C = np.zeros(cells.n_cells, np.uint32)
@@ -293,10 +309,10 @@ def fast_tokens(
         shown[name] = measured[name] if name in parts else np.zeros(cells.n_cells, bool)
         hidden[name] = np.zeros(cells.n_cells, np.uint32)
         if chance is not None:
-            mixed = _mixed(row_C, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
-            shown[name] = shown[name] & (_unit(mixed[0]).numpy() >= settings.drop_measurement)
-            hidden[name] = _hidden(_unit(mixed[1]).numpy(), settings).astype(np.uint32)
-            key_C = _high(mixed[2]).numpy().astype(np.uint32)
+            mixed = drawn(cells.row, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
+            shown[name] = shown[name] & (units(mixed[0]) >= settings.drop_measurement)
+            hidden[name] = _hidden(units(mixed[1]), settings).astype(np.uint32)
+            key_C = (mixed[2] >> np.uint64(32)).astype(np.uint32)
     lengths_C = np.zeros(cells.n_cells, np.int64)
     for name in parts:
         for spans, place_C in parts[name]:
@@ -338,8 +354,8 @@ def fast_tokens(
         tuple(offsets.values()),
         torch.from_numpy(np.log1p(np.stack(list(depths.values()), axis=1))),
         torch.from_numpy(np.stack(list(shown.values()), axis=1)),
-        *_prompts(cells, row_C, chance, settings, torch.device("cpu")),
-        row_C=row_C,
+        *_prompts(cells, chance, settings, torch.device("cpu")),
+        row_C=torch.from_numpy(cells.row),
     )
 
 
@@ -427,16 +443,17 @@ def pack(tokens: Tokens, budget: int | None = None) -> list[Packed]:
 
 
 def _prompts(
-    cells: Cells, row_C: Tensor, chance: tuple[int, int] | None, settings: TokenSettings, device: torch.device
+    cells: Cells, chance: tuple[int, int] | None, settings: TokenSettings, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    codes = torch.from_numpy(np.stack([cells.prompts[name] for name in PROMPTS], axis=1)).to(device)
-    targets = torch.from_numpy(cells.perturbation).to(device)
-    numbers = torch.from_numpy(np.stack([cells.numbers[name] for name in NUMBERS], axis=1)).to(device)
-    if chance is None:
-        return codes, targets, numbers
-    salts = (*range(PROMPT, PROMPT + len(PROMPTS)), PERTURBATION, NUMBER)
-    drawn_SC = uniform(row_C, *chance_salts(chance, salts))
-    rates = [settings.drop_cell_type if name == "cell_type" else settings.drop_prompt for name in PROMPTS]
-    kept_SC = drawn_SC >= torch.tensor([*rates, settings.drop_prompt, settings.drop_prompt], device=device)[:, None]
-    numbers = torch.where(kept_SC[-1, :, None], numbers, torch.nan)
-    return codes * kept_SC[: len(PROMPTS)].T, targets * kept_SC[-2, :, None], numbers
+    codes_CF = np.stack([cells.prompts[name] for name in PROMPTS], axis=1)
+    target_CT = cells.perturbation
+    number_CF = np.stack([cells.numbers[name] for name in NUMBERS], axis=1)
+    if chance is not None:
+        salts = (*range(PROMPT, PROMPT + len(PROMPTS)), PERTURBATION, NUMBER)
+        rates = [settings.drop_cell_type if name == "cell_type" else settings.drop_prompt for name in PROMPTS]
+        rates += [settings.drop_prompt, settings.drop_prompt]
+        kept_SC = units(drawn(cells.row, chance_salts(chance, salts))) >= np.array(rates)[:, None]
+        codes_CF = codes_CF * kept_SC[: len(PROMPTS)].T
+        target_CT = target_CT * kept_SC[-2][:, None]
+        number_CF = np.where(kept_SC[-1][:, None], number_CF, np.float32(np.nan))
+    return tuple(torch.from_numpy(part).to(device) for part in (codes_CF, target_CT, number_CF))  # type: ignore[return-value]

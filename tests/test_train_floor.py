@@ -1,0 +1,263 @@
+"""Baselines against answers worked out by hand or planted in made-up cells; scores against arithmetic on paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from studies import FEATURES, perturbed, study
+
+from store.errors import InputRefused
+from train.evaluation.cellfloor import (
+    Forecaster,
+    PrincipalComponents,
+    annotation_floor,
+    forecast_floor,
+    translation_floor,
+)
+from train.evaluation.effects import effects, profile
+from train.evaluation.floor import (
+    Additive,
+    BilinearRidge,
+    ContextMean,
+    ControlPasted,
+    KnowledgeNeighbours,
+    SameElsewhere,
+    TrainingMean,
+    effect_floor,
+)
+from train.evaluation.folds import FoldSettings, make_folds
+from train.evaluation.perturb import METRICS, perturb_suite
+from train.evaluation.score import REPLICATE, Value, holm, score
+from train.evaluation.study import Study
+
+
+@pytest.fixture(scope="module")
+def cells() -> Study:
+    return perturbed(["x", "y", "z", "x+y"])
+
+
+def test_an_effect_is_the_difference_of_pseudobulk_profiles(cells: Study) -> None:
+    found = effects(cells, "RNA")
+    assert found.n_effects == 8
+    line = [*zip(found.perturbation, found.context, strict=True)].index(("x", "b"))
+    here = cells.label("cell_type") == "b"
+    counts = cells.counts["RNA"].toarray()
+    total = counts[here & (cells.label("perturbation") == "x")].sum(0)
+    np.testing.assert_allclose(found.treated_EG[line], np.log1p(1e4 * total / total.sum()))
+    assert found.n_cells[line] == 60
+    with pytest.raises(InputRefused, match="no perturbation has 8 cells of RNA beside controls"):
+        effects(cells.take(cells.label("perturbation") != "control"), "RNA")
+
+
+def test_baselines_say_what_they_are_named_after(cells: Study) -> None:
+    train = cells.take(cells.label("perturbation") != "x+y")
+    known = effects(train, "RNA")
+    delta = {
+        key: d
+        for *key, d in zip(known.perturbation, known.context, known.delta_EG, strict=True)
+        for key in [tuple(key)]
+    }
+    control = cells.take(cells.label("perturbation") == "control")
+
+    def said(kind: type, perturbation: str, context: str) -> np.ndarray:
+        return np.asarray(kind("RNA").fit(train).predict(control, perturbation, context))
+
+    assert not said(ControlPasted, "x+y", "a").any()
+    np.testing.assert_allclose(said(TrainingMean, "q", "a"), known.delta_EG.mean(0))
+    in_a = np.mean([d for (_, context), d in delta.items() if context == "a"], axis=0)
+    np.testing.assert_allclose(said(ContextMean, "q", "a"), in_a)
+    np.testing.assert_allclose(said(Additive, "x+y", "a"), delta["x", "a"] + delta["y", "a"])
+    elsewhere = SameElsewhere("RNA").fit(train.take(train.label("cell_type") == "a")).predict(control, "x", "b")
+    np.testing.assert_allclose(elsewhere, delta["x", "a"])
+
+
+def test_bilinear_ridge_recovers_effects_that_follow_vectors_given_for_targets() -> None:
+    rng = np.random.default_rng(1)
+    vectors = {f"t{number}": rng.normal(size=3) for number in range(24)}
+    mix = rng.normal(size=(3, len(FEATURES))) * 0.6
+    base = rng.uniform(20, 60, len(FEATURES))
+    lines, rates = [], []
+    for name, vector in [("control", np.zeros(3)), *vectors.items()]:
+        lines += [{"perturbation": name, "cell_type": "a"}] * 40
+        rates += [base * np.exp(vector @ mix)] * 40
+    made = study(pd.DataFrame(lines), np.array(rates))
+    held = [f"t{number}" for number in range(6)]
+    train = made.take(~np.isin(made.label("perturbation"), held))
+    truth = effects(made, "RNA")
+
+    def error(method: object) -> float:
+        predicted = [method.predict(made, name, "a") for name in held]  # type: ignore[attr-defined]
+        real = [truth.delta_EG[truth.perturbation.index(name)] for name in held]
+        return float(np.mean((np.array(predicted) - np.array(real)) ** 2))
+
+    ridge = BilinearRidge("RNA", vectors=vectors).fit(train)
+    assert error(ridge) < 0.3 * error(TrainingMean("RNA").fit(train))
+    np.testing.assert_allclose(ridge.predict(made, "nobody", "a"), ridge.training_mean)
+
+
+def test_knowledge_neighbours_copy_targets_of_the_same_sets(cells: Study) -> None:
+    train = cells.take(~np.isin(cells.label("perturbation"), ["z", "x+y"]))
+    like = KnowledgeNeighbours("RNA", {"s1": ["z", "x"], "s2": ["y", "w"]}, neighbours=1).fit(train)
+    np.testing.assert_allclose(like.predict(cells, "z", "a"), like.single("x", "a"))
+    np.testing.assert_allclose(like.predict(cells, "unheard", "a"), like.training_mean)
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+def values(**by_method: list[float]) -> list[Value]:
+    return [
+        Value(method.replace("_", " "), "m", f"u{number}", 0, value)
+        for method, line in by_method.items()
+        for number, value in enumerate(line)
+    ]
+
+
+def test_a_score_is_ours_between_the_strongest_baseline_and_the_replicate() -> None:
+    found = values(weak=[0, 0, 0, 0], strong=[1, 1.1, 0.9, 1], replicate=[2, 2.1, 2, 1.9], ours=[1.5, 1.6, 1.4, 1.5])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.b_method == "strong"
+    assert one.s == pytest.approx(0.5)
+    assert one.verdict == "above"
+    assert one.low > 0
+    (turned,) = score([replace(v, value=-v.value) for v in found], {"m": "lower"}, "ours")
+    assert (turned.s, turned.b_method) == (pytest.approx(0.5), "strong")
+    (floor_only,) = score(found, {"m": "higher"})
+    assert floor_only.verdict == "not told apart" or floor_only.verdict == "floor only"
+
+
+def test_a_metric_whose_replicate_does_not_beat_the_floor_gets_no_score() -> None:
+    found = values(strong=[1, 2, 3, 4], replicate=[1.5, 1.7, 3.2, 3.8], ours=[9, 9, 9, 9])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.gate < 2
+    assert math.isnan(one.s)
+    assert one.verdict == "not informative"
+    (few,) = score(values(strong=[1, 1], replicate=[9, 9], ours=[5, 5]), {"m": "higher"}, "ours")
+    assert few.verdict == "not informative"
+
+
+def test_worse_than_the_floor_is_said() -> None:
+    found = values(strong=[1, 1.1, 0.9, 1], replicate=[2, 2.1, 2, 1.9], ours=[0.5, 0.6, 0.4, 0.5])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.verdict == "below"
+    assert one.s == pytest.approx(-0.5)
+
+
+def test_units_that_a_method_lacks_count_for_none() -> None:
+    found = values(strong=[1, 1, 1, 1], replicate=[2, 2, 2, 2], ours=[1.5, 1.5, 1.5, math.nan])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.n_units == 3
+    with pytest.raises(InputRefused, match="needs a replicate"):
+        score([v for v in found if v.method != REPLICATE], {"m": "higher"}, "ours")
+
+
+def test_holm_is_that_of_the_textbook() -> None:
+    assert holm([0.01, 0.04, math.nan, 0.03])[:2] == pytest.approx([0.03, 0.06])
+    assert holm([0.01, 0.04, math.nan, 0.03])[3] == pytest.approx(0.06)
+    assert math.isnan(holm([math.nan])[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ suites
+def test_a_replicate_beats_every_baseline_where_effects_cannot_be_guessed() -> None:
+    cells = perturbed([f"t{number}" for number in range(12)], contexts=("a",), n_cells=50)
+    folds = make_folds(cells, FoldSettings(by="target", folds=2))
+    methods = {one.name: (lambda seed, one=one: one) for one in effect_floor("RNA")}
+    found = perturb_suite(cells, folds, methods, seeds=range(2))
+    scores = {one.metric: one for one in score(found, METRICS)}
+    assert scores["pds_cosine"].r > 0.9
+    assert 0.3 < scores["pds_cosine"].b < 0.7
+    assert all(one.gate > 2 for one in scores.values())
+    assert {one.unit for one in found} == {f"t{number} | a" for number in range(12)}
+
+
+def test_the_same_effect_elsewhere_is_found_in_a_new_context() -> None:
+    cells = perturbed([f"t{number}" for number in range(8)], contexts=("a", "b"), n_cells=50)
+    settings = FoldSettings(by="cell_type", held=("b",), where={"perturbation": tuple(f"t{n}" for n in range(8))})
+    methods = {one.name: (lambda seed, one=one: one) for one in effect_floor("RNA")}
+    found = perturb_suite(cells, make_folds(cells, settings), methods, seeds=[0])
+    pds = {name: np.mean([v.value for v in found if v.method == name and v.metric == "pds_cosine"]) for name in methods}
+    assert pds["same elsewhere"] > 0.9
+    assert pds["training mean"] == pytest.approx(0.5, abs=0.01)
+
+
+def two_types(n_cells: int = 240, seed: int = 0) -> Study:
+    rng = np.random.default_rng(seed)
+    types = np.array(["t", "u", "v"])[np.arange(n_cells) % 3]
+    means = {name: rng.uniform(1, 12, len(FEATURES)) for name in "tuv"}
+    proteins = {name: rng.uniform(5, 50, 8) for name in "tuv"}
+    one = study(
+        pd.DataFrame({"cell_type": types, "donor_id": [f"d{n % 5}" for n in range(n_cells)]}),
+        np.array([means[name] for name in types]),
+    )
+    other = study(
+        pd.DataFrame({"cell_type": types}), np.array([proteins[name] for name in types]), 1, [f"p{n}" for n in range(8)]
+    )
+    return Study(
+        {"RNA": one.counts["RNA"], "protein": other.counts["RNA"]},
+        {"RNA": one.features["RNA"], "protein": other.features["RNA"]},
+        one.obs,
+    )
+
+
+def test_annotators_learn_types_and_are_fitted_on_training_cells_only() -> None:
+    cells = two_types()
+    train, test = cells.take(np.arange(120)), cells.take(np.arange(120, 240))
+    accuracy = {}
+    for method in annotation_floor("RNA"):
+        method.fit(train)
+        accuracy[method.name] = (method.predict(test) == test.label("cell_type").astype(str)).mean()
+        np.testing.assert_allclose(method.predict_proba(test).sum(axis=1), 1)
+    assert accuracy["logistic regression on PCs"] > 0.95
+    assert accuracy["kNN on PCs"] > 0.9
+    assert accuracy["most frequent"] < 0.5
+    changed = Study(cells.counts, cells.features, cells.obs)
+    twice = [PrincipalComponents("RNA").fit(one.take(np.arange(120))).embed(test) for one in (cells, changed)]
+    np.testing.assert_array_equal(*twice)
+
+
+def test_translators_know_what_goes_with_a_type() -> None:
+    cells = two_types()
+    train, test = cells.take(np.arange(120)), cells.take(np.arange(120, 240))
+    truth = test.logs("protein").toarray()
+    error = {
+        method.name: float(((method.fit(train).predict(test) - truth) ** 2).mean())
+        for method in translation_floor("RNA", "protein")
+    }
+    assert error["ridge on PCs"] < 0.5 * error["mean"]
+    assert error["kNN on PCs"] < 0.5 * error["mean"]
+    assert error["type mean"] < 0.5 * error["mean"]
+    with pytest.raises(InputRefused, match="the cells have no ATAC; measurements: RNA, protein"):
+        test.logs("ATAC")
+
+
+def test_transport_lands_between_the_times_where_copies_do_not() -> None:
+    rng = np.random.default_rng(0)
+    early, late = rng.uniform(1, 6, 60), rng.uniform(1, 6, 60)
+    times = np.repeat([0.0, 1.0, 2.0], 80)
+    rates = np.stack([early + (late - early) * time / 2 for time in times]) * 5
+    cells = study(pd.DataFrame({"time": times}), rates)
+    train, truth = cells.take(times != 1.0), profile(cells.counts["RNA"][times == 1.0])
+    distance = {}
+    for method in forecast_floor("RNA"):
+        sample = method.fit(train).predict(1.0)
+        distance[method.name] = float(np.abs(np.asarray(sample.mean(axis=0)).ravel() - truth).mean())
+    assert distance["OT midpoint"] < 0.6 * min(distance["copy of the time before"], distance["copy of the time after"])
+    assert distance["both times"] < min(distance["copy of the time before"], distance["copy of the time after"])
+    beyond = Forecaster("RNA", "transport").fit(train).predict(5.0)
+    assert beyond.shape[0] == 80  # nothing after: the last time as it was
+    with pytest.raises(InputRefused, match="way='backwards'"):
+        Forecaster("RNA", "backwards")
+
+
+def test_papalexi_shows_why_metrics_are_gated(shared_data: object) -> None:
+    """On 21 targets of which few respond, most metrics cannot tell a replicate from a constant."""
+    import mudata
+
+    from train.evaluation.study import from_anndata
+
+    with mudata.set_options(pull_on_update=False):
+        data = mudata.read_h5mu(f"{shared_data}/derived/papalexi_dev.h5mu")
+    assert data is not None
+    assert from_anndata({"RNA": data["rna"]}).n_cells == 17490

@@ -1,0 +1,1 @@
+"""What a model must beat, and how that is decided: baselines, replicates, folds, audits, scores."""

@@ -1,0 +1,237 @@
+"""This module audits a fold before any number is made with it: what a method could know of the cells that judge it.
+
+It fails closed: what cannot be checked is a finding, not a pass.
+
+Shape letters used in this module:
+    C  cells      N  non-zeros      H  hash functions
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from store.errors import VerificationError
+from train.evaluation.folds import TARGET, UNPERTURBED, Fold, FoldSettings
+from train.evaluation.study import Study
+
+HASHES, BAND = 32, 4
+NEAR = 0.9
+"""Cells whose (feature, count) pairs agree to this Jaccard index are near-duplicates."""
+MANY = 32
+FEWEST = 20
+"""Non-zeros below which cells agree by chance; they are compared exactly only."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One leak, or one thing that could not be checked.
+
+    Attributes:
+        check: What was looked at.
+        fold: In which fold; empty for all.
+        message: What is wrong, with which cells, and what to do.
+    """
+
+    check: str
+    fold: str
+    message: str
+
+
+def audit(
+    study: Study,
+    folds: list[Fold],
+    settings: FoldSettings,
+    *,
+    knowledge: dict[str, str] | None = None,
+    pretrained_C: NDArray[np.bool_] | None = None,
+) -> list[Finding]:
+    """Look for leaks between what methods are fitted on (training and calibration) and what judges them.
+
+    Args:
+        study: The cells.
+        folds: The folds.
+        settings: What the folds were made from.
+        knowledge: Knowledge file to the day (YYYY-MM-DD) of its newest source; empty text is not known.
+        pretrained_C: Cells that a checkpoint saw before; None where there is no checkpoint.
+
+    Returns:
+        The findings; none is a pass.
+    """
+    findings = _selection(settings) + _knowledge(settings, knowledge or {}) + _primary(study, folds)
+    for name, part in study.counts.items():
+        exact_C, near = _hashes(part), _near_pairs(part)
+        for fold in folds:
+            findings += _duplicates(name, fold, exact_C, near)
+    for fold in folds:
+        findings += _groups(study, fold, settings)
+        if pretrained_C is not None and (pretrained_C & fold.test_C).any():
+            n_cells = int((pretrained_C & fold.test_C).sum())
+            findings.append(
+                Finding(
+                    "pretraining",
+                    fold.name,
+                    f"the checkpoint was trained on {n_cells:,} of {int(fold.test_C.sum()):,} cells that judge it; "
+                    "hold out what it has not seen, or train another",
+                )
+            )
+    return findings
+
+
+def refuse_leaks(findings: list[Finding]) -> None:
+    """Stop where there is a finding.
+
+    Raises:
+        VerificationError: With all findings.
+    """
+    if findings:
+        lines = [f"{one.check}{f' ({one.fold})' if one.fold else ''}: {one.message}" for one in findings[:20]]
+        more = f"\n... and {len(findings) - 20} more" if len(findings) > 20 else ""
+        raise VerificationError("the audit found leaks; no number is made:\n" + "\n".join(lines) + more)
+
+
+def _selection(settings: FoldSettings) -> list[Finding]:
+    if settings.selection != "all":
+        return []
+    return [Finding("selection", "", "features were chosen on all cells; choose them on training cells only")]
+
+
+def _knowledge(settings: FoldSettings, knowledge: dict[str, str]) -> list[Finding]:
+    if not settings.knowledge_until:
+        return []
+    until, findings = date.fromisoformat(settings.knowledge_until), []
+    for path, day in knowledge.items():
+        name = Path(path).name
+        if not day:
+            findings.append(
+                Finding("knowledge", "", f"nobody knows from when {name} is; give its day, or leave it out")
+            )
+        elif date.fromisoformat(day) > until:
+            findings.append(Finding("knowledge", "", f"{name} is from {day}, after {until}; use an older release"))
+    return findings
+
+
+def _primary(study: Study, folds: list[Fold]) -> list[Finding]:
+    if "is_primary_data" not in study.obs:
+        return [Finding("primary", "", "obs has no is_primary_data: copies of cells cannot be told; add the column")]
+    copy_C = ~study.obs["is_primary_data"].to_numpy(dtype=bool)
+    used_C = np.any([fold.train_C | fold.test_C | fold.calibrate_C for fold in folds], axis=0)
+    n_copies = int((copy_C & used_C).sum())
+    if not n_copies:
+        return []
+    return [Finding("primary", "", f"{n_copies:,} cells are copies (is_primary_data is false); leave them out")]
+
+
+def _groups(study: Study, fold: Fold, settings: FoldSettings) -> list[Finding]:
+    value_C = study.label("perturbation" if settings.by == TARGET else settings.by)
+    fitted_C = fold.train_C | fold.calibrate_C
+    findings = []
+    if (fold.test_C & fitted_C).any():
+        findings.append(Finding("cells", fold.name, f"{int((fold.test_C & fitted_C).sum()):,} cells are on both sides"))
+    if settings.where:
+        return findings  # the group's other cells stay in training, as was asked for
+    judged = {str(value) for value in value_C[fold.test_C]}
+    learned = {str(value) for value in value_C[fitted_C]}
+    if settings.by in (TARGET, "perturbation"):
+        judged, learned = judged - {*UNPERTURBED}, learned - {*UNPERTURBED}
+    if settings.by == TARGET:
+        held = set(fold.name.split(", "))
+        shared = {name for name in learned if held & set(name.split("+"))}
+    else:
+        shared = judged & learned
+    if shared:
+        findings.append(
+            Finding("groups", fold.name, f"{settings.by} {', '.join(sorted(shared)[:5])} are on both sides")
+        )
+    return findings
+
+
+def _duplicates(measurement: str, fold: Fold, exact_C: NDArray[np.uint64], near: NDArray[np.int64]) -> list[Finding]:
+    fitted_C = fold.train_C | fold.calibrate_C
+    filled_C = exact_C != 0
+    same = np.isin(exact_C[fold.test_C & filled_C], exact_C[fitted_C & filled_C])
+    findings = []
+    if same.any():
+        first = int(np.flatnonzero(fold.test_C & filled_C)[np.argmax(same)])
+        findings.append(
+            Finding(
+                "duplicates",
+                fold.name,
+                f"{int(same.sum()):,} held-out cells have the very counts of {measurement} of a training cell, such as "
+                f"row {first:,}; they are copies, or too shallow to be told apart: leave them out",
+            )
+        )
+    one, other = near.T if len(near) else np.empty((2, 0), np.int64)
+    crosses = (fold.test_C[one] & fitted_C[other]) | (fold.test_C[other] & fitted_C[one])
+    if crosses.any():
+        pair = near[np.argmax(crosses)]
+        findings.append(
+            Finding(
+                "near-duplicates",
+                fold.name,
+                f"{int(crosses.sum()):,} pairs of a held-out and a training cell agree in {NEAR:.0%} of their counts "
+                f"of {measurement}, such as rows {pair[0]:,} and {pair[1]:,}; leave one of each out",
+            )
+        )
+    return findings
+
+
+# ------------------------------------------------------------------------------------------------------ hashing
+def _mixed(values: NDArray[np.uint64], salt: int) -> NDArray[np.uint64]:
+    """Hash integers (the finaliser of SplitMix; Steele, Lea and Flood 2014)."""
+    with np.errstate(over="ignore"):
+        mixed = values + np.uint64((salt * 0x9E3779B97F4A7C15) % 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def _pairs(counts_CG: csr_matrix) -> NDArray[np.uint64]:
+    """Hash each non-zero's feature and count."""
+    counts_CG.sum_duplicates()
+    bits = counts_CG.data.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return _mixed(bits | (counts_CG.indices.astype(np.uint64) << np.uint64(32)), 1)
+
+
+def _hashes(counts_CG: csr_matrix) -> NDArray[np.uint64]:
+    """Return a hash of each cell's counts; 0 of a cell without any."""
+    total_N1 = np.concatenate([[np.uint64(0)], np.cumsum(_pairs(counts_CG), dtype=np.uint64)])
+    with np.errstate(over="ignore"):
+        return total_N1[counts_CG.indptr[1:]] - total_N1[counts_CG.indptr[:-1]]
+
+
+def _near_pairs(counts_CG: csr_matrix) -> NDArray[np.int64]:
+    """Return pairs of rows [P, 2] that agree to ``NEAR`` and are not equal (MinHash in bands; Broder 1997)."""
+    length_C = np.diff(counts_CG.indptr)
+    rows = np.flatnonzero(length_C >= FEWEST)
+    if len(rows) < 2:
+        return np.empty((0, 2), np.int64)
+    part = counts_CG[rows]
+    pair_N, starts = _pairs(part), part.indptr[:-1]
+    found: set[tuple[int, int]] = set()
+    for band in range(0, HASHES, BAND):
+        least = np.stack([np.minimum.reduceat(_mixed(pair_N, salt + 2), starts) for salt in range(band, band + BAND)])
+        _, code_C, size = np.unique(least, axis=1, return_inverse=True, return_counts=True)
+        order = np.argsort(code_C, kind="stable")
+        for group in np.split(order, np.cumsum(size)[:-1]):
+            if len(group) > MANY:  # very many alike: each is compared with the next
+                found.update(pairwise(group.tolist()))
+            elif len(group) > 1:
+                found.update(combinations(group.tolist(), 2))
+    whole = _hashes(part)
+    near = [pair for pair in sorted(found) if _agree(part, *pair) and whole[pair[0]] != whole[pair[1]]]
+    return rows[np.array(near, dtype=np.int64).reshape(-1, 2)]
+
+
+def _agree(part: csr_matrix, one: int, other: int) -> bool:
+    sets = [
+        set(zip(part.indices[a:b].tolist(), part.data[a:b].tolist(), strict=True))
+        for a, b in ((part.indptr[one], part.indptr[one + 1]), (part.indptr[other], part.indptr[other + 1]))
+    ]
+    return len(sets[0] & sets[1]) >= NEAR * len(sets[0] | sets[1])

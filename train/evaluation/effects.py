@@ -1,0 +1,130 @@
+"""This module is what perturbations do: mean profiles of perturbed cells beside those of their controls.
+
+Shape letters used in this module:
+    C  cells      E  effects: a perturbation in a context      G  features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from store.errors import InputRefused
+from train.evaluation.folds import UNPERTURBED
+from train.evaluation.study import Study
+from train.tokens import SCALE
+
+MIN_CELLS = 8
+"""Perturbed cells below which a mean profile says little: such effects are left out."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects of perturbations, one line each.
+
+    Attributes:
+        perturbation: E targets, joined by ``+`` where several are hit.
+        context: E contexts: the values of the context's columns.
+        control_EG: Profile of the context's controls: log1p of their summed counts per 10,000 of all their counts.
+        treated_EG: The same of the perturbed cells.
+        n_cells: E numbers of perturbed cells.
+        features: The names of G.
+    """
+
+    perturbation: tuple[str, ...]
+    context: tuple[str, ...]
+    control_EG: NDArray[np.float64]
+    treated_EG: NDArray[np.float64]
+    n_cells: NDArray[np.int64]
+    features: tuple[str, ...]
+
+    @property
+    def delta_EG(self) -> NDArray[np.float64]:  # noqa: N802
+        """What the perturbations add."""
+        return self.treated_EG - self.control_EG
+
+    @property
+    def n_effects(self) -> int:
+        """E."""
+        return len(self.perturbation)
+
+
+class EffectMethod(Protocol):
+    """Anything that learns from effects and predicts others: a baseline or the model."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+
+    def fit(self, train: Study) -> Self:
+        """Learn from cells, perturbed and not; no other cell is looked at."""
+
+    def predict(self, control: Study, perturbation: str, context: str) -> NDArray[np.float64]:
+        """Return delta_G: what the perturbation adds to the profile of these control cells."""
+
+
+def contexts(study: Study, columns: Sequence[str]) -> NDArray[np.object_]:
+    """Return each cell's context: its values in some columns, joined."""
+    if not columns:
+        return np.full(study.n_cells, "", dtype=object)
+    labels = [study.label(column) for column in columns]
+    return np.array([" | ".join(values) for values in zip(*labels, strict=True)], dtype=object)
+
+
+def effects(study: Study, measurement: str, columns: Sequence[str] = ("cell_type",)) -> Effects:
+    """Sum up the cells of each perturbation and context, beside the unperturbed cells of the same context.
+
+    Contexts without a control, and effects with fewer than ``MIN_CELLS`` cells, are left out.
+
+    Raises:
+        InputRefused: No effect is left.
+    """
+    counts_CG = study.measured(measurement)
+    perturbation_C, context_C = study.label("perturbation"), contexts(study, columns)
+    unperturbed_C = np.isin(perturbation_C, UNPERTURBED)
+    lines = []
+    for context in sorted(set(context_C)):
+        here_C = context_C == context
+        if not (here_C & unperturbed_C).any():
+            continue
+        control_G = profile(counts_CG[here_C & unperturbed_C])
+        for name in sorted(set(perturbation_C[here_C & ~unperturbed_C])):
+            chosen_C = here_C & (perturbation_C == name)
+            if chosen_C.sum() >= MIN_CELLS:
+                lines.append((name, context, control_G, profile(counts_CG[chosen_C]), int(chosen_C.sum())))
+    if not lines:
+        raise InputRefused(
+            f"no perturbation has {MIN_CELLS} cells of {measurement} beside controls of the same "
+            f"{', '.join(columns) or 'study'}; controls have the perturbation {' or '.join(map(repr, UNPERTURBED))}"
+        )
+    names, where, control, treated, n_cells = zip(*lines, strict=True)
+    return Effects(
+        names, where, np.stack(control), np.stack(treated), np.array(n_cells), tuple(study.features[measurement])
+    )
+
+
+def profile(counts_CG: csr_matrix) -> NDArray[np.float64]:
+    """Return profile_G of some cells: log1p of their summed counts per 10,000 of all their counts."""
+    total_G = np.asarray(counts_CG.sum(axis=0), dtype=np.float64).ravel()
+    logs_G: NDArray[np.float64] = np.log1p(SCALE * total_G / max(1.0, total_G.sum()))
+    return logs_G
+
+
+def halves(study: Study, columns: Sequence[str], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Split the cells of every perturbation and context, controls too, into two disjoint random halves.
+
+    One half predicting the other is what a replicate of the experiment would reach: the ceiling.
+    """
+    key_C = contexts(study, ["perturbation", *columns])
+    draw_C = np.random.default_rng([seed, study.n_cells]).random(study.n_cells)
+    _, code_C = np.unique(key_C.astype(str), return_inverse=True)
+    order = np.lexsort((draw_C, code_C))
+    place_C = np.empty(study.n_cells, np.int64)
+    starts = np.searchsorted(code_C[order], np.arange(code_C.max() + 1))
+    place_C[order] = np.arange(study.n_cells) - starts[code_C[order]]
+    return place_C % 2 == 0, place_C % 2 == 1

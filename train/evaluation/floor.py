@@ -1,0 +1,236 @@
+"""This module is the floor: predictors of effects that a model must beat, behind the model's own fit and predict.
+
+Written afresh after their papers; all learn from mean profiles of training cells only. In this field they still decide
+(Ahlmann-Eltze, Huber and Anders 2025).
+
+Shape letters used in this module:
+    E  effects      G  features      K  components or neighbours      P  pathways      T  targets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+
+from train.evaluation.effects import Effects, effects
+from train.evaluation.study import Study
+
+Vector = NDArray[np.float64]
+
+
+class Baseline:
+    """What all baselines share: effects of the training cells."""
+
+    name = ""
+
+    def __init__(self, measurement: str, columns: Sequence[str] = ("cell_type",)) -> None:
+        """Say what is predicted: a measurement, and the columns that make a context."""
+        self.measurement, self.columns = measurement, tuple(columns)
+
+    def fit(self, train: Study) -> Self:
+        """Learn from these cells."""
+        self.train: Effects = effects(train, self.measurement, self.columns)
+        return self
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return delta_G."""
+        raise NotImplementedError
+
+    def mean_of(self, chosen: Sequence[bool] | NDArray[np.bool_]) -> Vector | None:
+        """Return the mean delta_G of some training effects, None of none."""
+        chosen_E = np.asarray(chosen, dtype=bool)
+        return self.train.delta_EG[chosen_E].mean(axis=0) if chosen_E.any() else None
+
+    @property
+    def training_mean(self) -> Vector:
+        """The mean delta_G over all training effects: one mean for every question, never a leave-one-out mean."""
+        mean_G: Vector = self.train.delta_EG.mean(axis=0)
+        return mean_G
+
+    def single(self, target: str, context: str) -> Vector | None:
+        """Return what a training perturbation does: in this context, else on average elsewhere; None where unknown."""
+        names, where = self.train.perturbation, self.train.context
+        here = self.mean_of([one == target and at == context for one, at in zip(names, where, strict=True)])
+        return here if here is not None else self.mean_of([one == target for one in names])
+
+
+class ControlPasted(Baseline):
+    """Nothing happens."""
+
+    name = "control"
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return zeros."""
+        return np.zeros(len(self.train.features))
+
+
+class TrainingMean(Baseline):
+    """Every perturbation does what the training perturbations do on average."""
+
+    name = "training mean"
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return the same for every question."""
+        return self.training_mean
+
+
+class ContextMean(Baseline):
+    """Every perturbation does what the training perturbations do on average in the same context."""
+
+    name = "context mean"
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return the context's mean; of a context without training effects, the mean of all."""
+        here = self.mean_of([at == context for at in self.train.context])
+        return self.training_mean if here is None else here
+
+
+class SameElsewhere(Baseline):
+    """A perturbation does what it does in other contexts; one never seen does what they do on average."""
+
+    name = "same elsewhere"
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return the perturbation's own mean."""
+        known = self.single(perturbation, context)
+        return self.training_mean if known is None else known
+
+
+class Additive(Baseline):
+    """A combination does the sum of what its targets do alone."""
+
+    name = "additive"
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return the sum over targets; a target that was never hit alone adds the training mean."""
+        parts = [self.single(target, context) for target in perturbation.split("+")]
+        summed: Vector = np.sum([self.training_mean if part is None else part for part in parts], axis=0)
+        return summed
+
+
+class BilinearRidge(Baseline):
+    """Y ≈ G W Pᵀ + b: effects as a bilinear form of features' and targets' vectors, by ridge regression.
+
+    Features' vectors are principal components of the training profiles; a target's vector is its own gene's, or what a
+    file of knowledge says of it (after the linear model of Ahlmann-Eltze, Huber and Anders 2025).
+    """
+
+    name = "bilinear ridge"
+
+    def __init__(
+        self,
+        measurement: str,
+        columns: Sequence[str] = ("cell_type",),
+        components: int = 10,
+        penalty: float = 0.1,
+        vectors: Mapping[str, Vector] | None = None,
+    ) -> None:
+        """Say how.
+
+        Args:
+            measurement: What is predicted.
+            columns: What makes a context.
+            components: K of the features' vectors.
+            penalty: Ridge penalty of both sides.
+            vectors: Target to a vector; left out, a target has its gene's components, where the gene is measured.
+        """
+        super().__init__(measurement, columns)
+        self.components, self.penalty, self.given = components, penalty, vectors
+
+    def fit(self, train: Study) -> Self:
+        """Solve for W."""
+        super().fit(train)
+        delta_EG = self.train.delta_EG
+        self.offset_G = self.training_mean
+        profiles_EG = np.concatenate([self.train.treated_EG, np.unique(self.train.control_EG, axis=0)])
+        n_components = max(1, min(self.components, len(profiles_EG) - 1, profiles_EG.shape[1]))
+        found = PCA(n_components, svd_solver="full", random_state=0).fit(profiles_EG)
+        self.feature_GK = found.components_.T * np.sqrt(found.explained_variance_)
+        own = {name: self.feature_GK[number] for number, name in enumerate(self.train.features)}
+        self.vectors = dict(self.given) if self.given is not None else own
+        known = [number for number, name in enumerate(self.train.perturbation) if self._vector(name) is not None]
+        self.weight: Vector | None = None
+        if known:
+            target_EK = np.stack(
+                [v for number in known if (v := self._vector(self.train.perturbation[number])) is not None]
+            )
+            residual_GE = (delta_EG[known] - self.offset_G).T
+            left = self.feature_GK.T @ self.feature_GK + self.penalty * np.eye(self.feature_GK.shape[1])
+            right = target_EK.T @ target_EK + self.penalty * np.eye(target_EK.shape[1])
+            middle = self.feature_GK.T @ residual_GE @ target_EK
+            self.weight = np.linalg.solve(left, middle) @ np.linalg.inv(right)
+        return self
+
+    def _vector(self, perturbation: str) -> Vector | None:
+        parts = [self.vectors[target] for target in perturbation.split("+") if target in self.vectors]
+        return np.sum(parts, axis=0) if parts else None
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return G W p + b; b alone for a target without a vector."""
+        vector = self._vector(perturbation)
+        if vector is None or self.weight is None:
+            return self.offset_G
+        predicted: Vector = self.feature_GK @ self.weight @ vector + self.offset_G
+        return predicted
+
+
+class KnowledgeNeighbours(Baseline):
+    """A target does what the K training targets do that share most sets with it, weighted by how many they share."""
+
+    name = "kNN on knowledge"
+
+    def __init__(
+        self,
+        measurement: str,
+        members: Mapping[str, Sequence[str]],
+        columns: Sequence[str] = ("cell_type",),
+        neighbours: int = 5,
+    ) -> None:
+        """Say how.
+
+        Args:
+            measurement: What is predicted.
+            members: Set (a pathway, a process) to its members.
+            columns: What makes a context.
+            neighbours: K.
+        """
+        super().__init__(measurement, columns)
+        self.neighbours = neighbours
+        self.sets: dict[str, set[str]] = {}
+        for name, inside in members.items():
+            for member in inside:
+                self.sets.setdefault(member, set()).add(name)
+
+    def _likeness(self, one: str, other: str) -> float:
+        first, second = self.sets.get(one, set()), self.sets.get(other, set())
+        return len(first & second) / np.sqrt(len(first) * len(second)) if first and second else 0.0
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return the weighted mean of the neighbours, summed over targets; the training mean where there is none."""
+        singles = sorted({name for name in self.train.perturbation if "+" not in name})
+        total = np.zeros(len(self.train.features))
+        for target in perturbation.split("+"):
+            likeness = {name: self._likeness(target, name) for name in singles}
+            nearest = sorted(singles, key=lambda name: -likeness[name])[: self.neighbours]
+            weights = np.array([likeness[name] for name in nearest])
+            if not weights.sum():
+                total += self.training_mean
+                continue
+            parts = [self.training_mean if (v := self.single(name, context)) is None else v for name in nearest]
+            total += np.average(parts, axis=0, weights=weights)
+        return total
+
+
+def effect_floor(
+    measurement: str, columns: Sequence[str] = ("cell_type",), members: Mapping[str, Sequence[str]] | None = None
+) -> list[Baseline]:
+    """Return every baseline of effects; those that need knowledge only where there is some."""
+    plain: list[Baseline] = [
+        kind(measurement, columns)
+        for kind in (ControlPasted, TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
+    ]
+    return [*plain, KnowledgeNeighbours(measurement, members, columns)] if members else plain

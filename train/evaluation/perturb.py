@@ -1,0 +1,174 @@
+"""This module judges predicted effects of perturbations, with the metrics of cell-eval2.
+
+Half of the cells of every perturbation, and half of the controls, are the truth; the other half is the replicate, and
+gives the control cells that methods start from. Methods and replicate are compared with the same half.
+
+Shape letters used in this module:
+    C  cells      G  features
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import anndata
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from store.errors import InputRefused
+from train.evaluation.effects import MIN_CELLS, EffectMethod, contexts, halves, profile
+from train.evaluation.folds import UNPERTURBED, Fold
+from train.evaluation.score import REPLICATE, Value
+from train.evaluation.study import Study
+
+CONTROL = "non-targeting"
+METRICS: dict[str, Literal["higher", "lower"]] = {"pds_cosine": "higher", "expr_mse_unbiased_capped": "lower"}
+"""Discrimination (is the predicted effect nearer to its own truth than to others'?), and the squared error, corrected
+for sampling noise. Metrics of differential expression need predicted cells, not profiles."""
+
+Profile = NDArray[np.float64]
+Question = tuple[str, str]
+"""A perturbation in a context."""
+
+
+def perturb_suite(
+    study: Study,
+    folds: Sequence[Fold],
+    methods: Mapping[str, Callable[[int], EffectMethod]],
+    measurement: str = "RNA",
+    columns: Sequence[str] = ("cell_type",),
+    seeds: Iterable[int] = range(3),
+) -> list[Value]:
+    """Fit methods on each fold's training cells, ask for its held-out effects, and measure the answers.
+
+    A fold's effects are told apart among themselves only, so that one training set (and one training mean) answers for
+    all that is compared: means that leave out what they are scored on anticorrelate with it.
+
+    Args:
+        study: The cells.
+        folds: What is held out.
+        methods: Name to what makes a method of a seed.
+        measurement: What is predicted.
+        columns: What makes a context.
+        seeds: Of methods and of the halves.
+
+    Returns:
+        One value for each method (and the replicate), metric, effect and seed.
+
+    Raises:
+        InputRefused: No held-out effect has enough cells, or none has a control in its context.
+    """
+    values: list[Value] = []
+    for seed in seeds:
+        truth_C, other_C = halves(study, columns, seed)
+        for fold in folds:
+            questions = _questions(study, fold, truth_C, columns)
+            if not questions:
+                continue
+            answers: dict[str, dict[Question, Profile]] = {name: {} for name in (*methods, REPLICATE)}
+            fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
+            for question, control_C in questions.items():
+                control = study.take(control_C & other_C)
+                for name, method in fitted.items():
+                    delta_G = method.predict(control, *question)
+                    answers[name][question] = profile(control.measured(measurement)) + delta_G
+                answers[REPLICATE][question] = np.empty(0)  # its own cells stand for it
+            for context in sorted({where for _, where in questions}):
+                values += _measured(study, answers, context, truth_C, other_C, measurement, columns, seed)
+    if not values:
+        raise InputRefused(
+            f"no held-out perturbation has {2 * MIN_CELLS} cells beside controls of the same context; hold out others"
+        )
+    return values
+
+
+def _questions(
+    study: Study, fold: Fold, truth_C: NDArray[np.bool_], columns: Sequence[str]
+) -> dict[Question, NDArray[np.bool_]]:
+    """Return the fold's held-out effects with enough cells in both halves, and the control cells of their contexts."""
+    perturbation_C, context_C = study.label("perturbation"), contexts(study, columns)
+    unperturbed_C = np.isin(perturbation_C, UNPERTURBED)
+    held_C = fold.test_C & ~unperturbed_C
+    found: dict[Question, NDArray[np.bool_]] = {}
+    for name, context in sorted(set(zip(perturbation_C[held_C], context_C[held_C], strict=True))):
+        chosen_C = held_C & (perturbation_C == name) & (context_C == context)
+        control_C = unperturbed_C & (context_C == context)
+        enough = all((chosen_C & half).sum() >= MIN_CELLS for half in (truth_C, ~truth_C))
+        if enough and all((control_C & half).sum() >= MIN_CELLS for half in (truth_C, ~truth_C)):
+            found[name, context] = control_C
+    return found
+
+
+def _measured(
+    study: Study,
+    answers: Mapping[str, Mapping[Question, Profile]],
+    context: str,
+    truth_C: NDArray[np.bool_],
+    other_C: NDArray[np.bool_],
+    measurement: str,
+    columns: Sequence[str],
+    seed: int,
+) -> list[Value]:
+    """Compare the answers in one context with the truth; features that any of its perturbations hits do not count."""
+    names = sorted(name for name, where in answers[REPLICATE] if where == context)
+    perturbation_C, here_C = study.label("perturbation"), contexts(study, columns) == context
+    plain_C = here_C & np.isin(perturbation_C, UNPERTURBED)
+    asked_C = here_C & np.isin(perturbation_C, names)
+    features = study.features[measurement]
+    hit = {target for name in names for target in name.split("+")}
+    kept = np.array([feature not in hit for feature in features])
+    truth = _cells(study, (plain_C | asked_C) & truth_C, measurement)
+    control = _cells(study, plain_C & other_C, measurement)
+    depth = float(np.median(np.asarray(truth.X.sum(axis=1))))
+    values = []
+    for method, given in answers.items():
+        if method == REPLICATE:
+            predicted = _cells(study, (plain_C | asked_C) & other_C, measurement)
+        else:
+            profiles = np.stack([np.expm1(given[name, context]).clip(0) for name in names])
+            shares = profiles / profiles.sum(axis=1, keepdims=True)
+            told = _anndata(csr_matrix(np.repeat(shares * depth, 2, axis=0)), np.repeat(names, 2), features)
+            predicted = anndata.concat([control, told], index_unique="-", keys=["control", "told"])
+        for metric, unit, value in _compared(predicted[:, kept], truth[:, kept]):
+            values.append(Value(method, metric, " | ".join(filter(None, (unit, context))), seed, value))
+    return values
+
+
+def _compared(predicted: Any, truth: Any) -> list[tuple[str, str, float]]:
+    """Return metric, perturbation and value, from cell-eval2; a discrimination among one is not defined."""
+    from cell_eval2 import EvalConfig, compute_metrics
+
+    logging.getLogger("cell_eval2").setLevel(logging.ERROR)  # it warns of fractional counts, which profiles are
+    config = EvalConfig(
+        metrics=list(METRICS),
+        pert_col="target",
+        control=CONTROL,
+        allow_fractional_counts=True,
+        device="cpu",
+        num_threads=1,
+        target_gene_map={"*": None},  # left out already, also those of combinations
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same, once more
+        table = compute_metrics(predicted, truth, config=config)
+    rows = zip(*(table[column].to_list() for column in ("metric", "perturbation", "value")), strict=True)
+    return [
+        (metric, unit, float("nan") if value is None else float(value))
+        for metric, unit, value in rows
+        if metric in METRICS
+    ]
+
+
+def _cells(study: Study, chosen_C: NDArray[np.bool_], measurement: str) -> Any:
+    label = np.where(np.isin(study.label("perturbation"), UNPERTURBED), CONTROL, study.label("perturbation"))
+    return _anndata(study.measured(measurement)[chosen_C], label[chosen_C], study.features[measurement])
+
+
+def _anndata(counts_CG: Any, label_C: Any, features: list[str]) -> Any:
+    obs = pd.DataFrame({"target": np.asarray(label_C, dtype=str)}, index=np.arange(len(label_C)).astype(str))
+    return anndata.AnnData(counts_CG, obs=obs, var=pd.DataFrame(index=pd.Index(features, dtype=str)))

@@ -1,0 +1,176 @@
+"""This module scores: ours, between the strongest baseline and a replicate of the experiment, or not at all.
+
+Each metric is reported as u (ours), b (the strongest baseline), r (the replicate) and s = (u - b) / (r - b): 0 is the
+floor, 1 what repeating the experiment reaches. A metric whose replicate does not beat the strongest baseline by two
+standard errors says nothing on the dataset and gets no score there.
+
+Shape letters used in this module:
+    U  units (perturbations, donors, ...): what is resampled, never cells      B  bootstrap samples
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from store.errors import InputRefused
+
+REPLICATE = "replicate"
+SAMPLES = 2000
+ERRORS = 2.0
+FEWEST_UNITS = 3
+
+Verdict = Literal["above", "not told apart", "below", "not informative", "floor only"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one method reached on one unit.
+
+    Attributes:
+        method: Its name; ``REPLICATE`` is the ceiling.
+        metric: The metric's name.
+        unit: A perturbation, a donor, ...
+        seed: Of the method or of the split; seeds are averaged.
+        value: What was measured; NaN where it is not defined.
+    """
+
+    method: str
+    metric: str
+    unit: str
+    seed: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric on one dataset.
+
+    Attributes:
+        metric: Its name.
+        better: "higher" or "lower".
+        n_units: U.
+        b: The strongest baseline's mean.
+        b_method: Its name.
+        r: The replicate's mean.
+        gate: How many standard errors the replicate is better than the strongest baseline.
+        u: Ours; NaN where there is none.
+        s: (u - b) / (r - b); NaN where the gate is shut or there is no u.
+        low, high: 95 % of the paired bootstrap of s over units.
+        p: Two-sided, of u = b, after Holm over the metrics that are informative.
+        verdict: In words.
+    """
+
+    metric: str
+    better: str
+    n_units: int
+    b: float
+    b_method: str
+    r: float
+    gate: float
+    u: float = math.nan
+    s: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+    verdict: Verdict = "floor only"
+
+
+def score(
+    values: Iterable[Value], better: Mapping[str, Literal["higher", "lower"]], ours: str | None = None, seed: int = 0
+) -> list[Score]:
+    """Score every metric.
+
+    The strongest baseline is the one with the best mean over the same units, chosen with these very units: that favours
+    the baseline. Units that any method lacks are left out for all.
+
+    Args:
+        values: What the methods reached; the replicate is one of them.
+        better: Metric to which way is better.
+        ours: The method that is scored; None reports floor and ceiling only.
+        seed: Of the bootstrap.
+
+    Raises:
+        InputRefused: A metric has no replicate, no baseline, or no unit that all methods have.
+    """
+    table = pd.DataFrame([vars(value) for value in values])
+    scores, raised = [], []
+    for metric, way in better.items():
+        chosen = table[table["metric"] == metric] if len(table) else table
+        per_unit = (
+            chosen.pivot_table(index="unit", columns="method", values="value", aggfunc="mean")
+            if len(chosen)
+            else chosen
+        )
+        per_unit = per_unit.dropna()
+        baselines = [name for name in per_unit.columns if name not in (REPLICATE, ours)]
+        if REPLICATE not in per_unit.columns or not baselines or per_unit.empty:
+            raise InputRefused(f"{metric}: needs a replicate, a baseline and a unit that all methods have")
+        one, p = _score(metric, way, per_unit, baselines, ours, seed)
+        scores.append(one)
+        raised.append(p)
+    adjusted = holm(raised)
+    return [_judged(one, p) for one, p in zip(scores, adjusted, strict=True)]
+
+
+def _score(
+    metric: str, way: str, per_unit: pd.DataFrame, baselines: list[str], ours: str | None, seed: int
+) -> tuple[Score, float]:
+    sign = 1.0 if way == "higher" else -1.0
+    means = {name: sign * per_unit[name].mean() for name in baselines}
+    b_method = max(sorted(means), key=lambda name: means[name])
+    b_U, r_U = per_unit[b_method].to_numpy(float), per_unit[REPLICATE].to_numpy(float)
+    lead_U = sign * (r_U - b_U)
+    found = Score(metric, way, len(per_unit), b_U.mean(), b_method, r_U.mean(), standard_errors(lead_U))
+    if ours is None or ours not in per_unit:
+        return found, math.nan
+    u_U = per_unit[ours].to_numpy(float)
+    found = replace(found, u=u_U.mean())
+    if found.gate < ERRORS:
+        return found, math.nan
+    rows_BU = np.random.default_rng([seed, len(u_U)]).integers(0, len(u_U), (SAMPLES, len(u_U)))
+    gain_B = (sign * (u_U - b_U))[rows_BU].mean(axis=1)
+    lead_B = lead_U[rows_BU].mean(axis=1)
+    ratio_B = np.divide(gain_B, lead_B, out=np.full(SAMPLES, np.nan), where=lead_B > 0)
+    low, high = np.nanpercentile(ratio_B, [2.5, 97.5])
+    tail = min((gain_B <= 0).mean(), (gain_B >= 0).mean())
+    p = min(1.0, 2 * (tail * SAMPLES + 1) / (SAMPLES + 1))
+    s = float((sign * (u_U - b_U)).mean() / lead_U.mean())
+    return replace(found, s=s, low=float(low), high=float(high)), p
+
+
+def _judged(one: Score, p: float) -> Score:
+    if one.gate < ERRORS:
+        return replace(one, verdict="not informative")
+    if math.isnan(one.s):
+        return one
+    verdict: Verdict = (
+        "above" if one.low > 0 and p < 0.05 else "below" if one.high < 0 and p < 0.05 else "not told apart"
+    )
+    return replace(one, p=p, verdict=verdict)
+
+
+def standard_errors(lead_U: NDArray[np.float64]) -> float:
+    """Return how many standard errors a mean over units is above 0; NaN-free: too few units are 0."""
+    if len(lead_U) < FEWEST_UNITS:
+        return 0.0
+    error = lead_U.std(ddof=1) / math.sqrt(len(lead_U))
+    if error == 0:
+        return math.copysign(math.inf, lead_U.mean()) if lead_U.mean() else 0.0
+    return float(lead_U.mean() / error)
+
+
+def holm(p: list[float]) -> list[float]:
+    """Adjust p values for being several (Holm 1979); NaN stays and does not count."""
+    known = sorted((value, place) for place, value in enumerate(p) if not math.isnan(value))
+    adjusted, highest = list(p), 0.0
+    for rank, (value, place) in enumerate(known):
+        highest = max(highest, min(1.0, value * (len(known) - rank)))
+        adjusted[place] = highest
+    return adjusted

@@ -1,0 +1,151 @@
+"""This module is a study: cells in memory that methods are fitted on and judged by.
+
+Shape letters used in this module:
+    C  cells      G  features of a measurement
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, diags_array, vstack
+
+from store.errors import InputRefused
+from store.schema import OBS_DEFAULTS
+from store.snapshot import Snapshot
+from train.tokens import SCALE
+
+BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Study:
+    """Cells with their labels; methods get a part of it to be fitted on, and another part to be judged by.
+
+    Attributes:
+        counts: Measurement to raw counts_CG; the row of a cell that was not measured is empty.
+        features: Measurement to the names of its G features.
+        obs: One line per cell, columns as the lake names them (``perturbation``, ``cell_type``, ``donor_id``, ...).
+    """
+
+    counts: dict[str, csr_matrix]
+    features: dict[str, list[str]]
+    obs: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        for name, part in self.counts.items():
+            if part.shape != (len(self.obs), len(self.features[name])):
+                raise InputRefused(
+                    f"counts of {name} have shape {part.shape}, with {len(self.obs)} lines of obs and "
+                    f"{len(self.features[name])} features; they must go together"
+                )
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells there are."""
+        return len(self.obs)
+
+    def take(self, rows: NDArray[Any]) -> Study:
+        """Return the cells of a mask or of row numbers, in this order."""
+        return Study({name: part[rows] for name, part in self.counts.items()}, self.features, self.obs.iloc[rows])
+
+    def label(self, column: str) -> NDArray[np.object_]:
+        """Return a column of obs as text, one value per cell.
+
+        Raises:
+            InputRefused: There is no such column.
+        """
+        if column not in self.obs:
+            raise InputRefused(f"the cells have no column {column!r}; columns: {', '.join(self.obs.columns)}")
+        return self.obs[column].astype(str).to_numpy(dtype=object)
+
+    def measured(self, measurement: str) -> csr_matrix:
+        """Return raw counts_CG of a measurement.
+
+        Raises:
+            InputRefused: There is no such measurement.
+        """
+        if measurement not in self.counts:
+            raise InputRefused(f"the cells have no {measurement}; measurements: {', '.join(self.counts)}")
+        return self.counts[measurement]
+
+    def logs(self, measurement: str) -> csr_matrix:
+        """Return log1p of counts per 10,000 of the cell's counts in a measurement, [C, G] float32.
+
+        Raises:
+            InputRefused: There is no such measurement.
+        """
+        counts_CG = self.measured(measurement).astype(np.float64)
+        depth_C = np.asarray(counts_CG.sum(axis=1)).ravel()
+        scaled = csr_matrix(diags_array(SCALE / np.maximum(depth_C, 1)) @ counts_CG)
+        return scaled.log1p().astype(np.float32)
+
+
+def read_study(snapshot: Snapshot, max_cells: int = 200_000) -> Study:
+    """Read a snapshot's cells into memory: all, or as large a share of each split as comes to ``max_cells``.
+
+    Rows are shuffled, so the first ones of a split are a sample of it. ``obs`` gets the snapshot's columns, and
+    ``split``; cells that are in no split are left out.
+    """
+    alive = max(1, sum(snapshot.manifest["splits"].values()))
+    share = min(1.0, max_cells / alive)
+    spans = []
+    for part in snapshot.parts:
+        for first, stop in part.split_rows.values():
+            spans.append((part.first_row + first, part.first_row + first + math.ceil((stop - first) * share)))
+    rows = np.concatenate([np.arange(first, stop) for first, stop in spans])
+    obs = snapshot.cells().take(rows).to_pandas()
+    kept = (obs["split"] != "").to_numpy()
+    counts, features = {}, {}
+    for name in snapshot.measurements:
+        features[name] = [str(row[0]) for row in snapshot.var_rows(name)]
+        blocks = [
+            _matrix(snapshot, name, start, min(start + BLOCK_ROWS, stop), len(features[name]))
+            for first, stop in spans
+            for start in range(first, stop, BLOCK_ROWS)
+        ]
+        counts[name] = csr_matrix(vstack(blocks))[kept]
+    return Study(counts, features, obs[kept].reset_index(drop=True))
+
+
+def _matrix(snapshot: Snapshot, measurement: str, start: int, stop: int, n_features: int) -> csr_matrix:
+    block = snapshot.block(measurement, start, stop)
+    return csr_matrix((block.counts.astype(np.float32), block.features, block.indptr), shape=(stop - start, n_features))
+
+
+def from_anndata(
+    data: Mapping[str, Any], labels: Mapping[str, str] | None = None, constants: Mapping[str, Any] | None = None
+) -> Study:
+    """Take AnnData objects of the same cells as a study.
+
+    Args:
+        data: Measurement to AnnData whose ``X`` holds raw counts.
+        labels: The lake's column to the source's column.
+        constants: The lake's column to one value for all cells.
+
+    Raises:
+        InputRefused: Columns that the cells do not have, or counts that are negative or no numbers.
+    """
+    first = next(iter(data.values()))
+    obs = pd.DataFrame(index=pd.RangeIndex(first.n_obs))
+    for ours, theirs in (labels or {}).items():
+        if theirs not in first.obs:
+            raise InputRefused(f"obs has no column {theirs!r} for {ours!r}; columns: {', '.join(first.obs.columns)}")
+        obs[ours] = first.obs[theirs].to_numpy()
+    for ours, value in (constants or {}).items():
+        obs[ours] = value
+    for ours, value in OBS_DEFAULTS.items():
+        if ours not in obs:
+            obs[ours] = value
+    counts = {}
+    for name, part in data.items():
+        counts[name] = csr_matrix(part.X, dtype=np.float32)
+        if not (np.isfinite(counts[name].data).all() and (counts[name].data >= 0).all()):
+            raise InputRefused(f"{name}: X holds values that are negative or no numbers; give raw counts")
+    return Study(counts, {name: [str(value) for value in part.var_names] for name, part in data.items()}, obs)

@@ -1,0 +1,189 @@
+"""This module is the evaluation suites on single cells: annotation, translation, forecasting; each with its replicate.
+
+What stands for a replicate is said with each suite: there is no second experiment on the same cells, but there are two
+halves of its cells, or of its molecules.
+
+Shape letters used in this module:
+    C  cells      H  features of the measurement that is predicted      Y  types
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+from scipy.spatial.distance import cdist
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
+
+from store.errors import InputRefused
+from train.evaluation.cellfloor import Annotator, Forecaster, Translator, annotation_floor
+from train.evaluation.folds import Fold
+from train.evaluation.score import REPLICATE, Value
+from train.evaluation.study import Study
+
+Way = Literal["higher", "lower"]
+ANNOTATE: dict[str, Way] = {"macro F1": "higher", "calibration error": "lower"}
+TRANSLATE: dict[str, Way] = {"correlation within types": "higher", "squared error": "lower"}
+FORECAST: dict[str, Way] = {"energy distance": "lower"}
+MOST_CELLS = 1500
+FEWEST_CELLS = 20
+
+
+def annotate_suite(
+    study: Study,
+    folds: Sequence[Fold],
+    methods: Mapping[str, Callable[[int], Annotator]],
+    measurement: str = "RNA",
+    column: str = "cell_type",
+    seeds: Iterable[int] = range(3),
+) -> list[Value]:
+    """Tell the types of held-out groups.
+
+    The replicate is a logistic regression that was shown one half of the held-out group's own cells: no shift between
+    groups is left. Every method is judged on the other half. Types that training does not have are left out.
+    """
+    values = []
+    for seed in seeds:
+        for fold in folds:
+            rows = _shuffled(np.flatnonzero(fold.test_C), seed)
+            known = np.isin(study.label(column)[rows], study.label(column)[fold.train_C])
+            own, judged = study.take(rows[known][::2]), study.take(rows[known][1::2])
+            if judged.n_cells < FEWEST_CELLS or len(set(own.label(column))) < 2:
+                continue
+            fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
+            fitted[REPLICATE] = annotation_floor(measurement, column, seed)[1].fit(own)
+            for name, method in fitted.items():
+                for metric, value in _told(method, judged, column).items():
+                    values.append(Value(name, metric, fold.name, seed, value))
+    return _some(values, f"no held-out group has {2 * FEWEST_CELLS} cells of known {column}")
+
+
+def _told(method: Annotator, judged: Study, column: str) -> dict[str, float]:
+    types = sorted({*method.types.tolist(), *judged.label(column)})
+    probability_CY = np.zeros((judged.n_cells, len(types)))
+    probability_CY[:, [types.index(name) for name in method.types]] = method.predict_proba(judged)
+    predicted = torch.from_numpy(probability_CY)
+    truth = torch.tensor([types.index(name) for name in judged.label(column)])
+    per_type = multiclass_f1_score(predicted.argmax(1), truth, len(types), average="none")
+    return {
+        "macro F1": float(per_type[torch.bincount(truth, minlength=len(types)) > 0].mean()),
+        "calibration error": float(multiclass_calibration_error(predicted, truth, len(types))),
+    }
+
+
+def translate_suite(
+    study: Study,
+    folds: Sequence[Fold],
+    methods: Mapping[str, Callable[[int], Translator]],
+    source: str,
+    target: str,
+    column: str = "cell_type",
+    seeds: Iterable[int] = range(3),
+) -> list[Value]:
+    """Predict one measurement of held-out cells from another.
+
+    The replicate is the same cells measured again: the target's molecules are dealt to two halves at random (count
+    splitting; Neufeld et al. 2024), of which one is the truth and the other the replicate. Correlations are of each
+    feature over the cells of one type, so that telling types apart earns nothing.
+    """
+    values = []
+    for seed in seeds:
+        for fold in folds:
+            test = study.take(fold.test_C)
+            both = (np.diff(test.measured(source).indptr) > 0) & (np.diff(test.measured(target).indptr) > 0)
+            test = test.take(both)
+            if test.n_cells < FEWEST_CELLS:
+                continue
+            truth, again = _split(test, target, seed)
+            truth_CH = truth.logs(target).toarray().astype(np.float64)
+            answers = {
+                name: make(seed).fit(study.take(fold.train_C)).predict(test) for name, make in methods.items()
+            } | {REPLICATE: again.logs(target).toarray().astype(np.float64)}
+            for name, answer_CH in answers.items():
+                values.append(
+                    Value(name, "squared error", fold.name, seed, float(((answer_CH - truth_CH) ** 2).mean()))
+                )
+                for type_, value in _within(answer_CH, truth_CH, test.label(column)).items():
+                    values.append(Value(name, "correlation within types", f"{fold.name} | {type_}", seed, value))
+    return _some(values, f"no fold holds {FEWEST_CELLS} cells out that have {source} and {target}")
+
+
+def _split(study: Study, measurement: str, seed: int) -> tuple[Study, Study]:
+    counts_CH = csr_matrix(study.measured(measurement)).copy()
+    half = counts_CH.copy()
+    half.data = np.random.default_rng([seed, 2]).binomial(counts_CH.data.astype(np.int64), 0.5).astype(np.float32)
+    rest = (counts_CH - half).tocsr()
+    one, other = ({**study.counts, measurement: csr_matrix(part)} for part in (half, rest))
+    return Study(one, study.features, study.obs), Study(other, study.features, study.obs)
+
+
+def _within(
+    answer_CH: NDArray[np.float64], truth_CH: NDArray[np.float64], type_C: NDArray[np.object_]
+) -> dict[str, float]:
+    """Return for each type the mean correlation over features that vary in its cells; no variation predicted is 0."""
+    found = {}
+    for name in sorted(set(type_C)):
+        mine = type_C == name
+        if mine.sum() < FEWEST_CELLS:
+            continue
+        told, true = (part[mine] - part[mine].mean(axis=0) for part in (answer_CH, truth_CH))
+        spread = np.sqrt((true**2).sum(axis=0))
+        size = np.sqrt((told**2).sum(axis=0)) * spread
+        varies = spread > 1e-6
+        if varies.any():
+            safe = np.where(size > 1e-9, size, 1.0)
+            found[name] = float(((told * true).sum(axis=0) / safe * (size > 1e-9))[varies].mean())
+    return found
+
+
+def forecast_suite(
+    study: Study,
+    folds: Sequence[Fold],
+    methods: Mapping[str, Callable[[int], Forecaster]],
+    measurement: str = "RNA",
+    seeds: Iterable[int] = range(3),
+) -> list[Value]:
+    """Predict the cells of a time that was held out; the replicate is the other half of its cells.
+
+    The energy distance (Székely and Rizzo 2013) is taken on 20 principal components of training cells.
+    """
+    values = []
+    for seed in seeds:
+        for fold in folds:
+            train, test = study.take(fold.train_C), study.take(fold.test_C)
+            random = np.random.default_rng([seed, 3])
+            components = Forecaster(measurement, "earlier", seed=seed).fit(train).pca
+            for time in np.unique(test.obs["time"].to_numpy(dtype=np.float64)):
+                rows = _shuffled(np.flatnonzero(test.obs["time"].to_numpy(dtype=np.float64) == time), seed)
+                if len(rows) < FEWEST_CELLS:
+                    continue
+                logs_CG = test.logs(measurement)
+                answers = {name: make(seed).fit(train).predict(float(time)) for name, make in methods.items()}
+                answers[REPLICATE] = logs_CG[rows[1::2]]
+                chosen = components.features.chosen
+                truth = components.pca.transform(logs_CG[rows[::2]][:, chosen].toarray())
+                for name, sample in answers.items():
+                    kept = random.permutation(sample.shape[0])[:MOST_CELLS]
+                    told = components.pca.transform(sample[kept][:, chosen].toarray())
+                    values.append(Value(name, "energy distance", f"{time:g}", seed, energy_distance(told, truth)))
+    return _some(values, f"no held-out time has {FEWEST_CELLS} cells")
+
+
+def energy_distance(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Return 2 E|X - Y| - E|X - X'| - E|Y - Y'|, without a cell's distance to itself."""
+    within = [cdist(part, part).sum() / max(1, len(part) * (len(part) - 1)) for part in (one, other)]
+    return float(2 * cdist(one, other).mean() - sum(within))
+
+
+def _shuffled(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, 4]).permutation(rows)
+
+
+def _some(values: list[Value], otherwise: str) -> list[Value]:
+    if not values:
+        raise InputRefused(otherwise)
+    return values
