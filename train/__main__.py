@@ -1,9 +1,10 @@
-"""This module is ``python -m train``: train a model on a snapshot, on one machine or a Ray cluster."""
+"""This module is ``python -m train``: train a model on a snapshot, look for leaks, and judge what came of it."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,13 +12,14 @@ from rich.table import Table
 
 from store import command
 from store.command import answer, console
+from store.errors import UsageError
 from store.settings import load_settings
 from train.settings import RunSettings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command("run")
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run: lake, snapshot, steps, model, ...")],
     overrides: Annotated[
@@ -32,7 +34,8 @@ def train(
 
     The run lives in <output>/<name>: metrics.jsonl, tensorboard/, state/ to go on from, checkpoint/ to serve.
 
-    Stopped or killed, the same command goes on where it was, also with another number of workers.
+    Stopped or killed, the same command goes on where it was, also with another number of workers. The word "run" may be
+    left out.
 
     Example: python -m train infra/runs/laptop.toml --set snapshot=blood --set steps=500
     """
@@ -67,8 +70,139 @@ def train(
     console.print(f"checkpoint: {summary.checkpoint}", soft_wrap=True)
 
 
+Lake = Annotated[str, typer.Option(help="The lake that holds the snapshot.")]
+Name = Annotated[str, typer.Option(help="The snapshot whose cells are held out and judged by.")]
+Folds = Annotated[
+    Path | None,
+    typer.Option(help="What is held out, as TOML: by, held, folds, where, ...; the test split if left out."),
+]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value over the folds' file's.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="The checkpoint; left out: floor and replicate only.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help="perturb, annotate, translate or forecast.")] = "annotate",
+    snapshot: Name = "",
+    lake: Lake = "lake",
+    folds: Folds = None,
+    overrides: Overrides = None,
+    measurement: Annotated[str, typer.Option(help="What is predicted, or looked at to tell types.")] = "RNA",
+    source: Annotated[str, typer.Option(help="What is translated from.")] = "RNA",
+    columns: Annotated[
+        list[str] | None, typer.Option("--context", help="Columns that make a context, or hold the types.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods and of splits in halves.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder of evaluation.json and evaluation.html.")] = Path("evaluation"),
+    json: Json = False,
+) -> None:
+    """Judge a checkpoint between the strongest baseline and a replicate of the experiment, after an audit for leaks.
+
+    Every metric becomes s = (u - b) / (r - b); one whose replicate does not beat the floor gets no score.
+
+    Example: python -m train eval runs/laptop/checkpoint --suite perturb --snapshot blood --set by=target --set folds=3
+    """
+    from train.evaluation.judge import judge
+    from train.evaluation.report import write_report
+
+    question = _question(suite, lake, snapshot, folds, overrides, measurement, source, columns, seeds)
+    values, scores = judge(question, checkpoint)
+    about = {
+        "suite": suite,
+        "lake": lake,
+        "snapshot": snapshot,
+        "checkpoint": str(checkpoint or ""),
+        "folds": question.folds.model_dump(mode="json"),
+        "seeds": seeds,
+    }
+    what = f"{suite}: {checkpoint or 'the floor'} on {snapshot}"
+    as_json, as_html = write_report(output, what, values, scores, about)
+    if json:
+        answer("train-eval/v1", report=str(as_html), data=str(as_json), scores=[vars(one) for one in scores])
+        return
+    table = Table("metric", "units", "u (model)", "b (strongest baseline)", "r (replicate)", "gate", "s", "")
+    for one in scores:
+        spread = "" if one.s != one.s else f"{one.s:.2f} [{one.low:.2f}, {one.high:.2f}]"
+        table.add_row(
+            f"{one.metric} ({one.better})",
+            str(one.n_units),
+            "" if one.u != one.u else f"{one.u:.3f}",
+            f"{one.b:.3f} ({one.b_method})",
+            f"{one.r:.3f}",
+            f"{one.gate:.1f}",
+            spread,
+            one.verdict,
+        )
+    console.print(table)
+    console.print(f"report: {as_html}", soft_wrap=True)
+
+
+@app.command("audit")
+def look(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint whose training cells may not be judged by.")
+    ] = None,
+    snapshot: Name = "",
+    lake: Lake = "lake",
+    folds: Folds = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Look for leaks between what is learned from and what judges it; ends with status 8 where there is one.
+
+    Groups on both sides, copies and near-copies of cells, cells that are not primary data, features chosen on all
+    cells, knowledge from after a day, and cells that a checkpoint was trained on. What cannot be checked is a finding.
+
+    Example: python -m train audit --snapshot blood --set by=donor_id --set folds=5
+    """
+    from train.evaluation.audit import refuse_leaks
+    from train.evaluation.judge import look_for_leaks
+    from train.predictor import Predictor
+
+    question = _question("annotate", lake, snapshot, folds, overrides, "RNA", "RNA", None, 1)
+    study, made, findings = look_for_leaks(question, None if checkpoint is None else Predictor.load(checkpoint))
+    if json:
+        answer("train-audit/v1", cells=study.n_cells, folds=len(made), findings=[vars(one) for one in findings])
+    refuse_leaks(findings)
+    if not json:
+        console.print(f"no leak found in {len(made)} folds of {study.n_cells:,} cells")
+
+
+def _question(
+    suite: str,
+    lake: str,
+    snapshot: str,
+    folds: Path | None,
+    overrides: list[str] | None,
+    measurement: str,
+    source: str,
+    columns: list[str] | None,
+    seeds: int,
+) -> Any:
+    from train.evaluation.folds import FoldSettings
+    from train.evaluation.judge import SUITES, Question
+
+    if suite not in SUITES:
+        raise UsageError(f"--suite {suite}: one of {', '.join(SUITES)}")
+    if not snapshot:
+        raise UsageError("--snapshot is needed: whose cells judge?")
+    said = overrides or []
+    if folds is None and not any(word.startswith("by=") for word in said):
+        said = ["by=split", 'held=["test"]', *said]
+    settings = load_settings(FoldSettings, folds, said)
+    return Question(
+        cast(Any, suite), lake, snapshot, settings, measurement, source, tuple(columns or ["cell_type"]), seeds
+    )
+
+
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; ``run`` may be left out."""
+    words = sys.argv[1:]
+    if words and words[0] not in ("run", "eval", "audit", "--help"):
+        sys.argv.insert(1, "run")
     command.run(app, "train")
 
 

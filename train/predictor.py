@@ -7,7 +7,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,21 +152,47 @@ class Predictor:
         named = sorted({target for targets in perturbation for target in targets.split("+")})
         if cells.n_cells == 0 or not named or "" in named:
             raise InputRefused(f"perturb needs at least one cell, and targets with names; got {perturbation!r}")
-        targets = self._perturbations(["+".join(named)])
-        hit = replace(cells, perturbation=np.repeat(targets, cells.n_cells, axis=0))
-        control = replace(cells, perturbation=np.full((cells.n_cells, 1), CONTROL, dtype=np.int32))
-        without, with_it = self._mean(control), self._mean(hit)
+        without, with_it = self._both(cells, "+".join(named), lambda share_CG: torch.log1p(share_CG * SCALE))
         return {name: Effect(without[name], with_it[name], with_it[name] - without[name]) for name in self.vocabulary}
 
-    def _mean(self, cells: Cells) -> dict[str, NDArray[np.float32]]:
+    def mean_shares(
+        self, cells: Cells, perturbation: str
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+        """Return the cells' mean share_G of counts of every measurement, without and with a perturbation.
+
+        Raises:
+            InputRefused: A target that was never seen in training.
+        """
+        return self._both(cells, perturbation, lambda share_CG: share_CG)
+
+    def _both(
+        self, cells: Cells, perturbation: str, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+        targets = self._perturbations([perturbation])
+        hit = replace(cells, perturbation=np.repeat(targets, cells.n_cells, axis=0))
+        control = replace(cells, perturbation=np.full((cells.n_cells, 1), CONTROL, dtype=np.int32))
+        return self._mean(control, change), self._mean(hit, change)
+
+    def _mean(self, cells: Cells, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, NDArray[np.float32]]:
         total = {name: np.zeros(len(part.feature_id)) for name, part in self.vocabulary.items()}
+        for name, share_CG in self._shares(cells, tuple(self.vocabulary)):
+            total[name] += change(share_CG).sum(0).double().cpu().numpy()
+        return {name: (part / cells.n_cells).astype(np.float32) for name, part in total.items()}
+
+    def shares(self, cells: Cells, measurement: str) -> NDArray[np.float32]:
+        """Return each cell's predicted share_CG of the counts of a measurement, whether it was measured or not."""
+        parts = [share_CG.cpu().numpy() for _, share_CG in self._shares(cells, (measurement,))]
+        return (
+            np.concatenate(parts) if parts else np.zeros((0, len(self.vocabulary[measurement].feature_id)), np.float32)
+        )
+
+    def _shares(self, cells: Cells, measurements: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield, batch by batch, the share_CG of counts of each measurement."""
         with torch.inference_mode():
             for rows, tokens in self._batches(cells):
                 _, logits, _ = self.model(tokens)
-                for name, logits_CG in logits.items():
-                    share = log_rates(logits_CG.float(), self._panel(name, cells.take(rows))).exp()
-                    total[name] += torch.log1p(share * SCALE).sum(0).double().cpu().numpy()
-        return {name: (part / cells.n_cells).astype(np.float32) for name, part in total.items()}
+                for name in measurements:
+                    yield name, log_rates(logits[name].float(), self._panel(name, cells.take(rows))).exp()
 
     def _panel(self, name: str, cells: Cells) -> torch.Tensor:
         """Return panel_CG: the features of the cell's organism; all where nobody knows it or it has none."""

@@ -10,6 +10,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -134,8 +135,11 @@ def _measured(
             shares = profiles / profiles.sum(axis=1, keepdims=True)
             told = _anndata(csr_matrix(np.repeat(shares * depth, 2, axis=0)), np.repeat(names, 2), features)
             predicted = anndata.concat([control, told], index_unique="-", keys=["control", "told"])
+        alone = len(names) == 1  # nothing to be told apart from
         for metric, unit, value in _compared(predicted[:, kept], truth[:, kept]):
-            values.append(Value(method, metric, " | ".join(filter(None, (unit, context))), seed, value))
+            told_apart = metric.startswith("pds")
+            where = " | ".join(filter(None, (unit, context)))
+            values.append(Value(method, metric, where, seed, math.nan if alone and told_apart else value))
     return values
 
 

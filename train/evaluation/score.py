@@ -87,8 +87,8 @@ def score(
 ) -> list[Score]:
     """Score every metric.
 
-    The strongest baseline is the one with the best mean over the same units, chosen with these very units: that favours
-    the baseline. Units that any method lacks are left out for all.
+    A metric that is defined on no unit is left out. The strongest baseline is the one with the best mean over the same
+    units, chosen with these very units: that favours the baseline. Units that any method lacks are left out for all.
 
     Args:
         values: What the methods reached; the replicate is one of them.
@@ -109,7 +109,11 @@ def score(
             else chosen
         )
         per_unit = per_unit.dropna()
-        baselines = [name for name in per_unit.columns if name not in (REPLICATE, ours)]
+        baselines = [
+            name for name in dict.fromkeys(table["method"]) if name in per_unit and name not in (REPLICATE, ours)
+        ]
+        if len(chosen) and chosen["value"].isna().all():
+            continue  # not defined on this dataset
         if REPLICATE not in per_unit.columns or not baselines or per_unit.empty:
             raise InputRefused(f"{metric}: needs a replicate, a baseline and a unit that all methods have")
         one, p = _score(metric, way, per_unit, baselines, ours, seed)
@@ -124,7 +128,7 @@ def _score(
 ) -> tuple[Score, float]:
     sign = 1.0 if way == "higher" else -1.0
     means = {name: sign * per_unit[name].mean() for name in baselines}
-    b_method = max(sorted(means), key=lambda name: means[name])
+    b_method = max(means, key=lambda name: means[name])  # of equals, the one that was named first
     b_U, r_U = per_unit[b_method].to_numpy(float), per_unit[REPLICATE].to_numpy(float)
     lead_U = sign * (r_U - b_U)
     found = Score(metric, way, len(per_unit), b_U.mean(), b_method, r_U.mean(), standard_errors(lead_U))

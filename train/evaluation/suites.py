@@ -43,19 +43,20 @@ def annotate_suite(
 ) -> list[Value]:
     """Tell the types of held-out groups.
 
-    The replicate is a logistic regression that was shown one half of the held-out group's own cells: no shift between
-    groups is left. Every method is judged on the other half. Types that training does not have are left out.
+    The replicate is a logistic regression that was also shown one half of the held-out group's own cells: no shift
+    between groups is left. Every method is judged on the other half. Types that training does not have are left out.
     """
     values = []
     for seed in seeds:
         for fold in folds:
             rows = _shuffled(np.flatnonzero(fold.test_C), seed)
             known = np.isin(study.label(column)[rows], study.label(column)[fold.train_C])
-            own, judged = study.take(rows[known][::2]), study.take(rows[known][1::2])
-            if judged.n_cells < FEWEST_CELLS or len(set(own.label(column))) < 2:
+            own_C, judged = fold.train_C.copy(), study.take(rows[known][1::2])
+            own_C[rows[known][::2]] = True
+            if judged.n_cells < FEWEST_CELLS:
                 continue
             fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
-            fitted[REPLICATE] = annotation_floor(measurement, column, seed)[1].fit(own)
+            fitted[REPLICATE] = annotation_floor(measurement, column, seed)[1].fit(study.take(own_C))
             for name, method in fitted.items():
                 for metric, value in _told(method, judged, column).items():
                     values.append(Value(name, metric, fold.name, seed, value))

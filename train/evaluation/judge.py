@@ -1,0 +1,116 @@
+"""This module evaluates: a snapshot's cells, folds, an audit, the floor, perhaps a checkpoint, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sklearn.linear_model import LogisticRegression
+
+from store.errors import UsageError
+from store.snapshot import open_snapshot
+from train.evaluation.audit import Finding, audit, refuse_leaks
+from train.evaluation.cellfloor import Annotator, annotation_floor, forecast_floor, translation_floor
+from train.evaluation.floor import effect_floor
+from train.evaluation.folds import Fold, FoldSettings, make_folds
+from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, pretrained
+from train.evaluation.perturb import METRICS, perturb_suite
+from train.evaluation.score import Score, Value, score
+from train.evaluation.study import Study, read_study
+from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
+from train.predictor import Predictor
+
+Suite = Literal["perturb", "annotate", "translate", "forecast"]
+SUITES: tuple[str, ...] = get_args(Suite)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        suite: Which suite.
+        lake, snapshot: Whose cells.
+        folds: What is held out.
+        measurement: What is predicted, or looked at to tell types.
+        source: The measurement that is translated from.
+        columns: What makes a context of perturbations; the first is the column of types.
+        seeds: How many.
+        max_cells: Cells that are read at most.
+    """
+
+    suite: Suite
+    lake: str
+    snapshot: str
+    folds: FoldSettings
+    measurement: str = "RNA"
+    source: str = "RNA"
+    columns: tuple[str, ...] = ("cell_type",)
+    seeds: int = 3
+    max_cells: int = 100_000
+
+
+def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tuple[Study, list[Fold], list[Finding]]:
+    """Read the cells, hold out, and audit."""
+    snapshot = open_snapshot(question.lake, question.snapshot)
+    study = read_study(snapshot, question.max_cells)
+    folds = make_folds(study, question.folds)
+    seen_C = None if predictor is None else pretrained(predictor, study, snapshot)
+    return study, folds, audit(study, folds, question.folds, pretrained_C=seen_C)
+
+
+def judge(question: Question, checkpoint: str | Path | None = None) -> tuple[list[Value], list[Score]]:
+    """Evaluate the floor, and a checkpoint where there is one.
+
+    Raises:
+        VerificationError: The audit found a leak; no number is made.
+        UsageError: A suite that checkpoints cannot do.
+    """
+    predictor = None if checkpoint is None else Predictor.load(checkpoint)
+    study, folds, findings = look_for_leaks(question, predictor)
+    refuse_leaks(findings)
+    values, better = _run(question, study, folds, predictor)
+    return values, score(values, better, None if predictor is None else NAME)
+
+
+def _run(
+    question: Question, study: Study, folds: Sequence[Fold], predictor: Predictor | None
+) -> tuple[list[Value], Any]:
+    seeds, measurement, column = range(question.seeds), question.measurement, question.columns[0]
+    if question.suite == "perturb":
+        methods = by_seed(lambda seed: effect_floor(measurement, question.columns))
+        if predictor is not None:
+            methods[NAME] = lambda seed: ModelEffects(predictor, measurement, question.columns)
+        return perturb_suite(study, folds, methods, measurement, question.columns, seeds), METRICS
+    if question.suite == "annotate":
+        methods = by_seed(lambda seed: annotation_floor(measurement, column, seed))
+        if predictor is not None:
+            methods[NAME] = partial(_probe, predictor, column)
+        return annotate_suite(study, folds, methods, measurement, column, seeds), ANNOTATE
+    if question.suite == "translate":
+        source = question.source
+        methods = by_seed(lambda seed: translation_floor(source, measurement, column, seed))
+        if predictor is not None:
+            methods[NAME] = lambda seed: ModelTranslator(predictor, source, measurement)
+        return translate_suite(study, folds, methods, source, measurement, column, seeds), TRANSLATE
+    if predictor is not None:
+        raise UsageError("a checkpoint cannot forecast yet: leave it out to see floor and replicate")
+    methods = by_seed(lambda seed: forecast_floor(measurement, seed))
+    return forecast_suite(study, folds, methods, measurement, seeds), FORECAST
+
+
+def _probe(predictor: Predictor, column: str, seed: int) -> Annotator:
+    """Return a linear probe of the model's embeddings: what of a type can be read off them."""
+    return Annotator(NAME, ModelEmbedder(predictor), LogisticRegression(max_iter=2000, random_state=seed), column)
+
+
+def by_seed(make: Callable[[int], Sequence[Any]]) -> dict[str, Callable[[int], Any]]:
+    """Return name to what makes the method of a seed."""
+    return {one.name: partial(_made, make, place) for place, one in enumerate(make(0))}
+
+
+def _made(make: Callable[[int], Sequence[Any]], place: int, seed: int) -> Any:
+    return make(seed)[place]

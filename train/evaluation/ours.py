@@ -1,0 +1,176 @@
+"""This module puts a checkpoint behind the interfaces of the baselines, so that one loop judges both.
+
+A checkpoint is already trained: its ``fit`` learns nothing new of the model; the audit makes sure that what judges it
+was not among what it was trained on.
+
+Shape letters used in this module:
+    C  cells      D  width      G, H  features of a measurement
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from store.errors import InputRefused, SomaflowError
+from store.snapshot import Snapshot, open_snapshot
+from train.cells import NUMBERS, PROMPTS, Cells
+from train.evaluation.floor import SameElsewhere
+from train.evaluation.study import Study
+from train.predictor import Predictor
+from train.tokens import SCALE
+
+NAME = "model"
+Matrix = NDArray[np.float64]
+
+
+def cells_of(predictor: Predictor, study: Study, measurements: Sequence[str], fields: Sequence[str]) -> Cells:
+    """Bring a study's cells into the model's form, features by their ids; what the model does not know is left out.
+
+    Args:
+        predictor: The model.
+        study: The cells.
+        measurements: Measurements that are shown.
+        fields: Prompts that are said: of ``PROMPTS`` and ``NUMBERS``; a value that the model never saw is not said.
+
+    Raises:
+        InputRefused: No feature of a measurement is known to the model.
+    """
+    counts = {name: _aligned(predictor, study, name) for name in measurements}
+    prompts: dict[str, list[str]] = {}
+    for field in fields:
+        if field not in study.obs:
+            continue
+        if field in PROMPTS:
+            known = set(predictor.prompts[field])
+            prompts[field] = [value if value in known else "" for value in study.label(field)]
+        elif field in NUMBERS:
+            numbers = study.obs[field].to_numpy(dtype=np.float64)
+            prompts[field] = ["" if np.isnan(value) else str(value) for value in numbers]
+    return predictor.cells(counts, prompts)
+
+
+def _aligned(predictor: Predictor, study: Study, measurement: str) -> csr_matrix:
+    """Return counts in the order of the model's vocabulary."""
+    if measurement not in predictor.vocabulary:
+        raise InputRefused(f"the model knows no {measurement}; it knows {', '.join(predictor.vocabulary)}")
+    place = {name: number for number, name in enumerate(predictor.vocabulary[measurement].feature_id)}
+    counts_CG = study.measured(measurement).tocoo()
+    to_G = np.array([place.get(name, -1) for name in study.features[measurement]])
+    kept_N = to_G[counts_CG.col] >= 0
+    if not (to_G >= 0).any():
+        raise InputRefused(f"no feature of {measurement} is in the model's vocabulary; features go by their ids")
+    rows, columns = counts_CG.row[kept_N], to_G[counts_CG.col[kept_N]]
+    return csr_matrix((counts_CG.data[kept_N], (rows, columns)), shape=(study.n_cells, len(place)))
+
+
+def _back(predictor: Predictor, study: Study, measurement: str, share_CH: NDArray[Any]) -> Matrix:
+    """Return shares in the order of the study's features; 0 for those that the model does not know."""
+    place = {name: number for number, name in enumerate(predictor.vocabulary[measurement].feature_id)}
+    to_H = np.array([place.get(name, -1) for name in study.features[measurement]])
+    found = np.where(to_H >= 0, share_CH[..., to_H], 0.0)
+    matrix: Matrix = found.astype(np.float64)
+    return matrix
+
+
+class ModelEffects:
+    """Effects as the model predicts them; for a target that it never saw, what perturbations do on average."""
+
+    name = NAME
+
+    def __init__(self, predictor: Predictor, measurement: str, columns: Sequence[str] = ("cell_type",)) -> None:
+        """Take a loaded model."""
+        self.predictor, self.measurement = predictor, measurement
+        self.fallback = SameElsewhere(measurement, columns)
+
+    def fit(self, train: Study) -> Self:
+        """Fit what answers for unseen targets."""
+        self.fallback.fit(train)
+        return self
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Matrix:
+        """Return delta_G of the mean shares that are predicted without and with the perturbation."""
+        known = set(self.predictor.prompts["perturbation"])
+        if not set(perturbation.split("+")) <= known:
+            return self.fallback.predict(control, perturbation, context)
+        shown = [name for name in control.counts if name in self.predictor.vocabulary]
+        cells = cells_of(self.predictor, control, shown, (*PROMPTS, *NUMBERS))
+        without, with_it = self.predictor.mean_shares(cells, perturbation)
+        profiles = [
+            np.log1p(SCALE * _back(self.predictor, control, self.measurement, one[self.measurement]))
+            for one in (without, with_it)
+        ]
+        delta_G: Matrix = profiles[1] - profiles[0]
+        return delta_G
+
+
+class ModelEmbedder:
+    """The model's embeddings; nothing is said of the cells but their organism, least of all their type."""
+
+    name = NAME
+
+    def __init__(self, predictor: Predictor) -> None:
+        """Take a loaded model."""
+        self.predictor = predictor
+
+    def fit(self, train: Study) -> Self:
+        """Learn nothing."""
+        return self
+
+    def embed(self, cells: Study) -> Matrix:
+        """Return embedding_CD."""
+        shown = [name for name in cells.counts if name in self.predictor.vocabulary]
+        return self.predictor.embed(cells_of(self.predictor, cells, shown, ("organism",))).astype(np.float64)
+
+
+class ModelTranslator:
+    """One measurement from another, as the model decodes it; nothing is said of the cells but their organism."""
+
+    name = NAME
+
+    def __init__(self, predictor: Predictor, source: str, target: str) -> None:
+        """Take a loaded model, and say from which measurement to which."""
+        self.predictor, self.source, self.target = predictor, source, target
+
+    def fit(self, train: Study) -> Self:
+        """Learn nothing."""
+        return self
+
+    def predict(self, cells: Study) -> Matrix:
+        """Return expected log shares_CH."""
+        share_CH = self.predictor.shares(cells_of(self.predictor, cells, [self.source], ("organism",)), self.target)
+        logs_CH: Matrix = np.log1p(SCALE * _back(self.predictor, cells, self.target, share_CH))
+        return logs_CH
+
+
+def pretrained(predictor: Predictor, study: Study, snapshot: Snapshot) -> NDArray[np.bool_]:
+    """Return which cells of a study, read from a snapshot, the checkpoint was trained on.
+
+    Raises:
+        InputRefused: The snapshot that it was trained on is not at hand, so nobody can tell.
+    """
+    said, settings = predictor.manifest["snapshot"], predictor.manifest["settings"]
+    split = settings["data"]["split"]
+    if said["id"] == snapshot.id:
+        return study.label("split") == split
+    try:
+        other = open_snapshot(snapshot.lake_uri, said["name"])
+    except SomaflowError as error:
+        raise InputRefused(
+            f"the checkpoint was trained on snapshot {said['name']!r}, which is not in this lake: nobody can tell "
+            "which cells it saw; evaluate where that snapshot is"
+        ) from error
+    if other.id != said["id"]:
+        raise InputRefused(f"snapshot {said['name']!r} is not the one that the checkpoint was trained on (another id)")
+    number = list(other.splits).index(split)
+    seen = {
+        (organism, joinid)
+        for organism, joinids, _, splits in other.identities()
+        for joinid in joinids[splits == number].tolist()
+    }
+    mine = zip(study.label("organism"), study.obs["soma_joinid"].tolist(), strict=True)
+    return np.array([cell in seen for cell in mine], dtype=bool)
