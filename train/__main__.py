@@ -123,20 +123,21 @@ def evaluate(
     if json:
         answer("train-eval/v1", report=str(as_html), data=str(as_json), scores=[vars(one) for one in scores])
         return
-    table = Table("metric", "units", "u (model)", "b (strongest baseline)", "r (replicate)", "gate", "s", "")
+    table = Table("metric", "units", "u", "b", "r", "gate", "s", "")
     for one in scores:
         spread = "" if one.s != one.s else f"{one.s:.2f} [{one.low:.2f}, {one.high:.2f}]"
         table.add_row(
-            f"{one.metric} ({one.better})",
+            f"{one.metric} ({'↑' if one.better == 'higher' else '↓'})",
             str(one.n_units),
             "" if one.u != one.u else f"{one.u:.3f}",
-            f"{one.b:.3f} ({one.b_method})",
+            f"{one.b:.3f}, {one.b_method}",
             f"{one.r:.3f}",
             f"{one.gate:.1f}",
             spread,
             one.verdict,
         )
     console.print(table)
+    console.print("u: the model; b: the strongest baseline; r: a replicate; s = (u - b) / (r - b)")
     console.print(f"report: {as_html}", soft_wrap=True)
 
 

@@ -40,8 +40,9 @@ def annotate_suite(
     measurement: str = "RNA",
     column: str = "cell_type",
     seeds: Iterable[int] = range(3),
+    unit: str = "donor_id",
 ) -> list[Value]:
-    """Tell the types of held-out groups.
+    """Tell the types of held-out groups; the units are the donors (or another column's values) in them.
 
     The replicate is a logistic regression that was also shown one half of the held-out group's own cells: no shift
     between groups is left. Every method is judged on the other half. Types that training does not have are left out.
@@ -57,9 +58,10 @@ def annotate_suite(
                 continue
             fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
             fitted[REPLICATE] = annotation_floor(measurement, column, seed)[1].fit(study.take(own_C))
-            for name, method in fitted.items():
-                for metric, value in _told(method, judged, column).items():
-                    values.append(Value(name, metric, fold.name, seed, value))
+            for where, group in _units(judged, fold, unit):
+                for name, method in fitted.items():
+                    for metric, value in _told(method, group, column).items():
+                        values.append(Value(name, metric, where, seed, value))
     return _some(values, f"no held-out group has {2 * FEWEST_CELLS} cells of known {column}")
 
 
@@ -84,8 +86,9 @@ def translate_suite(
     target: str,
     column: str = "cell_type",
     seeds: Iterable[int] = range(3),
+    unit: str = "donor_id",
 ) -> list[Value]:
-    """Predict one measurement of held-out cells from another.
+    """Predict one measurement of held-out cells from another; the units are donors, and types of them.
 
     The replicate is the same cells measured again: the target's molecules are dealt to two halves at random (count
     splitting; Neufeld et al. 2024), of which one is the truth and the other the replicate. Correlations are of each
@@ -99,18 +102,29 @@ def translate_suite(
             test = test.take(both)
             if test.n_cells < FEWEST_CELLS:
                 continue
-            truth, again = _split(test, target, seed)
-            truth_CH = truth.logs(target).toarray().astype(np.float64)
-            answers = {
-                name: make(seed).fit(study.take(fold.train_C)).predict(test) for name, make in methods.items()
-            } | {REPLICATE: again.logs(target).toarray().astype(np.float64)}
-            for name, answer_CH in answers.items():
-                values.append(
-                    Value(name, "squared error", fold.name, seed, float(((answer_CH - truth_CH) ** 2).mean()))
-                )
-                for type_, value in _within(answer_CH, truth_CH, test.label(column)).items():
-                    values.append(Value(name, "correlation within types", f"{fold.name} | {type_}", seed, value))
+            fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
+            for where, group in _units(test, fold, unit):
+                truth, again = _split(group, target, seed)
+                truth_CH = truth.logs(target).toarray().astype(np.float64)
+                answers = {name: method.predict(group) for name, method in fitted.items()}
+                answers[REPLICATE] = again.logs(target).toarray().astype(np.float64)
+                for name, answer_CH in answers.items():
+                    error = float(((answer_CH - truth_CH) ** 2).mean())
+                    values.append(Value(name, "squared error", where, seed, error))
+                    for type_, value in _within(answer_CH, truth_CH, group.label(column)).items():
+                        values.append(Value(name, "correlation within types", f"{where} | {type_}", seed, value))
     return _some(values, f"no fold holds {FEWEST_CELLS} cells out that have {source} and {target}")
+
+
+def _units(test: Study, fold: Fold, column: str) -> list[tuple[str, Study]]:
+    """Return the units of a fold's cells that have enough cells, with their cells."""
+    label_C = test.label(column)
+    found = []
+    for value in sorted(set(label_C)):
+        group = test.take(label_C == value)
+        if group.n_cells >= FEWEST_CELLS:
+            found.append((fold.name if value == fold.name else f"{fold.name}: {value}", group))
+    return found
 
 
 def _split(study: Study, measurement: str, seed: int) -> tuple[Study, Study]:

@@ -1,0 +1,144 @@
+"""A checkpoint is judged beside the floor, after an audit that fails closed, through the command that users type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ingest.simulate import SimulationSettings, simulate
+from store.errors import InputRefused, VerificationError
+from store.schema import DatasetPlan, Features
+from store.settings import parse_settings
+from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
+from store.writer import LakeWriter, write_counts
+from train.__main__ import main
+from train.evaluation.folds import FoldSettings
+from train.evaluation.judge import Question, judge, look_for_leaks
+from train.evaluation.ours import NAME, pretrained
+from train.evaluation.report import write_report
+from train.evaluation.score import REPLICATE
+from train.evaluation.study import read_study
+from train.loop import Run
+from train.predictor import Predictor
+from train.settings import RunSettings
+
+TEST = FoldSettings(by="split", held=("test",))
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
+    made = simulate(SimulationSettings(cells=1500))
+    names = {"RNA": made.truth.genes, "protein": made.truth.proteins}
+    features = {name: Features(ids, ids, ["x"] * len(ids), [0] * len(ids)) for name, ids in names.items()}
+    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
+    with LakeWriter(uri) as writer:
+        reservation = writer.reserve(DatasetPlan("sim", "synthetic_construct", "k", 1500, features))
+        blocks = [write_counts(reservation, name, 0, made.counts[name]) for name in features]
+        writer.commit(reservation, made.obs, blocks)
+    create_snapshot(uri, "s", SnapshotSettings(fractions={"train": 0.5, "test": 0.5}))
+    create_snapshot(uri, "other", SnapshotSettings(seed=9, fractions={"train": 0.5, "test": 0.5}))
+    return uri
+
+
+@pytest.fixture(scope="module")
+def trained(lake: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    values = {"lake": lake, "snapshot": "s", "output": str(tmp_path_factory.mktemp("runs")), "workers": 1, "steps": 80}
+    return Run(parse_settings(RunSettings, values, where="test"), 1).train().checkpoint
+
+
+def question(lake: str, suite: str, **words: object) -> Question:
+    return Question(suite, lake, "s", TEST, seeds=1, **words)  # type: ignore[arg-type]
+
+
+def test_a_study_is_the_snapshots_cells(lake: str) -> None:
+    snapshot = open_snapshot(lake, "s")
+    whole = read_study(snapshot)
+    assert whole.n_cells == 1500
+    assert whole.counts["RNA"].sum() == snapshot.block("RNA", 0, snapshot.n_rows).counts.sum()
+    some = read_study(snapshot, max_cells=300)
+    assert 300 <= some.n_cells <= 302
+    assert set(some.label("split")) == {"train", "test"}
+    joinid = int(some.obs["soma_joinid"].iloc[7])
+    row = int(np.flatnonzero(whole.obs["soma_joinid"] == joinid)[0])
+    assert (some.counts["RNA"][7] != whole.counts["RNA"][row]).nnz == 0
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ("perturb", {"columns": ("tissue",)}),
+        ("annotate", {}),
+        ("translate", {"measurement": "protein"}),
+    ],
+)
+def test_every_suite_judges_the_model_beside_floor_and_replicate(
+    lake: str, trained: str, tmp_path: Path, suite: str, words: dict[str, object]
+) -> None:
+    values, scores = judge(question(lake, suite, **words), trained)
+    methods = {value.method for value in values}
+    assert {NAME, REPLICATE} < methods
+    assert len(methods) >= 5
+    for one in scores:
+        assert np.isfinite([one.u, one.b, one.r]).all()
+        assert one.b_method not in (NAME, REPLICATE)
+        assert one.verdict in ("above", "not told apart", "below", "not informative")
+    as_json, as_html = write_report(tmp_path, suite, values, scores, {"suite": suite})
+    assert len(json.loads(as_json.read_text())["values"]) == len(values)
+    page = as_html.read_text()
+    assert page.count("data:image/png;base64,") == len(scores)
+    assert all(one.metric in page for one in scores)
+
+
+def test_the_floor_is_judged_without_a_model(lake: str) -> None:
+    values, scores = judge(question(lake, "annotate"))
+    assert NAME not in {value.method for value in values}
+    assert {one.verdict for one in scores} <= {"floor only", "not informative"}
+
+
+def test_cells_that_a_checkpoint_saw_may_not_judge_it(lake: str, trained: str) -> None:
+    predictor = Predictor.load(trained)
+    asked = replace(question(lake, "annotate"), folds=FoldSettings(by="donor_id", folds=2))
+    _, folds, findings = look_for_leaks(asked, predictor)
+    assert {one.check for one in findings} == {"pretraining"}
+    assert len(findings) == len(folds)
+    with pytest.raises(VerificationError, match="no number is made"):
+        judge(asked, trained)
+    other = open_snapshot(lake, "other")
+    study = read_study(other)
+    seen = pretrained(predictor, study, other)
+    first = read_study(open_snapshot(lake, "s"))
+    expected = set(first.obs["soma_joinid"][first.label("split") == "train"])
+    assert set(study.obs["soma_joinid"][seen]) == expected
+    predictor.manifest = predictor.manifest | {"snapshot": {"name": "gone", "id": "x"}}
+    with pytest.raises(InputRefused, match="nobody can tell which cells it saw"):
+        pretrained(predictor, study, other)
+
+
+def test_the_commands_audit_and_judge(
+    lake: str, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), capsys.readouterr().out
+
+    place = ("--lake", lake, "--snapshot", "s")
+    code, out = said("audit", trained, *place, "--json")
+    assert (code, json.loads(out)["findings"]) == (0, [])
+    code, out = said("audit", trained, *place, "--set", "by=donor_id", "--json")
+    assert code == 8
+    assert {one["check"] for one in json.loads(out)["findings"]} == {"pretraining"}
+    code, out = said(
+        "eval", trained, *place, "--suite", "annotate", "--seeds", "1", "--output", str(tmp_path), "--json"
+    )
+    assert code == 0
+    assert Path(json.loads(out)["report"]).exists()
+    assert said("eval", *place, "--suite", "dance")[0] == 2
+    assert said("eval", "--lake", lake)[0] == 2
+    assert said("eval", *place, "--set", "bye=donor_id")[0] == 3
