@@ -203,7 +203,7 @@ def test_what_is_asked_for_is_hidden_or_zero_and_the_same_whoever_sits_beside() 
 
 def test_blocks_read_what_their_kind_says() -> None:
     """Within-measurement blocks alone let nothing of a protein reach RNA's tokens; a joint block does."""
-    config = replace(CONFIG, layers=4)
+    config = replace(CONFIG, layers=4, attention="hybrid")
     assert config.kinds == ["within", "between", "within", "joint"]
     assert replace(config, attention="full").kinds == ["joint"] * 4
     torch.manual_seed(0)

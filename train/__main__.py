@@ -95,6 +95,9 @@ def evaluate(
     columns: Annotated[
         list[str] | None, typer.Option("--context", help="Columns that make a context, or hold the types.")
     ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option(help="GMT files of gene sets, for the baseline that knows them (perturb).")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods and of splits in halves.")] = 3,
     output: Annotated[Path, typer.Option(help="Folder of evaluation.json and evaluation.html.")] = Path("evaluation"),
     json: Json = False,
@@ -108,7 +111,7 @@ def evaluate(
     from train.evaluation.judge import judge
     from train.evaluation.report import write_report
 
-    question = _question(suite, lake, snapshot, folds, overrides, measurement, source, columns, seeds)
+    question = _question(suite, lake, snapshot, folds, overrides, measurement, source, columns, seeds, sets)
     values, scores = judge(question, checkpoint)
     about = {
         "suite": suite,
@@ -182,6 +185,7 @@ def _question(
     source: str,
     columns: list[str] | None,
     seeds: int,
+    sets: list[str] | None = None,
 ) -> Any:
     from train.evaluation.folds import FoldSettings
     from train.evaluation.judge import SUITES, Question
@@ -195,7 +199,15 @@ def _question(
         said = ["by=split", 'held=["test"]', *said]
     settings = load_settings(FoldSettings, folds, said)
     return Question(
-        cast(Any, suite), lake, snapshot, settings, measurement, source, tuple(columns or ["cell_type"]), seeds
+        cast(Any, suite),
+        lake,
+        snapshot,
+        settings,
+        measurement,
+        source,
+        tuple(columns or ["cell_type"]),
+        seeds,
+        tuple(sets or ()),
     )
 
 

@@ -37,7 +37,7 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     """Train on ``settings.workers`` workers and return what came of it; the same run again goes on or is done.
 
     Raises:
-        MissingError: No lake or snapshot.
+        MissingError: No lake, snapshot or file of knowledge.
         ConflictError: The run's folder belongs to other settings.
         UsageError: The snapshot has no cell in the split to train on.
         SomaflowError: What stopped the workers.
@@ -49,6 +49,9 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     folder = run_folder(settings)
     wanted = fingerprint(settings, snapshot.id)
     _check_split(settings, snapshot)
+    for path in settings.knowledge.files:
+        if not Path(path).is_file():
+            raise MissingError(f"knowledge: {path}: no such file; paths count from where the command is started")
     if _finished(folder, settings, wanted):
         summary = read_summary(folder)
         progress(summary.steps, summary.loss_last)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from store.errors import ConflictError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
@@ -27,6 +27,7 @@ from train.card import write_card
 from train.cells import PROMPTS, Cells
 from train.checkpoint import Vocabulary
 from train.controls import MatchedControls
+from train.knowledge import Knowledge, gather_knowledge, read_aliases, read_sets, read_vectors
 from train.labels import Labels, read_labels
 from train.model import CellModel, ModelConfig
 from train.objective import Objective
@@ -93,6 +94,7 @@ class Run:
             cpu=not torch.cuda.is_available(),
             mixed_precision=settings.precision,
             log_with="tensorboard",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # knowledge does not change
             project_dir=str(self.folder / "tensorboard"),
         )
         if self.accelerator.num_processes != world:
@@ -108,7 +110,18 @@ class Run:
         self.vocabulary = _vocabulary(self.snapshot)
         self.fingerprint = fingerprint(settings, self.snapshot.id)
         torch.manual_seed(settings.seed)
-        self.plain = CellModel(self._config())
+        known = self._knowledge()
+        days = settings.knowledge.days
+        self.knowledge_files = {
+            path: {"sha256": checkpoint.sha256(Path(path)), "day": days.get(path, "")}
+            for path in settings.knowledge.files
+        }
+        self.plain = CellModel(self._config(known))
+        self.plain.identity.know(
+            torch.from_numpy(known.feature_E),
+            torch.from_numpy(known.set_E),
+            {kind: torch.from_numpy(table) for kind, table in known.vectors.items()},
+        )
         self.plain.set_baseline(self._shares())
         optimizer = torch.optim.AdamW(
             self.plain.parameters(), lr=settings.optim.lr, betas=(0.9, 0.98), weight_decay=settings.optim.weight_decay
@@ -137,8 +150,27 @@ class Run:
             labels=self.labels,
         )
 
-    def _config(self) -> ModelConfig:
+    def _knowledge(self) -> Knowledge:
+        """Read what is known of the features, and match it with them."""
+        told = self.settings.knowledge
+        vectors = {kind: getattr(told, kind) for kind in ("sequence", "text") if getattr(told, kind)}
+        return gather_knowledge(
+            [
+                pair
+                for part in self.vocabulary.values()
+                for pair in zip(part.feature_id, part.feature_name, strict=True)
+            ],
+            read_sets(told.sets, told.smallest, told.largest),
+            {kind: read_vectors(path) for kind, path in vectors.items()},
+            read_aliases(told.aliases) if told.aliases else None,
+            self.settings.seed if told.permute else None,
+        )
+
+    def _config(self, known: Knowledge) -> ModelConfig:
         return ModelConfig(
+            n_sets=len(known.sets),
+            n_memberships=len(known.set_E),
+            frozen={kind: table.shape[1] for kind, table in known.vectors.items()},
             n_features={name: len(part.feature_id) for name, part in self.vocabulary.items()},
             n_prompts={name: len(self.labels.values[name]) for name in PROMPTS},
             n_perturbations=len(self.labels.values["perturbation"]),
@@ -204,6 +236,7 @@ class Run:
             "global_step": self.step,
             "seed": self.settings.seed,
             "settings": self.settings.model_dump(mode="json"),
+            "knowledge": self.knowledge_files,
             "measurements": list(self.vocabulary),
             "prompt_fields": list(PROMPTS),
         }

@@ -15,7 +15,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -45,7 +45,10 @@ class ModelConfig:
         bins: Soft bins of a value's embedding.
         bottlenecks: Tokens through which a measurement of a cell speaks with the others.
         query_layers: Blocks of the decoder of single features.
-        attention: "hybrid", or "full": every block is joint.
+        attention: "full": every block is joint; or "hybrid".
+        n_sets: Sets (pathways, processes) that features belong to.
+        n_memberships: How often one does.
+        frozen: Kind of vector that is known of features ("sequence", "text") to its width.
     """
 
     n_features: dict[str, int]
@@ -58,7 +61,10 @@ class ModelConfig:
     bins: int = 16
     bottlenecks: int = 4
     query_layers: int = 1
-    attention: Literal["hybrid", "full"] = "hybrid"
+    attention: Literal["hybrid", "full"] = "full"
+    n_sets: int = 0
+    n_memberships: int = 0
+    frozen: dict[str, int] = field(default_factory=dict)
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -145,6 +151,56 @@ class SoftBins(nn.Module):
         return embedded
 
 
+class Identity(nn.Module):
+    """What a feature is: a vector of its own, what its sets have in common, and what is known of it from elsewhere.
+
+    The sum over sets is divided by the root of how many there are, so that features of many sets are not louder.
+    """
+
+    set_E: Tensor
+    border_F: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n_features = 1 + sum(config.n_features.values())
+        self.own = nn.Embedding(n_features, config.width, padding_idx=0)
+        self.sets = nn.EmbeddingBag(config.n_sets, config.width, mode="sum") if config.n_sets else None
+        self.register_buffer("set_E", torch.zeros(config.n_memberships, dtype=torch.int64))
+        self.register_buffer("border_F", torch.zeros(n_features + 1, dtype=torch.int64))
+        for kind, wide in config.frozen.items():
+            self.register_buffer(f"frozen_{kind}", torch.zeros(n_features, wide))
+        self.adapters = nn.ModuleDict(
+            {kind: nn.Linear(wide, config.width, bias=False) for kind, wide in config.frozen.items()}
+        )
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Return the vectors of features, by their numbers among all."""
+        embedded: Tensor = self.own(feature)
+        if self.sets is not None and len(feature) == 0:
+            embedded = embedded + 0.0 * self.sets.weight.sum()
+        elif self.sets is not None:
+            different_U, where = torch.unique(feature.long(), return_inverse=True)
+            degree_U = self.border_F[different_U + 1] - self.border_F[different_U]
+            first_U = torch.cumsum(degree_U, 0) - degree_U
+            place_E = torch.repeat_interleave(self.border_F[different_U] - first_U, degree_U)
+            place_E = place_E + torch.arange(len(place_E), device=place_E.device)
+            weight_E = torch.repeat_interleave(degree_U.clamp(min=1).to(embedded.dtype).rsqrt(), degree_U)
+            summed_UD = self.sets(self.set_E[place_E], first_U, per_sample_weights=weight_E)
+            embedded = embedded + summed_UD[where]
+        for kind, adapter in self.adapters.items():
+            embedded = embedded + adapter(self.get_buffer(f"frozen_{kind}")[feature.long()])
+        return embedded
+
+    def know(self, feature_E: Tensor, set_E: Tensor, vectors: dict[str, Tensor]) -> None:
+        """Take memberships, in ascending order of features, and frozen vectors [1 + F, K]."""
+        with torch.no_grad():
+            self.set_E.copy_(set_E)
+            count_F = torch.bincount(feature_E, minlength=len(self.border_F) - 1)
+            self.border_F[1:] = torch.cumsum(count_F, 0)
+            for kind, values in vectors.items():
+                self.get_buffer(f"frozen_{kind}").copy_(values)
+
+
 class Prompts(nn.Module):
     """Embed what is said of a cell: codes, perturbation targets (summed), numbers (Fourier), depths."""
 
@@ -197,7 +253,7 @@ class CellModel(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.identity = nn.Embedding(1 + sum(config.n_features.values()), width, padding_idx=0)
+        self.identity = Identity(config)
         self.measurement = nn.Embedding(len(config.n_features), width)
         self.value = SoftBins(width, config.bins)
         self.prompts = Prompts(config)
@@ -295,6 +351,8 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
         if module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx])
+    elif isinstance(module, nn.EmbeddingBag):
+        nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02 if module.bias is None else 1 / math.sqrt(module.in_features) / 2)
         if module.bias is not None:

@@ -24,14 +24,40 @@ class ModelSettings(Settings):
     """Tokens through which a measurement of a cell speaks with its other measurements."""
     query_layers: int = Field(default=1, ge=0)
     """Blocks of the decoder of single features."""
-    attention: Literal["hybrid", "full"] = "hybrid"
-    """Within and between measurements in turn, joint at the end; or joint in every block."""
+    attention: Literal["hybrid", "full"] = "full"
+    """"full": every block reads the whole cell; "hybrid": within and between measurements in turn, joint at the end."""
 
     @model_validator(mode="after")
     def _divides(self) -> ModelSettings:
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
         return self
+
+
+class KnowledgeSettings(Settings):
+    """What is known of features before training; files are read once, what is used of them goes into the checkpoint."""
+
+    sets: tuple[str, ...] = ()
+    """GMT files of gene sets (GO, Reactome, Hallmark, ...); members by symbol or id."""
+    smallest: int = Field(default=10, ge=2)
+    """Members of a set at least."""
+    largest: int = Field(default=200, ge=2)
+    """Members of a set at most."""
+    sequence: str = ""
+    """An npz with ids and vectors from a model of sequences."""
+    text: str = ""
+    """An npz with ids and vectors from a model of texts."""
+    aliases: str = ""
+    """A table of two columns: a protein, metabolite or region, and the gene that it inherits from."""
+    permute: bool = False
+    """Deal memberships anew at random, degrees kept: the null arm that shows what knowledge is worth."""
+    days: dict[str, str] = Field(default_factory=dict)
+    """File to the day (YYYY-MM-DD) of its newest source, for audits."""
+
+    @property
+    def files(self) -> list[str]:
+        """All files that are read."""
+        return [path for path in (*self.sets, self.sequence, self.text, self.aliases) if path]
 
 
 class DataSettings(Settings):
@@ -104,6 +130,7 @@ class RunSettings(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> RunSettings:

@@ -29,6 +29,7 @@ from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, score
 from train.evaluation.study import Study, from_anndata
 from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
+from train.knowledge import read_sets
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,10 +118,11 @@ def multiome(data: Path) -> Study:
     return Study(study.counts, study.features, study.obs.assign(donor_id=[f"f{n % 5}" for n in range(study.n_cells)]))
 
 
-def effects_case(study: Study, settings: FoldSettings, columns: tuple[str, ...] = ("cell_type",)) -> Any:
+def effects_case(study: Study, settings: FoldSettings, data: Path, columns: tuple[str, ...] = ("cell_type",)) -> Any:
     """Return what runs the perturbation suite."""
     folds = make_folds(study, settings)
-    methods = {one.name: (lambda seed, one=one: one) for one in effect_floor("RNA", columns)}
+    members = read_sets([data / "ref/gmt/human_reactome_v2025.gmt", data / "ref/gmt/h.all.v7.0.symbols.gmt"])
+    methods = {one.name: (lambda seed, one=one: one) for one in effect_floor("RNA", columns, members)}
     return lambda seeds: (perturb_suite(study, folds, methods, "RNA", columns, seeds), METRICS)
 
 
@@ -134,18 +136,20 @@ def cases(data: Path) -> list[Case]:
         Case(
             "papalexi_dev, unseen targets",
             "few of the 21 targets respond",
-            effects_case(papalexi(data), FoldSettings(by="target", folds=3)),
+            effects_case(papalexi(data), FoldSettings(by="target", folds=3), data),
         ),
         Case(
             "kang, IFN-β in unseen cell types",
             "one perturbation: there is nothing to tell apart",
-            effects_case(kang_cells, FoldSettings(by="cell_type", where=stimulated)),
+            effects_case(kang_cells, FoldSettings(by="cell_type", where=stimulated), data),
         ),
         Case(
             "perturbench_devel, unseen doubles",
             "five doubles; the additive model is at the noise ceiling",
             effects_case(
-                norman_cells := norman(data), FoldSettings(by="perturbation", held=doubles(norman_cells), folds=1)
+                norman_cells := norman(data),
+                FoldSettings(by="perturbation", held=doubles(norman_cells), folds=1),
+                data,
             ),
         ),
         Case(

@@ -21,6 +21,7 @@ from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, score
 from train.evaluation.study import Study, read_study
 from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
+from train.knowledge import read_sets
 from train.predictor import Predictor
 
 Suite = Literal["perturb", "annotate", "translate", "forecast"]
@@ -39,6 +40,7 @@ class Question:
         source: The measurement that is translated from.
         columns: What makes a context of perturbations; the first is the column of types.
         seeds: How many.
+        sets: GMT files of gene sets: what baselines know of targets.
         max_cells: Cells that are read at most.
     """
 
@@ -50,6 +52,7 @@ class Question:
     source: str = "RNA"
     columns: tuple[str, ...] = ("cell_type",)
     seeds: int = 3
+    sets: tuple[str, ...] = ()
     max_cells: int = 100_000
 
 
@@ -58,8 +61,11 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     snapshot = open_snapshot(question.lake, question.snapshot)
     study = read_study(snapshot, question.max_cells)
     folds = make_folds(study, question.folds)
-    seen_C = None if predictor is None else pretrained(predictor, study, snapshot)
-    return study, folds, audit(study, folds, question.folds, pretrained_C=seen_C)
+    if predictor is None:
+        return study, folds, audit(study, folds, question.folds)
+    known = {path: entry["day"] for path, entry in predictor.manifest.get("knowledge", {}).items()}
+    seen_C = pretrained(predictor, study, snapshot)
+    return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C)
 
 
 def judge(question: Question, checkpoint: str | Path | None = None) -> tuple[list[Value], list[Score]]:
@@ -81,7 +87,8 @@ def _run(
 ) -> tuple[list[Value], Any]:
     seeds, measurement, column = range(question.seeds), question.measurement, question.columns[0]
     if question.suite == "perturb":
-        methods = by_seed(lambda seed: effect_floor(measurement, question.columns))
+        members = read_sets(question.sets)
+        methods = by_seed(lambda seed: effect_floor(measurement, question.columns, members))
         if predictor is not None:
             methods[NAME] = lambda seed: ModelEffects(predictor, measurement, question.columns)
         return perturb_suite(study, folds, methods, measurement, question.columns, seeds), METRICS
