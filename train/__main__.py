@@ -85,7 +85,7 @@ def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="The checkpoint; left out: floor and replicate only.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="perturb, annotate, translate or forecast.")] = "annotate",
+    suite: Annotated[str, typer.Option(help="perturb, annotate, translate, forecast or novelty.")] = "annotate",
     snapshot: Name = "",
     lake: Lake = "lake",
     folds: Folds = None,

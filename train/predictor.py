@@ -135,7 +135,8 @@ class Predictor:
     def n_tokens(self, cells: Cells) -> NDArray[np.int64]:
         """Return how many tokens each cell takes in the encoder."""
         nonzeros = sum((np.diff(part.indptr) for part in cells.counts.values()), np.zeros(cells.n_cells, np.int64))
-        return np.minimum(nonzeros, self.tokens.budget) + len(PROMPTS) + 4
+        beside = 1 + len(PROMPTS) + 3 + self.model.config.bottlenecks * len(cells.counts)
+        return np.minimum(nonzeros, self.tokens.budget) + beside
 
     def embed(self, cells: Cells) -> NDArray[np.float32]:
         """Return embeddings_CD."""

@@ -25,6 +25,7 @@ from train.evaluation.cellfloor import annotation_floor, forecast_floor, transla
 from train.evaluation.floor import effect_floor
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.judge import by_seed
+from train.evaluation.novelty import NOVELTY, novelty_floor, novelty_suite
 from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, score
 from train.evaluation.study import Study, from_anndata
@@ -145,7 +146,7 @@ def cases(data: Path) -> list[Case]:
         ),
         Case(
             "perturbench_devel, unseen doubles",
-            "five doubles; the additive model is at the noise ceiling",
+            "five doubles of 100 cells, and singles as noisy as they are",
             effects_case(
                 norman_cells := norman(data),
                 FoldSettings(by="perturbation", held=doubles(norman_cells), folds=1),
@@ -155,28 +156,17 @@ def cases(data: Path) -> list[Case]:
         Case(
             "kang, types of an unseen donor",
             "two donors, five types; units are donors",
-            lambda seeds: (
-                annotate_suite(
-                    kang_cells,
-                    make_folds(kang_cells, FoldSettings(by="donor_id")),
-                    by_seed(lambda seed: annotation_floor("RNA", seed=seed)),
-                    seeds=seeds,
-                ),
-                ANNOTATE,
-            ),
+            annotation_case(kang_cells, FoldSettings(by="donor_id")),
         ),
         Case(
             "worm_l2, types on an unseen plate",
             "types are clusters of the same RNA: optimistic for everybody",
-            lambda seeds: (
-                annotate_suite(
-                    larvae,
-                    make_folds(larvae, FoldSettings(by="donor_id", folds=3)),
-                    by_seed(lambda seed: annotation_floor("RNA", seed=seed)),
-                    seeds=seeds,
-                ),
-                ANNOTATE,
-            ),
+            annotation_case(larvae, FoldSettings(by="donor_id", folds=3)),
+        ),
+        Case(
+            "kang, each type as a new one",
+            "five types, one of them far larger than the others",
+            novelty_case(kang_cells),
         ),
         Case(
             "citeseq, RNA → protein",
@@ -204,6 +194,19 @@ def doubles(study: Study) -> tuple[str, ...]:
     """Return the combinations both of whose targets were also hit alone."""
     names = set(study.label("perturbation"))
     return tuple(sorted(n for n in names if "+" in n and set(n.split("+")) <= names))
+
+
+def annotation_case(study: Study, settings: FoldSettings) -> Any:
+    """Return what runs the annotation suite."""
+    folds, make = make_folds(study, settings), by_seed(lambda seed: annotation_floor("RNA", seed=seed))
+    return lambda seeds: (annotate_suite(study, folds, make, seeds=seeds), ANNOTATE)
+
+
+def novelty_case(study: Study) -> Any:
+    """Return what runs the novelty suite: each type is held out in turn."""
+    folds = make_folds(study, FoldSettings(by="cell_type"))
+    make = by_seed(lambda seed: novelty_floor("RNA", seed=seed))
+    return lambda seeds: (novelty_suite(study, folds, make, seeds=seeds), NOVELTY)
 
 
 def translation_case(study: Study, target: str) -> Any:

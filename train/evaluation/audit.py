@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pandas.util import hash_array
 from scipy.sparse import csr_matrix
 
 from store.errors import VerificationError
@@ -25,6 +26,7 @@ HASHES, BAND = 32, 4
 NEAR = 0.9
 """Cells whose (feature, count) pairs agree to this Jaccard index are near-duplicates."""
 MANY = 32
+"""Cells of one band that are all compared with each other; of more, each is compared with the next."""
 FEWEST = 20
 """Non-zeros below which cells agree by chance; they are compared exactly only."""
 
@@ -184,12 +186,8 @@ def _duplicates(measurement: str, fold: Fold, exact_C: NDArray[np.uint64], near:
 
 # ------------------------------------------------------------------------------------------------------ hashing
 def _mixed(values: NDArray[np.uint64], salt: int) -> NDArray[np.uint64]:
-    """Hash integers (the finaliser of SplitMix; Steele, Lea and Flood 2014)."""
-    with np.errstate(over="ignore"):
-        mixed = values + np.uint64((salt * 0x9E3779B97F4A7C15) % 2**64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        return mixed ^ (mixed >> np.uint64(31))
+    """Hash integers, differently with each salt."""
+    return hash_array(values ^ np.uint64((salt * 0x9E3779B97F4A7C15) % 2**64))
 
 
 def _pairs(counts_CG: csr_matrix) -> NDArray[np.uint64]:

@@ -16,6 +16,7 @@ from train.evaluation.audit import Finding, audit, refuse_leaks
 from train.evaluation.cellfloor import Annotator, annotation_floor, forecast_floor, translation_floor
 from train.evaluation.floor import effect_floor
 from train.evaluation.folds import Fold, FoldSettings, make_folds
+from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
 from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, pretrained
 from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, score
@@ -24,7 +25,7 @@ from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suit
 from train.knowledge import read_sets
 from train.predictor import Predictor
 
-Suite = Literal["perturb", "annotate", "translate", "forecast"]
+Suite = Literal["perturb", "annotate", "translate", "forecast", "novelty"]
 SUITES: tuple[str, ...] = get_args(Suite)
 
 
@@ -103,6 +104,11 @@ def _run(
         if predictor is not None:
             methods[NAME] = lambda seed: ModelTranslator(predictor, source, measurement)
         return translate_suite(study, folds, methods, source, measurement, column, seeds), TRANSLATE
+    if question.suite == "novelty":
+        methods = by_seed(lambda seed: novelty_floor(measurement, column, seed))
+        if predictor is not None:
+            methods[NAME] = lambda seed: NeighbourDistance(NAME, ModelEmbedder(predictor))
+        return novelty_suite(study, folds, methods, measurement, column, seeds), NOVELTY
     if predictor is not None:
         raise UsageError("a checkpoint cannot forecast yet: leave it out to see floor and replicate")
     methods = by_seed(lambda seed: forecast_floor(measurement, seed))
