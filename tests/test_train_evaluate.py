@@ -138,6 +138,7 @@ def test_the_commands_audit_and_judge(
         "eval", trained, *place, "--suite", "annotate", "--seeds", "1", "--output", str(tmp_path), "--json"
     )
     assert code == 0
+    assert "NaN" not in out
     assert Path(json.loads(out)["report"]).exists()
     assert said("eval", *place, "--suite", "dance")[0] == 2
     assert said("eval", "--lake", lake)[0] == 2

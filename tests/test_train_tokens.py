@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from train.cells import NUMBERS, PROMPTS, Cells, Csr
-from train.tokens import SCALE, Tokens, TokenSettings, make_tokens, pack, uniform
+from train.tokens import SCALE, Tokens, TokenSettings, drawn, make_tokens, pack, units
 
 OFFSETS = {"RNA": 1, "protein": 31}
 
@@ -103,12 +103,11 @@ def test_a_matched_cell_lends_its_counts_and_not_its_prompts() -> None:
 
 
 def test_the_hash_is_uniform_and_independent_of_neighbouring_keys_and_salts() -> None:
-    keys = torch.arange(20000)
-    draws = [uniform(keys, salt)[0].numpy() for salt in (0, 1, 2**40)]
-    for drawn in draws:
-        histogram = np.histogram(drawn, bins=20, range=(0, 1))[0]
+    draws = units(drawn(np.arange(20000), (0, 1, 2**40)))
+    for line in draws:
+        histogram = np.histogram(line, bins=20, range=(0, 1))[0]
         assert ((histogram - 1000) ** 2 / 1000).sum() < 60  # chi-squared, 19 degrees of freedom: p < 1e-5 beyond
-        assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.03
+        assert abs(np.corrcoef(line[:-1], line[1:])[0, 1]) < 0.03
     assert abs(np.corrcoef(draws[0], draws[1])[0, 1]) < 0.03
 
 

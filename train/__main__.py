@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,9 +12,11 @@ from rich.table import Table
 
 from store import command
 from store.command import answer, console
-from store.errors import UsageError
 from store.settings import load_settings
 from train.settings import RunSettings
+
+if TYPE_CHECKING:
+    from train.evaluation.folds import FoldSettings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -108,10 +110,21 @@ def evaluate(
 
     Example: python -m train eval runs/laptop/checkpoint --suite perturb --snapshot blood --set by=target --set folds=3
     """
-    from train.evaluation.judge import judge
+    from train.checkpoint import json_values
+    from train.evaluation.judge import Question, judge
     from train.evaluation.report import write_report
 
-    question = _question(suite, lake, snapshot, folds, overrides, measurement, source, columns, seeds, sets)
+    question = Question(
+        suite,
+        lake,
+        snapshot,
+        _held_out(folds, overrides),
+        measurement,
+        source,
+        tuple(columns or ["cell_type"]),
+        seeds,
+        tuple(sets or ()),
+    )
     values, scores = judge(question, checkpoint)
     about = {
         "suite": suite,
@@ -124,7 +137,9 @@ def evaluate(
     what = f"{suite}: {checkpoint or 'the floor'} on {snapshot}"
     as_json, as_html = write_report(output, what, values, scores, about)
     if json:
-        answer("train-eval/v1", report=str(as_html), data=str(as_json), scores=[vars(one) for one in scores])
+        answer(
+            "train-eval/v1", report=str(as_html), data=str(as_json), scores=[json_values(vars(one)) for one in scores]
+        )
         return
     table = Table("metric", "units", "u", "b", "r", "gate", "s", "")
     for one in scores:
@@ -163,10 +178,10 @@ def look(
     Example: python -m train audit --snapshot blood --set by=donor_id --set folds=5
     """
     from train.evaluation.audit import refuse_leaks
-    from train.evaluation.judge import look_for_leaks
+    from train.evaluation.judge import Question, look_for_leaks
     from train.predictor import Predictor
 
-    question = _question("annotate", lake, snapshot, folds, overrides, "RNA", "RNA", None, 1)
+    question = Question("annotate", lake, snapshot, _held_out(folds, overrides))
     study, made, findings = look_for_leaks(question, None if checkpoint is None else Predictor.load(checkpoint))
     if json:
         answer("train-audit/v1", cells=study.n_cells, folds=len(made), findings=[vars(one) for one in findings])
@@ -175,40 +190,14 @@ def look(
         console.print(f"no leak found in {len(made)} folds of {study.n_cells:,} cells")
 
 
-def _question(
-    suite: str,
-    lake: str,
-    snapshot: str,
-    folds: Path | None,
-    overrides: list[str] | None,
-    measurement: str,
-    source: str,
-    columns: list[str] | None,
-    seeds: int,
-    sets: list[str] | None = None,
-) -> Any:
+def _held_out(folds: Path | None, overrides: list[str] | None) -> FoldSettings:
+    """Return what is held out: the test split where nothing else is said."""
     from train.evaluation.folds import FoldSettings
-    from train.evaluation.judge import SUITES, Question
 
-    if suite not in SUITES:
-        raise UsageError(f"--suite {suite}: one of {', '.join(SUITES)}")
-    if not snapshot:
-        raise UsageError("--snapshot is needed: whose cells judge?")
     said = overrides or []
     if folds is None and not any(word.startswith("by=") for word in said):
         said = ["by=split", 'held=["test"]', *said]
-    settings = load_settings(FoldSettings, folds, said)
-    return Question(
-        cast(Any, suite),
-        lake,
-        snapshot,
-        settings,
-        measurement,
-        source,
-        tuple(columns or ["cell_type"]),
-        seeds,
-        tuple(sets or ()),
-    )
+    return load_settings(FoldSettings, folds, said)
 
 
 def main() -> None:

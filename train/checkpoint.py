@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import secrets
 import shutil
@@ -199,6 +200,11 @@ def export(
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=None, sort_keys=True), encoding="utf-8")
+
+
+def json_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Write what is no number as null: JSON has no NaN, and other people's parsers refuse it."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def code_commit() -> str:

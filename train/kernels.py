@@ -49,17 +49,6 @@ def draw_of(feature: Any, key: Any) -> Any:
     return U32(x ^ (x >> U32(16)))
 
 
-@compiled
-def mixed(key_C: Any, offset_S: Any, out_SC: Any) -> None:
-    """Hash 64-bit keys, with each offset, to 64 bits (the finaliser of SplitMix; Steele, Lea and Flood 2014)."""
-    for s in range(len(offset_S)):
-        for cell in range(len(key_C)):
-            x = np.uint64(key_C[cell]) * np.uint64(0x9E3779B97F4A7C15) + offset_S[s]
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            out_SC[s, cell] = x ^ (x >> np.uint64(31))
-
-
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
 def _lowest_kept(draws: Any, n: int, low: Any, budget: int, hist: Any, edge: Any) -> Any:
     """Return the smallest of the ``budget`` greatest draws, or ``low`` when no more than those reach it.

@@ -17,7 +17,7 @@ from store.cluster import ray_cluster
 from store.errors import InputRefused, MissingError, SomaflowError, UsageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
-from train.loop import Run, Summary, begun_otherwise, fingerprint, json_values, read_summary, run_folder
+from train.loop import Run, Summary, begun_otherwise, fingerprint, read_summary, run_folder
 from train.settings import RunSettings
 
 POLL_S = 0.5
@@ -156,4 +156,4 @@ def _watch(path: Path, done: threading.Event, progress: Progress) -> None:
 
 def as_json(summary: Summary) -> dict[str, Any]:
     """Return a summary as plain values."""
-    return json_values(asdict(summary))
+    return checkpoint.json_values(asdict(summary))

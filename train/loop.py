@@ -356,7 +356,7 @@ class Run:
             self.objective.settings,
             self.vocabulary,
             {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")},
-            provenance | {"figures": json_values(figures)},
+            provenance | {"figures": checkpoint.json_values(figures)},
             write_card(self.snapshot, self.settings, provenance),
         )
 
@@ -372,11 +372,6 @@ def read_summary(folder: Path) -> Summary:
     values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     losses = {name: _number(values[name]) for name in ("loss_test", "loss_test_first")}
     return Summary(**(values | losses), checkpoint=str(folder / "checkpoint"))
-
-
-def json_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Write what is no number as null: JSON has no NaN, and other people's parsers refuse it."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def _number(value: float | None) -> float:
@@ -424,7 +419,7 @@ def _timed(batches: Iterator[Cells]) -> Iterator[tuple[Cells, float]]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(json_values(values), indent=1, allow_nan=False), encoding="utf-8")
+    temporary.write_text(json.dumps(checkpoint.json_values(values), indent=1, allow_nan=False), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -450,5 +445,5 @@ class _Metrics:
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row."""
-        self.file.write(json.dumps(json_values(row), allow_nan=False) + "\n")
+        self.file.write(json.dumps(checkpoint.json_values(row), allow_nan=False) + "\n")
         self.file.flush()

@@ -1,11 +1,12 @@
 """This module is the model: an encoder of packed cells, a decoder of whole cells, and one of single features.
 
 The encoder reads, for each cell, a summary token, prompt tokens, and the visible features of each measurement behind
-some bottleneck tokens. Attention is hybrid: blocks within a measurement, blocks between measurements through heads and
-bottlenecks (Nagrani et al. 2021), and joint blocks at the end. From the summary and the prompts one decoder gives log
-rates of every feature of every measurement; another corrects the rates of the features that it is asked for, reading
-the encoder's tokens. Hidden values never enter (but in the sum of a cell's counts, its depth), they are only compared
-with (after He et al. 2022; Hao et al. 2024). Projections are plain linear layers, so that adapters reach them.
+some bottleneck tokens. Every block reads the whole cell; or attention is hybrid: blocks within a measurement, blocks
+between measurements through heads and bottlenecks (Nagrani et al. 2021), and joint blocks at the end. From the summary
+and the prompts one decoder gives log rates of every feature of every measurement; another corrects the rates of the
+features that it is asked for, reading the encoder's tokens. Hidden values never enter (but in the sum of a cell's
+counts, its depth), they are only compared with (after He et al. 2022; Hao et al. 2024). Projections are plain linear
+layers, so that adapters reach them.
 
 Shape letters used in this module:
     C  cells      L  tokens      N  packed tokens      D  width      H  heads      G  features of a measurement

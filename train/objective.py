@@ -17,7 +17,7 @@ from train.attention import Segments
 from train.cells import Cells, Csr
 from train.likelihood import count_cost, log_rates, negative_log_likelihood
 from train.model import CellModel, Queries
-from train.tokens import Tokens, TokenSettings, chance_salts, dense_counts, drawn, draws, make_tokens
+from train.tokens import Tokens, TokenSettings, chance_salts, dense_counts, drawn, draws, keys, make_tokens
 
 QUERY, ZEROS = 62, 63
 """What a cell's chances are for, beside those of its tokens."""
@@ -128,8 +128,9 @@ class Objective:
         What is chosen is a hash of (seed, step, cell's row, feature): the same at every number of ranks.
         """
         each, first, n_features = max(1, self.queries // 2), model.config.offsets[name], counts_CG.shape[1]
-        keys = drawn(cells.row, chance_salts(chance, (QUERY, ZEROS))) >> np.uint64(32)
-        key_C, zero_key_C = torch.from_numpy(keys.astype(np.int64)).to(self.device)
+        key_C, zero_key_C = torch.from_numpy(keys(drawn(cells.row, chance_salts(chance, (QUERY, ZEROS))))).to(
+            self.device
+        )
         number_CL = tokens.feature_CL.long() - first
         shown_CL = (number_CL >= 0) & (number_CL < n_features) & torch.from_numpy(itself_C).to(self.device)[:, None]
         visible_CG = torch.zeros_like(panel_CG)

@@ -111,46 +111,27 @@ class Tokens:
         return torch.bucketize(self.feature_CL.contiguous(), borders, right=True, out_int32=True)
 
 
-def _mixed(key: Tensor, salts: Sequence[int]) -> Tensor:
-    """Hash integers [C] with each salt to 64 bits [S, C]."""
-    offsets = [(salt * 0xC2B2AE3D27D4EB4F + 2**63) % 2**64 - 2**63 for salt in salts]
-    mixed = key * -7046029254386353131 + torch.tensor(offsets, device=key.device)[:, None]
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
-
-
-def uniform(key: Tensor, *salts: int) -> Tensor:
-    """Hash integers [C] with each salt to numbers in [0, 1), [S, C]: the same on every device.
-
-    The finaliser is that of SplitMix (Steele, Lea and Flood 2014).
-    """
-    return _unit(_mixed(key, salts))
-
-
-def _unit(mixed: Tensor) -> Tensor:
-    return ((mixed >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)
-
-
-def _high(mixed: Tensor) -> Tensor:
-    return (mixed >> 32) & 0xFFFFFFFF
-
-
 def drawn(key_C: NDArray[np.int64], salts: Sequence[int]) -> NDArray[np.uint64]:
-    """Hash integers as :func:`uniform` does, on CPU and without torch where numba is at hand; 64 bits, [S, C]."""
-    slow = kernels is None
-    out_SC = np.empty((len(salts), len(key_C)), np.uint64)
-    if slow:
-        out_SC[:] = _mixed(torch.from_numpy(key_C), salts).numpy().view(np.uint64)
-    else:
-        kernels.mixed(key_C, np.array([(salt * 0xC2B2AE3D27D4EB4F) % 2**64 for salt in salts], np.uint64), out_SC)
-    return out_SC
+    """Hash integers with each salt to 64 bits, [S, C] (the finaliser of SplitMix; Steele, Lea and Flood 2014).
+
+    It is done on the host, whatever the device: cells are few beside their counts, and so the draws are the same.
+    """
+    offset_S1 = np.array([(salt * 0xC2B2AE3D27D4EB4F) % 2**64 for salt in salts], np.uint64)[:, None]
+    mixed_SC = key_C.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + offset_S1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed_SC = (mixed_SC ^ (mixed_SC >> np.uint64(shift))) * np.uint64(factor)
+    return mixed_SC ^ (mixed_SC >> np.uint64(31))
 
 
 def units(mixed: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Return hashes as numbers in [0, 1): those of :func:`uniform`."""
+    """Return hashes as numbers in [0, 1)."""
     numbers: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
     return numbers
+
+
+def keys(mixed: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return hashes as integers below 2**32: keys of :func:`draws`."""
+    return (mixed >> np.uint64(32)).astype(np.int64)
 
 
 def draws(feature_N: Tensor, key_N: Tensor) -> Tensor:
@@ -240,11 +221,10 @@ def make_tokens(
         share_N = found.count_N * (SCALE / found.depth_C.clamp(min=1))[found.cell_N]
         visible_N, priority_N = torch.ones_like(share_N, dtype=torch.bool), share_N.double()
         if chance is not None:
-            mixed = _mixed(row_C, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
-            shown_C = shown_C & (_unit(mixed[0]) >= settings.drop_measurement)
-            draw_N = draws(feature_N, _high(mixed[2])[found.cell_N])
-            hidden_C = _hidden(_unit(mixed[1]), settings)
-            visible_N = draw_N >= hidden_C.long()[found.cell_N]
+            mixed = drawn(cells.row, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
+            shown_C = shown_C & torch.from_numpy(units(mixed[0]) >= settings.drop_measurement).to(device)
+            draw_N = draws(feature_N, torch.from_numpy(keys(mixed[2])).to(device)[found.cell_N])
+            visible_N = draw_N >= torch.from_numpy(_hidden(units(mixed[1]), settings)).to(device)[found.cell_N]
             priority_N = draw_N.double()
         value_N = torch.log1p(share_N) if plain else share_N
         if settings.values == "bins":
@@ -274,10 +254,10 @@ def chance_salts(chance: tuple[int, int], numbers: Sequence[int]) -> list[int]:
     return [(chance[0] * 1_000_003 + chance[1]) * 64 + number for number in numbers]
 
 
-def _hidden(drawn: Any, settings: TokenSettings) -> Any:
+def _hidden(number_C: NDArray[np.float64], settings: TokenSettings) -> NDArray[np.int64]:
     """Return the draw below which features are hidden, of cells with these uniform numbers."""
     low, high = settings.hide
-    return ((low + (high - low) * drawn) * 2.0**32).clip(max=0xFFFFFFFF)
+    return ((low + (high - low) * number_C) * 2.0**32).clip(max=0xFFFFFFFF).astype(np.int64)
 
 
 def fast_tokens(
@@ -312,7 +292,7 @@ def fast_tokens(
             mixed = drawn(cells.row, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
             shown[name] = shown[name] & (units(mixed[0]) >= settings.drop_measurement)
             hidden[name] = _hidden(units(mixed[1]), settings).astype(np.uint32)
-            key_C = (mixed[2] >> np.uint64(32)).astype(np.uint32)
+            key_C = keys(mixed[2]).astype(np.uint32)
     lengths_C = np.zeros(cells.n_cells, np.int64)
     for name in parts:
         for spans, place_C in parts[name]:

@@ -249,7 +249,8 @@ class Forecaster:
             raise InputRefused("no training cell has a time")
         logs_CG = train.logs(self.measurement)
         self.logs = {float(time): logs_CG[time_C == time] for time in np.unique(time_C[~np.isnan(time_C)])}
-        self.pca = PrincipalComponents(self.measurement, components=self.components, seed=self.seed).fit(train)
+        if self.way == "transport":
+            self.pca = PrincipalComponents(self.measurement, components=self.components, seed=self.seed).fit(train)
         return self
 
     def _sides(self, time: float) -> tuple[float, float]:

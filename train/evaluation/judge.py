@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from sklearn.linear_model import LogisticRegression
 
@@ -25,8 +25,7 @@ from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suit
 from train.knowledge import read_sets
 from train.predictor import Predictor
 
-Suite = Literal["perturb", "annotate", "translate", "forecast", "novelty"]
-SUITES: tuple[str, ...] = get_args(Suite)
+SUITES = ("perturb", "annotate", "translate", "forecast", "novelty")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Question:
     """What is asked.
 
     Attributes:
-        suite: Which suite.
+        suite: One of ``SUITES``.
         lake, snapshot: Whose cells.
         folds: What is held out.
         measurement: What is predicted, or looked at to tell types.
@@ -45,7 +44,7 @@ class Question:
         max_cells: Cells that are read at most.
     """
 
-    suite: Suite
+    suite: str
     lake: str
     snapshot: str
     folds: FoldSettings
@@ -55,6 +54,12 @@ class Question:
     seeds: int = 3
     sets: tuple[str, ...] = ()
     max_cells: int = 100_000
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise UsageError(f"--suite {self.suite}: one of {', '.join(SUITES)}")
+        if not self.snapshot:
+            raise UsageError("--snapshot is needed: whose cells judge?")
 
 
 def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tuple[Study, list[Fold], list[Finding]]:

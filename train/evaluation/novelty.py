@@ -7,7 +7,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,10 @@ from sklearn.neighbors import NearestNeighbors
 from store.errors import InputRefused
 from train.evaluation.cellfloor import Annotator, Embedder, PrincipalComponents
 from train.evaluation.folds import Fold
-from train.evaluation.score import REPLICATE, Value
+from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
 
-NOVELTY: dict[str, Literal["higher", "lower"]] = {"AUROC": "higher", "FPR at 95 % TPR": "lower"}
+NOVELTY: dict[str, Way] = {"AUROC": "higher", "FPR at 95 % TPR": "lower"}
 KNOWN_SHARE = 0.2
 """Share of the known cells that is kept from training, to be told from the new ones."""
 FEWEST_CELLS = 20

@@ -58,20 +58,27 @@ def _aligned(predictor: Predictor, study: Study, measurement: str) -> csr_matrix
     """Return counts in the order of the model's vocabulary."""
     if measurement not in predictor.vocabulary:
         raise InputRefused(f"the model knows no {measurement}; it knows {', '.join(predictor.vocabulary)}")
-    place = {name: number for number, name in enumerate(predictor.vocabulary[measurement].feature_id)}
     counts_CG = study.measured(measurement).tocoo()
-    to_G = np.array([place.get(name, -1) for name in study.features[measurement]])
+    to_G = _places(predictor, study, measurement)
     kept_N = to_G[counts_CG.col] >= 0
     if not (to_G >= 0).any():
         raise InputRefused(f"no feature of {measurement} is in the model's vocabulary; features go by their ids")
     rows, columns = counts_CG.row[kept_N], to_G[counts_CG.col[kept_N]]
-    return csr_matrix((counts_CG.data[kept_N], (rows, columns)), shape=(study.n_cells, len(place)))
+    return csr_matrix(
+        (counts_CG.data[kept_N], (rows, columns)),
+        shape=(study.n_cells, len(predictor.vocabulary[measurement].feature_id)),
+    )
+
+
+def _places(predictor: Predictor, study: Study, measurement: str) -> NDArray[np.int64]:
+    """Return the place in the model's vocabulary of each of the study's features; -1 of those that it does not know."""
+    place = {name: number for number, name in enumerate(predictor.vocabulary[measurement].feature_id)}
+    return np.array([place.get(name, -1) for name in study.features[measurement]], dtype=np.int64)
 
 
 def _back(predictor: Predictor, study: Study, measurement: str, share_CH: NDArray[Any]) -> Matrix:
     """Return shares in the order of the study's features; 0 for those that the model does not know."""
-    place = {name: number for number, name in enumerate(predictor.vocabulary[measurement].feature_id)}
-    to_H = np.array([place.get(name, -1) for name in study.features[measurement]])
+    to_H = _places(predictor, study, measurement)
     found = np.where(to_H >= 0, share_CH[..., to_H], 0.0)
     matrix: Matrix = found.astype(np.float64)
     return matrix

@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import anndata
 import numpy as np
@@ -24,11 +24,11 @@ from scipy.sparse import csr_matrix
 from store.errors import InputRefused
 from train.evaluation.effects import MIN_CELLS, EffectMethod, contexts, halves, profile
 from train.evaluation.folds import UNPERTURBED, Fold
-from train.evaluation.score import REPLICATE, Value
+from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
 
 CONTROL = "non-targeting"
-METRICS: dict[str, Literal["higher", "lower"]] = {"pds_cosine": "higher", "expr_mse_unbiased_capped": "lower"}
+METRICS: dict[str, Way] = {"pds_cosine": "higher", "expr_mse_unbiased_capped": "lower"}
 """Discrimination (is the predicted effect nearer to its own truth than to others'?), and the squared error, corrected
 for sampling noise. Metrics of differential expression need predicted cells, not profiles."""
 
@@ -72,7 +72,8 @@ def perturb_suite(
             if not questions:
                 continue
             answers: dict[str, dict[Question, Profile]] = {name: {} for name in (*methods, REPLICATE)}
-            fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
+            train = study.take(fold.train_C)
+            fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             for question, control_C in questions.items():
                 control = study.take(control_C & other_C)
                 for name, method in fitted.items():

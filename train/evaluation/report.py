@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from train.checkpoint import json_values
 from train.evaluation.score import REPLICATE, Score, Value
 
 PAGE = """<!doctype html>
@@ -72,8 +73,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     answer = {
         "about": about,
-        "scores": [_plain(asdict(one)) for one in scores],
-        "values": [_plain(asdict(one)) for one in values],
+        "scores": [json_values(asdict(one)) for one in scores],
+        "values": [json_values(asdict(one)) for one in values],
     }
     as_json, as_html = folder / "evaluation.json", folder / "evaluation.html"
     as_json.write_text(json.dumps(answer, indent=1), encoding="utf-8")
@@ -82,11 +83,6 @@ def write_report(
     html = page.render(title=title, scores=scores, pictures=pictures, about=about, number=_number)
     as_html.write_text(html, encoding="utf-8")
     return as_json, as_html
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has neither NaN nor infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _number(value: float) -> str:

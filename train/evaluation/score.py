@@ -26,6 +26,8 @@ SAMPLES = 2000
 ERRORS = 2.0
 FEWEST_UNITS = 3
 
+Way = Literal["higher", "lower"]
+"""Which way of a metric is better."""
 Verdict = Literal["above", "not told apart", "below", "not informative", "floor only"]
 
 
@@ -82,9 +84,7 @@ class Score:
     verdict: Verdict = "floor only"
 
 
-def score(
-    values: Iterable[Value], better: Mapping[str, Literal["higher", "lower"]], ours: str | None = None, seed: int = 0
-) -> list[Score]:
+def score(values: Iterable[Value], better: Mapping[str, Way], ours: str | None = None, seed: int = 0) -> list[Score]:
     """Score every metric.
 
     A metric that is defined on no unit is left out. The strongest baseline is the one with the best mean over the same

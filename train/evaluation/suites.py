@@ -10,7 +10,6 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,12 +19,11 @@ from scipy.spatial.distance import cdist
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from store.errors import InputRefused
-from train.evaluation.cellfloor import Annotator, Forecaster, Translator, annotation_floor
+from train.evaluation.cellfloor import Annotator, Forecaster, PrincipalComponents, Translator, annotation_floor
 from train.evaluation.folds import Fold
-from train.evaluation.score import REPLICATE, Value
+from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
 
-Way = Literal["higher", "lower"]
 ANNOTATE: dict[str, Way] = {"macro F1": "higher", "calibration error": "lower"}
 TRANSLATE: dict[str, Way] = {"correlation within types": "higher", "squared error": "lower"}
 FORECAST: dict[str, Way] = {"energy distance": "lower"}
@@ -56,7 +54,8 @@ def annotate_suite(
             own_C[rows[known][::2]] = True
             if judged.n_cells < FEWEST_CELLS:
                 continue
-            fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
+            train = study.take(fold.train_C)
+            fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             fitted[REPLICATE] = annotation_floor(measurement, column, seed)[1].fit(study.take(own_C))
             for where, group in _units(judged, fold, unit):
                 for name, method in fitted.items():
@@ -102,7 +101,8 @@ def translate_suite(
             test = test.take(both)
             if test.n_cells < FEWEST_CELLS:
                 continue
-            fitted = {name: make(seed).fit(study.take(fold.train_C)) for name, make in methods.items()}
+            train = study.take(fold.train_C)
+            fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             for where, group in _units(test, fold, unit):
                 truth, again = _split(group, target, seed)
                 truth_CH = truth.logs(target).toarray().astype(np.float64)
@@ -171,13 +171,14 @@ def forecast_suite(
         for fold in folds:
             train, test = study.take(fold.train_C), study.take(fold.test_C)
             random = np.random.default_rng([seed, 3])
-            components = Forecaster(measurement, "earlier", seed=seed).fit(train).pca
-            for time in np.unique(test.obs["time"].to_numpy(dtype=np.float64)):
-                rows = _shuffled(np.flatnonzero(test.obs["time"].to_numpy(dtype=np.float64) == time), seed)
+            components = PrincipalComponents(measurement, components=20, seed=seed).fit(train)
+            fitted = {name: make(seed).fit(train) for name, make in methods.items()}
+            time_C, logs_CG = test.obs["time"].to_numpy(dtype=np.float64), test.logs(measurement)
+            for time in np.unique(time_C):
+                rows = _shuffled(np.flatnonzero(time_C == time), seed)
                 if len(rows) < FEWEST_CELLS:
                     continue
-                logs_CG = test.logs(measurement)
-                answers = {name: make(seed).fit(train).predict(float(time)) for name, make in methods.items()}
+                answers = {name: method.predict(float(time)) for name, method in fitted.items()}
                 answers[REPLICATE] = logs_CG[rows[1::2]]
                 chosen = components.features.chosen
                 truth = components.pca.transform(logs_CG[rows[::2]][:, chosen].toarray())
