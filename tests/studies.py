@@ -41,3 +41,50 @@ def perturbed(
                 lines.append({"perturbation": target, "cell_type": context, "donor_id": f"d{rng.integers(4)}"})
                 rates.append(base[context] * np.exp(moved) * rng.gamma(20, 1 / 20))
     return study(pd.DataFrame(lines), np.array(rates), seed)
+
+
+def switched_off(
+    n_targets: int = 24, n_contexts: int = 4, n_cells: int = 40, seed: int = 0
+) -> tuple[Study, dict[str, list[str]]]:
+    """Cells whose targets switch off what is on: a target removes the activity of its two programs in its context.
+
+    What a program does is in its genes, which programs a target is in is known, and how active they are can be seen in
+    the control cells. So the truth is a product of context and target, which no sum of means is.
+
+    Returns:
+        The cells, and program to its members: its targets.
+    """
+    rng = np.random.default_rng(seed)
+    n_programs, names = 6, [f"t{number}" for number in range(n_targets)]
+    member = np.stack([rng.permutation(len(FEATURES)) < 10 for _ in range(n_programs)]).astype(float)
+    active = rng.uniform(0, 2.0, (n_contexts, n_programs))
+    programs = [rng.choice(n_programs, 2, replace=False) for _ in names]
+    base = rng.uniform(3, 8, len(FEATURES))
+    lines, rates = [], []
+    for context in range(n_contexts):
+        for target, hit in zip(["control", *names], [[], *programs], strict=True):
+            for _ in range(n_cells * (4 if target == "control" else 1)):
+                level = active[context] * rng.gamma(20, 1 / 20, n_programs)
+                level[list(hit)] = 0
+                lines.append({"perturbation": target, "cell_type": f"c{context}", "donor_id": "d"})
+                rates.append(base * np.exp(level @ member) * rng.gamma(20, 1 / 20))
+    sets = {
+        f"p{number}": [name for name, hit in zip(names, programs, strict=True) if number in hit]
+        for number in range(n_programs)
+    }
+    return study(pd.DataFrame(lines), np.array(rates), seed), sets
+
+
+def going_round(n_times: int = 15, n_cells: int = 60, turns: float = 1.25, seed: int = 0) -> Study:
+    """Cells on a round way, as of a cycle: the straight line between two times always passes inside of it."""
+    rng = np.random.default_rng(seed)
+    member = np.stack([rng.permutation(len(FEATURES)) < 20 for _ in range(2)]).astype(float)
+    base = rng.uniform(5, 9, len(FEATURES))
+    lines, rates = [], []
+    for hours in np.linspace(0, 48, n_times):
+        for _ in range(n_cells):
+            angle = 2 * np.pi * turns * hours / 48 + rng.normal(0, 0.1)
+            level = 1.2 * np.array([np.cos(angle), np.sin(angle)]) + rng.normal(0, 0.05, 2)
+            lines.append({"time": round(float(hours), 3), "cell_type": "c", "donor_id": "d"})
+            rates.append(3 * base * np.exp(level @ member))
+    return study(pd.DataFrame(lines), np.array(rates), seed)

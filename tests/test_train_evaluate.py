@@ -79,7 +79,8 @@ def test_a_study_is_the_snapshots_cells(lake: str) -> None:
 def test_every_suite_judges_the_model_beside_floor_and_replicate(
     lake: str, trained: str, tmp_path: Path, suite: str, words: dict[str, object]
 ) -> None:
-    values, scores = judge(question(lake, suite, **words), trained)
+    judged = judge(question(lake, suite, **words), trained)
+    values, scores = judged.values, judged.scores
     methods = {value.method for value in values}
     assert {NAME, REPLICATE} < methods
     assert len(methods) >= 5
@@ -95,7 +96,8 @@ def test_every_suite_judges_the_model_beside_floor_and_replicate(
 
 
 def test_the_floor_is_judged_without_a_model(lake: str) -> None:
-    values, scores = judge(question(lake, "annotate"))
+    judged = judge(question(lake, "annotate"))
+    values, scores = judged.values, judged.scores
     assert NAME not in {value.method for value in values}
     assert {one.verdict for one in scores} <= {"floor only", "not informative"}
 

@@ -100,6 +100,9 @@ def evaluate(
     sets: Annotated[
         list[str] | None, typer.Option(help="GMT files of gene sets, for the baseline that knows them (perturb).")
     ] = None,
+    transition: Annotated[
+        bool, typer.Option("--transition", help="Judge the transition head, fitted on each fold (perturb, forecast).")
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods and of splits in halves.")] = 3,
     output: Annotated[Path, typer.Option(help="Folder of evaluation.json and evaluation.html.")] = Path("evaluation"),
     json: Json = False,
@@ -124,8 +127,10 @@ def evaluate(
         tuple(columns or ["cell_type"]),
         seeds,
         tuple(sets or ()),
+        transition,
     )
-    values, scores = judge(question, checkpoint)
+    judged = judge(question, checkpoint)
+    scores = judged.scores
     about = {
         "suite": suite,
         "lake": lake,
@@ -134,8 +139,10 @@ def evaluate(
         "folds": question.folds.model_dump(mode="json"),
         "seeds": seeds,
     }
+    if judged.gates:
+        about["transition head"] = [f"{one.baseline} + {one.g:.2f} f, gain {one.gain:.1f} SE" for one in judged.gates]
     what = f"{suite}: {checkpoint or 'the floor'} on {snapshot}"
-    as_json, as_html = write_report(output, what, values, scores, about)
+    as_json, as_html = write_report(output, what, judged.values, scores, about)
     if json:
         answer(
             "train-eval/v1", report=str(as_html), data=str(as_json), scores=[json_values(vars(one)) for one in scores]

@@ -216,13 +216,13 @@ class Prompts(nn.Module):
         """Return one token for each field, one for the perturbation, one for numbers, one for depths."""
         said = [embed(tokens.prompt_CF[:, number]) for number, embed in enumerate(self.fields)]
         said.append(self.perturbation(tokens.perturbation_CT).sum(1))
-        said.append(self.numbers(_fourier(tokens.number_CF)))
+        said.append(self.numbers(fourier(tokens.number_CF)))
         measured = tokens.measured_CM.float()
         said.append(self.depth(torch.cat([tokens.log_depth_CM * measured / 10, measured], dim=1)))
         return torch.stack(said, dim=1)
 
 
-def _fourier(number_CF: Tensor) -> Tensor:
+def fourier(number_CF: Tensor) -> Tensor:
     """Write numbers as sines and cosines of their log; a number that is not said is all zeros."""
     said = ~number_CF.isnan()
     log = torch.log1p(torch.nan_to_num(number_CF).abs())

@@ -288,6 +288,6 @@ class Forecaster:
         return np.asarray(logs_CG[rows].todense(), dtype=np.float64)
 
 
-def forecast_floor(measurement: str, seed: int = 0) -> list[Forecaster]:
-    """Return the forecasting baselines."""
-    return [Forecaster(measurement, way, seed=seed) for way in Forecaster.WAYS]
+def forecast_floor(measurement: str, seed: int = 0, most_cells: int = 2000) -> list[Forecaster]:
+    """Return the forecasting baselines; transport looks at ``most_cells`` of a time."""
+    return [Forecaster(measurement, way, most_cells=most_cells, seed=seed) for way in Forecaster.WAYS]

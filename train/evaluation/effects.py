@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from store.errors import InputRefused
-from train.evaluation.folds import UNPERTURBED
+from train.evaluation.folds import TARGET, UNPERTURBED
 from train.evaluation.study import Study
 from train.tokens import SCALE
 
@@ -52,6 +52,32 @@ class Effects:
     def n_effects(self) -> int:
         """E."""
         return len(self.perturbation)
+
+    def take(self, chosen_E: NDArray[np.bool_]) -> Effects:
+        """Return some of the effects."""
+        return Effects(
+            tuple(np.array(self.perturbation, dtype=object)[chosen_E]),
+            tuple(np.array(self.context, dtype=object)[chosen_E]),
+            self.control_EG[chosen_E],
+            self.treated_EG[chosen_E],
+            self.n_cells[chosen_E],
+            self.features,
+        )
+
+    def groups(self, by: str, columns: Sequence[str]) -> list[frozenset[str]]:
+        """Return the groups that each effect is in, of those that can be held out: targets, perturbations, contexts.
+
+        Args:
+            by: "target", "perturbation" or one of the context's columns; of any other column effects know nothing, and
+                they are grouped by perturbation.
+            columns: The context's columns.
+        """
+        if by == TARGET:
+            return [frozenset(name.split("+")) for name in self.perturbation]
+        if by in columns:
+            place = list(columns).index(by)
+            return [frozenset([where.split(" | ")[place]]) for where in self.context]
+        return [frozenset([name]) for name in self.perturbation]
 
 
 class EffectMethod(Protocol):

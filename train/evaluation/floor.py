@@ -14,7 +14,8 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
+from scipy.sparse import csr_matrix, diags_array
+from sklearn.decomposition import PCA, TruncatedSVD
 
 from train.evaluation.effects import Effects, effects
 from train.evaluation.study import Study
@@ -33,7 +34,11 @@ class Baseline:
 
     def fit(self, train: Study) -> Self:
         """Learn from these cells."""
-        self.train: Effects = effects(train, self.measurement, self.columns)
+        return self.learn(effects(train, self.measurement, self.columns))
+
+    def learn(self, train: Effects) -> Self:
+        """Learn from effects that somebody has summed up."""
+        self.train = train
         return self
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
@@ -128,6 +133,7 @@ class BilinearRidge(Baseline):
         components: int = 10,
         penalty: float = 0.1,
         vectors: Mapping[str, Vector] | None = None,
+        name: str = "bilinear ridge",
     ) -> None:
         """Say how.
 
@@ -137,13 +143,15 @@ class BilinearRidge(Baseline):
             components: K of the features' vectors.
             penalty: Ridge penalty of both sides.
             vectors: Target to a vector; left out, a target has its gene's components, where the gene is measured.
+            name: What it is called in tables.
         """
         super().__init__(measurement, columns)
+        self.name = name
         self.components, self.penalty, self.given = components, penalty, vectors
 
-    def fit(self, train: Study) -> Self:
+    def learn(self, train: Effects) -> Self:
         """Solve for W."""
-        super().fit(train)
+        super().learn(train)
         delta_EG = self.train.delta_EG
         self.offset_G = self.training_mean
         profiles_EG = np.concatenate([self.train.treated_EG, np.unique(self.train.control_EG, axis=0)])
@@ -233,4 +241,26 @@ def effect_floor(
         kind(measurement, columns)
         for kind in (ControlPasted, TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
     ]
-    return [*plain, KnowledgeNeighbours(measurement, members, columns)] if members else plain
+    if not members:
+        return plain
+    ridge = BilinearRidge(measurement, columns, vectors=set_vectors(members), name="bilinear ridge on knowledge")
+    return [*plain, KnowledgeNeighbours(measurement, members, columns), ridge]
+
+
+def set_vectors(members: Mapping[str, Sequence[str]], components: int = 16) -> dict[str, Vector]:
+    """Return a vector for each member of a set, from the sets that it is in: alike where the sets are.
+
+    Args:
+        members: Set to its members.
+        components: Dimensions at most, by singular values; members of many sets are not longer for it.
+    """
+    names = sorted({member for inside in members.values() for member in inside})
+    place = {name: number for number, name in enumerate(names)}
+    rows = [place[name] for inside in members.values() for name in inside]
+    columns = np.repeat(np.arange(len(members)), [len(inside) for inside in members.values()])
+    table = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(names), len(members)))
+    table.data[:] = 1  # named twice is a member once
+    table = csr_matrix(diags_array(1 / np.sqrt(np.asarray(table.sum(axis=1)).ravel())) @ table)
+    if min(table.shape) <= components:
+        return dict(zip(names, table.toarray(), strict=True))
+    return dict(zip(names, TruncatedSVD(components, random_state=0).fit_transform(table), strict=True))

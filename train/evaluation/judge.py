@@ -16,8 +16,10 @@ from train.evaluation.audit import Finding, audit, refuse_leaks
 from train.evaluation.cellfloor import Annotator, annotation_floor, forecast_floor, translation_floor
 from train.evaluation.floor import effect_floor
 from train.evaluation.folds import Fold, FoldSettings, make_folds
+from train.evaluation.gated import HEAD, Gate, GatedEffects, TargetVectors
+from train.evaluation.gatedtime import GatedForecast
 from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
-from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, pretrained
+from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, identities, pretrained
 from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, score
 from train.evaluation.study import Study, read_study
@@ -40,7 +42,8 @@ class Question:
         source: The measurement that is translated from.
         columns: What makes a context of perturbations; the first is the column of types.
         seeds: How many.
-        sets: GMT files of gene sets: what baselines know of targets.
+        sets: GMT files of gene sets: what baselines and the transition head know of targets.
+        transition: Judge the transition head, fitted on each fold's training cells, with or without a checkpoint.
         max_cells: Cells that are read at most.
     """
 
@@ -53,6 +56,7 @@ class Question:
     columns: tuple[str, ...] = ("cell_type",)
     seeds: int = 3
     sets: tuple[str, ...] = ()
+    transition: bool = False
     max_cells: int = 100_000
 
     def __post_init__(self) -> None:
@@ -60,6 +64,23 @@ class Question:
             raise UsageError(f"--suite {self.suite}: one of {', '.join(SUITES)}")
         if not self.snapshot:
             raise UsageError("--snapshot is needed: whose cells judge?")
+        if self.transition and self.suite not in ("perturb", "forecast"):
+            raise UsageError(f"--transition goes with --suite perturb or forecast, not {self.suite}")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of it.
+
+    Attributes:
+        values: What every method reached on every unit.
+        scores: What came of them.
+        gates: Where the transition head was judged: what each fit of it found.
+    """
+
+    values: list[Value]
+    scores: list[Score]
+    gates: list[Gate]
 
 
 def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tuple[Study, list[Fold], list[Finding]]:
@@ -74,8 +95,8 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C)
 
 
-def judge(question: Question, checkpoint: str | Path | None = None) -> tuple[list[Value], list[Score]]:
-    """Evaluate the floor, and a checkpoint where there is one.
+def judge(question: Question, checkpoint: str | Path | None = None) -> Judgement:
+    """Evaluate the floor, and a checkpoint or the transition head where one is asked for.
 
     Raises:
         VerificationError: The audit found a leak; no number is made.
@@ -84,18 +105,32 @@ def judge(question: Question, checkpoint: str | Path | None = None) -> tuple[lis
     predictor = None if checkpoint is None else Predictor.load(checkpoint)
     study, folds, findings = look_for_leaks(question, predictor)
     refuse_leaks(findings)
-    values, better = _run(question, study, folds, predictor)
-    return values, score(values, better, None if predictor is None else NAME)
+    gates: list[Gate] = []
+    values, better = _run(question, study, folds, predictor, gates)
+    ours = NAME if predictor is not None else HEAD if question.transition else None
+    return Judgement(values, score(values, better, ours), gates)
 
 
 def _run(
-    question: Question, study: Study, folds: Sequence[Fold], predictor: Predictor | None
+    question: Question, study: Study, folds: Sequence[Fold], predictor: Predictor | None, gates: list[Gate]
 ) -> tuple[list[Value], Any]:
     seeds, measurement, column = range(question.seeds), question.measurement, question.columns[0]
     if question.suite == "perturb":
         members = read_sets(question.sets)
         methods = by_seed(lambda seed: effect_floor(measurement, question.columns, members))
-        if predictor is not None:
+        if question.transition:
+            known = TargetVectors(members, None if predictor is None else identities(predictor, measurement))
+            name = HEAD if predictor is None else NAME
+            methods[name] = lambda seed: GatedEffects(
+                measurement,
+                question.columns,
+                question.folds.by,
+                known,
+                effect_floor(measurement, question.columns, members),
+                seed=seed,
+                found=gates.append,
+            )
+        elif predictor is not None:
             methods[NAME] = lambda seed: ModelEffects(predictor, measurement, question.columns)
         return perturb_suite(study, folds, methods, measurement, question.columns, seeds), METRICS
     if question.suite == "annotate":
@@ -115,8 +150,10 @@ def _run(
             methods[NAME] = lambda seed: NeighbourDistance(NAME, ModelEmbedder(predictor))
         return novelty_suite(study, folds, methods, measurement, column, seeds), NOVELTY
     if predictor is not None:
-        raise UsageError("a checkpoint cannot forecast yet: leave it out to see floor and replicate")
+        raise UsageError("a checkpoint cannot forecast: leave it out, and say --transition to judge the head")
     methods = by_seed(lambda seed: forecast_floor(measurement, seed))
+    if question.transition:
+        methods[HEAD] = lambda seed: GatedForecast(measurement, seed=seed, found=gates.append)
     return forecast_suite(study, folds, methods, measurement, seeds), FORECAST
 
 

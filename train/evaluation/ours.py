@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
@@ -152,6 +153,16 @@ class ModelTranslator:
         share_CH = self.predictor.shares(cells_of(self.predictor, cells, [self.source], ("organism",)), self.target)
         logs_CH: Matrix = np.log1p(SCALE * _back(self.predictor, cells, self.target, share_CH))
         return logs_CH
+
+
+def identities(predictor: Predictor, measurement: str) -> dict[str, NDArray[np.float64]]:
+    """Return what the model knows of each feature of a measurement, by its id and by its name."""
+    part = predictor.vocabulary[measurement]
+    first = predictor.model.config.offsets[measurement]
+    with torch.inference_mode():
+        numbers = torch.arange(first, first + len(part.feature_id), device=predictor.device)
+        vectors = predictor.model.identity(numbers).double().cpu().numpy()
+    return dict(zip(part.feature_name, vectors, strict=True)) | dict(zip(part.feature_id, vectors, strict=True))
 
 
 def pretrained(predictor: Predictor, study: Study, snapshot: Snapshot) -> NDArray[np.bool_]:

@@ -1,0 +1,369 @@
+"""This module is the transition head over a baseline: the best baseline plus g times what a learned flow adds.
+
+g is zero until cross-fitting over held-out groups of the training cells shows a gain that chance gives once in 200
+times (Student's t: the fewer groups, the more standard errors it takes); with g at zero the answer is the baseline's,
+bit for bit. Everything that is chosen here (the baseline, g, the width of intervals) is chosen on training cells only,
+each of which is predicted by fits that did not see its group.
+
+Shape letters used in this module:
+    C  cells      E  effects      G  features      J  folds of training groups      K  latent dimensions
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from store.errors import InputRefused
+from train.evaluation.cellfloor import PrincipalComponents
+from train.evaluation.conformal import group_quantile
+from train.evaluation.effects import Effects, contexts, effects
+from train.evaluation.floor import effect_floor, set_vectors
+from train.evaluation.flow import Flow, FlowSettings, Passage, fit_flow
+from train.evaluation.folds import UNPERTURBED
+from train.evaluation.score import standard_errors
+from train.evaluation.study import Study
+
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+HEAD = "transition"
+FOLDS = 5
+CHANCE = 0.005
+MOST_CELLS = 256
+
+
+class EffectBaseline(Protocol):
+    """What the head can stand on: it learns from effects alone."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+
+    def learn(self, train: Effects) -> Self:
+        """Learn from effects."""
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return delta_G."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What cross-fitting found.
+
+    Attributes:
+        baseline: The baseline with the smallest error on held-out groups.
+        g: The weight of what the flow adds; 0 is shut.
+        gain: How many standard errors over groups the flow lowers the error.
+        errors: Baseline to its mean squared error on held-out groups.
+    """
+
+    baseline: str
+    g: float
+    gain: float
+    errors: dict[str, float]
+
+
+class TargetVectors:
+    """What is known of a target before it is ever hit: its gene's loadings, the sets that it is in, vectors of files.
+
+    A combination is the sum of its targets.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Sequence[str]] | None = None,
+        given: Mapping[str, Vector] | None = None,
+    ) -> None:
+        """Say what is known.
+
+        Args:
+            members: Set to its members.
+            given: Target to a vector, such as a checkpoint's identity of the gene or a sequence model's.
+            components: Dimensions at most.
+        """
+        self.given = dict(given or {})
+        self.loadings: dict[str, Vector] = {}
+        self.by_sets = set_vectors(members) if members else {}
+
+    def beside(self, features: Sequence[str], loading_GK: Matrix) -> TargetVectors:
+        """Return the same with the features' loadings, learned from training cells."""
+        size = np.linalg.norm(loading_GK, axis=1).max()
+        known = copy.copy(self)
+        known.loadings = dict(zip(features, loading_GK / max(size, 1e-9), strict=True))
+        return known
+
+    def __getitem__(self, perturbation: str) -> Vector:
+        """Return the vector of a target or a combination; zeros for what nobody knows."""
+        total = None
+        for target in perturbation.split("+"):
+            parts = [
+                known.get(target, np.zeros(len(next(iter(known.values()), ()))))
+                for known in (self.loadings, self.by_sets, self.given)
+            ]
+            vector = np.concatenate(parts)
+            total = vector if total is None else total + vector
+        assert total is not None
+        return total
+
+
+class GatedEffects:
+    """Effects of perturbations: the best baseline plus g times the flow, with intervals."""
+
+    name = HEAD
+
+    def __init__(
+        self,
+        measurement: str,
+        columns: Sequence[str] = ("cell_type",),
+        by: str = "target",
+        targets: TargetVectors | None = None,
+        candidates: Sequence[EffectBaseline] | None = None,
+        settings: FlowSettings | None = None,
+        seed: int = 0,
+        found: Callable[[Gate], object] | None = None,
+    ) -> None:
+        """Say how.
+
+        Args:
+            measurement: What is predicted.
+            columns: What makes a context.
+            by: What will be held out, and so is held out to choose: "target", "perturbation" or a context's column.
+            targets: What is known of targets.
+            candidates: Baselines to stand on; the floor's when left out.
+            settings: How the flow learns.
+            seed: Of folds and flows.
+            found: Is told what each fit found.
+        """
+        self.measurement, self.columns, self.by, self.found = measurement, tuple(columns), by, found
+        self.targets = targets or TargetVectors()
+        self.candidates = list(candidates if candidates is not None else effect_floor(measurement, columns))
+        self.settings, self.seed = settings or FlowSettings(), seed
+
+    def fit(self, train: Study) -> Self:
+        """Choose the baseline, teach the flows, and find g, all by held-out groups of these cells.
+
+        Raises:
+            InputRefused: No perturbation has enough cells, or there are fewer than two groups to hold out in turn.
+        """
+        self.table = effects(train, self.measurement, self.columns)
+        group_E = self.table.groups(self.by, self.columns)
+        self.fold_EJ = _deal(group_E, self.seed)
+        self._look_at(train)
+        told = self._choose()
+        added_EG = np.zeros_like(told)
+        if self.fold_EJ.shape[1] > 2:  # else nothing is left to learn from without two folds
+            self.flows = [self._teach(fold) for fold in range(self.fold_EJ.shape[1])]
+            for line in range(self.table.n_effects):
+                added_EG[line] = self._added([self.flows[self._fold(line)]], line, told[line])
+            self._open(told, added_EG, group_E)
+        self._widen(told + self.gate.g * added_EG, group_E)
+        self.baseline.learn(self.table)
+        if self.found is not None:
+            self.found(self.gate)
+        return self
+
+    def _look_at(self, train: Study) -> None:
+        """Learn the latent space, and keep the cells of each effect and context in it."""
+        self.space = Space(self.measurement, self.seed).fit(train)
+        self.known = self.targets.beside(self.table.features, self.space.loading_GK)
+        perturbation_C, context_C = train.label("perturbation"), contexts(train, self.columns)
+        latent_CK = self.space.embed(train)
+        unperturbed_C = np.isin(perturbation_C, UNPERTURBED)
+        self.control = {where: latent_CK[unperturbed_C & (context_C == where)] for where in set(self.table.context)}
+        hit = [
+            (perturbation_C == name) & (context_C == where)
+            for name, where in zip(self.table.perturbation, self.table.context, strict=True)
+        ]
+        self.treated = [latent_CK[rows] for rows in hit]
+        logs_CG = train.logs(self.measurement)
+        plain_G = {
+            where: np.asarray(logs_CG[unperturbed_C & (context_C == where)].mean(axis=0)).ravel()
+            for where in self.control
+        }
+        moved_EG = np.stack(
+            [
+                np.asarray(logs_CG[rows].mean(axis=0)).ravel() - plain_G[where]
+                for rows, where in zip(hit, self.table.context, strict=True)
+            ]
+        )
+        self.space.learn_factors(moved_EG, self.table.delta_EG)
+        plain = train.take(unperturbed_C)
+        at_C = contexts(plain, self.columns)
+        self.plain = {where: plain.take(np.flatnonzero(at_C == where)[:MOST_CELLS]) for where in self.control}
+
+    def _fold(self, line: int) -> int:
+        return int(np.argmax(self.fold_EJ[line]))
+
+    def _answers(self, baseline: EffectBaseline, without: list[int], lines: Sequence[int]) -> dict[int, Vector]:
+        """Return what a baseline that did not see some folds says of some effects."""
+        seen_E: NDArray[np.bool_] = ~np.any(self.fold_EJ[:, without], axis=1)
+        baseline.learn(self.table.take(seen_E))
+        names, where = self.table.perturbation, self.table.context
+        return {line: baseline.predict(self.plain[where[line]], names[line], where[line]) for line in lines}
+
+    def _lines(self, fold: int) -> list[int]:
+        return [line for line in range(self.table.n_effects) if self._fold(line) == fold]
+
+    def _choose(self) -> Matrix:
+        """Choose the baseline with the smallest error on held-out groups; return what it says of them, delta_EG."""
+        errors, answers = {}, {}
+        for number, baseline in enumerate(self.candidates):
+            found: dict[int, Vector] = {}
+            for fold in range(self.fold_EJ.shape[1]):
+                found |= self._answers(baseline, [fold], self._lines(fold))
+            answers[number] = np.stack([found[line] for line in range(self.table.n_effects)])
+            errors[number] = float(((answers[number] - self.table.delta_EG) ** 2).mean())
+        best = min(errors, key=lambda number: errors[number])
+        self.baseline = self.candidates[best]
+        self.gate = Gate(
+            self.baseline.name, 0.0, 0.0, {self.candidates[number].name: error for number, error in errors.items()}
+        )
+        return answers[best]
+
+    def _teach(self, fold: int) -> Flow:
+        """Teach a flow without one fold: each effect starts where the baseline leaves it that saw neither its fold."""
+        told: dict[int, Vector] = {}
+        for other in range(self.fold_EJ.shape[1]):
+            if other != fold:
+                lines = [line for line in self._lines(other) if not self.fold_EJ[line, fold]]
+                told |= self._answers(self.baseline, [fold, other], lines)
+        passages = [
+            Passage(
+                self.control[self.table.context[line]] + self.space.into(delta_G),
+                self.treated[line],
+                self.known[self.table.perturbation[line]],
+                np.zeros(0),
+            )
+            for line, delta_G in sorted(told.items())
+        ]
+        return fit_flow(passages, self.settings, self.seed * FOLDS + fold)
+
+    def _added(self, flows: Sequence[Flow], line: int, delta_G: Vector) -> Vector:
+        start_CK = self.control[self.table.context[line]][:MOST_CELLS]
+        return self._shift(flows, start_CK, delta_G, self.table.perturbation[line]).mean(axis=0)
+
+    def _shift(self, flows: Sequence[Flow], start_CK: Matrix, delta_G: Vector, perturbation: str) -> Matrix:
+        """Return what each flow adds to a baseline's answer, [flows, G]."""
+        start_CK = start_CK + self.space.into(delta_G)
+        condition_P = self.known[perturbation]
+        shifts = [flow.move(start_CK, condition_P, np.zeros(0)).mean(axis=0) for flow in flows]
+        return np.stack([self.space.out_of(shift_K) for shift_K in shifts])
+
+    def _open(self, told_EG: Matrix, added_EG: Matrix, group_E: Sequence[frozenset[str]]) -> None:
+        """Open the gate as far as lowers the error most, if the error of held-out groups is lower beyond chance.
+
+        The gain of a fold is measured with the g that the other folds ask for.
+        """
+        missing_EG = self.table.delta_EG - told_EG
+        along_E, size_E = (missing_EG * added_EG).sum(axis=1), (added_EG**2).sum(axis=1)
+        own = np.array([self._fold(line) for line in range(self.table.n_effects)])
+        gain_E = np.zeros(len(own))
+        for fold in range(self.fold_EJ.shape[1]):
+            g = _best(along_E[own != fold], size_E[own != fold])
+            gain_E[own == fold] = (2 * g * along_E - g**2 * size_E)[own == fold]
+        label_E = np.array(["+".join(sorted(group)) for group in group_E])
+        gain = standard_errors(np.array([gain_E[label_E == label].mean() for label in sorted(set(label_E))]))
+        g = _best(along_E, size_E) if gain >= needed(len(set(label_E))) else 0.0
+        self.gate = Gate(self.gate.baseline, g, gain, self.gate.errors)
+
+    def _widen(self, told_EG: Matrix, group_E: Sequence[frozenset[str]]) -> None:
+        """Learn each feature's usual error, and the errors of held-out groups in units of it."""
+        error_EG = np.abs(self.table.delta_EG - told_EG)
+        usual_G = np.sqrt((error_EG**2).mean(axis=0))
+        self.usual_G = np.sqrt(usual_G**2 + np.median(usual_G) ** 2 / 4)
+        label_E = np.array(["+".join(sorted(group)) for group in group_E])
+        self.score_E, self.label_E = error_EG / self.usual_G, label_E
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return delta_G."""
+        told_G = self.baseline.predict(control, perturbation, context)
+        if self.gate.g == 0:
+            return told_G
+        start_CK = self.space.embed(control)[:MOST_CELLS]
+        added_G: Vector = self._shift(self.flows, start_CK, told_G, perturbation).mean(axis=0)
+        return told_G + self.gate.g * added_G
+
+    def interval(self, control: Study, perturbation: str, context: str, level: float = 0.9) -> tuple[Vector, Vector]:
+        """Return low_G and high_G, which hold ``level`` of the features' effects of a new group on average.
+
+        The guarantee is over groups (perturbations or contexts) that are exchangeable with the training ones, and over
+        features together, not for each feature (hierarchical conformal prediction; Lee, Barber and Willett 2023).
+        Infinite where there are too few groups to say.
+        """
+        told_G = self.predict(control, perturbation, context)
+        half = group_quantile(self.score_E, self.label_E, level) * self.usual_G
+        return told_G - half, told_G + half
+
+
+def needed(n_groups: int) -> float:
+    """Return the standard errors by which a mean over groups has to be above 0 to open a gate."""
+    return float(student.ppf(1 - CHANCE, n_groups - 1)) if n_groups > 1 else float("inf")
+
+
+def _best(along_E: Vector, size_E: Vector) -> float:
+    """Return the weight in [0, 1] that lowers the squared error most."""
+    return float(np.clip(along_E.sum() / max(size_E.sum(), 1e-12), 0.0, 1.0))
+
+
+def _deal(group_E: Sequence[frozenset[str]], seed: int) -> NDArray[np.bool_]:
+    """Deal groups to folds; return which effects each fold holds out, [E, J]; every effect is in one at least."""
+    groups = sorted({name for names in group_E for name in names})
+    groups.sort(key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).digest())
+    n_folds = min(FOLDS, len(groups))
+    if n_folds < 2:
+        raise InputRefused(f"the transition head needs two groups to hold out in turn; there is {', '.join(groups)}")
+    fold = {name: number % n_folds for number, name in enumerate(groups)}
+    dealt = np.zeros((len(group_E), n_folds), dtype=bool)
+    for line, names in enumerate(group_E):
+        dealt[line, [fold[name] for name in names]] = True
+    return dealt
+
+
+class Space:
+    """Where cells move: principal components of log values, and how their means show in pooled profiles.
+
+    A pooled profile is the log of a mean, a mean of components is a mean of logs. Between the two stands one factor for
+    each feature, fitted to training effects and drawn towards what all features have in common.
+    """
+
+    def __init__(self, measurement: str, seed: int = 0, components: int = 20) -> None:
+        """Say of what, and how many dimensions."""
+        self.measurement = measurement
+        self.pca = PrincipalComponents(measurement, components=components, seed=seed)
+
+    def fit(self, train: Study) -> Self:
+        """Learn components from cells."""
+        self.pca.fit(train)
+        n_features = train.measured(self.measurement).shape[1]
+        self.loading_GK = np.zeros((n_features, self.pca.pca.components_.shape[0]))
+        self.loading_GK[self.pca.features.chosen] = self.pca.pca.components_.T
+        self.factor_G = np.ones(n_features)
+        return self
+
+    def learn_factors(self, logs_EG: Matrix, delta_EG: Matrix) -> None:
+        """Fit each feature's factor between changes of mean logs and of pooled profiles."""
+        both_G, own_G = (logs_EG * delta_EG).sum(axis=0), (logs_EG**2).sum(axis=0)
+        common = both_G.sum() / max(own_G.sum(), 1e-12)
+        prior = np.median(own_G) + 1e-12
+        self.factor_G = np.clip((both_G + prior * common) / (own_G + prior), 0.2, 10)
+
+    def embed(self, cells: Study) -> Matrix:
+        """Return latent_CK."""
+        return self.pca.embed(cells)
+
+    def into(self, delta_G: Vector) -> Vector:
+        """Return the latent shift_K of a change of profile."""
+        shift_K: Vector = self.loading_GK.T @ (delta_G / self.factor_G)
+        return shift_K
+
+    def out_of(self, shift_K: Vector) -> Vector:
+        """Return the change of profile, delta_G, of a latent shift."""
+        delta_G: Vector = self.factor_G * (self.loading_GK @ shift_K)
+        return delta_G
