@@ -19,7 +19,7 @@ from store.writer import LakeWriter, write_counts
 from train.__main__ import main
 from train.evaluation.folds import FoldSettings
 from train.evaluation.judge import Question, judge, look_for_leaks
-from train.evaluation.ours import NAME, pretrained
+from train.evaluation.ours import NAME, expected_logs, pretrained
 from train.evaluation.report import write_report
 from train.evaluation.score import REPLICATE
 from train.evaluation.study import read_study
@@ -145,3 +145,12 @@ def test_the_commands_audit_and_judge(
     assert said("eval", *place, "--suite", "dance")[0] == 2
     assert said("eval", "--lake", lake)[0] == 2
     assert said("eval", *place, "--set", "bye=donor_id")[0] == 3
+
+
+@pytest.mark.parametrize("r", [None, 0.7, 5.0])
+def test_expected_logs_are_those_of_drawn_counts(r: float | None) -> None:
+    rng, share, depth = np.random.default_rng(0), np.array([[1e-6, 1e-3, 0.01, 0.9]]), 1000.0
+    rate = depth * share if r is None else depth * share * rng.gamma(r, 1 / r, (200_000, 4))
+    drawn = np.log1p(1e4 * rng.poisson(np.broadcast_to(rate, (200_000, 4))) / depth).mean(axis=0)
+    found = expected_logs(share, depth, None if r is None else np.full(4, r))[0]
+    np.testing.assert_allclose(found, drawn, rtol=0.04, atol=0.01)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from scipy.sparse import csr_matrix
 
 from store.errors import ConflictError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
@@ -32,6 +33,7 @@ from train.labels import Labels, read_labels
 from train.model import CellModel, ModelConfig
 from train.objective import Objective
 from train.settings import RunSettings
+from train.start import mean_share, principal_axes
 from train.stream import Stream
 from train.tokens import TokenSettings
 
@@ -122,7 +124,7 @@ class Run:
             torch.from_numpy(known.set_E),
             {kind: torch.from_numpy(table) for kind, table in known.vectors.items()},
         )
-        self.plain.set_baseline(self._shares())
+        self._begin_at_the_floor()
         optimizer = torch.optim.AdamW(
             self.plain.parameters(), lr=settings.optim.lr, betas=(0.9, 0.98), weight_decay=settings.optim.weight_decay
         )
@@ -177,17 +179,18 @@ class Run:
             **self.settings.model.model_dump(),
         )
 
-    def _shares(self) -> dict[str, torch.Tensor]:
-        """Return each feature's share of the counts of the first training rows, with half a count for all."""
-        shares = {}
+    def _begin_at_the_floor(self) -> None:
+        """Let decoders begin at the mean shares of the first training rows, and features at their principal axes."""
         source = max(self.stream.sources, key=lambda one: one.n_rows)
         rows = source.rows(np.array([0, min(source.n_rows, BASELINE_CELLS) - 1])) + source.part.first_row
+        counts = {}
         for name, part in self.vocabulary.items():
             block = self.snapshot.block(name, int(rows[0]), int(rows[1]) + 1)
-            counts = torch.full((len(part.feature_id),), 0.5, dtype=torch.float64)
-            counts.index_add_(0, torch.from_numpy(block.features).long(), torch.from_numpy(block.counts).double())
-            shares[name] = (counts / counts.sum()).float()
-        return shares
+            shape = (len(block.indptr) - 1, len(part.feature_id))
+            counts[name] = csr_matrix((block.counts.astype(np.float32), block.features, block.indptr), shape=shape)
+        self.plain.set_baseline({name: torch.from_numpy(mean_share(part)) for name, part in counts.items()})
+        axes = principal_axes(counts, self.plain.config.width, self.settings.seed)
+        self.plain.set_axes({name: torch.from_numpy(part) for name, part in axes.items()})
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:

@@ -1,12 +1,12 @@
 """This module is the model: an encoder of packed cells, a decoder of whole cells, and one of single features.
 
 The encoder reads, for each cell, a summary token, prompt tokens, and the visible features of each measurement behind
-some bottleneck tokens. Every block reads the whole cell; or attention is hybrid: blocks within a measurement, blocks
-between measurements through heads and bottlenecks (Nagrani et al. 2021), and joint blocks at the end. From the summary
-and the prompts one decoder gives log rates of every feature of every measurement; another corrects the rates of the
-features that it is asked for, reading the encoder's tokens. Hidden values never enter (but in the sum of a cell's
-counts, its depth), they are only compared with (after He et al. 2022; Hao et al. 2024). Projections are plain linear
-layers, so that adapters reach them.
+some bottleneck tokens. The summary begins as the mean of the features' vectors, weighed by their values. Every block
+reads the whole cell; or attention is hybrid: blocks within a measurement, blocks between measurements through heads and
+bottlenecks (Nagrani et al. 2021), and joint blocks at the end. From the summary and the prompts one decoder gives log
+rates of every feature of every measurement; another corrects the rates of the features that it is asked for, reading
+the encoder's tokens. Hidden values never enter (but in the sum of a cell's counts, its depth), they are only compared
+with (after He et al. 2022; Hao et al. 2024). Projections are plain linear layers, so that adapters reach them.
 
 Shape letters used in this module:
     C  cells      L  tokens      N  packed tokens      D  width      H  heads      G  features of a measurement
@@ -259,6 +259,7 @@ class CellModel(nn.Module):
         self.value = SoftBins(width, config.bins)
         self.prompts = Prompts(config)
         self.summary = nn.Parameter(torch.zeros(width))
+        self.pool = nn.Linear(width, width, bias=False)
         self.bottlenecks = nn.Parameter(torch.zeros(len(config.n_features), config.bottlenecks, width))
         self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.layers))
         self.norm = nn.RMSNorm(width)
@@ -276,6 +277,7 @@ class CellModel(nn.Module):
         self.correction = nn.Linear(width, 1)
         self.apply(_initialise)
         nn.init.zeros_(self.target.weight)
+        nn.init.eye_(self.pool.weight)
         for parameter in (self.summary, self.bottlenecks, self.asked):
             nn.init.normal_(parameter, std=0.02)
 
@@ -285,11 +287,14 @@ class CellModel(nn.Module):
         head_CPD = torch.cat([self.summary.expand(len(prompts), 1, -1), prompts], dim=1)
         layout = lay_out(tokens, head_CPD.shape[1], self.config.bottlenecks)
         feature_N = tokens.feature_CL.flatten()[layout.source_N]
-        features = (
-            self.identity(feature_N)
-            + self.measurement(tokens.measurement_CL.flatten()[layout.source_N])
-            + self.value(tokens.value_CL.flatten()[layout.source_N])
+        value_N, identity = tokens.value_CL.flatten()[layout.source_N], self.identity(feature_N)
+        features = identity + self.measurement(tokens.measurement_CL.flatten()[layout.source_N]) + self.value(value_N)
+        summed_CD = torch.zeros_like(prompts[:, 0]).index_add_(
+            0, layout.cell_N, (identity * value_N[:, None]).to(prompts.dtype)
         )
+        n_features_C = torch.bincount(layout.cell_N, minlength=len(prompts)).clamp(min=1)
+        pooled_CD = self.pool(summed_CD / n_features_C[:, None])
+        head_CPD = torch.cat([head_CPD[:, :1] + pooled_CD[:, None], head_CPD[:, 1:]], dim=1)
         own = self.bottlenecks.flatten(0, 1)
         number_B = torch.arange(len(layout.bottleneck_B), device=own.device) % max(1, self.config.bottlenecks)
         bottlenecks = own[layout.bottleneck_measurement * self.config.bottlenecks + number_B]
@@ -339,6 +344,13 @@ class CellModel(nn.Module):
                 decoder = self.decoders[name]
                 assert isinstance(decoder, Decoder)
                 decoder.features.bias.copy_(torch.log(share_G.clamp(min=1e-8)))
+
+    def set_axes(self, axes: dict[str, Tensor]) -> None:
+        """Let features' vectors begin at axes of every measurement, [G, width or less]; ``train.start`` finds some."""
+        with torch.no_grad():
+            for name, axes_GD in axes.items():
+                first = self.config.offsets[name]
+                self.identity.own.weight[first : first + len(axes_GD), : axes_GD.shape[1]] = axes_GD
 
     def log_dispersion(self, name: str) -> Tensor | None:
         """Return the log inverse dispersion_G of an overdispersed measurement, None of another."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
+from scipy.stats import gamma, poisson
 
 from store.errors import InputRefused, SomaflowError
 from store.snapshot import Snapshot, open_snapshot
@@ -145,14 +146,44 @@ class ModelTranslator:
         self.predictor, self.source, self.target = predictor, source, target
 
     def fit(self, train: Study) -> Self:
-        """Learn nothing."""
+        """Learn how many counts of the target a cell usually has: the logs of few counts are not those of many."""
+        depth_C = np.asarray(train.measured(self.target).sum(axis=1)).ravel()
+        self.depth = float(np.median(depth_C[depth_C > 0])) if (depth_C > 0).any() else SCALE
         return self
 
     def predict(self, cells: Study) -> Matrix:
-        """Return expected log shares_CH."""
+        """Return expected log shares_CH, of counts as the model's likelihood draws them."""
         share_CH = self.predictor.shares(cells_of(self.predictor, cells, [self.source], ("organism",)), self.target)
-        logs_CH: Matrix = np.log1p(SCALE * _back(self.predictor, cells, self.target, share_CH))
-        return logs_CH
+        log_r_G = self.predictor.model.log_dispersion(self.target)
+        r_H = None
+        if log_r_G is not None:
+            r_G = torch.nn.functional.softplus(log_r_G.detach()).cpu().numpy() + 1e-4
+            r_H = _back(self.predictor, cells, self.target, r_G).clip(1e-2)
+        return expected_logs(_back(self.predictor, cells, self.target, share_CH), self.depth, r_H)
+
+
+def expected_logs(share_CH: Matrix, depth: float, r_H: Matrix | None) -> Matrix:
+    """Return the mean of log1p(count / depth * ``SCALE``), which is below the log of the mean where counts are few.
+
+    Args:
+        share_CH: Expected shares of counts.
+        depth: Counts of a cell.
+        r_H: Inverse dispersion of a negative binomial; None is Poisson.
+    """
+    mean_K = np.geomspace(1e-6, 200, 400)
+    count_N = np.arange(400)
+    plain_K = poisson.pmf(count_N[None, :], mean_K[:, None]) @ np.log1p(SCALE * count_N / depth)
+    levels = (np.arange(32) + 0.5) / 32
+    factor_HU = (
+        np.ones((share_CH.shape[1], 1)) if r_H is None else gamma.ppf(levels[None, :], r_H[:, None]) / r_H[:, None]
+    )
+    total_CH = np.zeros_like(share_CH)
+    for factor_H in factor_HU.T:
+        mean_CH = depth * share_CH * factor_H
+        few_CH = np.interp(mean_CH, mean_K, plain_K)
+        total_CH += np.where(mean_CH < mean_K[-1], few_CH, np.log1p(SCALE * mean_CH / depth))
+    logs_CH: Matrix = total_CH / factor_HU.shape[1]
+    return logs_CH
 
 
 def identities(predictor: Predictor, measurement: str) -> dict[str, NDArray[np.float64]]:

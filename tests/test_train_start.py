@@ -1,0 +1,74 @@
+"""Where a model begins, and what training in memory comes to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+from studies import FEATURES, perturbed, study
+
+from store.errors import InputRefused
+from train.evaluation.ours import ModelEmbedder
+from train.evaluation.scratch import ScratchSettings, held_out_loss, train_on
+from train.evaluation.study import Study
+from train.start import SPREAD, mean_share, principal_axes
+
+
+def test_features_that_vary_together_begin_alike_also_across_measurements() -> None:
+    rng = np.random.default_rng(0)
+    level = rng.choice([0.2, 3.0], (400, 2))
+    rna = rng.poisson(5 * level[:, [0, 0, 0, 1, 1, 1]]).astype(np.float32)
+    protein = rng.poisson(40 * np.c_[level, 1 / level]).astype(np.float32)
+    axes = principal_axes({"RNA": csr_matrix(rna), "protein": csr_matrix(protein)}, width=3)
+    assert {name: part.shape for name, part in axes.items()} == {"RNA": (6, 3), "protein": (4, 3)}
+    assert all(abs(part.std() - SPREAD) < 1e-5 for part in axes.values())
+    likeness = np.corrcoef(axes["RNA"])
+    assert likeness[0, 1] > 0.9 > likeness[0, 4]
+    beside = [np.dot(axes["protein"][row], axes["RNA"][0] - axes["RNA"][3]) for row in range(2)]
+    assert beside[0] > 0 > beside[1]
+
+
+def test_axes_beyond_the_rank_and_of_features_without_counts_are_zeros() -> None:
+    counts = np.random.default_rng(1).poisson(3, (30, 5)).astype(np.float32)
+    counts[:, 2] = 0
+    axes = principal_axes({"RNA": csr_matrix(counts)}, width=16)["RNA"]
+    assert np.abs(axes[2]).max() < 1e-12
+    assert not axes[:, 4:].any()
+    assert not principal_axes({"RNA": csr_matrix((4, 3), dtype=np.float32)}, width=2)["RNA"].any()
+
+
+def test_mean_shares_keep_features_without_counts_possible() -> None:
+    np.testing.assert_allclose(mean_share(csr_matrix([[3.0, 0.0], [1.0, 0.0]])), [0.9, 0.1])
+
+
+def types(n_cells: int = 300, seed: int = 0) -> Study:
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(3, size=n_cells)
+    rate = np.random.default_rng(5).uniform(0.5, 4, (3, len(FEATURES)))
+    return study(pd.DataFrame({"cell_type": [f"t{k}" for k in kind], "donor_id": "d"}), rate[kind], seed)
+
+
+def test_a_model_trained_in_memory_learns_and_is_the_same_for_a_seed() -> None:
+    train, test = types(), types(seed=1)
+    short = ScratchSettings(steps=60, batch=32, model={"width": 32})
+    first, again = train_on(train, short, seed=2), train_on(train, short, seed=2)
+    untrained = train_on(train, ScratchSettings(steps=2, batch=32, model={"width": 32}, lr=1e-9), seed=2)
+    assert held_out_loss(first, test, short) < held_out_loss(untrained, test, short) - 0.02
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    embedding = ModelEmbedder(first).embed(test)
+    centres = np.stack([embedding[test.label("cell_type") == f"t{k}"].mean(axis=0) for k in range(3)])
+    nearest = ((embedding[:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
+    assert (np.char.add("t", nearest.astype(str)) == test.label("cell_type").astype(str)).mean() > 0.9
+
+
+def test_a_model_trained_in_memory_answers_like_a_checkpoint() -> None:
+    cells = perturbed(["x", "y"], n_cells=20)
+    model = train_on(cells, ScratchSettings(steps=3, batch=16, model={"width": 16}))
+    assert model.prompts["perturbation"] == ["", "control", "x", "y"]
+    part = model.cells({"RNA": cells.counts["RNA"][:5]})
+    assert np.isfinite(model.perturb(part, ["x"])["RNA"].delta_G).all()
+    with pytest.raises(InputRefused, match="'z' was never seen in training"):
+        model.perturb(part, ["z"])
