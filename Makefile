@@ -7,7 +7,7 @@ BENCH ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor test-quick check format lock clean
+.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -38,7 +38,10 @@ bench-stream: setup  ## speed of the stream against its peers (20 minutes, 10 GB
 	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_stream.py $(BENCH)
 
 bench-floor: setup  ## baselines, replicates and gates on the public data beside the checkout (5 minutes)
-	$(BIN)/python tests/bench/bench_floor.py $(BENCH)
+	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_floor.py $(BENCH)
+
+bench-model: setup  ## the model and the transition head against floor and replicate, on public and simulated data (an hour)
+	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_floor.py --model $(BENCH)
 
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"

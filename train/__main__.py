@@ -87,7 +87,9 @@ def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="The checkpoint; left out: floor and replicate only.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="perturb, annotate, translate, forecast or novelty.")] = "annotate",
+    suite: Annotated[
+        str, typer.Option(help="perturb, annotate, calibration, translate, forecast or novelty.")
+    ] = "annotate",
     snapshot: Name = "",
     lake: Lake = "lake",
     folds: Folds = None,
@@ -114,8 +116,10 @@ def evaluate(
     Example: python -m train eval runs/laptop/checkpoint --suite perturb --snapshot blood --set by=target --set folds=3
     """
     from train.checkpoint import json_values
+    from train.evaluation.gated import HEAD
     from train.evaluation.judge import Question, judge
-    from train.evaluation.report import write_report
+    from train.evaluation.ours import NAME
+    from train.evaluation.report import means, write_report
 
     question = Question(
         suite,
@@ -162,6 +166,10 @@ def evaluate(
             one.verdict,
         )
     console.print(table)
+    scored = {one.metric for one in scores}
+    for method, metric, mean in means(judged.values):
+        if metric not in scored and method in (NAME, HEAD):
+            console.print(f"{method}: {metric} {mean:.3f}")
     console.print("u: the model; b: the strongest baseline; r: a replicate; s = (u - b) / (r - b)")
     console.print(f"report: {as_html}", soft_wrap=True)
 

@@ -1,7 +1,8 @@
-"""What a model has to beat on public data, and where it can be told: floor, replicate and gate of every suite.
+"""What a model has to beat on public data, and what ours reaches: floor, replicate, gate and score of every suite.
 
-usage: make bench-floor BENCH='--data ../shared/data --seeds 3'; the last line of output is one JSON object, and
-docs/benchmarks/floor.md is written anew. Every line of it says what the dataset cannot carry.
+usage: make bench-floor BENCH='--data ../shared/data --seeds 3' for floor and replicate (docs/benchmarks/floor.md);
+make bench-model for the model trained on each fold and the transition head, also where the truth is simulated
+(docs/benchmarks/model.md). The last line of output is one JSON object. Each dataset's limits are said beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,19 +22,30 @@ import anndata
 import mudata
 import numpy as np
 import pandas as pd
+import torch
+from sklearn.linear_model import LogisticRegression
+from studies import going_round, switched_off
 
-from train.evaluation.cellfloor import annotation_floor, forecast_floor, translation_floor
+from ingest.simulate import SimulationSettings, simulate
+from train.evaluation.cellfloor import Annotator, annotation_floor, forecast_floor, translation_floor
 from train.evaluation.floor import effect_floor
 from train.evaluation.folds import FoldSettings, make_folds
+from train.evaluation.gated import GatedEffects, TargetVectors
+from train.evaluation.gatedtime import GatedForecast
 from train.evaluation.judge import by_seed
-from train.evaluation.novelty import NOVELTY, novelty_floor, novelty_suite
+from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
+from train.evaluation.ours import ModelEmbedder, ModelTranslator
 from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, score
+from train.evaluation.scratch import ScratchSettings, train_on
 from train.evaluation.study import Study, from_anndata
 from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
 from train.knowledge import read_sets
+from train.predictor import Predictor
 
 ROOT = Path(__file__).parents[2]
+OURS = "ours"
+SCRATCH = ScratchSettings(steps=200)
 
 
 @dataclass(frozen=True)
@@ -119,16 +132,44 @@ def multiome(data: Path) -> Study:
     return Study(study.counts, study.features, study.obs.assign(donor_id=[f"f{n % 5}" for n in range(study.n_cells)]))
 
 
-def effects_case(study: Study, settings: FoldSettings, data: Path, columns: tuple[str, ...] = ("cell_type",)) -> Any:
+class Fresh:
+    """A method that trains a model on each fold's training cells first."""
+
+    name = OURS
+
+    def __init__(self, make: Callable[[Predictor], Any], seed: int) -> None:
+        self.make, self.seed = make, seed
+
+    def fit(self, train: Study) -> Any:
+        """Train, then fit what stands on the model."""
+        return self.make(train_on(train, SCRATCH, self.seed)).fit(train)
+
+
+def knowledge(data: Path) -> dict[str, list[str]]:
+    """Return Reactome's and Hallmark's sets."""
+    return read_sets([data / "ref/gmt/human_reactome_v2025.gmt", data / "ref/gmt/h.all.v7.0.symbols.gmt"])
+
+
+def effects_case(study: Study, settings: FoldSettings, members: dict[str, list[str]], ours: bool) -> Any:
     """Return what runs the perturbation suite."""
-    folds = make_folds(study, settings)
-    members = read_sets([data / "ref/gmt/human_reactome_v2025.gmt", data / "ref/gmt/h.all.v7.0.symbols.gmt"])
-    methods = {one.name: (lambda seed, one=one: one) for one in effect_floor("RNA", columns, members)}
+    folds, columns = make_folds(study, settings), ("cell_type",)
+    methods: dict[str, Any] = by_seed(lambda seed: effect_floor("RNA", columns, members))
+    if ours:
+        methods[OURS] = lambda seed: GatedEffects(
+            "RNA",
+            columns,
+            settings.by,
+            TargetVectors(members),
+            effect_floor("RNA", columns, members),
+            seed=seed,
+            found=lambda gate: print(f"    {gate.baseline} + {gate.g:.2f} f, gain {gate.gain:.1f} SE", flush=True),
+        )
     return lambda seeds: (perturb_suite(study, folds, methods, "RNA", columns, seeds), METRICS)
 
 
-def cases(data: Path) -> list[Case]:
+def cases(data: Path, ours: bool) -> list[Case]:
     """Return everything that is run."""
+    members = knowledge(data)
     stimulated = {"perturbation": ("IFNB",)}
     kang_cells, embryo = kang(data), worm(data)
     inner = tuple(sorted({str(t) for t in embryo.obs["time"].dropna()}, key=float)[1:-1])
@@ -137,12 +178,12 @@ def cases(data: Path) -> list[Case]:
         Case(
             "papalexi_dev, unseen targets",
             "few of the 21 targets respond",
-            effects_case(papalexi(data), FoldSettings(by="target", folds=3), data),
+            effects_case(papalexi(data), FoldSettings(by="target", folds=3), members, ours),
         ),
         Case(
             "kang, IFN-β in unseen cell types",
             "one perturbation: there is nothing to tell apart",
-            effects_case(kang_cells, FoldSettings(by="cell_type", where=stimulated), data),
+            effects_case(kang_cells, FoldSettings(by="cell_type", where=stimulated), members, ours),
         ),
         Case(
             "perturbench_devel, unseen doubles",
@@ -150,44 +191,86 @@ def cases(data: Path) -> list[Case]:
             effects_case(
                 norman_cells := norman(data),
                 FoldSettings(by="perturbation", held=doubles(norman_cells), folds=1),
-                data,
+                members,
+                ours,
             ),
         ),
         Case(
             "kang, types of an unseen donor",
             "two donors, five types; units are donors",
-            annotation_case(kang_cells, FoldSettings(by="donor_id")),
+            annotation_case(kang_cells, FoldSettings(by="donor_id"), ours),
         ),
         Case(
             "worm_l2, types on an unseen plate",
             "types are clusters of the same RNA: optimistic for everybody",
-            annotation_case(larvae, FoldSettings(by="donor_id", folds=3)),
+            annotation_case(larvae, FoldSettings(by="donor_id", folds=3), ours),
         ),
         Case(
             "kang, each type as a new one",
             "five types, one of them far larger than the others",
-            novelty_case(kang_cells),
+            novelty_case(kang_cells, ours),
         ),
         Case(
             "citeseq, RNA → protein",
             "200 cells, 14 antibodies, no types: a smoke test",
-            translation_case(cite, "protein"),
+            translation_case(cite, "protein", ours),
         ),
-        Case("multiome, RNA → ATAC", "45 genes, 174 peaks, no types: a smoke test", translation_case(multi, "ATAC")),
+        Case(
+            "multiome, RNA → ATAC", "45 genes, 174 peaks, no types: a smoke test", translation_case(multi, "ATAC", ours)
+        ),
         Case(
             "worm embryo, unseen time",
             "times were estimated from the transcriptome, each is its own batch: plumbing, not evidence",
-            lambda seeds: (
-                forecast_suite(
-                    embryo,
-                    make_folds(embryo, FoldSettings(by="time", held=inner)),
-                    by_seed(lambda seed: forecast_floor("RNA", seed=seed)),
-                    seeds=seeds,
-                ),
-                FORECAST,
-            ),
+            forecast_case(embryo, inner, ours),
+        ),
+        *(simulated() if ours else []),
+    ]
+
+
+def simulated() -> list[Case]:
+    """Return questions whose answer is known, and that baselines cannot answer whole."""
+    screen, programs = switched_off()
+    round_way = going_round()
+    times = sorted(set(round_way.obs["time"]))
+    cells = linked()
+    return [
+        Case(
+            "simulated: knock-outs switch off what is on, unseen targets",
+            "made for the purpose: the truth is a product of target and context",
+            effects_case(screen, FoldSettings(by="target", folds=3), programs, ours=True),
+        ),
+        Case(
+            "simulated: cells on a round way, unseen time",
+            "made for the purpose: a straight line between two times passes inside",
+            forecast_case(round_way, tuple(str(time) for time in times[2:-1:3]), ours=True),
+        ),
+        Case(
+            "simulated: RNA → protein within types",
+            "proteins follow their genes",
+            translation_case(cells, "protein", True),
+        ),
+        Case(
+            "simulated: RNA → ATAC within types",
+            "peaks follow their genes' programs",
+            translation_case(cells, "ATAC", True),
         ),
     ]
+
+
+def linked() -> Study:
+    """Return the simulator's cells, unperturbed: links between modalities are known and hold within types."""
+    made = simulate(SimulationSettings(cells=1500, perturbed=0))
+    features = {"RNA": made.truth.genes, "protein": made.truth.proteins, "ATAC": made.truth.peaks}
+    return Study(dict(made.counts), features, made.obs.reset_index(drop=True))
+
+
+def forecast_case(study: Study, held: tuple[str, ...], ours: bool) -> Any:
+    """Return what runs the forecasting suite."""
+    folds = make_folds(study, FoldSettings(by="time", held=held))
+    methods: dict[str, Any] = by_seed(lambda seed: forecast_floor("RNA", seed=seed))
+    if ours:
+        methods[OURS] = lambda seed: GatedForecast("RNA", seed=seed)
+    return lambda seeds: (forecast_suite(study, folds, methods, seeds=seeds), FORECAST)
 
 
 def doubles(study: Study) -> tuple[str, ...]:
@@ -196,33 +279,45 @@ def doubles(study: Study) -> tuple[str, ...]:
     return tuple(sorted(n for n in names if "+" in n and set(n.split("+")) <= names))
 
 
-def annotation_case(study: Study, settings: FoldSettings) -> Any:
+def annotation_case(study: Study, settings: FoldSettings, ours: bool) -> Any:
     """Return what runs the annotation suite."""
     folds, make = make_folds(study, settings), by_seed(lambda seed: annotation_floor("RNA", seed=seed))
+    if ours:
+        make[OURS] = lambda seed: Fresh(
+            lambda model: Annotator(OURS, ModelEmbedder(model), LogisticRegression(max_iter=2000, random_state=seed)),
+            seed,
+        )
     return lambda seeds: (annotate_suite(study, folds, make, seeds=seeds), ANNOTATE)
 
 
-def novelty_case(study: Study) -> Any:
+def novelty_case(study: Study, ours: bool) -> Any:
     """Return what runs the novelty suite: each type is held out in turn."""
     folds = make_folds(study, FoldSettings(by="cell_type"))
     make = by_seed(lambda seed: novelty_floor("RNA", seed=seed))
+    if ours:
+        make[OURS] = lambda seed: Fresh(lambda model: NeighbourDistance(OURS, ModelEmbedder(model)), seed)
     return lambda seeds: (novelty_suite(study, folds, make, seeds=seeds), NOVELTY)
 
 
-def translation_case(study: Study, target: str) -> Any:
-    """Return what runs the translation suite from RNA; cells are dealt to five folds."""
+def translation_case(study: Study, target: str, ours: bool) -> Any:
+    """Return what runs the translation suite from RNA; donors (or cells dealt to five folds) are held out."""
     folds = make_folds(study, FoldSettings(by="donor_id"))
-    make = by_seed(lambda seed: translation_floor("RNA", target, "", seed))
+    column = "cell_type" if len(set(study.label("cell_type"))) > 1 else ""
+    make = by_seed(lambda seed: translation_floor("RNA", target, column, seed))
+    if ours:
+        make[OURS] = lambda seed: Fresh(lambda model: ModelTranslator(model, "RNA", target), seed)
     return lambda seeds: (translate_suite(study, folds, make, "RNA", target, seeds=seeds), TRANSLATE)
 
 
-def line(name: str, one: Score) -> str:
+def line(name: str, one: Score, ours: bool) -> str:
     """Write a score as a line of a table."""
     verdict = one.verdict if one.verdict != "floor only" else "informative"
-    return (
-        f"| {name} | {one.metric} ({one.better} is better) | {one.n_units} | {one.b:.3f} ({one.b_method}) | "
-        f"{one.r:.3f} | {one.gate:.1f} | {verdict} |"
-    )
+    if not ours:
+        told = f"{one.b:.3f} ({one.b_method}) | {one.r:.3f} | {one.gate:.1f}"
+    else:
+        scored = "-" if math.isnan(one.s) else f"{one.s:.2f} [{one.low:.2f}, {one.high:.2f}]"
+        told = f"{one.u:.3f} | {one.b:.3f} ({one.b_method}) | {one.r:.3f} | {one.gate:.1f} | {scored}"
+    return f"| {name} | {one.metric} ({one.better} is better) | {one.n_units} | {told} | {verdict} |"
 
 
 def main() -> None:
@@ -230,25 +325,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/floor.md")
+    parser.add_argument("--model", action="store_true", help="train and judge ours too")
+    parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    lines, answer, caveats = [], {}, []
-    for case in cases(options.data):
+    torch.set_num_threads(1)
+    kind = "model" if options.model else "floor"
+    columns = ["strongest baseline (b)", "replicate (r)", "gate (SE)"]
+    if options.model:
+        columns = ["ours (u)", *columns, "s = (u - b) / (r - b)"]
+    head = [f"| dataset and question | metric | units | {' | '.join(columns)} | |", "|" + "---|" * (4 + len(columns))]
+    intro = (ROOT / f"tests/bench/{kind}_intro.md").read_text(encoding="utf-8")
+    lines: list[str] = []
+    caveats: list[str] = []
+    answer: dict[str, Any] = {}
+    for case in cases(options.data, options.model):
+        if options.only not in case.name:
+            continue
+        begin = time.monotonic()
         values, better = case.run(range(options.seeds))
-        scores = score(values, better)
+        scores = score(values, better, OURS if options.model else None)
+        print(f"    {time.monotonic() - begin:.0f} s", flush=True)
         answer[case.name] = [asdict(one) for one in scores]
         caveats.append(f"- **{case.name}**: {case.caveat}.")
         for one in scores:
-            lines.append(line(case.name, one))
+            lines.append(line(case.name, one, options.model))
             print(lines[-1], flush=True)
-    head = [
-        "| dataset and question | metric | units | strongest baseline | replicate | gate (SE) | |",
-        "|" + "---|" * 7,
-    ]
-    intro = (ROOT / "tests/bench/floor_intro.md").read_text(encoding="utf-8")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("\n".join([intro, *head, *lines, "", "## What each dataset cannot carry", "", *caveats, ""]))
+        if not options.only:
+            page = "\n".join([intro, *head, *lines, "", "## What each dataset cannot carry", "", *caveats, ""])
+            (ROOT / f"docs/benchmarks/{kind}.md").write_text(page, encoding="utf-8")
     print(json.dumps(answer))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def group_quantile(score_C: NDArray[np.float64], group_C: NDArray[Any], level: float) -> float:
+def group_quantile(score_C: NDArray[np.float64], group_C: NDArray[Any], level: float, *, promise: bool = True) -> float:
     """Return the score that a point of a new group stays below with a probability of at least ``level``.
 
     Over groups that are exchangeable. Each of n groups has the weight 1 / (n + 1), dealt evenly to its points; the rest
@@ -25,13 +25,14 @@ def group_quantile(score_C: NDArray[np.float64], group_C: NDArray[Any], level: f
         score_C: Scores; rows of a matrix are points of one group.
         group_C: The group of each (row of) score.
         level: In (0, 1).
+        promise: False leaves out what lies at infinity: the groups' own quantile, which promises nothing.
     """
     scores = np.asarray(score_C, dtype=np.float64)
     _, code_C, size = np.unique(np.asarray(group_C, dtype=str), return_inverse=True, return_counts=True)
-    weight_C = 1 / (len(size) + 1) / size[code_C]
+    weight_C = 1 / (len(size) + promise) / size[code_C]
     if scores.ndim > 1:
         weight_C = np.repeat(weight_C / scores.shape[1], scores.shape[1])
     order = np.argsort(scores.ravel(), kind="stable")
     below = np.cumsum(weight_C[order])
-    place = int(np.searchsorted(below, level - 1e-12))
+    place = int(np.searchsorted(below, level - 1e-9))
     return float(scores.ravel()[order[place]]) if place < len(order) else float("inf")

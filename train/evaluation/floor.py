@@ -236,15 +236,15 @@ class KnowledgeNeighbours(Baseline):
 def effect_floor(
     measurement: str, columns: Sequence[str] = ("cell_type",), members: Mapping[str, Sequence[str]] | None = None
 ) -> list[Baseline]:
-    """Return every baseline of effects; those that need knowledge only where there is some."""
+    """Return every baseline of effects, the plainest guesses first; those that need knowledge where there is some."""
     plain: list[Baseline] = [
-        kind(measurement, columns)
-        for kind in (ControlPasted, TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
+        kind(measurement, columns) for kind in (TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
     ]
+    nothing = ControlPasted(measurement, columns)
     if not members:
-        return plain
+        return [*plain, nothing]
     ridge = BilinearRidge(measurement, columns, vectors=set_vectors(members), name="bilinear ridge on knowledge")
-    return [*plain, KnowledgeNeighbours(measurement, members, columns), ridge]
+    return [*plain, KnowledgeNeighbours(measurement, members, columns), ridge, nothing]
 
 
 def set_vectors(members: Mapping[str, Sequence[str]], components: int = 16) -> dict[str, Vector]:

@@ -28,7 +28,7 @@ from train.evaluation.effects import Effects, contexts, effects
 from train.evaluation.floor import effect_floor, set_vectors
 from train.evaluation.flow import Flow, FlowSettings, Passage, fit_flow
 from train.evaluation.folds import UNPERTURBED
-from train.evaluation.score import standard_errors
+from train.evaluation.score import ERRORS, standard_errors
 from train.evaluation.study import Study
 
 Vector = NDArray[np.float64]
@@ -58,7 +58,7 @@ class Gate:
     """What cross-fitting found.
 
     Attributes:
-        baseline: The baseline with the smallest error on held-out groups.
+        baseline: The baseline that was chosen by its error on held-out groups.
         g: The weight of what the flow adds; 0 is shut.
         gain: How many standard errors over groups the flow lowers the error.
         errors: Baseline to its mean squared error on held-out groups.
@@ -154,6 +154,7 @@ class GatedEffects:
         """
         self.table = effects(train, self.measurement, self.columns)
         group_E = self.table.groups(self.by, self.columns)
+        self.label_E = np.array(["+".join(sorted(group)) for group in group_E])
         self.fold_EJ = _deal(group_E, self.seed)
         self._look_at(train)
         told = self._choose()
@@ -162,8 +163,8 @@ class GatedEffects:
             self.flows = [self._teach(fold) for fold in range(self.fold_EJ.shape[1])]
             for line in range(self.table.n_effects):
                 added_EG[line] = self._added([self.flows[self._fold(line)]], line, told[line])
-            self._open(told, added_EG, group_E)
-        self._widen(told + self.gate.g * added_EG, group_E)
+            self._open(told, added_EG)
+        self._widen(told + self.gate.g * added_EG)
         self.baseline.learn(self.table)
         if self.found is not None:
             self.found(self.gate)
@@ -212,20 +213,31 @@ class GatedEffects:
         return [line for line in range(self.table.n_effects) if self._fold(line) == fold]
 
     def _choose(self) -> Matrix:
-        """Choose the baseline with the smallest error on held-out groups; return what it says of them, delta_EG."""
-        errors, answers = {}, {}
+        """Choose a baseline by its error on held-out groups; return what it says of them, delta_EG.
+
+        It is the first of the candidates that is no worse than the best by two standard errors over groups: where they
+        can hardly be told apart, the one that is trusted more.
+        """
+        errors_E, answers = {}, {}
         for number, baseline in enumerate(self.candidates):
             found: dict[int, Vector] = {}
             for fold in range(self.fold_EJ.shape[1]):
                 found |= self._answers(baseline, [fold], self._lines(fold))
             answers[number] = np.stack([found[line] for line in range(self.table.n_effects)])
-            errors[number] = float(((answers[number] - self.table.delta_EG) ** 2).mean())
+            errors_E[number] = ((answers[number] - self.table.delta_EG) ** 2).mean(axis=1)
+        errors = {number: float(error_E.mean()) for number, error_E in errors_E.items()}
         best = min(errors, key=lambda number: errors[number])
-        self.baseline = self.candidates[best]
+        behind = (standard_errors(self._by_group(errors_E[number] - errors_E[best])) for number in errors)
+        chosen = next(number for number, se in enumerate(behind) if se <= ERRORS or number == best)
+        self.baseline = self.candidates[chosen]
         self.gate = Gate(
             self.baseline.name, 0.0, 0.0, {self.candidates[number].name: error for number, error in errors.items()}
         )
-        return answers[best]
+        return answers[chosen]
+
+    def _by_group(self, value_E: Vector) -> Vector:
+        """Return the mean of each group that is held out whole."""
+        return np.array([value_E[self.label_E == label].mean() for label in sorted(set(self.label_E))])
 
     def _teach(self, fold: int) -> Flow:
         """Teach a flow without one fold: each effect starts where the baseline leaves it that saw neither its fold."""
@@ -256,7 +268,7 @@ class GatedEffects:
         shifts = [flow.move(start_CK, condition_P, np.zeros(0)).mean(axis=0) for flow in flows]
         return np.stack([self.space.out_of(shift_K) for shift_K in shifts])
 
-    def _open(self, told_EG: Matrix, added_EG: Matrix, group_E: Sequence[frozenset[str]]) -> None:
+    def _open(self, told_EG: Matrix, added_EG: Matrix) -> None:
         """Open the gate as far as lowers the error most, if the error of held-out groups is lower beyond chance.
 
         The gain of a fold is measured with the g that the other folds ask for.
@@ -268,18 +280,16 @@ class GatedEffects:
         for fold in range(self.fold_EJ.shape[1]):
             g = _best(along_E[own != fold], size_E[own != fold])
             gain_E[own == fold] = (2 * g * along_E - g**2 * size_E)[own == fold]
-        label_E = np.array(["+".join(sorted(group)) for group in group_E])
-        gain = standard_errors(np.array([gain_E[label_E == label].mean() for label in sorted(set(label_E))]))
-        g = _best(along_E, size_E) if gain >= needed(len(set(label_E))) else 0.0
+        gain = standard_errors(self._by_group(gain_E))
+        g = _best(along_E, size_E) if gain >= needed(len(set(self.label_E))) else 0.0
         self.gate = Gate(self.gate.baseline, g, gain, self.gate.errors)
 
-    def _widen(self, told_EG: Matrix, group_E: Sequence[frozenset[str]]) -> None:
+    def _widen(self, told_EG: Matrix) -> None:
         """Learn each feature's usual error, and the errors of held-out groups in units of it."""
         error_EG = np.abs(self.table.delta_EG - told_EG)
         usual_G = np.sqrt((error_EG**2).mean(axis=0))
         self.usual_G = np.sqrt(usual_G**2 + np.median(usual_G) ** 2 / 4)
-        label_E = np.array(["+".join(sorted(group)) for group in group_E])
-        self.score_E, self.label_E = error_EG / self.usual_G, label_E
+        self.score_E = error_EG / self.usual_G
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
         """Return delta_G."""

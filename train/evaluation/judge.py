@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from store.errors import UsageError
 from store.snapshot import open_snapshot
 from train.evaluation.audit import Finding, audit, refuse_leaks
+from train.evaluation.calibration import CALIBRATION, calibration_suite
 from train.evaluation.cellfloor import Annotator, annotation_floor, forecast_floor, translation_floor
 from train.evaluation.floor import effect_floor
 from train.evaluation.folds import Fold, FoldSettings, make_folds
@@ -21,13 +22,11 @@ from train.evaluation.gatedtime import GatedForecast
 from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
 from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, identities, pretrained
 from train.evaluation.perturb import METRICS, perturb_suite
-from train.evaluation.score import Score, Value, score
+from train.evaluation.score import Score, Value, Way, score
 from train.evaluation.study import Study, read_study
 from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
 from train.knowledge import read_sets
 from train.predictor import Predictor
-
-SUITES = ("perturb", "annotate", "translate", "forecast", "novelty")
 
 
 @dataclass(frozen=True)
@@ -106,55 +105,92 @@ def judge(question: Question, checkpoint: str | Path | None = None) -> Judgement
     study, folds, findings = look_for_leaks(question, predictor)
     refuse_leaks(findings)
     gates: list[Gate] = []
-    values, better = _run(question, study, folds, predictor, gates)
+    run, better = SUITES[question.suite]
+    values = run(_Task(question, study, folds, predictor, gates))
     ours = NAME if predictor is not None else HEAD if question.transition else None
     return Judgement(values, score(values, better, ours), gates)
 
 
-def _run(
-    question: Question, study: Study, folds: Sequence[Fold], predictor: Predictor | None, gates: list[Gate]
-) -> tuple[list[Value], Any]:
-    seeds, measurement, column = range(question.seeds), question.measurement, question.columns[0]
-    if question.suite == "perturb":
-        members = read_sets(question.sets)
-        methods = by_seed(lambda seed: effect_floor(measurement, question.columns, members))
-        if question.transition:
-            known = TargetVectors(members, None if predictor is None else identities(predictor, measurement))
-            name = HEAD if predictor is None else NAME
-            methods[name] = lambda seed: GatedEffects(
-                measurement,
-                question.columns,
-                question.folds.by,
-                known,
-                effect_floor(measurement, question.columns, members),
-                seed=seed,
-                found=gates.append,
-            )
-        elif predictor is not None:
-            methods[NAME] = lambda seed: ModelEffects(predictor, measurement, question.columns)
-        return perturb_suite(study, folds, methods, measurement, question.columns, seeds), METRICS
-    if question.suite == "annotate":
-        methods = by_seed(lambda seed: annotation_floor(measurement, column, seed))
-        if predictor is not None:
-            methods[NAME] = partial(_probe, predictor, column)
-        return annotate_suite(study, folds, methods, measurement, column, seeds), ANNOTATE
-    if question.suite == "translate":
-        source = question.source
-        methods = by_seed(lambda seed: translation_floor(source, measurement, column, seed))
-        if predictor is not None:
-            methods[NAME] = lambda seed: ModelTranslator(predictor, source, measurement)
-        return translate_suite(study, folds, methods, source, measurement, column, seeds), TRANSLATE
-    if question.suite == "novelty":
-        methods = by_seed(lambda seed: novelty_floor(measurement, column, seed))
-        if predictor is not None:
-            methods[NAME] = lambda seed: NeighbourDistance(NAME, ModelEmbedder(predictor))
-        return novelty_suite(study, folds, methods, measurement, column, seeds), NOVELTY
+@dataclass(frozen=True)
+class _Task:
+    """What a suite is run with."""
+
+    question: Question
+    study: Study
+    folds: Sequence[Fold]
+    predictor: Predictor | None
+    gates: list[Gate]
+
+    @property
+    def seeds(self) -> range:
+        return range(self.question.seeds)
+
+
+def _perturb(task: _Task) -> list[Value]:
+    asked, predictor = task.question, task.predictor
+    members = read_sets(asked.sets)
+    methods = by_seed(lambda seed: effect_floor(asked.measurement, asked.columns, members))
+    if asked.transition:
+        known = TargetVectors(members, None if predictor is None else identities(predictor, asked.measurement))
+        methods[HEAD if predictor is None else NAME] = lambda seed: GatedEffects(
+            asked.measurement,
+            asked.columns,
+            asked.folds.by,
+            known,
+            effect_floor(asked.measurement, asked.columns, members),
+            seed=seed,
+            found=task.gates.append,
+        )
+    elif predictor is not None:
+        methods[NAME] = lambda seed: ModelEffects(predictor, asked.measurement, asked.columns)
+    return perturb_suite(task.study, task.folds, methods, asked.measurement, asked.columns, task.seeds)
+
+
+def _tell(suite: Callable[..., list[Value]], task: _Task) -> list[Value]:
+    """Run a suite of annotators: baselines, and a linear probe of the model."""
+    measurement, column = task.question.measurement, task.question.columns[0]
+    methods = by_seed(lambda seed: annotation_floor(measurement, column, seed))
+    if task.predictor is not None:
+        methods[NAME] = partial(_probe, task.predictor, column)
+    return suite(task.study, task.folds, methods, measurement, column, task.seeds)
+
+
+def _translate(task: _Task) -> list[Value]:
+    source, target, column = task.question.source, task.question.measurement, task.question.columns[0]
+    predictor = task.predictor
+    methods = by_seed(lambda seed: translation_floor(source, target, column, seed))
     if predictor is not None:
+        methods[NAME] = lambda seed: ModelTranslator(predictor, source, target)
+    return translate_suite(task.study, task.folds, methods, source, target, column, task.seeds)
+
+
+def _novelty(task: _Task) -> list[Value]:
+    measurement, column, predictor = task.question.measurement, task.question.columns[0], task.predictor
+    methods = by_seed(lambda seed: novelty_floor(measurement, column, seed))
+    if predictor is not None:
+        methods[NAME] = lambda seed: NeighbourDistance(NAME, ModelEmbedder(predictor))
+    return novelty_suite(task.study, task.folds, methods, measurement, column, task.seeds)
+
+
+def _forecast(task: _Task) -> list[Value]:
+    measurement = task.question.measurement
+    if task.predictor is not None:
         raise UsageError("a checkpoint cannot forecast: leave it out, and say --transition to judge the head")
     methods = by_seed(lambda seed: forecast_floor(measurement, seed))
-    if question.transition:
-        methods[HEAD] = lambda seed: GatedForecast(measurement, seed=seed, found=gates.append)
-    return forecast_suite(study, folds, methods, measurement, seeds), FORECAST
+    if task.question.transition:
+        methods[HEAD] = lambda seed: GatedForecast(measurement, seed=seed, found=task.gates.append)
+    return forecast_suite(task.study, task.folds, methods, measurement, task.seeds)
+
+
+SUITES: dict[str, tuple[Callable[[_Task], list[Value]], dict[str, Way]]] = {
+    "perturb": (_perturb, METRICS),
+    "annotate": (partial(_tell, annotate_suite), ANNOTATE),
+    "calibration": (partial(_tell, calibration_suite), CALIBRATION),
+    "translate": (_translate, TRANSLATE),
+    "forecast": (_forecast, FORECAST),
+    "novelty": (_novelty, NOVELTY),
+}
+"""Suite to what runs it, and which way of its metrics is better."""
 
 
 def _probe(predictor: Predictor, column: str, seed: int) -> Annotator:

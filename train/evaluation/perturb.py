@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import anndata
 import numpy as np
@@ -32,9 +32,18 @@ METRICS: dict[str, Way] = {"pds_cosine": "higher", "expr_mse_unbiased_capped": "
 """Discrimination (is the predicted effect nearer to its own truth than to others'?), and the squared error, corrected
 for sampling noise. Metrics of differential expression need predicted cells, not profiles."""
 
+LEVEL = 0.9
 Profile = NDArray[np.float64]
 Question = tuple[str, str]
 """A perturbation in a context."""
+
+
+@runtime_checkable
+class WithIntervals(Protocol):
+    """A method that says how sure it is."""
+
+    def interval(self, control: Study, perturbation: str, context: str, level: float) -> tuple[Profile, Profile]:
+        """Return low_G and high_G of an effect."""
 
 
 def perturb_suite(
@@ -59,7 +68,8 @@ def perturb_suite(
         seeds: Of methods and of the halves.
 
     Returns:
-        One value for each method (and the replicate), metric, effect and seed.
+        One value for each method (and the replicate), metric, effect and seed; of methods that say how sure they are,
+        also the coverage of their intervals, of effects as all cells show them.
 
     Raises:
         InputRefused: No held-out effect has enough cells, or none has a control in its context.
@@ -79,6 +89,14 @@ def perturb_suite(
                 for name, method in fitted.items():
                     delta_G = method.predict(control, *question)
                     answers[name][question] = profile(control.measured(measurement)) + delta_G
+                    if isinstance(method, WithIntervals):
+                        truth_G = _effect(study, question, control_C, measurement, columns)
+                        low_G, high_G = method.interval(control, *question, level=LEVEL)
+                        unit = " | ".join(filter(None, question))
+                        inside = float(((low_G <= truth_G) & (truth_G <= high_G)).mean())
+                        values.append(Value(name, f"coverage of {LEVEL:.0%} intervals", unit, seed, inside))
+                        width = float(np.median(high_G - low_G))
+                        values.append(Value(name, f"width of {LEVEL:.0%} intervals", unit, seed, width))
                 answers[REPLICATE][question] = np.empty(0)  # its own cells stand for it
             for context in sorted({where for _, where in questions}):
                 values += _measured(study, answers, context, truth_C, other_C, measurement, columns, seed)
@@ -104,6 +122,15 @@ def _questions(
         if enough and all((control_C & half).sum() >= MIN_CELLS for half in (truth_C, ~truth_C)):
             found[name, context] = control_C
     return found
+
+
+def _effect(
+    study: Study, question: Question, control_C: NDArray[np.bool_], measurement: str, columns: Sequence[str]
+) -> Profile:
+    """Return the effect as all cells of it show it."""
+    counts_CG = study.measured(measurement)
+    hit_C = (study.label("perturbation") == question[0]) & (contexts(study, columns) == question[1])
+    return profile(counts_CG[hit_C]) - profile(counts_CG[control_C])
 
 
 def _measured(

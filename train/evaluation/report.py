@@ -52,6 +52,16 @@ nothing here, and gets no score. Intervals are 95 % of a paired bootstrap over u
 <h2>{{ metric }}</h2>
 <img alt="{{ metric }} of each method, one dot for each unit" src="data:image/png;base64,{{ picture }}">
 {% endfor %}
+{% if beside %}
+<h2>Also measured</h2>
+<p>Means over units and seeds; nothing is scored.</p>
+<table>
+<tr><th>method</th><th>figure</th><th>mean</th></tr>
+{% for method, metric, mean in beside %}
+<tr><td>{{ method }}</td><td>{{ metric }}</td><td class="number">{{ number(mean) }}</td></tr>
+{% endfor %}
+</table>
+{% endif %}
 <h2>What was done</h2>
 <dl>{% for name, value in about.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 </html>
@@ -80,9 +90,24 @@ def write_report(
     as_json.write_text(json.dumps(answer, indent=1), encoding="utf-8")
     pictures = [(one.metric, _picture(values, one)) for one in scores]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    html = page.render(title=title, scores=scores, pictures=pictures, about=about, number=_number)
+    scored = {one.metric for one in scores}
+    html = page.render(
+        title=title,
+        scores=scores,
+        pictures=pictures,
+        beside=[row for row in means(values) if row[1] not in scored],
+        about=about,
+        number=_number,
+    )
     as_html.write_text(html, encoding="utf-8")
     return as_json, as_html
+
+
+def means(values: Sequence[Value]) -> list[tuple[str, str, float]]:
+    """Return method, metric and mean over units and seeds, leaving out what is not defined."""
+    table = pd.DataFrame([vars(value) for value in values])
+    mean = table.groupby(["method", "metric"], sort=False)["value"].mean().dropna().reset_index()
+    return [(str(row["method"]), str(row["metric"]), float(row["value"])) for _, row in mean.iterrows()]
 
 
 def _number(value: float) -> str:

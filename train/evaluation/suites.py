@@ -48,7 +48,7 @@ def annotate_suite(
     values = []
     for seed in seeds:
         for fold in folds:
-            rows = _shuffled(np.flatnonzero(fold.test_C), seed)
+            rows = shuffled(np.flatnonzero(fold.test_C), seed)
             known = np.isin(study.label(column)[rows], study.label(column)[fold.train_C])
             own_C, judged = fold.train_C.copy(), study.take(rows[known][1::2])
             own_C[rows[known][::2]] = True
@@ -57,7 +57,7 @@ def annotate_suite(
             train = study.take(fold.train_C)
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             fitted[REPLICATE] = annotation_floor(measurement, column, seed)[1].fit(study.take(own_C))
-            for where, group in _units(judged, fold, unit):
+            for where, group in units(judged, fold, unit):
                 for name, method in fitted.items():
                     for metric, value in _told(method, group, column).items():
                         values.append(Value(name, metric, where, seed, value))
@@ -103,7 +103,7 @@ def translate_suite(
                 continue
             train = study.take(fold.train_C)
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
-            for where, group in _units(test, fold, unit):
+            for where, group in units(test, fold, unit):
                 truth, again = _split(group, target, seed)
                 truth_CH = truth.logs(target).toarray().astype(np.float64)
                 answers = {name: method.predict(group) for name, method in fitted.items()}
@@ -116,7 +116,7 @@ def translate_suite(
     return _some(values, f"no fold holds {FEWEST_CELLS} cells out that have {source} and {target}")
 
 
-def _units(test: Study, fold: Fold, column: str) -> list[tuple[str, Study]]:
+def units(test: Study, fold: Fold, column: str) -> list[tuple[str, Study]]:
     """Return the units of a fold's cells that have enough cells, with their cells."""
     label_C = test.label(column)
     found = []
@@ -175,7 +175,7 @@ def forecast_suite(
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             time_C, logs_CG = test.obs["time"].to_numpy(dtype=np.float64), test.logs(measurement)
             for time in np.unique(time_C):
-                rows = _shuffled(np.flatnonzero(time_C == time), seed)
+                rows = shuffled(np.flatnonzero(time_C == time), seed)
                 if len(rows) < FEWEST_CELLS:
                     continue
                 answers = {name: method.predict(float(time)) for name, method in fitted.items()}
@@ -195,7 +195,8 @@ def energy_distance(one: NDArray[np.float64], other: NDArray[np.float64]) -> flo
     return float(2 * cdist(one, other).mean() - sum(within))
 
 
-def _shuffled(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+def shuffled(rows: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Return rows in the random order of a seed."""
     return np.random.default_rng([seed, 4]).permutation(rows)
 
 

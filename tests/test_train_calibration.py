@@ -1,0 +1,83 @@
+"""Label sets against answers on paper, and against groups that calibration never saw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+from studies import FEATURES, study
+
+from store.errors import InputRefused, UsageError
+from train.evaluation.calibration import CALIBRATION, LabelSets, calibration_suite, risk_over_coverage
+from train.evaluation.cellfloor import Annotator, PrincipalComponents, annotation_floor
+from train.evaluation.folds import FoldSettings, make_folds
+from train.evaluation.judge import by_seed
+from train.evaluation.report import means
+from train.evaluation.score import REPLICATE
+from train.evaluation.study import Study
+
+
+def donors(n_donors: int = 30, n_cells: int = 40, blur: float = 1.0, seed: int = 0) -> Study:
+    """Cells of three types that are not quite told apart, from donors that differ."""
+    rng = np.random.default_rng(seed)
+    centre = np.random.default_rng(7).normal(0, 0.16, (3, len(FEATURES)))
+    lines, rates = [], []
+    for donor in range(n_donors):
+        own = rng.normal(0, 0.05, len(FEATURES))
+        for _ in range(n_cells):
+            kind = rng.integers(3)
+            lines.append({"cell_type": f"t{kind}", "donor_id": f"d{donor:02d}"})
+            rates.append(2 * np.exp(centre[kind] / blur + own))
+    return study(pd.DataFrame(lines), np.array(rates), seed)
+
+
+def fitted(train: Study) -> Annotator:
+    components = PrincipalComponents("RNA", components=10)
+    return Annotator("pcs", components, LogisticRegression(max_iter=500)).fit(train)
+
+
+def test_sets_cover_cells_of_fresh_donors_as_often_as_they_say_and_are_not_everything() -> None:
+    cells = donors(n_donors=90, n_cells=15)
+    number = np.array([int(name[1:]) for name in cells.label("donor_id")])
+    train, calibration, fresh = (cells.take(number % 3 == part) for part in range(3))
+    method = LabelSets(fitted(train), calibration, calibration.label("donor_id"))
+    assert method.promised
+    inside = method.sets(fresh)
+    true = method.annotator.types[None, :] == fresh.label("cell_type")[:, None]
+    assert 0.85 <= (inside & true).any(axis=1).mean() <= 0.97
+    assert 1 < inside.sum(axis=1).mean() < 2.6
+    assert inside.any(axis=1).all()
+
+
+def test_few_donors_promise_nothing_and_it_is_said() -> None:
+    cells = donors(n_donors=6)
+    number = np.array([int(name[1:]) for name in cells.label("donor_id")])
+    method = LabelSets(fitted(cells.take(number < 3)), cells.take(number >= 3), cells.label("donor_id")[number >= 3])
+    assert not method.promised
+    assert 0 < method.least < 1
+    strange = cells.take(number >= 3)
+    strange = Study(strange.counts, strange.features, strange.obs.assign(cell_type="never seen"))
+    with pytest.raises(InputRefused, match="no calibration cell has a known cell_type"):
+        LabelSets(method.annotator, strange, strange.label("donor_id"))
+
+
+def test_risk_over_coverage_counted_by_hand() -> None:
+    wrong = np.array([False, True, False, True])
+    assert risk_over_coverage(np.array([0.9, 0.8, 0.7, 0.6]), wrong) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    assert risk_over_coverage(np.array([0.6, 0.2, 0.7, 0.1]), wrong) == pytest.approx((0 + 0 + 1 / 3 + 2 / 4) / 4)
+
+
+def test_the_suite_judges_coverage_under_shift_and_needs_groups_to_calibrate_on() -> None:
+    cells = donors(n_donors=12, n_cells=60)
+    floor = by_seed(lambda seed: annotation_floor("RNA", seed=seed))
+    folds = make_folds(cells, FoldSettings(by="donor_id", folds=2, calibrate=0.5))
+    values = calibration_suite(cells, folds, floor, seeds=range(1))
+    found = {(method, metric): mean for method, metric, mean in means(values)}
+    for method in (*floor, REPLICATE):
+        assert {metric for name, metric in found if name == method} == {*CALIBRATION, "coverage at 90%"}
+    assert found["logistic regression on PCs", "set size at 90%"] < found["most frequent", "set size at 90%"]
+    assert 0.8 <= found["logistic regression on PCs", "coverage at 90%"] <= 1
+    assert found[REPLICATE, "risk over coverage"] < found["most frequent", "risk over coverage"]
+    with pytest.raises(UsageError, match="say --set calibrate"):
+        calibration_suite(cells, make_folds(cells, FoldSettings(by="donor_id", folds=2)), floor)
