@@ -40,7 +40,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
         reservation = writer.reserve(DatasetPlan("sim", "synthetic_construct", "k", 1500, features))
         blocks = [write_counts(reservation, name, 0, made.counts[name]) for name in features]
         writer.commit(reservation, made.obs, blocks)
-    create_snapshot(uri, "s", SnapshotSettings(fractions={"train": 0.5, "test": 0.5}))
+    create_snapshot(uri, "s", SnapshotSettings(fractions={"train": 0.5, "val": 0.2, "test": 0.3}))
     create_snapshot(uri, "other", SnapshotSettings(seed=9, fractions={"train": 0.5, "test": 0.5}))
     return uri
 
@@ -52,7 +52,7 @@ def trained(lake: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def question(lake: str, suite: str, **words: object) -> Question:
-    return Question(suite, lake, "s", TEST, seeds=1, **words)  # type: ignore[arg-type]
+    return Question(suite, lake, "s", **({"folds": TEST, "seeds": 1} | words))  # type: ignore[arg-type]
 
 
 def test_a_study_is_the_snapshots_cells(lake: str) -> None:
@@ -62,7 +62,7 @@ def test_a_study_is_the_snapshots_cells(lake: str) -> None:
     assert whole.counts["RNA"].sum() == snapshot.block("RNA", 0, snapshot.n_rows).counts.sum()
     some = read_study(snapshot, max_cells=300)
     assert 300 <= some.n_cells <= 302
-    assert set(some.label("split")) == {"train", "test"}
+    assert set(some.label("split")) == {"train", "val", "test"}
     joinid = int(some.obs["soma_joinid"].iloc[7])
     row = int(np.flatnonzero(whole.obs["soma_joinid"] == joinid)[0])
     assert (some.counts["RNA"][7] != whole.counts["RNA"][row]).nnz == 0
@@ -72,7 +72,8 @@ def test_a_study_is_the_snapshots_cells(lake: str) -> None:
     ("suite", "words"),
     [
         ("perturb", {"columns": ("tissue",)}),
-        ("annotate", {}),
+        ("annotate", {"members": 2}),
+        ("calibration", {"folds": FoldSettings(by="split", held=("test",), calibrate_on=("val",))}),
         ("translate", {"measurement": "protein"}),
     ],
 )

@@ -105,6 +105,9 @@ def evaluate(
     transition: Annotated[
         bool, typer.Option("--transition", help="Judge the transition head, fitted on each fold (perturb, forecast).")
     ] = False,
+    members: Annotated[
+        int, typer.Option(min=0, help="Adapters beside the checkpoint, asked together (annotate, calibration).")
+    ] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods and of splits in halves.")] = 3,
     output: Annotated[Path, typer.Option(help="Folder of evaluation.json and evaluation.html.")] = Path("evaluation"),
     json: Json = False,
@@ -132,6 +135,7 @@ def evaluate(
         seeds,
         tuple(sets or ()),
         transition,
+        members,
     )
     judged = judge(question, checkpoint)
     scores = judged.scores

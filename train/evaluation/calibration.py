@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import InputRefused, UsageError
-from train.evaluation.cellfloor import Annotator, annotation_floor
+from train.evaluation.cellfloor import Tells, annotation_floor
 from train.evaluation.conformal import group_quantile
 from train.evaluation.folds import Fold
 from train.evaluation.score import REPLICATE, Value, Way
@@ -45,7 +45,7 @@ class LabelSets:
             is the groups' own quantile, and coverage is a hope.
     """
 
-    def __init__(self, annotator: Annotator, calibration: Study, group_C: NDArray[np.object_], level: float = LEVEL):
+    def __init__(self, annotator: Tells, calibration: Study, group_C: NDArray[np.object_], level: float = LEVEL):
         """Calibrate a fitted classifier on cells of known types that it did not learn from.
 
         Raises:
@@ -82,7 +82,7 @@ def risk_over_coverage(confidence_C: Matrix, wrong_C: NDArray[np.bool_]) -> floa
 def calibration_suite(
     study: Study,
     folds: Sequence[Fold],
-    methods: Mapping[str, Callable[[int], Annotator]],
+    methods: Mapping[str, Callable[[int], Tells]],
     measurement: str = "RNA",
     column: str = "cell_type",
     seeds: Iterable[int] = range(3),

@@ -8,6 +8,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -117,6 +118,51 @@ class Annotator:
 
     def _vectors(self, cells: Study) -> Matrix:
         return np.zeros((cells.n_cells, 1)) if self.embedder is None else self.embedder.embed(cells)
+
+
+class Ensemble:
+    """Several classifiers of the same cells, their probabilities averaged: where they disagree, it is less sure."""
+
+    def __init__(self, name: str, members: Sequence[Annotator]) -> None:
+        """Take the members; they tell the same column.
+
+        Args:
+            name: What it is called in tables.
+            members: At least one.
+        """
+        self.name, self.members, self.column = name, list(members), members[0].column
+
+    def fit(self, train: Study) -> Self:
+        """Fit each member."""
+        for member in self.members:
+            member.fit(train)
+        self.types = self.members[0].types
+        return self
+
+    def predict_proba(self, cells: Study) -> Matrix:
+        """Return the mean probability_CY, in the order of ``types``."""
+        probability: Matrix = np.mean([member.predict_proba(cells) for member in self.members], axis=0)
+        return probability
+
+
+class Tells(Protocol):
+    """Anything that tells types with probabilities: an annotator or an ensemble of them."""
+
+    types: NDArray[np.str_]
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+
+    @property
+    def column(self) -> str:
+        """The obs column that is told."""
+
+    def fit(self, train: Study) -> Self:
+        """Learn from cells and their labels."""
+
+    def predict_proba(self, cells: Study) -> Matrix:
+        """Return probability_CY, in the order of ``types``."""
 
 
 def annotation_floor(measurement: str, column: str = "cell_type", seed: int = 0) -> list[Annotator]:

@@ -37,6 +37,8 @@ class FoldSettings(Settings):
     """obs column to values: only cells that have one of them are held out; the others of the group stay in training."""
     calibrate: float = Field(default=0.0, ge=0, lt=1)
     """Share of the groups that are not held out, drawn by the seed, which calibrates and does not train."""
+    calibrate_on: tuple[str, ...] = ()
+    """Groups that calibrate and do not train, in place of a share: ``["val"]`` of ``by = "split"``, say."""
     seed: int = Field(default=0, ge=0)
     """Decides which group falls where."""
     selection: str = "none"
@@ -46,6 +48,10 @@ class FoldSettings(Settings):
 
     @model_validator(mode="after")
     def _selection_is_known(self) -> FoldSettings:
+        if set(self.held) & set(self.calibrate_on):
+            raise ValueError(f"calibrate_on: {', '.join(set(self.held) & set(self.calibrate_on))} is held out")
+        if self.calibrate and self.calibrate_on:
+            raise ValueError("calibrate and calibrate_on: say one of them")
         if self.selection not in ("none", "train", "all"):
             raise ValueError(f"selection={self.selection!r}: say none, train or all")
         return self
@@ -86,11 +92,12 @@ def make_folds(study: Study, settings: FoldSettings) -> list[Fold]:
     """
     of = _membership(study, settings.by)
     groups = sorted(of)
-    for name in settings.held:
-        if name not in of:
-            near = difflib.get_close_matches(name, groups, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(groups[:10])}"
-            raise UsageError(f"held: no cell has {settings.by} {name!r}; {hint}")
+    for field in ("held", "calibrate_on"):
+        for name in getattr(settings, field):
+            if name not in of:
+                near = difflib.get_close_matches(name, groups, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(groups[:10])}"
+                raise UsageError(f"{field}: no cell has {settings.by} {name!r}; {hint}")
     allowed_C = np.ones(study.n_cells, dtype=bool)
     for column, values in settings.where.items():
         found = np.isin(study.label(column), list(values))
@@ -113,13 +120,15 @@ def _fold(
 ) -> Fold:
     test_C = np.any([of[name] for name in names], axis=0) & allowed_C
     others = sorted((name for name in of if name not in names), key=lambda name: _draw(settings.seed + 1, name))
-    n_calibrate = round(settings.calibrate * len(others))
-    if settings.calibrate and not n_calibrate:
+    chosen = [name for name in settings.calibrate_on if name in others] or others[
+        : round(settings.calibrate * len(others))
+    ]
+    if settings.calibrate and not chosen:
         raise UsageError(
             f"calibrate={settings.calibrate}: no whole group of the {len(others)} others; give a larger share"
         )
     calibrate_C = np.zeros(study.n_cells, dtype=bool)
-    for name in others[:n_calibrate]:
+    for name in chosen:
         calibrate_C |= of[name] & allowed_C & ~test_C
     train_C = ~test_C & ~calibrate_C
     if not test_C.any() or not train_C.any():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sklearn.linear_model import LogisticRegression
 
@@ -14,7 +14,7 @@ from store.errors import UsageError
 from store.snapshot import open_snapshot
 from train.evaluation.audit import Finding, audit, refuse_leaks
 from train.evaluation.calibration import CALIBRATION, calibration_suite
-from train.evaluation.cellfloor import Annotator, annotation_floor, forecast_floor, translation_floor
+from train.evaluation.cellfloor import Annotator, Ensemble, annotation_floor, forecast_floor, translation_floor
 from train.evaluation.floor import effect_floor
 from train.evaluation.folds import Fold, FoldSettings, make_folds
 from train.evaluation.gated import HEAD, Gate, GatedEffects, TargetVectors
@@ -23,6 +23,7 @@ from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, 
 from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, identities, pretrained
 from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, Way, score
+from train.evaluation.scratch import adapt_on
 from train.evaluation.study import Study, read_study
 from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
 from train.knowledge import read_sets
@@ -43,6 +44,8 @@ class Question:
         seeds: How many.
         sets: GMT files of gene sets: what baselines and the transition head know of targets.
         transition: Judge the transition head, fitted on each fold's training cells, with or without a checkpoint.
+        members: Adapters that are trained beside the checkpoint on each fold's training cells, and asked together; 0
+            asks the checkpoint itself (annotate, calibration).
         max_cells: Cells that are read at most.
     """
 
@@ -56,6 +59,7 @@ class Question:
     seeds: int = 3
     sets: tuple[str, ...] = ()
     transition: bool = False
+    members: int = 0
     max_cells: int = 100_000
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class Question:
             raise UsageError(f"--suite {self.suite}: one of {', '.join(SUITES)}")
         if not self.snapshot:
             raise UsageError("--snapshot is needed: whose cells judge?")
+        if self.members and self.suite not in ("annotate", "calibration"):
+            raise UsageError(f"--members goes with --suite annotate or calibration, not {self.suite}")
         if self.transition and self.suite not in ("perturb", "forecast"):
             raise UsageError(f"--transition goes with --suite perturb or forecast, not {self.suite}")
 
@@ -150,7 +156,9 @@ def _tell(suite: Callable[..., list[Value]], task: _Task) -> list[Value]:
     """Run a suite of annotators: baselines, and a linear probe of the model."""
     measurement, column = task.question.measurement, task.question.columns[0]
     methods = by_seed(lambda seed: annotation_floor(measurement, column, seed))
-    if task.predictor is not None:
+    if task.predictor is not None and task.question.members:
+        methods[NAME] = partial(_ensemble, task.predictor, column, task.question.members)
+    elif task.predictor is not None:
         methods[NAME] = partial(_probe, task.predictor, column)
     return suite(task.study, task.folds, methods, measurement, column, task.seeds)
 
@@ -196,6 +204,27 @@ SUITES: dict[str, tuple[Callable[[_Task], list[Value]], dict[str, Way]]] = {
 def _probe(predictor: Predictor, column: str, seed: int) -> Annotator:
     """Return a linear probe of the model's embeddings: what of a type can be read off them."""
     return Annotator(NAME, ModelEmbedder(predictor), LogisticRegression(max_iter=2000, random_state=seed), column)
+
+
+class _Adapted(ModelEmbedder):
+    """The model's embeddings after an adapter was trained on the training cells."""
+
+    def __init__(self, predictor: Predictor, seed: int) -> None:
+        super().__init__(predictor)
+        self.trunk, self.seed = predictor, seed
+
+    def fit(self, train: Study) -> Self:
+        self.predictor = adapt_on(self.trunk, train, seed=self.seed)
+        return self
+
+
+def _ensemble(predictor: Predictor, column: str, members: int, seed: int) -> Ensemble:
+    """Return probes of the model with as many adapters, each trained from another start on the training cells."""
+    seeds = range(seed * members, (seed + 1) * members)
+    return Ensemble(
+        NAME,
+        [Annotator(NAME, _Adapted(predictor, one), LogisticRegression(max_iter=2000), column) for one in seeds],
+    )
 
 
 def by_seed(make: Callable[[int], Sequence[Any]]) -> dict[str, Callable[[int], Any]]:

@@ -42,7 +42,7 @@ def cells_of(predictor: Predictor, study: Study, measurements: Sequence[str], fi
     Raises:
         InputRefused: No feature of a measurement is known to the model.
     """
-    counts = {name: _aligned(predictor, study, name) for name in measurements}
+    counts = {name: aligned(predictor, study, name) for name in measurements}
     prompts: dict[str, list[str]] = {}
     for field in fields:
         if field not in study.obs:
@@ -56,7 +56,7 @@ def cells_of(predictor: Predictor, study: Study, measurements: Sequence[str], fi
     return predictor.cells(counts, prompts)
 
 
-def _aligned(predictor: Predictor, study: Study, measurement: str) -> csr_matrix:
+def aligned(predictor: Predictor, study: Study, measurement: str) -> csr_matrix:
     """Return counts in the order of the model's vocabulary."""
     if measurement not in predictor.vocabulary:
         raise InputRefused(f"the model knows no {measurement}; it knows {', '.join(predictor.vocabulary)}")

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from train.adapter import AdapterSettings, adapted
 from train.cells import PROMPTS, Cells
 from train.checkpoint import Checkpoint, Vocabulary
 from train.evaluation.folds import UNPERTURBED
+from train.evaluation.ours import aligned
 from train.evaluation.study import Study
 from train.knowledge import gather_knowledge
 from train.model import CellModel, ModelConfig
@@ -99,6 +101,29 @@ def train_on(study: Study, settings: ScratchSettings | None = None, seed: int = 
     return predictor
 
 
+def adapt_on(
+    predictor: Predictor,
+    study: Study,
+    settings: ScratchSettings | None = None,
+    adapter: AdapterSettings | None = None,
+    seed: int = 0,
+) -> Predictor:
+    """Train an adapter beside a model on all cells of a study; the model given stays as it is.
+
+    Args:
+        predictor: A model, from a checkpoint or from :func:`train_on`.
+        study: The cells; features and values that the model does not know are left out.
+        settings: How; sizes and sets are the model's own.
+        adapter: Sizes of the adapter.
+        seed: Of the adapter's first weights, order and masks.
+    """
+    settings = settings or ScratchSettings(steps=100)
+    model = adapted(predictor.model, adapter or AdapterSettings(), seed)
+    _train(model, _cells(predictor, study), settings, seed)
+    parts = (predictor.tokens, predictor.vocabulary, predictor.prompts, predictor.manifest)
+    return Predictor(Checkpoint(model.eval(), *parts))
+
+
 def objective_of(model: CellModel, settings: ScratchSettings, seed: int) -> Objective:
     """Return the training objective of a model whose cells measure every feature."""
     panels = {name: np.ones((1, size), dtype=bool) for name, size in model.config.n_features.items()}
@@ -160,10 +185,11 @@ def _cells(predictor: Predictor, study: Study) -> Cells:
         if name in study.obs:
             numbers = study.obs[name].to_numpy(dtype=np.float64)
             prompts[name] = ["" if np.isnan(value) else str(value) for value in numbers]
-    cells = predictor.cells(dict(study.counts), prompts)
+    counts = {name: aligned(predictor, study, name) for name in study.counts if name in predictor.vocabulary}
+    cells = predictor.cells(counts, prompts)
     return replace(
         cells,
-        measured={name: np.diff(part.indptr) > 0 for name, part in study.counts.items()},
+        measured={name: np.diff(part.indptr) > 0 for name, part in counts.items()},
         panel=np.zeros(study.n_cells, np.int32),
         row=np.arange(study.n_cells, dtype=np.int64),
     )

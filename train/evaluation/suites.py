@@ -19,7 +19,7 @@ from scipy.spatial.distance import cdist
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
 from store.errors import InputRefused
-from train.evaluation.cellfloor import Annotator, Forecaster, PrincipalComponents, Translator, annotation_floor
+from train.evaluation.cellfloor import Forecaster, PrincipalComponents, Tells, Translator, annotation_floor
 from train.evaluation.folds import Fold
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
@@ -34,7 +34,7 @@ FEWEST_CELLS = 20
 def annotate_suite(
     study: Study,
     folds: Sequence[Fold],
-    methods: Mapping[str, Callable[[int], Annotator]],
+    methods: Mapping[str, Callable[[int], Tells]],
     measurement: str = "RNA",
     column: str = "cell_type",
     seeds: Iterable[int] = range(3),
@@ -64,7 +64,7 @@ def annotate_suite(
     return _some(values, f"no held-out group has {2 * FEWEST_CELLS} cells of known {column}")
 
 
-def _told(method: Annotator, judged: Study, column: str) -> dict[str, float]:
+def _told(method: Tells, judged: Study, column: str) -> dict[str, float]:
     types = sorted({*method.types.tolist(), *judged.label(column)})
     probability_CY = np.zeros((judged.n_cells, len(types)))
     probability_CY[:, [types.index(name) for name in method.types]] = method.predict_proba(judged)
