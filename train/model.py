@@ -49,6 +49,7 @@ class ModelConfig:
         attention: "full": every block is joint; or "hybrid".
         n_sets: Sets (pathways, processes) that features belong to.
         n_memberships: How often one does.
+        hash_rows: Vectors that stand for features which nobody has trained on, by the hash of their id.
         frozen: Kind of vector that is known of features ("sequence", "text") to its width.
     """
 
@@ -65,6 +66,7 @@ class ModelConfig:
     attention: Literal["hybrid", "full"] = "full"
     n_sets: int = 0
     n_memberships: int = 0
+    hash_rows: int = 64
     frozen: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -155,7 +157,9 @@ class SoftBins(nn.Module):
 class Identity(nn.Module):
     """What a feature is: a vector of its own, what its sets have in common, and what is known of it from elsewhere.
 
-    The sum over sets is divided by the root of how many there are, so that features of many sets are not louder.
+    In training some features are taken for unknown: one of a few shared vectors stands for their own, so that features
+    which come later (``train.grow``) find vectors that the model has learned to do with. The sum over sets is divided
+    by the root of how many there are, so that features of many sets are not louder.
     """
 
     set_E: Tensor
@@ -165,6 +169,7 @@ class Identity(nn.Module):
         super().__init__()
         n_features = 1 + sum(config.n_features.values())
         self.own = nn.Embedding(n_features, config.width, padding_idx=0)
+        self.shared = nn.Embedding(config.hash_rows, config.width)
         self.sets = nn.EmbeddingBag(config.n_sets, config.width, mode="sum") if config.n_sets else None
         self.register_buffer("set_E", torch.zeros(config.n_memberships, dtype=torch.int64))
         self.register_buffer("border_F", torch.zeros(n_features + 1, dtype=torch.int64))
@@ -174,9 +179,13 @@ class Identity(nn.Module):
             {kind: nn.Linear(wide, config.width, bias=False) for kind, wide in config.frozen.items()}
         )
 
-    def forward(self, feature: Tensor) -> Tensor:
-        """Return the vectors of features, by their numbers among all."""
+    def forward(self, feature: Tensor, unknown_F: Tensor | None = None) -> Tensor:
+        """Return the vectors of features, by their numbers among all; shared ones for those taken for unknown."""
         embedded: Tensor = self.own(feature)
+        if unknown_F is not None:
+            numbers = feature.long()
+            shared = self.shared(numbers % self.shared.num_embeddings)
+            embedded = torch.where(unknown_F[numbers].unsqueeze(-1), shared, embedded)
         if self.sets is not None and len(feature) == 0:
             embedded = embedded + 0.0 * self.sets.weight.sum()
         elif self.sets is not None:
@@ -281,13 +290,13 @@ class CellModel(nn.Module):
         for parameter in (self.summary, self.bottlenecks, self.asked):
             nn.init.normal_(parameter, std=0.02)
 
-    def encode(self, tokens: Tokens) -> tuple[Tensor, Layout, Tensor]:
+    def encode(self, tokens: Tokens, unknown_F: Tensor | None = None) -> tuple[Tensor, Layout, Tensor]:
         """Return the encoder's tokens_ND, where they lie, and the mean of the cells' prompts_CD."""
         prompts = self.prompts(tokens)
         head_CPD = torch.cat([self.summary.expand(len(prompts), 1, -1), prompts], dim=1)
         layout = lay_out(tokens, head_CPD.shape[1], self.config.bottlenecks)
         feature_N = tokens.feature_CL.flatten()[layout.source_N]
-        value_N, identity = tokens.value_CL.flatten()[layout.source_N], self.identity(feature_N)
+        value_N, identity = tokens.value_CL.flatten()[layout.source_N], self.identity(feature_N, unknown_F)
         features = identity + self.measurement(tokens.measurement_CL.flatten()[layout.source_N]) + self.value(value_N)
         summed_CD = torch.zeros_like(prompts[:, 0]).index_add_(
             0, layout.cell_N, (identity * value_N[:, None]).to(prompts.dtype)
@@ -319,22 +328,30 @@ class CellModel(nn.Module):
         perturbation = self.target(perturbation_CT).sum(1)
         return {name: decoder(summary, perturbation) for name, decoder in self.decoders.items()}
 
-    def correct(self, x_ND: Tensor, layout: Layout, queries: Queries) -> Tensor:
+    def correct(self, x_ND: Tensor, layout: Layout, queries: Queries, unknown_F: Tensor | None = None) -> Tensor:
         """Return what is added to the log rate of each feature that is asked for, from all that the encoder knows."""
         borders = torch.tensor(list(self.config.offsets.values())[1:], dtype=torch.int64, device=x_ND.device)
         measurement_Q = torch.bucketize(queries.feature_Q.long(), borders, right=True)
-        q = self.identity(queries.feature_Q) + self.measurement(measurement_Q) + self.asked
+        q = self.identity(queries.feature_Q, unknown_F) + self.measurement(measurement_Q) + self.asked
         for block in self.query_blocks:
             q = block(q, queries.cells, x_ND, layout.cells)
         correction: Tensor = self.correction(self.query_norm(q)).squeeze(1)
         return correction
 
-    def forward(self, tokens: Tokens, queries: Queries | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return embeddings_CD, logits_CG of every measurement, and the correction_Q of what is asked for."""
-        x, layout, prompts = self.encode(tokens)
+    def forward(
+        self, tokens: Tokens, queries: Queries | None = None, unknown_F: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return embeddings_CD, logits_CG of every measurement, and the correction_Q of what is asked for.
+
+        Args:
+            tokens: The cells.
+            queries: Features whose values are asked for.
+            unknown_F: Which features, by their numbers among all, are taken for unknown.
+        """
+        x, layout, prompts = self.encode(tokens, unknown_F)
         embedding = x[layout.head_CP[:, 0]]
         logits = self.decode(embedding, prompts, tokens.perturbation_CT)
-        correction = x.new_zeros(0) if queries is None else self.correct(x, layout, queries)
+        correction = x.new_zeros(0) if queries is None else self.correct(x, layout, queries, unknown_F)
         return embedding, logits, correction
 
     def set_baseline(self, share: dict[str, Tensor]) -> None:

@@ -19,8 +19,10 @@ from train.likelihood import count_cost, log_rates, negative_log_likelihood
 from train.model import CellModel, Queries
 from train.tokens import Tokens, TokenSettings, chance_salts, dense_counts, drawn, draws, keys, make_tokens
 
-QUERY, ZEROS = 62, 63
+UNKNOWN, QUERY, ZEROS = 59, 62, 63
 """What a cell's chances are for, beside those of its tokens."""
+UNKNOWN_SHARE = 0.05
+"""Share of features that a step takes for unknown."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,16 @@ class Objective:
             name: self._ask(name, cells, itself_C, tokens, counts[name], panels[name], plain, chance) for name in panels
         }
         queries, order_Q = _together(asked, plain.config.offsets, cells.n_cells)
-        _, logits, correction_Q = model(tokens, queries)
+        _, logits, correction_Q = model(tokens, queries, None if step is None else self._unknown(plain, chance))
         correction = torch.empty_like(correction_Q).index_copy(0, order_Q, correction_Q)
         loss = self._loss(plain, logits, correction, counts, panels, asked)
         return loss, int(tokens.valid_CL.sum()), cells.n_cells
+
+    def _unknown(self, model: CellModel, chance: tuple[int, int]) -> Tensor:
+        """Return which features this step takes for unknown: a hash of (seed, step, feature), as on every rank."""
+        numbers_F = torch.arange(1 + sum(model.config.n_features.values()), device=self.device)
+        key = int(keys(drawn(np.zeros(1, np.int64), chance_salts(chance, (UNKNOWN,))))[0, 0])
+        return draws(numbers_F, torch.full_like(numbers_F, key)) < UNKNOWN_SHARE * 2**32
 
     def _ask(
         self,
