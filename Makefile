@@ -7,7 +7,7 @@ BENCH ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model test-quick check format lock clean
+.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model bench-ablation test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -42,6 +42,9 @@ bench-floor: setup  ## baselines, replicates and gates on the public data beside
 
 bench-model: setup  ## the model and the transition head against floor and replicate, on public and simulated data (an hour)
 	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_floor.py --model $(BENCH)
+
+bench-ablation: setup  ## one part of the model changed at a time (half an hour)
+	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_ablation.py $(BENCH)
 
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"
