@@ -9,7 +9,8 @@ import torch
 from train import checkpoint
 from train.cells import PROMPTS
 from train.checkpoint import Vocabulary
-from train.model import CellModel, ModelConfig
+from train.config import ModelConfig
+from train.model import CellModel
 from train.tokens import TokenSettings
 
 GENES = [f"ENSG{i:011d}" for i in range(40)]

@@ -15,7 +15,8 @@ from store.errors import InputRefused, MissingError
 from train import checkpoint
 from train.cells import PROMPTS
 from train.checkpoint import Vocabulary
-from train.model import CellModel, ModelConfig
+from train.config import ModelConfig
+from train.model import CellModel
 from train.predictor import Predictor
 from train.tokens import TokenSettings
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_train_loop import lake, settings  # noqa: F401  lake is a fixture
 
-from store.errors import InputRefused, MissingError
+from store.errors import InputRefused, MissingError, SettingsError
 from train import checkpoint
+from train.config import ModelConfig
+from train.identity import Identity, Pathways
 from train.knowledge import gather_knowledge, read_aliases, read_sets, read_vectors
 from train.loop import Run
-from train.model import Identity, ModelConfig
 
 NAMES = [("ENSG1.4", "A"), ("ENSG2", "B"), ("ENSG3", "C"), ("P1", "CD-A")]
 
@@ -67,6 +68,31 @@ def test_an_identity_is_the_sum_that_the_formula_says() -> None:
     assert identity(torch.empty(0, dtype=torch.int32)).shape == (0, 8)
 
 
+def test_a_pathway_token_reads_its_visible_members_and_nothing_else() -> None:
+    config = ModelConfig({"RNA": 6}, {}, 2, width=8, heads=2, n_sets=3, n_memberships=8, pathways=2)
+    torch.manual_seed(0)
+    identity, pathways = Identity(config), Pathways(config)
+    torch.nn.init.normal_(pathways.own.weight)
+    feature = torch.tensor([1, 1, 2, 2, 3, 3, 4, 5])
+    sets = torch.tensor([0, 2, 0, 2, 0, 1, 2, 2])  # 0: 1 2 3    1: 3    2: 1 2 4 5
+    identity.know(feature, sets, {})
+    pathways.choose(sets)
+    assert pathways.chosen_S.tolist() == [0, -1, 1]
+    visible, cell = torch.tensor([1, 3, 4, 6, 2, 6]), torch.tensor([0, 0, 0, 0, 1, 1])
+    values = torch.randn(6, 8)
+    plain = pathways(values, visible, cell, 3, identity)
+    assert plain.shape == (3, 2, 8)
+    reads = {(0, 0): {0, 1}, (0, 1): {0, 2}, (1, 0): {4}, (1, 1): {4}, (2, 0): set(), (2, 1): set()}
+    for token in range(6):
+        other = values.clone()
+        other[token] += 1.0
+        changed = (pathways(other, visible, cell, 3, identity) - plain).abs().amax(-1) > 1e-6
+        for (one, pathway), members in reads.items():
+            assert bool(changed[one, pathway]) == (token in members), (token, one, pathway)
+    order = torch.tensor([5, 2, 0, 3, 1, 4])
+    torch.testing.assert_close(pathways(values[order], visible[order], cell[order], 3, identity), plain)
+
+
 def test_files_that_are_no_knowledge_are_refused(tmp_path: Path) -> None:
     gmt, npz, table = tmp_path / "s.gmt", tmp_path / "v.npz", tmp_path / "a.tsv"
     with pytest.raises(MissingError, match="no such file of gene sets"):
@@ -96,8 +122,12 @@ def test_a_run_with_knowledge_exports_what_it_used(lake: str, tmp_path: Path) ->
     )
     np.savez(npz, ids=np.array(["RNA0001", "protein0002"]), vectors=np.eye(2, 6, dtype=np.float32))
     known = {"sets": [str(gmt)], "text": str(npz), "days": {str(gmt): "2020-02-02"}}
-    run = Run(settings(lake, tmp_path, knowledge=known), 1)
+    with pytest.raises(SettingsError, match="pathways=2: name their GMT files"):
+        settings(lake, tmp_path, model={"width": 16, "pathways": 2})
+    run = Run(settings(lake, tmp_path, knowledge=known, model={"width": 16, "pathways": 2}), 1)
     assert run.plain.config.n_sets == 3
+    assert run.plain.pathways is not None
+    assert (run.plain.pathways.chosen_S >= 0).sum() == 2
     made = checkpoint.load(run.train().checkpoint)
     assert made.manifest["knowledge"][str(gmt)]["day"] == "2020-02-02"
     for (name, ours), theirs in zip(run.plain.state_dict().items(), made.model.state_dict().values(), strict=True):

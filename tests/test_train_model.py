@@ -11,9 +11,10 @@ import torch
 from test_train_tokens import OFFSETS, cells
 
 from train.cells import NUMBERS, PROMPTS, Controls
+from train.config import ModelConfig
 from train.layout import lay_out
 from train.likelihood import log_rates, negative_log_likelihood
-from train.model import CellModel, ModelConfig
+from train.model import CellModel
 from train.objective import Loss, Objective, seen_cells
 from train.tokens import TokenSettings, make_tokens
 

@@ -90,6 +90,9 @@ def test_the_head_learns_what_no_baseline_can_say_of_targets_never_seen() -> Non
     assert method.gate.gain > needed(16)
     assert method.gate.baseline == "bilinear ridge on knowledge"
     assert method.gate.errors[method.gate.baseline] == min(method.gate.errors.values())
+    control = test.take(test.label("perturbation") == "control")
+    told = [one.predict(control, "nobody knows it", "c0") for one in (method, method.baseline)]
+    np.testing.assert_array_equal(*told)  # out of support: the flow abstains
     mine, its, inside = errors(method, train, test)
     assert mine < 0.6 * its
     assert 0.85 <= inside < 1  # each was calibrated with one flow, and is predicted with five

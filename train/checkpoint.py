@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from store.errors import InputRefused, MissingError
 from store.lake import utc_now
-from train.model import CellModel, ModelConfig
+from train.config import ModelConfig
+from train.model import CellModel
 from train.tokens import TokenSettings
 
 MANIFEST = "manifest.json"

@@ -27,10 +27,11 @@ from train import checkpoint
 from train.card import write_card
 from train.cells import PROMPTS, Cells
 from train.checkpoint import Vocabulary
+from train.config import ModelConfig
 from train.controls import MatchedControls
 from train.knowledge import Knowledge, gather_knowledge, read_aliases, read_sets, read_vectors
 from train.labels import Labels, read_labels
-from train.model import CellModel, ModelConfig
+from train.model import CellModel
 from train.objective import Objective
 from train.settings import RunSettings
 from train.start import mean_share, principal_axes
@@ -119,7 +120,7 @@ class Run:
             for path in settings.knowledge.files
         }
         self.plain = CellModel(self._config(known))
-        self.plain.identity.know(
+        self.plain.know(
             torch.from_numpy(known.feature_E),
             torch.from_numpy(known.set_E),
             {kind: torch.from_numpy(table) for kind, table in known.vectors.items()},

@@ -135,7 +135,8 @@ class Predictor:
     def n_tokens(self, cells: Cells) -> NDArray[np.int64]:
         """Return how many tokens each cell takes in the encoder."""
         nonzeros = sum((np.diff(part.indptr) for part in cells.counts.values()), np.zeros(cells.n_cells, np.int64))
-        beside = 1 + len(PROMPTS) + 3 + self.model.config.bottlenecks * len(cells.counts)
+        config = self.model.config
+        beside = 1 + len(PROMPTS) + 3 + config.pathways + config.bottlenecks * len(cells.counts)
         return np.minimum(nonzeros, self.tokens.budget) + beside
 
     def embed(self, cells: Cells) -> NDArray[np.float32]:

@@ -24,6 +24,8 @@ class ModelSettings(Settings):
     """Tokens through which a measurement of a cell speaks with its other measurements."""
     query_layers: int = Field(default=1, ge=0)
     """Blocks of the decoder of single features."""
+    pathways: int = Field(default=0, ge=0, le=64)
+    """Tokens that stand for the largest of ``knowledge.sets`` and read their visible members only."""
     attention: Literal["hybrid", "full"] = "full"
     """"full": every block reads the whole cell; "hybrid": within and between measurements in turn, joint at the end."""
 
@@ -131,6 +133,12 @@ class RunSettings(Settings):
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
+
+    @model_validator(mode="after")
+    def _pathways_are_known(self) -> RunSettings:
+        if self.model.pathways and not self.knowledge.sets:
+            raise ValueError(f"model.pathways={self.model.pathways}: name their GMT files in knowledge.sets")
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> RunSettings:

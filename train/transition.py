@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from train.attention import Segments
-from train.model import Block, fourier
+from train.blocks import Block
+from train.identity import fourier
 
 STEPS = 8
 

@@ -3,7 +3,7 @@
 g is zero until cross-fitting over held-out groups of the training cells shows a gain that chance gives once in 200
 times (Student's t: the fewer groups, the more standard errors it takes); with g at zero the answer is the baseline's,
 bit for bit. Everything that is chosen here (the baseline, g, the width of intervals) is chosen on training cells only,
-each of which is predicted by fits that did not see its group.
+each of which is predicted by baselines and flows that did not see its group; the latent space is that of all of them.
 
 Shape letters used in this module:
     C  cells      E  effects      G  features      J  folds of training groups      K  latent dimensions
@@ -292,9 +292,9 @@ class GatedEffects:
         self.score_E = error_EG / self.usual_G
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
-        """Return delta_G."""
+        """Return delta_G; of a target that nothing is known of, what the baseline says: the flow abstains."""
         told_G = self.baseline.predict(control, perturbation, context)
-        if self.gate.g == 0:
+        if self.gate.g == 0 or not self.known[perturbation].any():
             return told_G
         start_CK = self.space.embed(control)[:MOST_CELLS]
         added_G: Vector = self._shift(self.flows, start_CK, told_G, perturbation).mean(axis=0)

@@ -18,11 +18,12 @@ import torch
 from train.adapter import AdapterSettings, adapted
 from train.cells import PROMPTS, Cells
 from train.checkpoint import Checkpoint, Vocabulary
+from train.config import ModelConfig
 from train.evaluation.folds import UNPERTURBED
 from train.evaluation.ours import aligned
 from train.evaluation.study import Study
 from train.knowledge import gather_knowledge
-from train.model import CellModel, ModelConfig
+from train.model import CellModel
 from train.objective import Objective
 from train.predictor import Predictor
 from train.start import mean_share, principal_axes
@@ -90,7 +91,7 @@ def train_on(study: Study, settings: ScratchSettings | None = None, seed: int = 
                 **settings.model,
             )
         )
-    model.identity.know(torch.from_numpy(known.feature_E), torch.from_numpy(known.set_E), {})
+    model.know(torch.from_numpy(known.feature_E), torch.from_numpy(known.set_E), {})
     axes = principal_axes(study.counts, model.config.width, seed) if settings.spectral else {}
     model.set_axes({name: torch.from_numpy(part) for name, part in axes.items()})
     model.set_baseline({name: torch.from_numpy(mean_share(part)) for name, part in study.counts.items()})

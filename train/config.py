@@ -1,0 +1,61 @@
+"""This module is the sizes of a model: with the weights, all that is needed to build one again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from train.tokens import first_numbers
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a model; together with the weights it is all that is needed to build one again.
+
+    Attributes:
+        n_features: Measurement to G, in the vocabulary's order.
+        n_prompts: Prompt field to its number of codes.
+        n_perturbations: Codes of perturbation targets.
+        n_numbers: Numeric prompts.
+        width: D.
+        layers: Encoder blocks.
+        heads: H; divides the width.
+        bins: Soft bins of a value's embedding.
+        bottlenecks: Tokens through which a measurement of a cell speaks with the others.
+        query_layers: Blocks of the decoder of single features.
+        attention: "full": every block is joint; or "hybrid".
+        n_sets: Sets (pathways, processes) that features belong to.
+        n_memberships: How often one does.
+        pathways: Tokens that stand for the largest sets and read their visible members only.
+        hash_rows: Vectors that stand for features which nobody has trained on, by the hash of their id.
+        frozen: Kind of vector that is known of features ("sequence", "text") to its width.
+    """
+
+    n_features: dict[str, int]
+    n_prompts: dict[str, int]
+    n_perturbations: int
+    n_numbers: int = 2
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    bins: int = 16
+    bottlenecks: int = 4
+    query_layers: int = 1
+    attention: Literal["hybrid", "full"] = "full"
+    n_sets: int = 0
+    n_memberships: int = 0
+    pathways: int = 0
+    hash_rows: int = 64
+    frozen: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Measurement to the number of its first feature among all; 0 is padding."""
+        return first_numbers(self.n_features)
+
+    @property
+    def kinds(self) -> list[str]:
+        """What each encoder block reads: "within" a measurement, "between" them, or all of the cell ("joint")."""
+        joint = self.layers if self.attention == "full" else max(1, self.layers // 3)
+        mixed = ["within" if number % 2 == 0 else "between" for number in range(self.layers - joint)]
+        return [*mixed, *["joint"] * joint]

@@ -1,0 +1,167 @@
+"""This module is what tokens begin as: who a feature is and its value, sets of features, and prompts.
+
+Shape letters used in this module:
+    C  cells      N  tokens      D  width      F  features, or fields      E  memberships      S  sets      P  pathways
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from train.attention import Segments
+from train.blocks import Block
+from train.config import ModelConfig
+from train.tokens import Tokens
+
+FOURIER = 6
+
+
+class SoftBins(nn.Module):
+    """Embed a value as a softly chosen mix of learned bins: smooth, bounded, robust to outliers."""
+
+    def __init__(self, width: int, bins: int) -> None:
+        super().__init__()
+        self.choose = nn.Sequential(nn.Linear(1, bins), nn.SiLU(), nn.Linear(bins, bins))
+        self.bins = nn.Linear(bins, width, bias=False)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Return an embedding for each value."""
+        embedded: Tensor = self.bins(self.choose(value.unsqueeze(-1)).softmax(-1))
+        return embedded
+
+
+class Identity(nn.Module):
+    """What a feature is: a vector of its own, what its sets have in common, and what is known of it from elsewhere.
+
+    In training some features are taken for unknown: one of a few shared vectors stands for their own, so that features
+    which come later (``train.grow``) find vectors that the model has learned to do with. The sum over sets is divided
+    by the root of how many there are, so that features of many sets are not louder.
+    """
+
+    set_E: Tensor
+    border_F: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n_features = 1 + sum(config.n_features.values())
+        self.own = nn.Embedding(n_features, config.width, padding_idx=0)
+        self.shared = nn.Embedding(config.hash_rows, config.width)
+        self.sets = nn.EmbeddingBag(config.n_sets, config.width, mode="sum") if config.n_sets else None
+        self.register_buffer("set_E", torch.zeros(config.n_memberships, dtype=torch.int64))
+        self.register_buffer("border_F", torch.zeros(n_features + 1, dtype=torch.int64))
+        for kind, wide in config.frozen.items():
+            self.register_buffer(f"frozen_{kind}", torch.zeros(n_features, wide))
+        self.adapters = nn.ModuleDict(
+            {kind: nn.Linear(wide, config.width, bias=False) for kind, wide in config.frozen.items()}
+        )
+
+    def forward(self, feature: Tensor, unknown_F: Tensor | None = None) -> Tensor:
+        """Return the vectors of features, by their numbers among all; shared ones for those taken for unknown."""
+        embedded: Tensor = self.own(feature)
+        if unknown_F is not None:
+            numbers = feature.long()
+            shared = self.shared(numbers % self.shared.num_embeddings)
+            embedded = torch.where(unknown_F[numbers].unsqueeze(-1), shared, embedded)
+        if self.sets is not None and len(feature) == 0:
+            embedded = embedded + 0.0 * self.sets.weight.sum()
+        elif self.sets is not None:
+            different_U, where = torch.unique(feature.long(), return_inverse=True)
+            set_E, degree_U = self.memberships(different_U)
+            weight_E = torch.repeat_interleave(degree_U.clamp(min=1).to(embedded.dtype).rsqrt(), degree_U)
+            first_U = torch.cumsum(degree_U, 0) - degree_U
+            embedded = embedded + self.sets(set_E, first_U, per_sample_weights=weight_E)[where]
+        for kind, adapter in self.adapters.items():
+            embedded = embedded + adapter(self.get_buffer(f"frozen_{kind}")[feature.long()])
+        return embedded
+
+    def memberships(self, feature_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sets that features are in, on end, and in how many each of them is."""
+        degree_N = self.border_F[feature_N + 1] - self.border_F[feature_N]
+        first_N = torch.cumsum(degree_N, 0) - degree_N
+        place_E = torch.repeat_interleave(self.border_F[feature_N] - first_N, degree_N)
+        return self.set_E[place_E + torch.arange(len(place_E), device=place_E.device)], degree_N
+
+    def know(self, feature_E: Tensor, set_E: Tensor, vectors: dict[str, Tensor]) -> None:
+        """Take memberships, in ascending order of features, and frozen vectors [1 + F, K]."""
+        with torch.no_grad():
+            self.set_E.copy_(set_E)
+            count_F = torch.bincount(feature_E, minlength=len(self.border_F) - 1)
+            self.border_F[1:] = torch.cumsum(count_F, 0)
+            for kind, values in vectors.items():
+                self.get_buffer(f"frozen_{kind}").copy_(values)
+
+
+class Pathways(nn.Module):
+    """A token for each of the largest sets, which reads the visible members of its set and nothing else of the cell.
+
+    A set without a visible member is what its token is by itself: nothing was seen, which is not the same as zero.
+    """
+
+    chosen_S: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.own = nn.Embedding(config.pathways, config.width)
+        self.block = Block(config.width, config.heads)
+        self.register_buffer("chosen_S", torch.full((config.n_sets,), -1, dtype=torch.int64))
+
+    def choose(self, set_E: Tensor) -> None:
+        """Let tokens stand for the sets with most members; of equals, the first."""
+        size_S = torch.bincount(set_E, minlength=len(self.chosen_S))
+        largest = torch.argsort(size_S, descending=True, stable=True)[: self.own.num_embeddings].sort().values
+        self.chosen_S.fill_(-1)
+        self.chosen_S[largest] = torch.arange(len(largest), device=largest.device)
+
+    def forward(
+        self, features_ND: Tensor, feature_N: Tensor, cell_N: Tensor, n_cells: int, identity: Identity
+    ) -> Tensor:
+        """Return tokens_CPD.
+
+        Args:
+            features_ND: What is known of each visible feature.
+            feature_N: Its number among all.
+            cell_N: Its cell.
+            n_cells: C.
+            identity: Knows who is in which set.
+        """
+        n_pathways = self.own.num_embeddings
+        set_E, degree_N = identity.memberships(feature_N.long())
+        pathway_E = self.chosen_S[set_E]
+        token_E = torch.repeat_interleave(torch.arange(len(feature_N), device=set_E.device), degree_N)[pathway_E >= 0]
+        pathway_E = pathway_E[pathway_E >= 0]
+        segment_E, order_E = torch.sort(cell_N[token_E] * n_pathways + pathway_E, stable=True)
+        read = Segments.of(torch.bincount(segment_E, minlength=n_cells * n_pathways))
+        each = Segments.of(torch.ones(n_cells * n_pathways, dtype=torch.int64, device=set_E.device))
+        x = self.own.weight.repeat(n_cells, 1)
+        return self.block(x, each, features_ND[token_E[order_E]], read).view(n_cells, n_pathways, -1)
+
+
+class Prompts(nn.Module):
+    """Embed what is said of a cell: codes, perturbation targets (summed), numbers (Fourier), depths."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(nn.Embedding(size, config.width) for size in config.n_prompts.values())
+        self.perturbation = nn.Embedding(config.n_perturbations, config.width, padding_idx=0)
+        self.numbers = nn.Linear(config.n_numbers * (2 * FOURIER + 2), config.width)
+        self.depth = nn.Linear(2 * len(config.n_features), config.width)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Return one token for each field, one for the perturbation, one for numbers, one for depths."""
+        said = [embed(tokens.prompt_CF[:, number]) for number, embed in enumerate(self.fields)]
+        said.append(self.perturbation(tokens.perturbation_CT).sum(1))
+        said.append(self.numbers(fourier(tokens.number_CF)))
+        measured = tokens.measured_CM.float()
+        said.append(self.depth(torch.cat([tokens.log_depth_CM * measured / 10, measured], dim=1)))
+        return torch.stack(said, dim=1)
+
+
+def fourier(number_CF: Tensor) -> Tensor:
+    """Write numbers as sines and cosines of their log; a number that is not said is all zeros."""
+    said = ~number_CF.isnan()
+    log = torch.log1p(torch.nan_to_num(number_CF).abs())
+    frequency = 2.0 ** torch.arange(-2, FOURIER - 2, device=log.device)
+    angle = log.unsqueeze(-1) * frequency
+    features = torch.cat([angle.sin(), angle.cos(), log.unsqueeze(-1), torch.ones_like(log).unsqueeze(-1)], dim=-1)
+    return (features * said.unsqueeze(-1)).flatten(1)
