@@ -14,6 +14,7 @@ from train.evaluation.ours import ModelEmbedder
 from train.evaluation.scratch import ScratchSettings, held_out_loss, train_on
 from train.evaluation.study import Study
 from train.start import SPREAD, mean_share, principal_axes
+from train.tokens import TokenSettings
 
 
 def test_features_that_vary_together_begin_alike_also_across_measurements() -> None:
@@ -72,3 +73,32 @@ def test_a_model_trained_in_memory_answers_like_a_checkpoint() -> None:
     assert np.isfinite(model.perturb(part, ["x"])["RNA"].delta_G).all()
     with pytest.raises(InputRefused, match="'z' was never seen in training"):
         model.perturb(part, ["z"])
+
+
+def told(n_cells: int, seed: int) -> Study:
+    """Cells of which everything that is said moves ten features, each another ten."""
+    rng = np.random.default_rng(seed)
+    obs = {
+        "tissue": rng.choice(["blood", "lung"], n_cells),
+        "assay": rng.choice(["one", "other"], n_cells),
+        "sex": rng.choice(["female", "male"], n_cells),
+        "cell_type": rng.choice(["t0", "t1"], n_cells),
+        "perturbation": rng.choice(["control", "x"], n_cells),
+        "time": rng.choice([0.0, 72.0], n_cells),
+    }
+    log_rate = np.full((n_cells, len(FEATURES)), 1.0)
+    for number, values in enumerate(obs.values()):
+        log_rate[values == np.unique(values)[1], 10 * number : 10 * number + 10] += 1.5
+    return study(pd.DataFrame(obs | {"donor_id": "d"}), np.exp(log_rate), seed)
+
+
+def test_each_prompt_is_listened_to_shuffling_it_makes_predictions_worse() -> None:
+    hidden = TokenSettings(hide=(0.93, 0.97), drop_cell_type=0.15)
+    settings = ScratchSettings(steps=150, batch=64, model={"width": 32, "heads": 2}, tokens=hidden)
+    model, test = train_on(told(1200, 0), settings), told(500, 1)
+    expected = held_out_loss(model, test, settings)
+    random = np.random.default_rng(2)
+    for name in ("tissue", "assay", "sex", "cell_type", "perturbation", "time"):
+        shuffled = test.obs.assign(**{name: random.permutation(test.obs[name])})
+        worse = held_out_loss(model, Study(test.counts, test.features, shuffled), settings)
+        assert worse > expected + 0.01, name

@@ -36,6 +36,7 @@ from train.evaluation.judge import by_seed
 from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
 from train.evaluation.ours import ModelEmbedder, ModelTranslator
 from train.evaluation.perturb import METRICS, perturb_suite
+from train.evaluation.report import means
 from train.evaluation.score import Score, Value, score
 from train.evaluation.scratch import ScratchSettings, train_on
 from train.evaluation.study import Study, from_anndata
@@ -338,6 +339,7 @@ def main() -> None:
     intro = (ROOT / f"tests/bench/{kind}_intro.md").read_text(encoding="utf-8")
     lines: list[str] = []
     caveats: list[str] = []
+    beside: list[str] = []
     answer: dict[str, Any] = {}
     for case in cases(options.data, options.model):
         if options.only not in case.name:
@@ -348,11 +350,18 @@ def main() -> None:
         print(f"    {time.monotonic() - begin:.0f} s", flush=True)
         answer[case.name] = [asdict(one) for one in scores]
         caveats.append(f"- **{case.name}**: {case.caveat}.")
+        beside += [
+            f"- **{case.name}**: {metric} {mean:.3f}."
+            for method, metric, mean in means(values)
+            if method == OURS and metric not in better
+        ]
         for one in scores:
             lines.append(line(case.name, one, options.model))
             print(lines[-1], flush=True)
         if not options.only:
-            page = "\n".join([intro, *head, *lines, "", "## What each dataset cannot carry", "", *caveats, ""])
+            also = ["", "## Also measured of ours", "", *beside] if beside else []
+            limits = ["", "## What each dataset cannot carry", "", *caveats, ""]
+            page = "\n".join([intro, *head, *lines, *also, *limits])
             (ROOT / f"docs/benchmarks/{kind}.md").write_text(page, encoding="utf-8")
     print(json.dumps(answer))
 
