@@ -67,7 +67,7 @@ def main() -> None:
     for name, settings in variants(knowledge(options.data)).items():
         rows = np.array([measured(train, test, settings, seed) for seed in range(options.seeds)])
         mean, low, high = rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0)
-        loss, told = (f"{mean[k]:.3f} ({low[k]:.3f} to {high[k]:.3f})" for k in range(2))
+        loss, told = (f"{mean[k]:.4f} ({low[k]:.4f} to {high[k]:.4f})" for k in range(2))
         lines.append(f"| {name} | {options.seeds} | {loss} | {told} | {np.median(rows[:, 2]):.0f} |")
         print(lines[-1], flush=True)
         (ROOT / "docs/benchmarks/ablations.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
