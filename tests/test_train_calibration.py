@@ -13,6 +13,7 @@ from train.evaluation.calibration import CALIBRATION, LabelSets, calibration_sui
 from train.evaluation.cellfloor import Annotator, PrincipalComponents, annotation_floor
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.judge import by_seed
+from train.evaluation.ontology import covering_type
 from train.evaluation.report import means
 from train.evaluation.score import REPLICATE
 from train.evaluation.study import Study
@@ -60,6 +61,32 @@ def test_few_donors_promise_nothing_and_it_is_said() -> None:
     strange = Study(strange.counts, strange.features, strange.obs.assign(cell_type="never seen"))
     with pytest.raises(InputRefused, match="no calibration cell has a known cell_type"):
         LabelSets(method.annotator, strange, strange.label("donor_id"))
+
+
+def test_types_roll_up_to_the_nearest_one_that_is_all_of_them() -> None:
+    helper, killer = "CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"
+    assert covering_type([helper]) == helper
+    assert covering_type([helper, killer]) == "mature alpha-beta T cell"
+    assert covering_type([helper, "B cell"]) == "lymphocyte"
+    assert covering_type([helper, "mature alpha-beta T cell"]) == "mature alpha-beta T cell"
+    assert covering_type([helper, "alpha"]) == covering_type([]) == ""
+
+
+def test_a_set_is_told_as_the_type_that_covers_it_or_one_by_one() -> None:
+    cells = donors(n_donors=6)
+    named = {"t0": "CD4-positive, alpha-beta T cell", "t1": "CD8-positive, alpha-beta T cell", "t2": "B cell"}
+    cells = Study(cells.counts, cells.features, cells.obs.assign(cell_type=cells.obs["cell_type"].map(named)))
+    method = LabelSets(fitted(cells), cells, cells.label("donor_id"))
+    method.least = 0.2
+    told, inside = method.told(cells), method.sets(cells)
+    types = method.annotator.types
+    for words, inside_Y in zip(told, inside, strict=True):
+        assert words == covering_type(types[inside_Y].tolist())
+    assert {"CD4-positive, alpha-beta T cell", "mature alpha-beta T cell"} <= set(told)
+    plain = donors(n_donors=6)
+    other = LabelSets(fitted(plain), plain, plain.label("donor_id"))
+    other.least = 0.0
+    assert set(other.told(plain)) == {"t0 or t1 or t2"}
 
 
 def test_risk_over_coverage_counted_by_hand() -> None:

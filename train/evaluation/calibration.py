@@ -19,6 +19,7 @@ from store.errors import InputRefused, UsageError
 from train.evaluation.cellfloor import Tells, annotation_floor
 from train.evaluation.conformal import group_quantile
 from train.evaluation.folds import Fold
+from train.evaluation.ontology import covering_type
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
 from train.evaluation.suites import FEWEST_CELLS, shuffled, units
@@ -71,6 +72,16 @@ class LabelSets:
         inside_CY: NDArray[np.bool_] = probability_CY >= min(self.least, 1.0)
         inside_CY[np.arange(len(inside_CY)), probability_CY.argmax(axis=1)] = True
         return inside_CY
+
+    def told(self, cells: Study) -> list[str]:
+        """Return each cell's answer in words: its type, or the nearest type of the Cell Ontology that covers its set.
+
+        Types that are not the ontology's are named one by one.
+        """
+        patterns, cell_C = np.unique(self.sets(cells), axis=0, return_inverse=True)
+        names = [self.annotator.types[inside_Y].tolist() for inside_Y in patterns]
+        words = [covering_type(types) or " or ".join(types) for types in names]
+        return [words[place] for place in cell_C.ravel()]
 
 
 def risk_over_coverage(confidence_C: Matrix, wrong_C: NDArray[np.bool_]) -> float:
