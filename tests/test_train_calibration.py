@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from studies import FEATURES, study
 
 from store.errors import InputRefused, UsageError
 from train.evaluation.calibration import CALIBRATION, LabelSets, calibration_suite, risk_over_coverage
-from train.evaluation.cellfloor import Annotator, PrincipalComponents, annotation_floor
+from train.evaluation.cellfloor import Annotator, PrincipalComponents, annotation_floor, translation_floor
 from train.evaluation.folds import FoldSettings, make_folds
+from train.evaluation.gatedtranslate import GatedTranslator
 from train.evaluation.judge import by_seed
 from train.evaluation.ontology import covering_type
 from train.evaluation.report import means
@@ -108,3 +110,44 @@ def test_the_suite_judges_coverage_under_shift_and_needs_groups_to_calibrate_on(
     assert found[REPLICATE, "risk over coverage"] < found["most frequent", "risk over coverage"]
     with pytest.raises(UsageError, match="say --set calibrate"):
         calibration_suite(cells, make_folds(cells, FoldSettings(by="donor_id", folds=2)), floor)
+
+
+class Garbage:
+    """Says nothing of use."""
+
+    name = "ours"
+
+    def fit(self, train: Study) -> Garbage:
+        return self
+
+    def predict(self, cells: Study) -> np.ndarray:
+        return np.random.default_rng(0).normal(3, 3, (cells.n_cells, 4))
+
+
+class Knowing(Garbage):
+    """Knows the truth, and is too sure of it."""
+
+    def predict(self, cells: Study) -> np.ndarray:
+        logs = cells.logs("protein").toarray().astype(float)
+        return logs.mean(axis=0) + 2 * (logs - logs.mean(axis=0))
+
+
+def test_translations_open_the_gate_only_if_they_add_to_the_best_baseline() -> None:
+    cells = donors(n_donors=12, n_cells=30)
+    rng = np.random.default_rng(1)
+    protein = csr_matrix(rng.poisson(rng.gamma(2, 4, (cells.n_cells, 4))).astype(np.float32) + 1)
+    names = {**cells.features, "protein": ["a", "b", "c", "d"]}
+    cells = Study({**cells.counts, "protein": protein}, names, cells.obs)
+    number = np.array([int(name[1:]) for name in cells.label("donor_id")])
+    train, calibration, fresh = (cells.take(number % 3 == part) for part in range(3))
+    for ours, opens in ((Garbage(), False), (Knowing(), True)):
+        method = GatedTranslator(ours, translation_floor("RNA", "protein", ""), "protein").fit(train)
+        method.calibrate(calibration)
+        alone = next(one for one in method.floor if one.name == method.gate.baseline)
+        if opens:
+            assert 0.3 < method.gate.g < 0.9  # half way undoes that it is too sure
+            truth = fresh.logs("protein").toarray()
+            assert ((method.predict(fresh) - truth) ** 2).mean() < 0.3 * ((alone.predict(fresh) - truth) ** 2).mean()
+        else:
+            assert method.gate.g == 0
+            np.testing.assert_array_equal(method.predict(fresh), alone.predict(fresh))

@@ -75,6 +75,14 @@ def test_a_study_is_the_snapshots_cells(lake: str) -> None:
         ("annotate", {"members": 2}),
         ("calibration", {"folds": FoldSettings(by="split", held=("test",), calibrate_on=("val",))}),
         ("translate", {"measurement": "protein"}),
+        (
+            "translate",
+            {
+                "measurement": "protein",
+                "gated": True,
+                "folds": FoldSettings(by="split", held=("test",), calibrate_on=("val",)),
+            },
+        ),
     ],
 )
 def test_every_suite_judges_the_model_beside_floor_and_replicate(

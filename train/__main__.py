@@ -102,8 +102,8 @@ def evaluate(
     sets: Annotated[
         list[str] | None, typer.Option(help="GMT files of gene sets, for the baseline that knows them (perturb).")
     ] = None,
-    transition: Annotated[
-        bool, typer.Option("--transition", help="Judge the transition head, fitted on each fold (perturb, forecast).")
+    gated: Annotated[
+        bool, typer.Option("--gated", help="Judge the best baseline + g times ours (perturb, forecast, translate).")
     ] = False,
     members: Annotated[
         int, typer.Option(min=0, help="Adapters beside the checkpoint, asked together (annotate, calibration).")
@@ -134,7 +134,7 @@ def evaluate(
         tuple(columns or ["cell_type"]),
         seeds,
         tuple(sets or ()),
-        transition,
+        gated,
         members,
     )
     judged = judge(question, checkpoint)
@@ -148,7 +148,7 @@ def evaluate(
         "seeds": seeds,
     }
     if judged.gates:
-        about["transition head"] = [f"{one.baseline} + {one.g:.2f} f, gain {one.gain:.1f} SE" for one in judged.gates]
+        about["gated"] = [f"{one.baseline} + {one.g:.2f} f, gain {one.gain:.1f} SE" for one in judged.gates]
     what = f"{suite}: {checkpoint or 'the floor'} on {snapshot}"
     as_json, as_html = write_report(output, what, judged.values, scores, about)
     if json:

@@ -278,10 +278,10 @@ class GatedEffects:
         own = np.array([self._fold(line) for line in range(self.table.n_effects)])
         gain_E = np.zeros(len(own))
         for fold in range(self.fold_EJ.shape[1]):
-            g = _best(along_E[own != fold], size_E[own != fold])
+            g = best_weight(along_E[own != fold], size_E[own != fold])
             gain_E[own == fold] = (2 * g * along_E - g**2 * size_E)[own == fold]
         gain = standard_errors(self._by_group(gain_E))
-        g = _best(along_E, size_E) if gain >= needed(len(set(self.label_E))) else 0.0
+        g = best_weight(along_E, size_E) if gain >= needed(len(set(self.label_E))) else 0.0
         self.gate = Gate(self.gate.baseline, g, gain, self.gate.errors)
 
     def _widen(self, told_EG: Matrix) -> None:
@@ -317,7 +317,7 @@ def needed(n_groups: int) -> float:
     return float(student.ppf(1 - CHANCE, n_groups - 1)) if n_groups > 1 else float("inf")
 
 
-def _best(along_E: Vector, size_E: Vector) -> float:
+def best_weight(along_E: Vector, size_E: Vector) -> float:
     """Return the weight in [0, 1] that lowers the squared error most."""
     return float(np.clip(along_E.sum() / max(size_E.sum(), 1e-12), 0.0, 1.0))
 

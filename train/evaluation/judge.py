@@ -19,6 +19,7 @@ from train.evaluation.floor import effect_floor
 from train.evaluation.folds import Fold, FoldSettings, make_folds
 from train.evaluation.gated import HEAD, Gate, GatedEffects, TargetVectors
 from train.evaluation.gatedtime import GatedForecast
+from train.evaluation.gatedtranslate import GatedTranslator
 from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
 from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, identities, pretrained
 from train.evaluation.perturb import METRICS, perturb_suite
@@ -43,7 +44,8 @@ class Question:
         columns: What makes a context of perturbations; the first is the column of types.
         seeds: How many.
         sets: GMT files of gene sets: what baselines and the transition head know of targets.
-        transition: Judge the transition head, fitted on each fold's training cells, with or without a checkpoint.
+        gated: Judge the best baseline plus g times what ours adds: the transition head, fitted on each fold's training
+            cells, with or without a checkpoint (perturb, forecast), or a checkpoint's translations.
         members: Adapters that are trained beside the checkpoint on each fold's training cells, and asked together; 0
             asks the checkpoint itself (annotate, calibration).
         max_cells: Cells that are read at most.
@@ -58,7 +60,7 @@ class Question:
     columns: tuple[str, ...] = ("cell_type",)
     seeds: int = 3
     sets: tuple[str, ...] = ()
-    transition: bool = False
+    gated: bool = False
     members: int = 0
     max_cells: int = 100_000
 
@@ -69,8 +71,10 @@ class Question:
             raise UsageError("--snapshot is needed: whose cells judge?")
         if self.members and self.suite not in ("annotate", "calibration"):
             raise UsageError(f"--members goes with --suite annotate or calibration, not {self.suite}")
-        if self.transition and self.suite not in ("perturb", "forecast"):
-            raise UsageError(f"--transition goes with --suite perturb or forecast, not {self.suite}")
+        if self.gated and self.suite not in ("perturb", "forecast", "translate"):
+            raise UsageError(f"--gated goes with --suite perturb, forecast or translate, not {self.suite}")
+        if self.gated and self.suite == "translate" and not (self.folds.calibrate or self.folds.calibrate_on):
+            raise UsageError("--gated needs groups to choose by: say --set calibrate=0.3, or calibrate_on")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def judge(question: Question, checkpoint: str | Path | None = None) -> Judgement
     gates: list[Gate] = []
     run, better = SUITES[question.suite]
     values = run(_Task(question, study, folds, predictor, gates))
-    ours = NAME if predictor is not None else HEAD if question.transition else None
+    ours = NAME if predictor is not None else HEAD if question.gated else None
     return Judgement(values, score(values, better, ours), gates)
 
 
@@ -136,7 +140,7 @@ def _perturb(task: _Task) -> list[Value]:
     asked, predictor = task.question, task.predictor
     members = read_sets(asked.sets)
     methods = by_seed(lambda seed: effect_floor(asked.measurement, asked.columns, members))
-    if asked.transition:
+    if asked.gated:
         known = TargetVectors(members, None if predictor is None else identities(predictor, asked.measurement))
         methods[HEAD if predictor is None else NAME] = lambda seed: GatedEffects(
             asked.measurement,
@@ -167,7 +171,14 @@ def _translate(task: _Task) -> list[Value]:
     source, target, column = task.question.source, task.question.measurement, task.question.columns[0]
     predictor = task.predictor
     methods = by_seed(lambda seed: translation_floor(source, target, column, seed))
-    if predictor is not None:
+    if predictor is not None and task.question.gated:
+        methods[NAME] = lambda seed: GatedTranslator(
+            ModelTranslator(predictor, source, target),
+            translation_floor(source, target, column, seed),
+            target,
+            found=task.gates.append,
+        )
+    elif predictor is not None:
         methods[NAME] = lambda seed: ModelTranslator(predictor, source, target)
     return translate_suite(task.study, task.folds, methods, source, target, column, task.seeds)
 
@@ -183,9 +194,9 @@ def _novelty(task: _Task) -> list[Value]:
 def _forecast(task: _Task) -> list[Value]:
     measurement = task.question.measurement
     if task.predictor is not None:
-        raise UsageError("a checkpoint cannot forecast: leave it out, and say --transition to judge the head")
+        raise UsageError("a checkpoint cannot forecast: leave it out, and say --gated to judge the transition head")
     methods = by_seed(lambda seed: forecast_floor(measurement, seed))
-    if task.question.transition:
+    if task.question.gated:
         methods[HEAD] = lambda seed: GatedForecast(measurement, seed=seed, found=task.gates.append)
     return forecast_suite(task.study, task.folds, methods, measurement, task.seeds)
 

@@ -10,6 +10,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -91,18 +92,20 @@ def translate_suite(
 
     The replicate is the same cells measured again: the target's molecules are dealt to two halves at random (count
     splitting; Neufeld et al. 2024), of which one is the truth and the other the replicate. Correlations are of each
-    feature over the cells of one type, so that telling types apart earns nothing.
+    feature over the cells of one type, so that telling types apart earns nothing. Methods that choose something by
+    cells that they were not fitted on are given the fold's calibration cells.
     """
     values = []
     for seed in seeds:
         for fold in folds:
-            test = study.take(fold.test_C)
-            both = (np.diff(test.measured(source).indptr) > 0) & (np.diff(test.measured(target).indptr) > 0)
-            test = test.take(both)
+            test = _measured(study.take(fold.test_C), source, target)
             if test.n_cells < FEWEST_CELLS:
                 continue
             train = study.take(fold.train_C)
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
+            for method in fitted.values():
+                if isinstance(method, Calibrated):
+                    method.calibrate(_measured(study.take(fold.calibrate_C), source, target))
             for where, group in units(test, fold, unit):
                 truth, again = _split(group, target, seed)
                 truth_CH = truth.logs(target).toarray().astype(np.float64)
@@ -114,6 +117,19 @@ def translate_suite(
                     for type_, value in _within(answer_CH, truth_CH, group.label(column)).items():
                         values.append(Value(name, "correlation within types", f"{where} | {type_}", seed, value))
     return _some(values, f"no fold holds {FEWEST_CELLS} cells out that have {source} and {target}")
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A method that chooses something by cells that it was not fitted on."""
+
+    def calibrate(self, cells: Study) -> None:
+        """Choose."""
+
+
+def _measured(cells: Study, source: str, target: str) -> Study:
+    """Return the cells in which both were measured."""
+    return cells.take((np.diff(cells.measured(source).indptr) > 0) & (np.diff(cells.measured(target).indptr) > 0))
 
 
 def units(test: Study, fold: Fold, column: str) -> list[tuple[str, Study]]:
