@@ -88,14 +88,14 @@ def evaluate(
         Path | None, typer.Argument(help="The checkpoint; left out: floor and replicate only.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="perturb, annotate, calibration, translate, forecast or novelty.")
+        str, typer.Option(help="perturb, annotate, calibration, translate, forecast, novelty or agnostic.")
     ] = "annotate",
     snapshot: Name = "",
     lake: Lake = "lake",
     folds: Folds = None,
     overrides: Overrides = None,
     measurement: Annotated[str, typer.Option(help="What is predicted, or looked at to tell types.")] = "RNA",
-    source: Annotated[str, typer.Option(help="What is translated from.")] = "RNA",
+    source: Annotated[str, typer.Option(help="What is translated from, or decides disputes (agnostic).")] = "RNA",
     columns: Annotated[
         list[str] | None, typer.Option("--context", help="Columns that make a context, or hold the types.")
     ] = None,

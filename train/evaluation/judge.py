@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from store.errors import UsageError
 from store.snapshot import open_snapshot
+from train.evaluation.agnostic import AGNOSTIC, adjudicate, molecules_suite, shares_floor
 from train.evaluation.audit import Finding, audit, refuse_leaks
 from train.evaluation.calibration import CALIBRATION, calibration_suite
 from train.evaluation.cellfloor import Annotator, Ensemble, annotation_floor, forecast_floor, translation_floor
@@ -21,7 +22,15 @@ from train.evaluation.gated import HEAD, Gate, GatedEffects, TargetVectors
 from train.evaluation.gatedtime import GatedForecast
 from train.evaluation.gatedtranslate import GatedTranslator
 from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
-from train.evaluation.ours import NAME, ModelEffects, ModelEmbedder, ModelTranslator, identities, pretrained
+from train.evaluation.ours import (
+    NAME,
+    ModelEffects,
+    ModelEmbedder,
+    ModelShares,
+    ModelTranslator,
+    identities,
+    pretrained,
+)
 from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, Way, score
 from train.evaluation.scratch import adapt_on
@@ -40,7 +49,7 @@ class Question:
         lake, snapshot: Whose cells.
         folds: What is held out.
         measurement: What is predicted, or looked at to tell types.
-        source: The measurement that is translated from.
+        source: The measurement that is translated from, or that decides disputes (agnostic).
         columns: What makes a context of perturbations; the first is the column of types.
         seeds: How many.
         sets: GMT files of gene sets: what baselines and the transition head know of targets.
@@ -191,6 +200,21 @@ def _novelty(task: _Task) -> list[Value]:
     return novelty_suite(task.study, task.folds, methods, measurement, column, task.seeds)
 
 
+def _agnostic(task: _Task) -> list[Value]:
+    """Judge by held-out molecules; and by another measurement, where one is named and disputes can be decided."""
+    measurement, predictor, asked = task.question.measurement, task.predictor, task.question
+    methods = by_seed(lambda seed: shares_floor(measurement, seed))
+    if predictor is not None:
+        methods[NAME] = lambda seed: ModelShares(predictor, measurement)
+    values = molecules_suite(task.study, task.folds, methods, measurement, task.seeds)
+    if asked.source == measurement:
+        return values
+    tells = by_seed(lambda seed: annotation_floor(measurement, asked.columns[0], seed)[1:])
+    if predictor is not None:
+        tells[NAME] = partial(_probe, predictor, asked.columns[0])
+    return values + adjudicate(task.study, task.folds, tells, asked.source, measurement, asked.columns[0], task.seeds)
+
+
 def _forecast(task: _Task) -> list[Value]:
     measurement = task.question.measurement
     if task.predictor is not None:
@@ -208,6 +232,7 @@ SUITES: dict[str, tuple[Callable[[_Task], list[Value]], dict[str, Way]]] = {
     "translate": (_translate, TRANSLATE),
     "forecast": (_forecast, FORECAST),
     "novelty": (_novelty, NOVELTY),
+    "agnostic": (_agnostic, AGNOSTIC),
 }
 """Suite to what runs it, and which way of its metrics is better."""
 

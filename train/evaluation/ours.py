@@ -162,6 +162,27 @@ class ModelTranslator:
         return expected_logs(_back(self.predictor, cells, self.target, share_CH), self.depth, r_H)
 
 
+class ModelShares:
+    """What the model says of a cell's molecules; nothing is said of the cells but their organism."""
+
+    name = NAME
+
+    def __init__(self, predictor: Predictor, measurement: str) -> None:
+        """Take a loaded model."""
+        self.predictor, self.measurement = predictor, measurement
+
+    def fit(self, train: Study) -> Self:
+        """Learn nothing."""
+        return self
+
+    def shares(self, cells: Study) -> Matrix:
+        """Return share_CH."""
+        found = self.predictor.shares(
+            cells_of(self.predictor, cells, [self.measurement], ("organism",)), self.measurement
+        )
+        return _back(self.predictor, cells, self.measurement, found)
+
+
 def expected_logs(share_CH: Matrix, depth: float, r_H: Matrix | None) -> Matrix:
     """Return the mean of log1p(count / depth * ``SCALE``), which is below the log of the mean where counts are few.
 

@@ -98,16 +98,16 @@ def translate_suite(
     values = []
     for seed in seeds:
         for fold in folds:
-            test = _measured(study.take(fold.test_C), source, target)
+            test = with_both(study.take(fold.test_C), source, target)
             if test.n_cells < FEWEST_CELLS:
                 continue
             train = study.take(fold.train_C)
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             for method in fitted.values():
                 if isinstance(method, Calibrated):
-                    method.calibrate(_measured(study.take(fold.calibrate_C), source, target))
+                    method.calibrate(with_both(study.take(fold.calibrate_C), source, target))
             for where, group in units(test, fold, unit):
-                truth, again = _split(group, target, seed)
+                truth, again = deal_molecules(group, target, seed)
                 truth_CH = truth.logs(target).toarray().astype(np.float64)
                 answers = {name: method.predict(group) for name, method in fitted.items()}
                 answers[REPLICATE] = again.logs(target).toarray().astype(np.float64)
@@ -127,7 +127,7 @@ class Calibrated(Protocol):
         """Choose."""
 
 
-def _measured(cells: Study, source: str, target: str) -> Study:
+def with_both(cells: Study, source: str, target: str) -> Study:
     """Return the cells in which both were measured."""
     return cells.take((np.diff(cells.measured(source).indptr) > 0) & (np.diff(cells.measured(target).indptr) > 0))
 
@@ -143,7 +143,8 @@ def units(test: Study, fold: Fold, column: str) -> list[tuple[str, Study]]:
     return found
 
 
-def _split(study: Study, measurement: str, seed: int) -> tuple[Study, Study]:
+def deal_molecules(study: Study, measurement: str, seed: int) -> tuple[Study, Study]:
+    """Deal the molecules of each cell to two halves at random, each molecule by itself."""
     counts_CH = csr_matrix(study.measured(measurement)).copy()
     half = counts_CH.copy()
     half.data = np.random.default_rng([seed, 2]).binomial(counts_CH.data.astype(np.int64), 0.5).astype(np.float32)
