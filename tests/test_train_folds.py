@@ -12,7 +12,7 @@ from studies import perturbed
 from store.errors import UsageError, VerificationError
 from train.evaluation.audit import audit, refuse_leaks
 from train.evaluation.effects import halves
-from train.evaluation.folds import Fold, FoldSettings, digest, make_folds
+from train.evaluation.folds import Fold, FoldSettings, make_folds
 from train.evaluation.study import Study
 
 TARGETS = ["x", "y", "z", "x+y"]
@@ -131,8 +131,3 @@ def test_the_audit_fails_closed_on_what_it_cannot_know(cells: Study) -> None:
         refuse_leaks(findings)
     assert "old.gmt" not in str(raised.value)
     assert raised.value.exit_code == 8
-
-
-def test_a_digest_tells_training_cells_apart(cells: Study) -> None:
-    first, second = make_folds(cells, FoldSettings(by="perturbation", held=("x", "y")))
-    assert first.digest(cells) == digest(cells, np.flatnonzero(first.train_C)) != second.digest(cells)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,16 +72,6 @@ class Fold:
     test_C: NDArray[np.bool_]
     calibrate_C: NDArray[np.bool_]
 
-    def digest(self, study: Study) -> str:
-        """Return what a method that was fitted on this fold's training cells, and no others, says of itself."""
-        return digest(study, self.train_C)
-
-
-def digest(study: Study, rows: NDArray[Any]) -> str:
-    """Return a digest of which cells these are, by their place in the study."""
-    numbers = np.flatnonzero(rows) if rows.dtype == bool else np.asarray(rows)
-    return hashlib.sha256(f"{study.n_cells}|".encode() + numbers.astype("<i8").tobytes()).hexdigest()
-
 
 def make_folds(study: Study, settings: FoldSettings) -> list[Fold]:
     """Return the folds; by perturbation or target, cells that nobody perturbed are never held out.
@@ -104,7 +93,7 @@ def make_folds(study: Study, settings: FoldSettings) -> list[Fold]:
         if not found.any():
             raise UsageError(f"where.{column}: no cell has {' or '.join(map(repr, values))}")
         allowed_C &= found
-    held = sorted(settings.held or groups, key=lambda name: _draw(settings.seed, name))
+    held = sorted(settings.held or groups, key=lambda name: drawn_place(settings.seed, name))
     dealt = [[name] for name in held]
     if settings.folds:
         dealt = [held[number :: settings.folds] for number in range(min(settings.folds, len(held)))]
@@ -119,7 +108,7 @@ def _fold(
     allowed_C: NDArray[np.bool_],
 ) -> Fold:
     test_C = np.any([of[name] for name in names], axis=0) & allowed_C
-    others = sorted((name for name in of if name not in names), key=lambda name: _draw(settings.seed + 1, name))
+    others = sorted((name for name in of if name not in names), key=lambda name: drawn_place(settings.seed + 1, name))
     chosen = [name for name in settings.calibrate_on if name in others] or others[
         : round(settings.calibrate * len(others))
     ]
@@ -150,5 +139,6 @@ def _membership(study: Study, by: str) -> dict[str, NDArray[np.bool_]]:
     return {target: hits[target][code_C] for target in targets}
 
 
-def _draw(seed: int, label: str) -> bytes:
+def drawn_place(seed: int, label: str) -> bytes:
+    """Return what groups are sorted by to be dealt: a hash of seed and name, whatever other groups there are."""
     return hashlib.sha256(f"{seed}|{label}".encode()).digest()

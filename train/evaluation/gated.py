@@ -12,7 +12,6 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -27,7 +26,7 @@ from train.evaluation.conformal import group_quantile
 from train.evaluation.effects import Effects, contexts, effects
 from train.evaluation.floor import effect_floor, set_vectors
 from train.evaluation.flow import Flow, FlowSettings, Passage, fit_flow
-from train.evaluation.folds import UNPERTURBED
+from train.evaluation.folds import UNPERTURBED, drawn_place
 from train.evaluation.score import ERRORS, standard_errors
 from train.evaluation.study import Study
 
@@ -325,7 +324,7 @@ def best_weight(along_E: Vector, size_E: Vector) -> float:
 def _deal(group_E: Sequence[frozenset[str]], seed: int) -> NDArray[np.bool_]:
     """Deal groups to folds; return which effects each fold holds out, [E, J]; every effect is in one at least."""
     groups = sorted({name for names in group_E for name in names})
-    groups.sort(key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).digest())
+    groups.sort(key=lambda name: drawn_place(seed, name))
     n_folds = min(FOLDS, len(groups))
     if n_folds < 2:
         raise InputRefused(f"the transition head needs two groups to hold out in turn; there is {', '.join(groups)}")
