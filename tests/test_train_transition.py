@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix, hstack
 from studies import going_round, perturbed, switched_off
 
 from store.errors import InputRefused
@@ -131,6 +132,20 @@ def test_two_groups_choose_a_baseline_but_open_no_gate_and_one_group_is_refused(
     assert np.isinf(high_G).all()
     with pytest.raises(InputRefused, match="two groups to hold out in turn; there is x"):
         GatedEffects("RNA").fit(study.take(study.label("perturbation") != "y"))
+
+
+def test_features_that_nobody_has_do_not_make_intervals_narrower() -> None:
+    study = perturbed([f"t{number}" for number in range(12)], contexts=("a",), n_cells=20)
+    empty = hstack([study.counts["RNA"], csr_matrix((study.n_cells, 200), dtype=np.float32)]).tocsr()
+    names = [*study.features["RNA"], *(f"none{number}" for number in range(200))]
+    wide = Study({"RNA": csr_matrix(empty)}, {"RNA": names}, study.obs)
+    both = [
+        GatedEffects("RNA", settings=QUICK, candidates=[TrainingMean("RNA")]).fit(one).interval(one, "q", "a", 0.8)
+        for one in (study, wide)
+    ]
+    for plain_G, wider_G in zip(*both, strict=True):
+        np.testing.assert_allclose(wider_G[:60], plain_G, rtol=1e-6)
+    assert np.isfinite(both[1][0]).all()
 
 
 def test_over_time_the_head_goes_round_where_baselines_cut_the_corner() -> None:

@@ -286,9 +286,11 @@ class GatedEffects:
     def _widen(self, told_EG: Matrix) -> None:
         """Learn each feature's usual error, and the errors of held-out groups in units of it."""
         error_EG = np.abs(self.table.delta_EG - told_EG)
-        usual_G = np.sqrt((error_EG**2).mean(axis=0))
-        self.usual_G = np.sqrt(usual_G**2 + np.median(usual_G) ** 2 / 4)
-        self.score_E = error_EG / self.usual_G
+        square_G = (error_EG**2).mean(axis=0)
+        seen_G = (self.table.treated_EG > 0).any(axis=0) | (self.table.control_EG > 0).any(axis=0)
+        common = float(np.median(square_G[seen_G])) if seen_G.any() else 0.0
+        self.usual_G = np.sqrt(square_G + common / 4 + 1e-12)
+        self.score_EG = (error_EG / self.usual_G)[:, seen_G]  # features without a count are always right
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
         """Return delta_G; of a target that nothing is known of, what the baseline says: the flow abstains."""
@@ -307,7 +309,7 @@ class GatedEffects:
         Infinite where there are too few groups to say.
         """
         told_G = self.predict(control, perturbation, context)
-        half = group_quantile(self.score_E, self.label_E, level) * self.usual_G
+        half = group_quantile(self.score_EG, self.label_E, level) * self.usual_G
         return told_G - half, told_G + half
 
 

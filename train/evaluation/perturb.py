@@ -93,9 +93,10 @@ def perturb_suite(
                         truth_G = _effect(study, question, control_C, measurement, columns)
                         low_G, high_G = method.interval(control, *question, level=LEVEL)
                         unit = " | ".join(filter(None, question))
-                        inside = float(((low_G <= truth_G) & (truth_G <= high_G)).mean())
+                        seen_G = np.asarray(study.measured(measurement).sum(axis=0)).ravel() > 0
+                        inside = float(((low_G <= truth_G) & (truth_G <= high_G))[seen_G].mean())
                         values.append(Value(name, f"coverage of {LEVEL:.0%} intervals", unit, seed, inside))
-                        width = float(np.median(high_G - low_G))
+                        width = float(np.median((high_G - low_G)[seen_G]))
                         values.append(Value(name, f"width of {LEVEL:.0%} intervals", unit, seed, width))
                 answers[REPLICATE][question] = np.empty(0)  # its own cells stand for it
             for context in sorted({where for _, where in questions}):
