@@ -149,7 +149,7 @@ def evaluate(
     }
     if judged.gates:
         about["gated"] = [f"{one.baseline} + {one.g:.2f} f, gain {one.gain:.1f} SE" for one in judged.gates]
-    what = f"{suite}: {checkpoint or 'the floor'} on {snapshot}"
+    what = f"{suite}: {checkpoint or ('the transition head' if gated else 'the floor')} on {snapshot}"
     as_json, as_html = write_report(output, what, judged.values, scores, about)
     if json:
         answer(

@@ -36,7 +36,7 @@ dt { font-weight: 600; } dd { margin: 0 0 .5rem 1.5rem; }
 experiment. A metric whose replicate is not better than the strongest baseline by two standard errors over units says
 nothing here, and gets no score. Intervals are 95 % of a paired bootstrap over units; p is Holm-adjusted.</p>
 <table>
-<tr><th>metric</th><th>units</th><th>u (model)</th><th>b (strongest baseline)</th><th>r (replicate)</th>
+<tr><th>metric</th><th>units</th><th>u (ours)</th><th>b (strongest baseline)</th><th>r (replicate)</th>
 <th>gate (SE)</th>
 <th>s</th><th>p</th><th></th></tr>
 {% for one in scores %}
