@@ -6,12 +6,12 @@ The trunk stays as it is, bit for bit; an adapter is a small file that says whic
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from store.errors import InputRefused
@@ -118,7 +118,7 @@ def load_adapter(folder: str | Path, model: CellModel, base: dict[str, Any]) -> 
         grown = adapted(model, AdapterSettings(**manifest["adapter"]))
         weights = load_file(Path(folder) / WEIGHTS)
         found = grown.load_state_dict(weights, strict=False)
-    except (TypeError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(f"{folder}: not an adapter of this version: {error}") from error
     if found.unexpected_keys or set(weights) != set(adapter_weights(grown)):
         raise InputRefused(f"{folder}: its weights are not those of the model's layers; train the adapter again")

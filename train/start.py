@@ -36,7 +36,7 @@ def principal_axes(counts: Mapping[str, csr_matrix], width: int, seed: int = 0) 
         seed: Of the randomised decomposition.
     """
     width = min(width, MOST_AXES)
-    blocks = [_logs(part[:MOST_CELLS]) for part in counts.values()]
+    blocks = [log_shares(part[:MOST_CELLS]) for part in counts.values()]
     sizes = [np.sqrt((block.data**2).sum()) or 1.0 for block in blocks]
     joint_CF = csr_matrix(hstack([block / size for block, size in zip(blocks, sizes, strict=True)]))
     n_axes = min(width, joint_CF.shape[0] - 1, joint_CF.shape[1] - 1)
@@ -55,6 +55,8 @@ def mean_share(counts_CG: csr_matrix) -> NDArray[np.float32]:
     return (total_G / total_G.sum()).astype(np.float32)
 
 
-def _logs(counts_CG: csr_matrix) -> csr_matrix:
-    depth_C = np.asarray(counts_CG.sum(axis=1), dtype=np.float64).ravel()
+def log_shares(counts_CG: csr_matrix) -> csr_matrix:
+    """Return log1p of counts per ``SCALE`` of the cell's counts, [C, G] float64."""
+    counts_CG = counts_CG.astype(np.float64)
+    depth_C = np.asarray(counts_CG.sum(axis=1)).ravel()
     return csr_matrix(diags_array(SCALE / np.maximum(depth_C, 1)) @ counts_CG).log1p()

@@ -68,7 +68,10 @@ class LabelSets:
 
     def sets(self, cells: Study) -> NDArray[np.bool_]:
         """Return which types are in each cell's set, [C, Y] in the order of the annotator's types; never none."""
-        probability_CY = self.annotator.predict_proba(cells)
+        return self.inside(self.annotator.predict_proba(cells))
+
+    def inside(self, probability_CY: Matrix) -> NDArray[np.bool_]:
+        """Return which types are in the sets of cells with these probabilities."""
         inside_CY: NDArray[np.bool_] = probability_CY >= min(self.least, 1.0)
         inside_CY[np.arange(len(inside_CY)), probability_CY.argmax(axis=1)] = True
         return inside_CY
@@ -136,7 +139,8 @@ def calibration_suite(
 
 def _told(method: LabelSets, cells: Study) -> list[tuple[str, float]]:
     types, label_C = method.annotator.types, cells.label(method.annotator.column)
-    probability_CY, inside_CY = method.annotator.predict_proba(cells), method.sets(cells)
+    probability_CY = method.annotator.predict_proba(cells)
+    inside_CY = method.inside(probability_CY)
     true_CY = types[None, :] == label_C[:, None]
     covered = float((inside_CY & true_CY).any(axis=1).mean())
     wrong_C = types[probability_CY.argmax(axis=1)] != label_C

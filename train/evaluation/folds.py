@@ -46,7 +46,7 @@ class FoldSettings(Settings):
     """The day (YYYY-MM-DD) up to which knowledge files may say what was published; empty does not ask."""
 
     @model_validator(mode="after")
-    def _selection_is_known(self) -> FoldSettings:
+    def _words_agree(self) -> FoldSettings:
         if set(self.held) & set(self.calibrate_on):
             raise ValueError(f"calibrate_on: {', '.join(set(self.held) & set(self.calibrate_on))} is held out")
         if self.calibrate and self.calibrate_on:

@@ -85,7 +85,6 @@ class TargetVectors:
         Args:
             members: Set to its members.
             given: Target to a vector, such as a checkpoint's identity of the gene or a sequence model's.
-            components: Dimensions at most.
         """
         self.given = dict(given or {})
         self.loadings: dict[str, Vector] = {}

@@ -22,6 +22,7 @@ from store.errors import InputRefused, SomaflowError
 from store.snapshot import Snapshot, open_snapshot
 from train.cells import NUMBERS, PROMPTS, Cells
 from train.evaluation.floor import SameElsewhere
+from train.evaluation.folds import UNPERTURBED
 from train.evaluation.study import Study
 from train.predictor import Predictor
 from train.tokens import SCALE
@@ -37,12 +38,13 @@ def cells_of(predictor: Predictor, study: Study, measurements: Sequence[str], fi
         predictor: The model.
         study: The cells.
         measurements: Measurements that are shown.
-        fields: Prompts that are said: of ``PROMPTS`` and ``NUMBERS``; a value that the model never saw is not said.
+        fields: Prompts that are said: of ``PROMPTS`` and ``NUMBERS``, and "perturbation"; a value that the model never
+            saw is not said.
 
     Raises:
         InputRefused: No feature of a measurement is known to the model.
     """
-    counts = {name: aligned(predictor, study, name) for name in measurements}
+    counts = {name: _aligned(predictor, study, name) for name in measurements}
     prompts: dict[str, list[str]] = {}
     for field in fields:
         if field not in study.obs:
@@ -50,13 +52,17 @@ def cells_of(predictor: Predictor, study: Study, measurements: Sequence[str], fi
         if field in PROMPTS:
             known = set(predictor.prompts[field])
             prompts[field] = [value if value in known else "" for value in study.label(field)]
+        elif field == "perturbation":
+            targets = set(predictor.prompts[field])
+            said = ["control" if name in UNPERTURBED else name for name in study.label(field)]
+            prompts[field] = [name if set(name.split("+")) <= targets else "" for name in said]
         elif field in NUMBERS:
             numbers = study.obs[field].to_numpy(dtype=np.float64)
             prompts[field] = ["" if np.isnan(value) else str(value) for value in numbers]
     return predictor.cells(counts, prompts)
 
 
-def aligned(predictor: Predictor, study: Study, measurement: str) -> csr_matrix:
+def _aligned(predictor: Predictor, study: Study, measurement: str) -> csr_matrix:
     """Return counts in the order of the model's vocabulary."""
     if measurement not in predictor.vocabulary:
         raise InputRefused(f"the model knows no {measurement}; it knows {', '.join(predictor.vocabulary)}")

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from train.adapter import AdapterSettings, adapted
-from train.cells import PROMPTS, Cells
+from train.cells import NUMBERS, PROMPTS, Cells
 from train.checkpoint import Checkpoint, Vocabulary
 from train.config import ModelConfig
 from train.evaluation.folds import UNPERTURBED
-from train.evaluation.ours import aligned
+from train.evaluation.ours import cells_of
 from train.evaluation.study import Study
 from train.knowledge import gather_knowledge
 from train.model import CellModel
@@ -174,23 +174,11 @@ def _words(study: Study) -> dict[str, list[str]]:
 
 def _cells(predictor: Predictor, study: Study) -> Cells:
     """Return all that is known of a study's cells; values that the model never saw are not said."""
-    prompts = {}
-    for name in PROMPTS:
-        if name in study.obs:
-            known = set(predictor.prompts[name])
-            prompts[name] = [value if value in known else "" for value in study.label(name)]
-    targets = set(predictor.prompts["perturbation"])
-    said = ["control" if name in UNPERTURBED else name for name in study.label("perturbation")]
-    prompts["perturbation"] = [name if set(name.split("+")) <= targets else "" for name in said]
-    for name in ("time", "dose"):
-        if name in study.obs:
-            numbers = study.obs[name].to_numpy(dtype=np.float64)
-            prompts[name] = ["" if np.isnan(value) else str(value) for value in numbers]
-    counts = {name: aligned(predictor, study, name) for name in study.counts if name in predictor.vocabulary}
-    cells = predictor.cells(counts, prompts)
+    names = [name for name in study.counts if name in predictor.vocabulary]
+    cells = cells_of(predictor, study, names, (*PROMPTS, *NUMBERS, "perturbation"))
     return replace(
         cells,
-        measured={name: np.diff(part.indptr) > 0 for name, part in counts.items()},
+        measured={name: np.diff(part.indptr) > 0 for name, part in cells.counts.items()},
         panel=np.zeros(study.n_cells, np.int32),
         row=np.arange(study.n_cells, dtype=np.int64),
     )

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix, diags_array, vstack
+from scipy.sparse import csr_matrix, vstack
 
 from store.errors import InputRefused
 from store.schema import OBS_DEFAULTS
 from store.snapshot import Snapshot
-from train.tokens import SCALE
+from train.start import log_shares
 
 BLOCK_ROWS = 8192
 
@@ -81,10 +81,7 @@ class Study:
         Raises:
             InputRefused: There is no such measurement.
         """
-        counts_CG = self.measured(measurement).astype(np.float64)
-        depth_C = np.asarray(counts_CG.sum(axis=1)).ravel()
-        scaled = csr_matrix(diags_array(SCALE / np.maximum(depth_C, 1)) @ counts_CG)
-        return scaled.log1p().astype(np.float32)
+        return log_shares(self.measured(measurement)).astype(np.float32)
 
 
 def read_study(snapshot: Snapshot, max_cells: int = 200_000) -> Study:
