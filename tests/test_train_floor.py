@@ -26,6 +26,7 @@ from train.evaluation.floor import (
     ControlPasted,
     KnowledgeNeighbours,
     SameElsewhere,
+    Shrunken,
     TrainingMean,
     effect_floor,
 )
@@ -73,6 +74,36 @@ def test_baselines_say_what_they_are_named_after(cells: Study) -> None:
     np.testing.assert_allclose(said(Additive, "x+y", "a"), delta["x", "a"] + delta["y", "a"])
     elsewhere = SameElsewhere("RNA").fit(train.take(train.label("cell_type") == "a")).predict(control, "x", "b")
     np.testing.assert_allclose(elsewhere, delta["x", "a"])
+
+
+def test_a_mean_is_trusted_as_far_as_effects_agree_and_a_target_as_far_as_its_cells_do(cells: Study) -> None:
+    train = cells.take(cells.label("perturbation") != "x+y")
+    known = effects(train, "RNA")
+    one = known.take(np.array([key == ("x", "a") for key in zip(known.perturbation, known.context, strict=True)]))
+    same = replace(
+        known,
+        treated_EG=known.control_EG + one.delta_EG,
+        noise_E=np.zeros(known.n_effects),
+    )
+    np.testing.assert_allclose(Shrunken("RNA").learn(same).predict(train, "q", "a"), one.delta_EG[0], atol=1e-12)
+    opposed_EG = np.resize([[1.0], [-1.0]], (known.n_effects, 1)) * np.random.default_rng(0).normal(size=len(FEATURES))
+    opposed = replace(known, treated_EG=known.control_EG + opposed_EG, noise_E=np.zeros(known.n_effects))
+    nothing = Shrunken("RNA").learn(opposed)
+    assert not nothing.predict(train, "q", "a").any()
+    delta = dict(zip(zip(opposed.perturbation, opposed.context, strict=True), opposed_EG, strict=True))
+    np.testing.assert_allclose(nothing.predict(train, "x+z", "a"), delta["x", "a"] + delta["z", "a"], rtol=1e-9)
+    noisy = replace(opposed, noise_E=np.full(known.n_effects, 1e9))
+    assert not Shrunken("RNA").learn(noisy).predict(train, "x+z", "a").any()
+    alone = Shrunken("RNA").learn(replace(one, noise_E=np.array([0.25 * float((one.delta_EG**2).mean())])))
+    np.testing.assert_allclose(alone.predict(train, "q", "a"), 0.75 * one.delta_EG[0])
+
+
+def test_noise_of_an_effect_is_the_sampling_variance_of_its_profile() -> None:
+    made = perturbed(["x"], ("a",), n_cells=2000)
+    label = [f"x{number % 40}" if one == "x" else one for number, one in enumerate(made.label("perturbation"))]
+    found = effects(Study(made.counts, made.features, made.obs.assign(perturbation=label)), "RNA")
+    assert found.n_effects == 40
+    assert found.noise_E.mean() == pytest.approx(found.treated_EG.var(axis=0, ddof=1).mean(), rel=0.1)
 
 
 def test_bilinear_ridge_recovers_effects_that_follow_vectors_given_for_targets() -> None:

@@ -33,6 +33,8 @@ class Effects:
         control_EG: Profile of the context's controls: log1p of their summed counts per 10,000 of all their counts.
         treated_EG: The same of the perturbed cells.
         n_cells: E numbers of perturbed cells.
+        noise_E: Sampling variance of ``treated_EG``, on average over features: a quarter of the mean squared difference
+            between the profiles of every other perturbed cell and of the rest.
         features: The names of G.
     """
 
@@ -41,6 +43,7 @@ class Effects:
     control_EG: NDArray[np.float64]
     treated_EG: NDArray[np.float64]
     n_cells: NDArray[np.int64]
+    noise_E: NDArray[np.float64]
     features: tuple[str, ...]
 
     @property
@@ -61,6 +64,7 @@ class Effects:
             self.control_EG[chosen_E],
             self.treated_EG[chosen_E],
             self.n_cells[chosen_E],
+            self.noise_E[chosen_E],
             self.features,
         )
 
@@ -122,15 +126,23 @@ def effects(study: Study, measurement: str, columns: Sequence[str] = ("cell_type
         for name in sorted(set(perturbation_C[here_C & ~unperturbed_C])):
             chosen_C = here_C & (perturbation_C == name)
             if chosen_C.sum() >= MIN_CELLS:
-                lines.append((name, context, control_G, profile(counts_CG[chosen_C]), int(chosen_C.sum())))
+                rows = np.flatnonzero(chosen_C)
+                noise = float(((profile(counts_CG[rows[::2]]) - profile(counts_CG[rows[1::2]])) ** 2).mean()) / 4
+                lines.append((name, context, control_G, profile(counts_CG[rows]), len(rows), noise))
     if not lines:
         raise InputRefused(
             f"no perturbation has {MIN_CELLS} cells of {measurement} beside controls of the same "
             f"{', '.join(columns) or 'study'}; controls have the perturbation {' or '.join(map(repr, UNPERTURBED))}"
         )
-    names, where, control, treated, n_cells = zip(*lines, strict=True)
+    names, where, control, treated, n_cells, noises = zip(*lines, strict=True)
     return Effects(
-        names, where, np.stack(control), np.stack(treated), np.array(n_cells), tuple(study.features[measurement])
+        names,
+        where,
+        np.stack(control),
+        np.stack(treated),
+        np.array(n_cells),
+        np.array(noises),
+        tuple(study.features[measurement]),
     )
 
 

@@ -45,10 +45,11 @@ class Baseline:
         """Return delta_G."""
         raise NotImplementedError
 
-    def mean_of(self, chosen: Sequence[bool] | NDArray[np.bool_]) -> Vector | None:
-        """Return the mean delta_G of some training effects, None of none."""
-        chosen_E = np.asarray(chosen, dtype=bool)
-        return self.train.delta_EG[chosen_E].mean(axis=0) if chosen_E.any() else None
+    def lines(self, target: str, context: str) -> NDArray[np.int64]:
+        """Return the training effects of a perturbation: in this context, else elsewhere."""
+        own_E = np.array([one == target for one in self.train.perturbation])
+        here_E = own_E & np.array([at == context for at in self.train.context])
+        return np.flatnonzero(here_E if here_E.any() else own_E)
 
     @property
     def training_mean(self) -> Vector:
@@ -58,9 +59,8 @@ class Baseline:
 
     def single(self, target: str, context: str) -> Vector | None:
         """Return what a training perturbation does: in this context, else on average elsewhere; None where unknown."""
-        names, where = self.train.perturbation, self.train.context
-        here = self.mean_of([one == target and at == context for one, at in zip(names, where, strict=True)])
-        return here if here is not None else self.mean_of([one == target for one in names])
+        lines = self.lines(target, context)
+        return self.train.delta_EG[lines].mean(axis=0) if len(lines) else None
 
 
 class ControlPasted(Baseline):
@@ -90,8 +90,8 @@ class ContextMean(Baseline):
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
         """Return the context's mean; of a context without training effects, the mean of all."""
-        here = self.mean_of([at == context for at in self.train.context])
-        return self.training_mean if here is None else here
+        here_E = np.array([at == context for at in self.train.context])
+        return self.train.delta_EG[here_E].mean(axis=0) if here_E.any() else self.training_mean
 
 
 class SameElsewhere(Baseline):
@@ -115,6 +115,41 @@ class Additive(Baseline):
         parts = [self.single(target, context) for target in perturbation.split("+")]
         summed: Vector = np.sum([self.training_mean if part is None else part for part in parts], axis=0)
         return summed
+
+
+class Shrunken(Baseline):
+    """Means that are trusted as far as their noise allows (James and Stein 1961, the positive part).
+
+    The mean over training effects is drawn towards nothing, the more the less they have in common. What a known target
+    does is drawn towards that mean by how much of its distance is noise between its cells; of a combination, what sets
+    its targets apart from the mean is added up. A target that was never hit adds nothing.
+    """
+
+    name = "shrunken mean"
+
+    def learn(self, train: Effects) -> Self:
+        """Shrink the mean."""
+        super().learn(train)
+        delta_EG, mean_G = self.train.delta_EG, self.training_mean
+        apart = ((delta_EG - mean_G) ** 2).mean(axis=1).sum() / (len(delta_EG) - 1) if len(delta_EG) > 1 else np.nan
+        noise = float(self.train.noise_E[0]) if np.isnan(apart) else apart / len(delta_EG)
+        self.mean_G = _kept(mean_G, noise) * mean_G
+        return self
+
+    def predict(self, control: Study, perturbation: str, context: str) -> Vector:
+        """Return the shrunken mean, and what is known to set the targets apart from it."""
+        total_G = self.mean_G.copy()
+        for target in perturbation.split("+"):
+            lines = self.lines(target, context)
+            if len(lines):
+                beyond_G = self.train.delta_EG[lines].mean(axis=0) - self.mean_G
+                total_G += _kept(beyond_G, float(self.train.noise_E[lines].mean()) / len(lines)) * beyond_G
+        return total_G
+
+
+def _kept(estimate_G: Vector, noise: float) -> float:
+    """Return the share of an estimate that is not noise: 1 - its sampling variance over its mean square, 0 at least."""
+    return max(0.0, 1.0 - noise / max(float((estimate_G**2).mean()), 1e-12))
 
 
 class BilinearRidge(Baseline):
@@ -236,9 +271,10 @@ class KnowledgeNeighbours(Baseline):
 def effect_floor(
     measurement: str, columns: Sequence[str] = ("cell_type",), members: Mapping[str, Sequence[str]] | None = None
 ) -> list[Baseline]:
-    """Return every baseline of effects, the plainest guesses first; those that need knowledge where there is some."""
+    """Return every baseline of effects, the most trusted first; those that need knowledge where there is some."""
     plain: list[Baseline] = [
-        kind(measurement, columns) for kind in (TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
+        kind(measurement, columns)
+        for kind in (Shrunken, TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
     ]
     nothing = ControlPasted(measurement, columns)
     if not members:
