@@ -43,6 +43,7 @@ FEATURE_KIND = {
     "peptide": "peptide",
     "metabolite": "metabolite",
     "methylation": "site",
+    "methylation_coverage": "site",
     "miRNA": "miRNA",
 }
 MITOCHONDRIAL = ("mt-", "MT-")

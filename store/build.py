@@ -159,7 +159,7 @@ class _Build:
         self.splits = tuple(settings.fractions)
         cells = _chosen_cells(lake, settings)
         self.organisms, organism_C = coded(cells, "organism")
-        self.measurements = _chosen_measurements(cells, settings)
+        self.measurements, self.levels = _chosen_measurements(lake, cells, settings, base)
         self.kept = _kept_features(lake, settings, self.organisms, self.measurements)
         split_C = draw_splits(cells, settings)
         joinid_C = cells["soma_joinid"].to_numpy()
@@ -218,6 +218,7 @@ class _Build:
                 mine,
                 {name: self.kept[name][organism] for name in mine if name in self.kept},
                 {name: self.per_cell[organism, name] for name in mine},
+                tuple(name for name in mine if name in self.levels),
             )
 
     def _scatter(self, spill: str, mark: str) -> list[Spilled]:
@@ -260,7 +261,8 @@ class _Build:
             largest = max((one.largest[name] for one in mine), default=0.0)
             whole = all(one.integral[name] for one in mine)
             features = "uint16" if len(self.var[name]) <= 2**16 else "uint32"
-            kinds[name] = (features, str(np.min_scalar_type(int(largest))) if whole else "float32")
+            counts = str(np.min_scalar_type(int(largest))) if whole and name not in self.levels else "float32"
+            kinds[name] = (features, counts)
         self.labels = self._label_counts(spilled)
         codes = {field: {value: code for code, value in enumerate(by)} for field, by in self.labels.items()}
         return Gather(self.uri, self.work, self.bucket_rows, self.n_rows, numbers, kinds, starts, codes)
@@ -353,6 +355,8 @@ class _Build:
             }
             for name, rows in self.var.items()
         }
+        for name in self.levels:
+            entries[name]["layer"] = "value"
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "name": self.name,
@@ -396,14 +400,44 @@ def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
     return pa.concat_tables(parts).unify_dictionaries()
 
 
-def _chosen_measurements(cells: pa.Table, settings: SnapshotSettings) -> list[str]:
-    present = [
+def _chosen_measurements(
+    lake: Lake, cells: pa.Table, settings: SnapshotSettings, base: Snapshot | None
+) -> tuple[list[str], list[str]]:
+    """Return the measurements, and of which of them levels are taken.
+
+    Raises:
+        UsageError: A named measurement that no chosen cell has, of the wanted kind.
+    """
+    counted = {
         name for name in schema.MEASUREMENTS if pa.compute.any(cells[schema.measured_column(name)]).as_py() is True
-    ]
+    }
+    leveled = _with_levels(lake, cells)
+    for name in settings.levels:
+        if name not in leveled:
+            raise UsageError(
+                f"levels: no chosen cell has levels of {name!r}; levels here: {', '.join(sorted(leveled))}"
+            )
+    levels = set(base.levels) if base else set(settings.levels) | (leveled - counted)
+    present = [name for name in schema.MEASUREMENTS if name in counted | leveled]
     for name in (*settings.measurements, *settings.features):
         if name not in present:
             raise UsageError(f"no chosen cell has measurement {name!r}; measurements here: {', '.join(present)}")
-    return [name for name in present if not settings.measurements or name in settings.measurements]
+    chosen = [name for name in present if not settings.measurements or name in settings.measurements]
+    return chosen, [name for name in chosen if name in levels]
+
+
+def _with_levels(lake: Lake, cells: pa.Table) -> set[str]:
+    """Return the measurements of which some chosen cells have levels."""
+    found = set()
+    organisms, organism_C = coded(cells, "organism")
+    joinid_C = cells["soma_joinid"].to_numpy()
+    for number, organism in enumerate(organisms):
+        mine = joinid_C[organism_C == number]
+        for row in lake.measurement_presence(organism).to_pylist():
+            first, stop = np.searchsorted(mine, [row["obs_start"], row["obs_stop"]])
+            if row["layer"] == "value" and row["n_measured_obs"] and first < stop:
+                found.add(row["measurement"])
+    return found
 
 
 def _kept_features(

@@ -24,7 +24,7 @@ from store import records
 from store.errors import ConflictError
 from store.schema import FEATURE_CAPACITY, Features
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

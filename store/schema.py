@@ -18,8 +18,21 @@ from store.errors import InputRefused
 CENSUS_SCHEMA_VERSION = "2.4.0"
 DATASET_SCHEMA_VERSION = "7.0.0"
 
-MEASUREMENTS = ("RNA", "protein", "ATAC", "guide", "peptide", "metabolite", "methylation", "miRNA")
-"""The measurements that a lake knows; the first is the Census's own."""
+MEASUREMENTS = (
+    "RNA",
+    "protein",
+    "ATAC",
+    "guide",
+    "peptide",
+    "metabolite",
+    "methylation",
+    "miRNA",
+    "methylation_coverage",
+)
+"""The measurements that a lake knows; the first is the Census's own.
+
+``methylation_coverage`` counts the reads over each site, of which ``methylation`` is the methylated fraction.
+"""
 
 LAYERS = {
     "raw": "counts: whole numbers; a feature that was measured and is not stored is zero",
@@ -32,9 +45,11 @@ CELL_CAPACITY = 2**31 - 2
 """Cells that one organism of a lake can hold: the domain is fixed at creation, so that appends never resize."""
 
 DATASET_CAPACITY = 2**16
-FEATURE_CAPACITY = dict.fromkeys(MEASUREMENTS, 2**17) | {"ATAC": 2**22, "methylation": 2**22}
+FEATURE_CAPACITY = dict.fromkeys(MEASUREMENTS, 2**17) | dict.fromkeys(
+    ("ATAC", "methylation", "methylation_coverage"), 2**22
+)
 
-ROW_TILE = dict.fromkeys(MEASUREMENTS, 512) | {"ATAC": 256, "methylation": 256}
+ROW_TILE = dict.fromkeys(MEASUREMENTS, 512) | dict.fromkeys(("ATAC", "methylation", "methylation_coverage"), 256)
 """Cells in one space tile of X: rows are written tile by tile, so this bounds what a writer holds in memory."""
 
 COLUMN_TILE = 2048

@@ -52,6 +52,7 @@ class Chunk:
         offsets: Measurement to what is added to the organism's feature joinids, so that organisms lie side by side.
         kept: Measurement to which joinids are kept; what is not listed keeps all.
         per_cell: Measurement to the values of a cell, about.
+        levels: Measurements of which levels are read, not counts.
     """
 
     number: int
@@ -62,6 +63,7 @@ class Chunk:
     offsets: dict[str, int]
     kept: dict[str, NDArray[np.bool_]]
     per_cell: dict[str, float]
+    levels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
         borders = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         columns[f"{name}.features"] = pa.ListArray.from_arrays(borders, pa.array(features))
         columns[f"{name}.counts"] = pa.ListArray.from_arrays(borders, pa.array(counts))
+        if name in chunk.levels:
+            columns[schema.measured_column(name)] = pa.array(lengths > 0)
         seen = np.zeros(int(features.max(initial=0)) + 1, dtype=bool)
         seen[features] = True
         used[name] = base64.b64encode(np.packbits(seen).tobytes()).decode()
@@ -207,9 +211,9 @@ def _counts(
     """Return each cell's number of values, and the features (ascending in a cell) and counts of all."""
     lengths, features, counts = [], [], []
     step = int(np.clip(READ_ELEMENTS / max(chunk.per_cell[measurement], 1), 256, 65536))
-    kept = chunk.kept.get(measurement)
+    kept, layer = chunk.kept.get(measurement), "value" if measurement in chunk.levels else "raw"
     for start in range(0, len(chunk.joinids_C), step):
-        block = lake.counts(chunk.organism, measurement, chunk.joinids_C[start : start + step])
+        block = lake.counts(chunk.organism, measurement, chunk.joinids_C[start : start + step], layer)
         if kept is not None:
             inside = kept[: block.shape[1]][block.indices]
             ends = np.concatenate([[0], np.cumsum(inside)])[block.indptr]

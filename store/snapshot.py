@@ -257,6 +257,7 @@ class Snapshot:
         self.uri = snapshot_uri(lake_uri, name)
         self.n_cells: int = manifest["n_cells"]
         self.measurements: tuple[str, ...] = tuple(manifest["measurements"])
+        self.levels = tuple(name for name, of in manifest["measurements"].items() if of.get("layer") == "value")
         self.datasets: tuple[str, ...] = tuple(manifest["datasets"])
         self.splits: dict[str, int] = manifest["splits"]
         firsts = np.cumsum([0, *(entry["n_rows"] for entry in manifest["parts"])]).tolist()

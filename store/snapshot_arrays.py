@@ -23,7 +23,7 @@ from store.lake import Lake
 from store.part import CELLS_SCHEMA, FIELDS, NUMBERS
 from store.shuffle import Gather
 
-FORMAT = 3
+FORMAT = 4
 TILE_ELEMENTS = 2**18
 INDPTR_TILE = 2**13
 LINE_TILE = 2**11

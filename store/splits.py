@@ -28,6 +28,8 @@ class SnapshotSettings(Settings):
     """Organisms, by their Census key; empty takes all of the lake's."""
     measurements: tuple[str, ...] = ()
     """Measurements; empty takes all that any chosen cell has."""
+    levels: tuple[str, ...] = ()
+    """Measurements of which levels (layer ``value``) are taken, not counts; those that have no counts need no word."""
     features: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Measurement to the feature_ids that are kept; what is not listed keeps all."""
     like: str = ""

@@ -15,10 +15,10 @@ from train.evaluation.cellfloor import Annotator, PrincipalComponents, annotatio
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.gatedtranslate import GatedTranslator
 from train.evaluation.judge import by_seed
-from train.evaluation.ontology import covering_type
 from train.evaluation.report import means
 from train.evaluation.score import REPLICATE
 from train.evaluation.study import Study
+from train.ontology import covering_type
 
 
 def donors(n_donors: int = 30, n_cells: int = 40, blur: float = 1.0, seed: int = 0) -> Study:

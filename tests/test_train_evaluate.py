@@ -73,6 +73,7 @@ def test_a_study_is_the_snapshots_cells(lake: str) -> None:
     [
         ("perturb", {"columns": ("tissue",)}),
         ("annotate", {"members": 2}),
+        ("embed", {}),
         ("agnostic", {"source": "protein"}),
         ("calibration", {"folds": FoldSettings(by="split", held=("test",), calibrate_on=("val",))}),
         ("translate", {"measurement": "protein"}),

@@ -13,7 +13,7 @@ from test_train_tokens import OFFSETS, cells
 from train.cells import NUMBERS, PROMPTS, Controls
 from train.config import ModelConfig
 from train.layout import lay_out
-from train.likelihood import log_rates, negative_log_likelihood
+from train.likelihood import Targets, log_rates, mean_cost
 from train.model import CellModel
 from train.objective import Loss, Objective, seen_cells
 from train.tokens import TokenSettings, make_tokens
@@ -97,12 +97,14 @@ def test_likelihoods_agree_with_scipy() -> None:
     shares = log_rates(logits, panel)
     mean = counts.sum(1, keepdims=True) * shares.exp().numpy()
     expected = -scipy.stats.poisson.logpmf(counts[:, :8], mean[:, :8]).mean(1)
-    found = negative_log_likelihood(torch.from_numpy(counts).double(), shares, panel, None)
+    values = torch.from_numpy(counts).double()
+    targets = Targets(values, panel, values > 0, torch.log(values.sum(1, keepdim=True)))
+    found = mean_cost("poisson", targets, shares, None)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     r = 2.5
     raw = torch.full((10,), float(np.log(np.expm1(r - 1e-4))), dtype=torch.float64)
     expected = -scipy.stats.nbinom.logpmf(counts[:, :8], r, r / (r + mean[:, :8])).mean(1)
-    found = negative_log_likelihood(torch.from_numpy(counts).double(), shares, panel, raw)
+    found = mean_cost("negative binomial", targets, shares, raw)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
 
@@ -111,28 +113,27 @@ def test_an_unmeasured_feature_and_an_unmeasured_cell_carry_no_loss(model: CellM
     panels = {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}
     panels["RNA"][0, 5] = False
     objective = Objective(panels, SETTINGS, 0, torch.device("cpu"))
-    counts, panel = objective.targets(batch, model)
+    targets = objective.targets(batch, model)
     logits = model(make_tokens(batch, OFFSETS, SETTINGS))[1]
-    before = rebuilt(objective, model, logits, counts, panel)
+    before = rebuilt(objective, model, logits, targets)
     moved = {name: values.clone() for name, values in logits.items()}
     moved["RNA"][:, 5] += 100.0
-    after = rebuilt(objective, model, moved, counts, panel)
+    after = rebuilt(objective, model, moved, targets)
     assert float(before.pairs) == 80
     torch.testing.assert_close(before.rebuilt, after.rebuilt)
     absent = replace(batch, measured={**batch.measured, "protein": np.arange(40) < 10})
-    _, panel = objective.targets(absent, model)
-    assert float(rebuilt(objective, model, logits, counts, panel).pairs) == 50
+    targets = objective.targets(absent, model)
+    assert float(rebuilt(objective, model, logits, targets).pairs) == 50
 
 
 def rebuilt(
     objective: Objective,
     model: CellModel,
     logits: dict[str, torch.Tensor],
-    counts: dict[str, torch.Tensor],
-    panel: dict[str, torch.Tensor],
+    targets: dict[str, Targets],
 ) -> Loss:
     none = torch.empty(0, dtype=torch.int64)
-    return objective._loss(model, logits, torch.empty(0), counts, panel, dict.fromkeys(panel, (none, none)))
+    return objective._loss(model, logits, torch.empty(0), targets, dict.fromkeys(targets, (none, none)))
 
 
 def test_every_parameter_gets_a_gradient() -> None:
@@ -179,13 +180,13 @@ def test_what_is_asked_for_is_hidden_or_zero_and_the_same_whoever_sits_beside() 
     objective = Objective(panels, SETTINGS, 0, torch.device("cpu"), queries=8)
     model = CellModel(CONFIG)
     tokens = make_tokens(batch, OFFSETS, SETTINGS, chance=(0, 5))
-    counts, panel = objective.targets(batch, model)
+    targets = objective.targets(batch, model)["RNA"]
     itself = np.ones(batch.n_cells, bool)
-    cell, feature = objective._ask("RNA", batch, itself, tokens, counts["RNA"], panel["RNA"], model, (0, 5))
+    cell, feature = objective._ask("RNA", batch, itself, tokens, targets, model, (0, 5))
     shown = {(c, f - 1) for c in range(batch.n_cells) for f in tokens.feature_CL[c][tokens.valid_CL[c]].tolist()}
     asked = set(zip(cell.tolist(), feature.tolist(), strict=True))
     assert not asked & shown
-    n_nonzero = np.bincount(cell[counts["RNA"][cell, feature] > 0], minlength=batch.n_cells)
+    n_nonzero = np.bincount(cell[targets.found[cell, feature]], minlength=batch.n_cells)
     assert n_nonzero.max() == 4
     some = batch.take(np.array([3, 30]))
     alone = objective._ask(
@@ -193,8 +194,7 @@ def test_what_is_asked_for_is_hidden_or_zero_and_the_same_whoever_sits_beside() 
         some,
         itself[:2],
         make_tokens(some, OFFSETS, SETTINGS, chance=(0, 5)),
-        counts["RNA"][[3, 30]],
-        panel["RNA"][[3, 30]],
+        objective.targets(some, model)["RNA"],
         model,
         (0, 5),
     )
@@ -213,7 +213,7 @@ def test_blocks_read_what_their_kind_says() -> None:
     part = batch.counts["protein"]
     other = replace(batch, counts={**batch.counts, "protein": replace(part, counts=part.counts[::-1].copy())})
     tokens = [make_tokens(one, OFFSETS, SETTINGS) for one in (batch, other)]
-    n_head = len(PROMPTS) + 4
+    n_head = 1 + CONFIG.prompt_tokens
     layouts = [lay_out(one, n_head, config.bottlenecks) for one in tokens]
     first, second = (model.encode(one)[0] for one in tokens)
     rna = layouts[0].feature_N[tokens[0].feature_CL.flatten()[layouts[0].source_N] < OFFSETS["protein"]]

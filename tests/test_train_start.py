@@ -13,7 +13,7 @@ from store.errors import InputRefused
 from train.evaluation.ours import ModelEmbedder
 from train.evaluation.scratch import ScratchSettings, held_out_loss, train_on
 from train.evaluation.study import Study
-from train.start import SPREAD, mean_share, principal_axes
+from train.start import SPREAD, log_shares, mean_share, principal_axes
 from train.tokens import TokenSettings
 
 
@@ -22,7 +22,7 @@ def test_features_that_vary_together_begin_alike_also_across_measurements() -> N
     level = rng.choice([0.2, 3.0], (400, 2))
     rna = rng.poisson(5 * level[:, [0, 0, 0, 1, 1, 1]]).astype(np.float32)
     protein = rng.poisson(40 * np.c_[level, 1 / level]).astype(np.float32)
-    axes = principal_axes({"RNA": csr_matrix(rna), "protein": csr_matrix(protein)}, width=3)
+    axes = principal_axes({"RNA": log_shares(csr_matrix(rna)), "protein": log_shares(csr_matrix(protein))}, width=3)
     assert {name: part.shape for name, part in axes.items()} == {"RNA": (6, 3), "protein": (4, 3)}
     assert all(abs(part.std() - SPREAD) < 1e-5 for part in axes.values())
     likeness = np.corrcoef(axes["RNA"])
@@ -34,10 +34,10 @@ def test_features_that_vary_together_begin_alike_also_across_measurements() -> N
 def test_axes_beyond_the_rank_and_of_features_without_counts_are_zeros() -> None:
     counts = np.random.default_rng(1).poisson(3, (30, 5)).astype(np.float32)
     counts[:, 2] = 0
-    axes = principal_axes({"RNA": csr_matrix(counts)}, width=16)["RNA"]
+    axes = principal_axes({"RNA": log_shares(csr_matrix(counts))}, width=16)["RNA"]
     assert np.abs(axes[2]).max() < 1e-12
     assert not axes[:, 4:].any()
-    assert not principal_axes({"RNA": csr_matrix((4, 3), dtype=np.float32)}, width=2)["RNA"].any()
+    assert not principal_axes({"RNA": log_shares(csr_matrix((4, 3), dtype=np.float32))}, width=2)["RNA"].any()
 
 
 def test_mean_shares_keep_features_without_counts_possible() -> None:

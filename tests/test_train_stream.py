@@ -452,6 +452,25 @@ def test_controls_match_and_are_the_same_at_any_number_of_ranks(grown: Snapshot,
         MatchedControls(match=("colour",))
 
 
+def test_an_unperturbed_cell_comes_with_an_earlier_one(grown: Snapshot) -> None:
+    table = grown.cells().to_pandas()
+    wanted = MatchedControls(share=0.0, earlier=0.8)
+    found = []
+    for cells in Stream(grown, batch=32, block=24, window=4, controls=wanted).epoch(0):
+        controls = cells.controls
+        assert controls is not None
+        place = controls.place_CS[:, 0]
+        found += zip(cells.row[place >= 0], controls.cells.row[place[place >= 0]], strict=True)
+    assert len(found) > 20
+    for row, other in found:
+        assert table["time"][other] < table["time"][row]
+        assert table["dataset_id"][other] == table["dataset_id"][row]
+        assert {table["perturbation"][row], table["perturbation"][other]} <= {"", "control"}
+    assert len({table["cell_type"][row] == table["cell_type"][other] for row, other in found}) == 2
+    with pytest.raises(UsageError, match="share and earlier from 0 to 1"):
+        MatchedControls(earlier=1.5)
+
+
 def test_telemetry_tells_a_mixed_stream_from_one_in_runs(grown: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Stream(grown, batch=64, block=16, window=4)
     assert np.isnan(made.telemetry.ratio)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from train.cells import NUMBERS, PROMPTS, Cells, Csr
-from train.tokens import SCALE, Tokens, TokenSettings, drawn, make_tokens, pack, units
+from train.tokens import CRUTCHES, SCALE, Tokens, TokenSettings, drawn, make_tokens, pack, units
 
 OFFSETS = {"RNA": 1, "protein": 31}
 
@@ -89,7 +89,7 @@ def test_about_the_right_share_is_hidden_and_dropped() -> None:
     shown = float(tokens.valid_CL.sum()) / total
     assert shown == pytest.approx(0.8 * 0.4, abs=0.02)  # 1 - mean hidden share .6, measurements kept .8
     dropped = (tokens.prompt_CF == 0).float().mean(0)
-    expected = [0.5 if name == "cell_type" else 0.15 for name in PROMPTS]
+    expected = [0.5 if name in CRUTCHES else 0.15 for name in PROMPTS]
     assert dropped.tolist() == pytest.approx(expected, abs=0.03)
     assert float((tokens.perturbation_CT[:, 0] == 0).float().mean()) == pytest.approx(0.15, abs=0.03)
     assert float(tokens.measured_CM.float().mean()) == pytest.approx(0.8, abs=0.02)

@@ -88,7 +88,7 @@ def evaluate(
         Path | None, typer.Argument(help="The checkpoint; left out: floor and replicate only.")
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="perturb, annotate, calibration, translate, forecast, novelty or agnostic.")
+        str, typer.Option(help="perturb, annotate, embed, calibration, translate, forecast, novelty or agnostic.")
     ] = "annotate",
     snapshot: Name = "",
     lake: Lake = "lake",

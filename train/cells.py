@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PROMPTS = ("organism", "tissue", "assay", "disease", "sex", "development_stage", "cell_type")
+PROMPTS = ("organism", "tissue", "assay", "disease", "sex", "development_stage", "cell_type", "perturbation_type")
 """Prompt fields, each one code per cell; perturbations and numbers stand beside them."""
 
 NUMBERS = ("time", "dose")

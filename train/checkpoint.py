@@ -235,7 +235,8 @@ def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
-        config["tokens"]["hide"] = tuple(config["tokens"]["hide"])
+        for part, name in (("tokens", "hide"), ("tokens", "levels"), ("model", "levels")):
+            config[part][name] = tuple(config[part][name])
         vocabulary = {name: Vocabulary(**part) for name, part in words["features"].items()}
         sizes = ModelConfig(**config["model"])
         ordered = {name: vocabulary[name] for name in manifest["measurements"]}

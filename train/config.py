@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from train.likelihood import Likelihood, usual_likelihood
 from train.tokens import first_numbers
 
 
@@ -29,6 +30,10 @@ class ModelConfig:
         pathways: Tokens that stand for the largest sets and read their visible members only.
         hash_rows: Vectors that stand for features which nobody has trained on, by the hash of their id.
         frozen: Kind of vector that is known of features ("sequence", "text") to its width.
+        n_terms: Terms of the Cell Ontology that types are told by; 0 tells no types.
+        n_term_links: How often a type is one of them.
+        levels: Measurements whose values are levels (intensities, fractions), not counts.
+        likelihood: Measurement to its likelihood, where it is not the usual one.
     """
 
     n_features: dict[str, int]
@@ -47,6 +52,29 @@ class ModelConfig:
     pathways: int = 0
     hash_rows: int = 64
     frozen: dict[str, int] = field(default_factory=dict)
+    n_terms: int = 0
+    n_term_links: int = 0
+    levels: tuple[str, ...] = ()
+    likelihood: dict[str, Likelihood] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, one in self.likelihood.items():
+            if name not in self.n_features:
+                raise ValueError(
+                    f"likelihood.{name}: there is no such measurement; there is {', '.join(self.n_features)}"
+                )
+            if (one in ("gaussian", "beta-binomial")) != (name in self.levels):
+                kind = "levels" if name in self.levels else "counts"
+                raise ValueError(f"likelihood.{name} = {one!r} does not go with {kind}, which {name} holds here")
+
+    def likelihood_of(self, name: str) -> Likelihood:
+        """Return the likelihood of a measurement."""
+        return self.likelihood.get(name) or usual_likelihood(name, levels=name in self.levels)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of what is said and asked of a cell: one for each field, perturbations, numbers, depths, and 3."""
+        return len(self.n_prompts) + 6
 
     @property
     def offsets(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""This module finds matched controls: unperturbed cells of the same window that are like a perturbed cell.
+"""This module finds matched controls: unperturbed cells of the same window that are like a perturbed cell, or earlier.
 
 Controls come from the same lane of the same window, which is in memory anyway: finding them reads nothing more, and
 they are the same at any number of ranks.
@@ -10,6 +10,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from store.part import NUMBERS as MEASURED_NUMBERS
 from train.reader import Window
 from train.tokens import chance_salts, drawn, units
 
+CHANGING = ("time", "cell_type")
+"""In what a cell may differ from earlier ones."""
 SEED = 2**20
 """Added to the seed, so that chance here has nothing to do with that of tokens."""
 
@@ -32,17 +35,26 @@ class MatchedControls:
         size: So many, drawn with replacement; a cell that matches none has none.
         share: Chance that a perturbed cell gets its controls at all.
         match: Fields in which a control is the same: coded labels, "time" and "dose".
+        earlier: Chance that an unperturbed cell comes with unperturbed cells of earlier times, which are the same in
+            ``match`` but for time and cell type: what is learned from is what became of them.
     """
 
     size: int = 1
     share: float = 1.0
     match: tuple[str, ...] = ("dataset_id", "cell_type", "time")
+    earlier: float = 0.0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.match if name not in (*CODED, *MEASURED_NUMBERS)]
-        if unknown or not 1 <= self.size <= 63 or not 0 <= self.share <= 1:
+        if (
+            unknown
+            or not 1 <= self.size <= 63
+            or not 0 <= min(self.share, self.earlier) <= max(self.share, self.earlier) <= 1
+        ):
             known = ", ".join((*CODED, *MEASURED_NUMBERS))
-            raise UsageError(f"controls: size is 1 to 63, share from 0 to 1, match some of {known}; got {self}")
+            raise UsageError(
+                f"controls: size is 1 to 63, share and earlier from 0 to 1, match some of {known}; got {self}"
+            )
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -58,11 +70,17 @@ class ControlGroups:
         key_R: What a row's controls have in common with it.
         unperturbed_R: Which rows are controls themselves.
         places: Key to the places of its controls among the window's rows, ascending.
+        course_R: What a row's earlier cells have in common with it.
+        time_R: The rows' times; NaN is not said.
+        courses: That to the places of the unperturbed cells whose time is known, by time.
     """
 
     key_R: list[bytes]
     unperturbed_R: NDArray[np.bool_]
     places: dict[bytes, NDArray[np.int64]]
+    course_R: list[bytes]
+    time_R: NDArray[np.float32]
+    courses: dict[bytes, NDArray[np.int64]]
 
 
 def group_controls(
@@ -81,18 +99,37 @@ def group_controls(
         lane_R: The rows' lanes: a control is of the same.
         unperturbed_R: Which rows can be controls.
     """
-    lines = [
-        window.codes_RF[:, fields.index(name)]
+    lines = {
+        name: window.codes_RF[:, fields.index(name)]
         if name in CODED
         else window.numbers_RF.view(np.int32)[:, MEASURED_NUMBERS.index(name)]
         for name in controls.match
-    ]
-    key_RF = np.stack([*lines, lane_R.astype(np.int32)], axis=1)
-    key_R = [line.tobytes() for line in key_RF]
+    }
+    key_R = _keys([*lines.values(), lane_R])
+    course_R = _keys([*(line for name, line in lines.items() if name not in CHANGING), lane_R])
+    time_R = window.numbers_RF[:, MEASURED_NUMBERS.index("time")]
+    timed_R = unperturbed_R & ~np.isnan(time_R) if controls.earlier else np.zeros(len(time_R), dtype=bool)
+    return ControlGroups(
+        key_R, unperturbed_R, _places(key_R, unperturbed_R), course_R, time_R, _places(course_R, timed_R, time_R)
+    )
+
+
+def _keys(lines: list[NDArray[Any]]) -> list[bytes]:
+    key_RF = np.stack([line.astype(np.int32, copy=False) for line in lines], axis=1)
+    return [line.tobytes() for line in key_RF]
+
+
+def _places(
+    key_R: list[bytes], chosen_R: NDArray[np.bool_], order_R: NDArray[np.float32] | None = None
+) -> dict[bytes, NDArray[np.int64]]:
+    """Return key to the places of the chosen rows that have it, ascending or in the order of something."""
+    rows = np.flatnonzero(chosen_R)
+    if order_R is not None:
+        rows = rows[np.argsort(order_R[rows], kind="stable")]
     found: dict[bytes, list[int]] = {}
-    for place in np.flatnonzero(unperturbed_R).tolist():
+    for place in rows.tolist():
         found.setdefault(key_R[place], []).append(place)
-    return ControlGroups(key_R, unperturbed_R, {key: np.array(places) for key, places in found.items()})
+    return {key: np.array(places) for key, places in found.items()}
 
 
 def find_controls(
@@ -115,9 +152,14 @@ def find_controls(
     drawn_SC = units(drawn(row_C, salts))
     place_CS = np.full((len(place_C), controls.size), -1, np.int64)
     for cell, place in enumerate(place_C.tolist()):
-        if groups.unperturbed_R[place] or drawn_SC[0, cell] >= controls.share:
+        itself = bool(groups.unperturbed_R[place])
+        if drawn_SC[0, cell] >= (controls.earlier if itself else controls.share):
             continue
-        candidates = groups.places.get(groups.key_R[place])
-        if candidates is not None:
+        if itself:
+            candidates = groups.courses.get(groups.course_R[place], np.empty(0, np.int64))
+            candidates = candidates[: np.searchsorted(groups.time_R[candidates], groups.time_R[place])]
+        else:
+            candidates = groups.places.get(groups.key_R[place], np.empty(0, np.int64))
+        if len(candidates):
             place_CS[cell] = candidates[(drawn_SC[1:, cell] * len(candidates)).astype(np.int64)]
     return place_CS

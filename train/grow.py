@@ -45,6 +45,10 @@ def grow(
         place |= {feature: first + number for number, feature in enumerate(part.feature_id)}
     for name in set(more) - set(loaded.vocabulary):
         raise InputRefused(f"no measurement {name!r} in this model; it has {', '.join(loaded.vocabulary)}")
+    for name in set(more) & set(old.levels):
+        raise InputRefused(
+            f"{name} holds levels: nobody knows the mean of a feature that was not in training; train again"
+        )
     for heir, of in inherit.items():
         if of not in place:
             raise InputRefused(f"{heir!r} cannot inherit from {of!r}: the model does not know it")
@@ -94,6 +98,9 @@ def _state(
     state["identity.border_F"] = torch.cat([degree_F.new_zeros(1), torch.cumsum(degree_F, 0)])
     for name in [name for name in state if name.startswith("identity.frozen_")]:
         state[name] = state[name][source_F.clamp(min=0)] * ~fresh_F[:, None]
+    for name in [name for name in state if name.startswith("levels.")]:
+        kept_F = state[name][source_F.clamp(min=0)]
+        state[name] = torch.where(fresh_F, torch.full_like(kept_F, name == "levels.scale_F"), kept_F)
     for name, size in old.config.n_features.items():
         first = new.config.offsets[name]
         number_G = source_F[first : first + new.config.n_features[name]] - old.config.offsets[name]

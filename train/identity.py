@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from train.asked import TASKS, Asked, ask
 from train.attention import Segments
 from train.blocks import Block
 from train.config import ModelConfig
@@ -29,6 +30,44 @@ class SoftBins(nn.Module):
         """Return an embedding for each value."""
         embedded: Tensor = self.bins(self.choose(value.unsqueeze(-1)).softmax(-1))
         return embedded
+
+
+class Levels(nn.Module):
+    """Turns levels in a source's unit into standard deviations from the feature's mean; counts pass as they are.
+
+    A level that is not found is taken to be below the least that was found of the feature in training.
+    """
+
+    logged_F: Tensor
+    center_F: Tensor
+    scale_F: Tensor
+    limit_F: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n_features = 1 + sum(config.n_features.values())
+        self.register_buffer("logged_F", torch.zeros(n_features, dtype=torch.bool))
+        self.register_buffer("center_F", torch.zeros(n_features))
+        self.register_buffer("scale_F", torch.ones(n_features))
+        self.register_buffer("limit_F", torch.zeros(n_features))
+
+    def learn(self, first: int, logged: bool, center_G: Tensor, scale_G: Tensor, limit_G: Tensor) -> None:
+        """Take what ``train.start.standards`` found of a measurement whose first feature has this number."""
+        these = slice(first, first + len(center_G))
+        self.logged_F[these] = logged
+        for mine, found in ((self.center_F, center_G), (self.scale_F, scale_G), (self.limit_F, limit_G)):
+            mine[these] = found
+
+    def forward(self, value: Tensor, feature: Tensor) -> Tensor:
+        """Return standardised values, of features by their numbers among all."""
+        number = feature.long()
+        value = torch.where(self.logged_F[number], torch.log1p(value.clamp(min=0)), value)
+        return (value - self.center_F[number]) / self.scale_F[number]
+
+    def back(self, value: Tensor, feature: Tensor) -> Tensor:
+        """Return standardised values in the source's unit; where logs are taken, log1p of it."""
+        number = feature.long()
+        return value * self.scale_F[number] + self.center_F[number]
 
 
 class Identity(nn.Module):
@@ -138,7 +177,11 @@ class Pathways(nn.Module):
 
 
 class Prompts(nn.Module):
-    """Embed what is said of a cell: codes, perturbation targets (summed), numbers (Fourier), depths."""
+    """Embed what is said and asked of a cell.
+
+    Said: codes, perturbation targets (summed), numbers (Fourier), depths. Asked: the task, which measurements at what
+    depth, and how much later (Fourier).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,14 +189,21 @@ class Prompts(nn.Module):
         self.perturbation = nn.Embedding(config.n_perturbations, config.width, padding_idx=0)
         self.numbers = nn.Linear(config.n_numbers * (2 * FOURIER + 2), config.width)
         self.depth = nn.Linear(2 * len(config.n_features), config.width)
+        self.task = nn.Embedding(len(TASKS), config.width)
+        self.target = nn.Linear(2 * len(config.n_features), config.width)
+        self.elapsed = nn.Linear(2 * FOURIER + 2, config.width)
 
-    def forward(self, tokens: Tokens) -> Tensor:
-        """Return one token for each field, one for the perturbation, one for numbers, one for depths."""
+    def forward(self, tokens: Tokens, asked: Asked | None = None) -> Tensor:
+        """Return prompts_CPD, ``ModelConfig.prompt_tokens`` of each cell; nothing is asked where nobody says it."""
+        asked = asked or ask(tokens)
         said = [embed(tokens.prompt_CF[:, number]) for number, embed in enumerate(self.fields)]
         said.append(self.perturbation(tokens.perturbation_CT).sum(1))
         said.append(self.numbers(fourier(tokens.number_CF)))
         measured = tokens.measured_CM.float()
         said.append(self.depth(torch.cat([tokens.log_depth_CM * measured / 10, measured], dim=1)))
+        said.append(self.task(asked.task_C))
+        said.append(self.target(torch.cat([asked.log_depth_CM / 10, asked.target_CM.float()], dim=1)))
+        said.append(self.elapsed(fourier(asked.elapsed_C[:, None])))
         return torch.stack(said, dim=1)
 
 

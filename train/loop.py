@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from store.errors import ConflictError, VerificationError
+from store.errors import ConflictError, UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.card import write_card
@@ -31,10 +32,12 @@ from train.config import ModelConfig
 from train.controls import MatchedControls
 from train.knowledge import Knowledge, gather_knowledge, read_aliases, read_sets, read_vectors
 from train.labels import Labels, read_labels
+from train.likelihood import COVERAGE
 from train.model import CellModel
 from train.objective import Objective
+from train.ontology import type_terms
 from train.settings import RunSettings
-from train.start import mean_share, principal_axes
+from train.start import begin, tell_types
 from train.stream import Stream
 from train.tokens import TokenSettings
 
@@ -109,7 +112,9 @@ class Run:
         self.rank, self.world = self.accelerator.process_index, world
         self.snapshot: Snapshot = open_snapshot(settings.lake, settings.snapshot)
         self.labels: Labels = read_labels(self.snapshot, settings.data.split)
-        self.stream = self._stream(settings.data.split, MatchedControls(share=settings.data.matched_controls))
+        data = settings.data
+        controls = MatchedControls(share=data.matched_controls, earlier=data.earlier_cells)
+        self.stream = self._stream(data.split, controls)
         self.vocabulary = _vocabulary(self.snapshot)
         self.fingerprint = fingerprint(settings, self.snapshot.id)
         torch.manual_seed(settings.seed)
@@ -119,7 +124,11 @@ class Run:
             path: {"sha256": checkpoint.sha256(Path(path)), "day": days.get(path, "")}
             for path in settings.knowledge.files
         }
+        types = self.labels.values["cell_type"]
+        self.types = type_terms(types) if settings.model.types and len(types) > 2 else None
         self.plain = CellModel(self._config(known))
+        if self.types is not None:
+            tell_types(self.plain, self.types)
         self.plain.know(
             torch.from_numpy(known.feature_E),
             torch.from_numpy(known.set_E),
@@ -133,8 +142,9 @@ class Run:
         self.resumed_from = self.step
         self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
-        tokens = TokenSettings(budget=settings.data.tokens)
-        self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries)
+        tokens = TokenSettings(budget=settings.data.tokens, levels=self.plain.config.levels)
+        covered = _coverage(self.snapshot, self.vocabulary)
+        self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries, covered)
 
     def _stream(self, split: str, controls: MatchedControls | None = None) -> Stream:
         data = self.settings.data
@@ -170,18 +180,25 @@ class Run:
         )
 
     def _config(self, known: Knowledge) -> ModelConfig:
-        return ModelConfig(
-            n_sets=len(known.sets),
-            n_memberships=len(known.set_E),
-            frozen={kind: table.shape[1] for kind, table in known.vectors.items()},
-            n_features={name: len(part.feature_id) for name, part in self.vocabulary.items()},
-            n_prompts={name: len(self.labels.values[name]) for name in PROMPTS},
-            n_perturbations=len(self.labels.values["perturbation"]),
-            **self.settings.model.model_dump(),
-        )
+        told = self.settings.model.model_dump(exclude={"types"})
+        sizes: dict[str, Any] = {
+            "n_sets": len(known.sets),
+            "n_memberships": len(known.set_E),
+            "frozen": {kind: table.shape[1] for kind, table in known.vectors.items()},
+            "n_features": {name: len(part.feature_id) for name, part in self.vocabulary.items()},
+            "n_prompts": {name: len(self.labels.values[name]) for name in PROMPTS},
+            "n_perturbations": len(self.labels.values["perturbation"]),
+            "n_terms": 0 if self.types is None else self.types.n_terms,
+            "n_term_links": 0 if self.types is None else len(self.types.term_E),
+            "levels": tuple(name for name in self.vocabulary if name in self.snapshot.levels),
+        }
+        try:
+            return ModelConfig(**sizes, **told)
+        except ValueError as error:
+            raise UsageError(f"model.{error}") from None
 
     def _begin_at_the_floor(self) -> None:
-        """Let decoders begin at the mean shares of the first training rows, and features at their principal axes."""
+        """Let the model begin where the first training rows are."""
         source = max(self.stream.sources, key=lambda one: one.n_rows)
         rows = source.rows(np.array([0, min(source.n_rows, BASELINE_CELLS) - 1])) + source.part.first_row
         counts = {}
@@ -189,9 +206,7 @@ class Run:
             block = self.snapshot.block(name, int(rows[0]), int(rows[1]) + 1)
             shape = (len(block.indptr) - 1, len(part.feature_id))
             counts[name] = csr_matrix((block.counts.astype(np.float32), block.features, block.indptr), shape=shape)
-        self.plain.set_baseline({name: torch.from_numpy(mean_share(part)) for name, part in counts.items()})
-        axes = principal_axes(counts, self.plain.config.width, self.settings.seed)
-        self.plain.set_axes({name: torch.from_numpy(part) for name, part in axes.items()})
+        begin(self.plain, counts, seed=self.settings.seed)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
     def _resume(self, optimizer: torch.optim.Optimizer) -> int:
@@ -405,9 +420,19 @@ def _materialise(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _vocabulary(snapshot: Snapshot) -> dict[str, Vocabulary]:
-    tables = {name: snapshot.vocabulary(name) for name in snapshot.measurements}
+    tables = {name: snapshot.vocabulary(name) for name in snapshot.measurements if name not in COVERAGE.values()}
     columns = ("feature_id", "feature_name", "organism")
     return {name: Vocabulary(*(table[column].to_pylist() for column in columns)) for name, table in tables.items()}
+
+
+def _coverage(snapshot: Snapshot, vocabulary: dict[str, Vocabulary]) -> dict[str, NDArray[np.int64]]:
+    """Return where the coverage of each feature of a measurement of fractions stands; -1 where it stands nowhere."""
+    found = {}
+    for name, coverage in COVERAGE.items():
+        if name in vocabulary and coverage in snapshot.measurements:
+            place = {one: number for number, one in enumerate(snapshot.vocabulary(coverage)["feature_id"].to_pylist())}
+            found[name] = np.array([place.get(one, -1) for one in vocabulary[name].feature_id], np.int64)
+    return found
 
 
 def _timed(batches: Iterator[Cells]) -> Iterator[tuple[Cells, float]]:

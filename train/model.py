@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from train.asked import Asked
 from train.attention import Segments
 from train.blocks import Block
 from train.config import ModelConfig
-from train.identity import Identity, Pathways, Prompts, SoftBins
+from train.identity import Identity, Levels, Pathways, Prompts, SoftBins
 from train.layout import Layout, lay_out
-from train.likelihood import OVERDISPERSED
+from train.likelihood import DISPERSED
+from train.prototypes import Prototypes
 from train.tokens import Tokens
 
 
@@ -43,14 +46,30 @@ class Queries:
     cells: Segments
 
 
-class Decoder(nn.Module):
-    """Log rates of one measurement's features from a cell's summary, its prompts and its perturbation."""
+class Answer(NamedTuple):
+    """What the model says of cells.
 
-    def __init__(self, n_features: int, width: int, *, overdispersed: bool) -> None:
+    Attributes:
+        embedding_CD: Their summaries.
+        logits: Measurement to what its likelihood is told of each feature, [C, G].
+        correction_Q: What is added to that of the features that were asked for.
+        log_type_CY: Log probabilities of cell types, by their codes; None where the model tells none.
+    """
+
+    embedding_CD: Tensor
+    logits: dict[str, Tensor]
+    correction_Q: Tensor
+    log_type_CY: Tensor | None
+
+
+class Decoder(nn.Module):
+    """What the likelihood of each feature is told, from a cell's summary, its prompts and its perturbation."""
+
+    def __init__(self, n_features: int, width: int, *, dispersed: bool) -> None:
         super().__init__()
         self.features = nn.Linear(width, n_features)
         self.effects = nn.Linear(width, n_features, bias=False)
-        self.log_dispersion = nn.Parameter(torch.ones(n_features)) if overdispersed else None
+        self.log_dispersion = nn.Parameter(torch.ones(n_features)) if dispersed else None
 
     def forward(self, summary_CD: Tensor, perturbation_CD: Tensor) -> Tensor:
         """Return logits_CG; a perturbation adds a shift of its own to what the summary says."""
@@ -68,6 +87,7 @@ class CellModel(nn.Module):
         self.identity = Identity(config)
         self.measurement = nn.Embedding(len(config.n_features), width)
         self.value = SoftBins(width, config.bins)
+        self.levels = Levels(config) if config.levels else None
         self.pathways = Pathways(config) if config.pathways else None
         self.prompts = Prompts(config)
         self.summary = nn.Parameter(torch.zeros(width))
@@ -79,10 +99,11 @@ class CellModel(nn.Module):
         self.target = nn.Embedding(config.n_perturbations, width, padding_idx=0)
         self.decoders = nn.ModuleDict(
             {
-                name: Decoder(size, width, overdispersed=name in OVERDISPERSED)
+                name: Decoder(size, width, dispersed=config.likelihood_of(name) in DISPERSED)
                 for name, size in config.n_features.items()
             }
         )
+        self.prototypes = Prototypes(config) if config.n_terms else None
         self.asked = nn.Parameter(torch.zeros(width))
         self.query_blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.query_layers))
         self.query_norm = nn.RMSNorm(width)
@@ -93,13 +114,17 @@ class CellModel(nn.Module):
         for parameter in (self.summary, self.bottlenecks, self.asked):
             nn.init.normal_(parameter, std=0.02)
 
-    def encode(self, tokens: Tokens, unknown_F: Tensor | None = None) -> tuple[Tensor, Layout, Tensor]:
+    def encode(
+        self, tokens: Tokens, unknown_F: Tensor | None = None, asked: Asked | None = None
+    ) -> tuple[Tensor, Layout, Tensor]:
         """Return the encoder's tokens_ND, where they lie, and the mean of the cells' prompts_CD."""
-        prompts = self.prompts(tokens)
+        prompts = self.prompts(tokens, asked)
         head_CPD = torch.cat([self.summary.expand(len(prompts), 1, -1), prompts], dim=1)
         layout = lay_out(tokens, head_CPD.shape[1] + self.config.pathways, self.config.bottlenecks)
         feature_N = tokens.feature_CL.flatten()[layout.source_N]
         value_N, identity = tokens.value_CL.flatten()[layout.source_N], self.identity(feature_N, unknown_F)
+        if self.levels is not None:
+            value_N = self.levels(value_N, feature_N)
         features = identity + self.measurement(tokens.measurement_CL.flatten()[layout.source_N]) + self.value(value_N)
         summed_CD = torch.zeros_like(prompts[:, 0]).index_add_(
             0, layout.cell_N, (identity * value_N[:, None]).to(prompts.dtype)
@@ -145,20 +170,26 @@ class CellModel(nn.Module):
         return correction
 
     def forward(
-        self, tokens: Tokens, queries: Queries | None = None, unknown_F: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return embeddings_CD, logits_CG of every measurement, and the correction_Q of what is asked for.
+        self,
+        tokens: Tokens,
+        queries: Queries | None = None,
+        unknown_F: Tensor | None = None,
+        asked: Asked | None = None,
+    ) -> Answer:
+        """Say of cells what they are, what their features are expected to be, and of which type they are.
 
         Args:
             tokens: The cells.
             queries: Features whose values are asked for.
             unknown_F: Which features, by their numbers among all, are taken for unknown.
+            asked: What is asked of the cells.
         """
-        x, layout, prompts = self.encode(tokens, unknown_F)
+        x, layout, prompts = self.encode(tokens, unknown_F, asked)
         embedding = x[layout.head_CP[:, 0]]
         logits = self.decode(embedding, prompts, tokens.perturbation_CT)
         correction = x.new_zeros(0) if queries is None else self.correct(x, layout, queries, unknown_F)
-        return embedding, logits, correction
+        log_type_CY = None if self.prototypes is None else self.prototypes(embedding)
+        return Answer(embedding, logits, correction, log_type_CY)
 
     def know(self, feature_E: Tensor, set_E: Tensor, vectors: dict[str, Tensor]) -> None:
         """Take memberships, in ascending order of features, and frozen vectors [1 + F, K]."""
@@ -166,13 +197,13 @@ class CellModel(nn.Module):
         if self.pathways is not None:
             self.pathways.choose(set_E)
 
-    def set_baseline(self, share: dict[str, Tensor]) -> None:
-        """Let the decoders begin at the training cells' mean share_G of counts: learning begins at the floor."""
+    def set_baseline(self, output: dict[str, Tensor]) -> None:
+        """Let the decoders begin at what fits the training cells on average, output_G: learning begins at the floor."""
         with torch.no_grad():
-            for name, share_G in share.items():
+            for name, output_G in output.items():
                 decoder = self.decoders[name]
                 assert isinstance(decoder, Decoder)
-                decoder.features.bias.copy_(torch.log(share_G.clamp(min=1e-8)))
+                decoder.features.bias.copy_(output_G)
 
     def set_axes(self, axes: dict[str, Tensor]) -> None:
         """Let features' vectors begin at axes of every measurement, [G, width or less]; ``train.start`` finds some."""
@@ -182,7 +213,7 @@ class CellModel(nn.Module):
                 self.identity.own.weight[first : first + len(axes_GD), : axes_GD.shape[1]] = axes_GD
 
     def log_dispersion(self, name: str) -> Tensor | None:
-        """Return the log inverse dispersion_G of an overdispersed measurement, None of another."""
+        """Return the second parameter_G of a measurement's likelihood, None where it has but one."""
         decoder = self.decoders[name]
         assert isinstance(decoder, Decoder)
         return decoder.log_dispersion

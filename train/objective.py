@@ -6,6 +6,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,26 +14,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.asked import TASKS, Asked
 from train.attention import Segments
-from train.cells import Cells, Csr
-from train.likelihood import count_cost, log_rates, negative_log_likelihood
+from train.cells import CONTROL, PROMPTS, Cells, Csr
+from train.likelihood import COVERAGE, Targets, cost, mean_cost, outputs
 from train.model import CellModel, Queries
-from train.tokens import Tokens, TokenSettings, chance_salts, dense_counts, drawn, draws, keys, make_tokens
+from train.tokens import Tokens, TokenSettings, chance_salts, dense_counts, drawn, draws, keys, make_tokens, units
 
-UNKNOWN, QUERY, ZEROS = 59, 62, 63
+ASK, UNKNOWN, QUERY, ZEROS = 52, 59, 62, 63
 """What a cell's chances are for, beside those of its tokens."""
+TYPES = 0.1
+"""What a nat of a cell's type weighs, beside a nat of a feature."""
 UNKNOWN_SHARE = 0.05
 """Share of features that a step takes for unknown."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums over (cell, measurement) pairs of mean negative log likelihoods per feature, in nats.
+    """Sums over (cell, measurement) pairs of mean negative log likelihoods per known feature, in nats.
 
     Attributes:
         total: What is minimised.
         rebuilt: Of whole cells: over all features that were measured.
-        asked: Of the features that were asked for, half of them hidden non-zeros, with the query decoder's correction.
+        asked: Of the features that were asked for, half of them hidden and found, with the query decoder's correction.
         pairs: How many pairs they sum over.
     """
 
@@ -69,6 +73,7 @@ class Objective:
         seed: int,
         device: torch.device,
         queries: int = 16,
+        covered: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> None:
         """Say how.
 
@@ -78,12 +83,15 @@ class Objective:
             seed: Decides what is hidden and asked for.
             device: Where to work.
             queries: Features of a cell and measurement that are asked for at most.
+            covered: Measurement of fractions to the place_G of its features in the one that holds their coverage; -1
+                where there is none, which counts as one read.
         """
         self.panels = {name: torch.from_numpy(panel).to(device) for name, panel in panels_DG.items()}
         self.settings = settings
         self.seed = seed
         self.device = device
         self.queries = queries
+        self.covered = {name: torch.from_numpy(place_G).to(device) for name, place_G in (covered or {}).items()}
 
     def __call__(
         self,
@@ -103,16 +111,51 @@ class Objective:
         chance = (self.seed, step or 0)
         seen = seen_cells(cells)
         tokens = make_tokens(cells, plain.config.offsets, self.settings, chance=chance, seen=seen, device=self.device)
-        counts, panels = self.targets(cells, plain)
+        targets = self.targets(cells, plain)
         itself_C = np.ones(cells.n_cells, bool) if cells.controls is None else cells.controls.place_CS[:, 0] < 0
-        asked = {
-            name: self._ask(name, cells, itself_C, tokens, counts[name], panels[name], plain, chance) for name in panels
-        }
+        asked = {name: self._ask(name, cells, itself_C, tokens, of, plain, chance) for name, of in targets.items()}
         queries, order_Q = _together(asked, plain.config.offsets, cells.n_cells)
-        _, logits, correction_Q = model(tokens, queries, None if step is None else self._unknown(plain, chance))
-        correction = torch.empty_like(correction_Q).index_copy(0, order_Q, correction_Q)
-        loss = self._loss(plain, logits, correction, counts, panels, asked)
+        wanted = self._asked(cells, itself_C, tokens, targets, chance)
+        answer = model(tokens, queries, None if step is None else self._unknown(plain, chance), wanted)
+        correction = torch.empty_like(answer.correction_Q).index_copy(0, order_Q, answer.correction_Q)
+        loss = self._loss(plain, answer.logits, correction, targets, asked)
+        if answer.log_type_CY is not None:
+            loss = self._with_types(loss, plain, answer.log_type_CY, cells, tokens)
         return loss, int(tokens.valid_CL.sum()), cells.n_cells
+
+    def _asked(
+        self,
+        cells: Cells,
+        itself_C: NDArray[np.bool_],
+        tokens: Tokens,
+        targets: dict[str, Targets],
+        chance: tuple[int, int],
+    ) -> Asked:
+        """Say what is asked of each cell: what it is that is hidden; each part is dropped as other prompts are."""
+        itself = torch.from_numpy(itself_C).to(self.device)
+        hit = torch.from_numpy((cells.perturbation > CONTROL).any(1)).to(self.device)
+        has_CM = torch.stack([of.known.any(1) for of in targets.values()], dim=1)
+        hidden_CM = has_CM & ~tokens.measured_CM
+        code = {task: torch.tensor(number, device=self.device) for number, task in enumerate(TASKS)}
+        whole = torch.where(hidden_CM.any(1), code["translate"], code["reconstruct"])
+        own = torch.where(tokens.measured_CM.any(1), whole, code["generate"])
+        typed = torch.from_numpy(cells.prompts["cell_type"] > 0).to(self.device)
+        untold = typed & (tokens.prompt_CF[:, PROMPTS.index("cell_type")] == 0) & tokens.measured_CM.any(1)
+        told_SC = drawn(cells.row, chance_salts(chance, (ASK + 4,)))
+        own = torch.where(untold & torch.from_numpy(units(told_SC)[0] < 0.5).to(self.device), code["annotate"], own)
+        task_C = torch.where(itself, own, torch.where(hit, code["perturb"], code["forecast"]))
+        target_CM = torch.where((task_C == code["translate"])[:, None], hidden_CM, has_CM)
+        depth_CM = torch.stack(
+            [torch.where(of.log_depth[:, 0] > 0, of.log_depth[:, 0].exp(), 0) for of in targets.values()], 1
+        )
+        kept_SC = units(drawn(cells.row, chance_salts(chance, range(ASK, ASK + 4)))) >= self.settings.drop_prompt
+        kept = torch.from_numpy(kept_SC).to(self.device)
+        return Asked(
+            task_C * kept[0],
+            target_CM & kept[1][:, None],
+            torch.log1p(depth_CM) * (target_CM & kept[2][:, None]),
+            torch.where(kept[3], torch.from_numpy(_elapsed(cells)).to(self.device), torch.nan),
+        )
 
     def _unknown(self, model: CellModel, chance: tuple[int, int]) -> Tensor:
         """Return which features this step takes for unknown: a hash of (seed, step, feature), as on every rank."""
@@ -126,24 +169,25 @@ class Objective:
         cells: Cells,
         itself_C: NDArray[np.bool_],
         tokens: Tokens,
-        counts_CG: Tensor,
-        panel_CG: Tensor,
+        targets: Targets,
         model: CellModel,
         chance: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        """Choose features to ask for: of each cell, half hidden non-zeros, half zeros; return cell_Q and feature_Q.
+        """Choose features to ask for: of each cell, half hidden and found, half known not to be there.
+
+        Return cell_Q and feature_Q.
 
         What is chosen is a hash of (seed, step, cell's row, feature): the same at every number of ranks.
         """
-        each, first, n_features = max(1, self.queries // 2), model.config.offsets[name], counts_CG.shape[1]
+        each, first, n_features = max(1, self.queries // 2), model.config.offsets[name], targets.known.shape[1]
         key_C, zero_key_C = torch.from_numpy(keys(drawn(cells.row, chance_salts(chance, (QUERY, ZEROS))))).to(
             self.device
         )
         number_CL = tokens.feature_CL.long() - first
         shown_CL = (number_CL >= 0) & (number_CL < n_features) & torch.from_numpy(itself_C).to(self.device)[:, None]
-        visible_CG = torch.zeros_like(panel_CG)
+        visible_CG = torch.zeros_like(targets.known)
         visible_CG[torch.nonzero(shown_CL)[:, 0], number_CL[shown_CL]] = True
-        cell_N, feature_N = torch.nonzero((counts_CG > 0) & panel_CG & ~visible_CG, as_tuple=True)
+        cell_N, feature_N = torch.nonzero(targets.found & targets.known & ~visible_CG, as_tuple=True)
         order_N = torch.argsort((cell_N << 32) | draws(feature_N + first, key_C[cell_N]))
         cell_N, feature_N = cell_N[order_N], feature_N[order_N]
         size_C = torch.bincount(cell_N, minlength=cells.n_cells)
@@ -151,7 +195,7 @@ class Objective:
         turn = torch.arange(each, device=self.device)
         zero_CE = (draws(turn[None, :], zero_key_C[:, None]) * n_features) >> 32
         zero_C = torch.arange(cells.n_cells, device=self.device)[:, None].expand_as(zero_CE)
-        empty_CE = (counts_CG[zero_C, zero_CE] == 0) & panel_CG[zero_C, zero_CE]
+        empty_CE = targets.known[zero_C, zero_CE] & ~targets.found[zero_C, zero_CE]
         return (
             torch.cat([cell_N[kept_N], zero_C[empty_CE]]),
             torch.cat([feature_N[kept_N], zero_CE[empty_CE]]),
@@ -162,43 +206,82 @@ class Objective:
         model: CellModel,
         logits: dict[str, Tensor],
         correction_Q: Tensor,
-        counts: dict[str, Tensor],
-        panels: dict[str, Tensor],
+        targets: dict[str, Targets],
         asked: dict[str, tuple[Tensor, Tensor]],
     ) -> Loss:
-        """Compare predictions with the cells' own counts, in every measurement that a cell has.
+        """Compare predictions with the cells' own values, in every measurement that a cell has.
 
         The correction learns on top of whole cells' rates, which it does not move.
         """
         rebuilt = asked_total = pairs = torch.zeros((), device=self.device)
         start = 0
-        for name, panel_CG in panels.items():
-            has_C = panel_CG.any(1)
-            dispersion_G = model.log_dispersion(name)
-            share_CG = log_rates(logits[name], panel_CG | ~has_C[:, None])
-            nll_C = negative_log_likelihood(counts[name], share_CG, panel_CG, dispersion_G)
+        for name, of in targets.items():
+            has_C = of.known.any(1)
+            likelihood, dispersion_G = model.config.likelihood_of(name), model.log_dispersion(name)
+            output_CG = outputs(likelihood, logits[name], of.known | ~has_C[:, None])
+            nll_C = mean_cost(likelihood, of, output_CG, dispersion_G)
             rebuilt = rebuilt + nll_C[has_C].sum() + 0.0 * logits[name].sum()
             pairs = pairs + has_C.sum()
             cell_Q, feature_Q = asked[name]
-            depth_C = counts[name].sum(1).clamp(min=1)
-            correction = correction_Q[start : start + len(cell_Q)]
-            log_mean_Q = torch.log(depth_C)[cell_Q] + share_CG.detach()[cell_Q, feature_Q] + correction
+            output_Q = output_CG.detach()[cell_Q, feature_Q] + correction_Q[start : start + len(cell_Q)]
             dispersion_Q = None if dispersion_G is None else dispersion_G.detach()[feature_Q]
-            cost_Q = count_cost(counts[name][cell_Q, feature_Q], log_mean_Q, dispersion_Q)
+            cost_Q = cost(likelihood, of.at(cell_Q, feature_Q), output_Q, dispersion_Q)
             size_C = torch.bincount(cell_Q, minlength=len(has_C)).clamp(min=1)
             asked_total = asked_total + (cost_Q / size_C[cell_Q]).sum()
             start += len(cell_Q)
         return Loss(rebuilt + asked_total, rebuilt, asked_total, pairs)
 
-    def targets(self, cells: Cells, model: CellModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return counts_CG and panel_CG of every measurement; an unmeasured cell has an empty panel."""
+    def _with_types(self, loss: Loss, model: CellModel, log_type_CY: Tensor, cells: Cells, tokens: Tokens) -> Loss:
+        """Add the cost of telling types: of cells that are labelled, and to whose type no prompt gave away."""
+        assert model.prototypes is not None
+        code_C = torch.from_numpy(cells.prompts["cell_type"]).to(self.device).long()
+        asked_C = (code_C > 0) & (tokens.prompt_CF[:, PROMPTS.index("cell_type")] == 0)
+        told = model.prototypes.cost(log_type_CY[asked_C], code_C[asked_C]).sum()
+        return replace(loss, total=loss.total + TYPES * (told + 0.0 * log_type_CY[:, 1:].sum()))
+
+    def targets(self, cells: Cells, model: CellModel) -> dict[str, Targets]:
+        """Return what each measurement's predictions are compared with; of an unmeasured cell nothing is known."""
         dataset_C = torch.from_numpy(cells.panel).to(self.device).long()
-        counts, panels = {}, {}
+        found = {}
         for name, n_features in model.config.n_features.items():
             measured_C1 = torch.from_numpy(cells.measured[name]).to(self.device)[:, None]
-            counts[name] = dense_counts(cells.counts[name], n_features, self.device)
-            panels[name] = self.panels[name][dataset_C] & measured_C1
-        return counts, panels
+            panel_CG = self.panels[name][dataset_C] & measured_C1
+            values_CG = dense_counts(cells.counts[name], n_features, self.device)
+            if name in model.config.levels:
+                found[name] = self._levels(name, cells, values_CG, panel_CG, model)
+            else:
+                log_depth_C1 = torch.log(values_CG.sum(1, keepdim=True).clamp(min=1))
+                found[name] = Targets(values_CG, panel_CG, values_CG > 0, log_depth_C1)
+        return found
+
+    def _levels(self, name: str, cells: Cells, values_CG: Tensor, panel_CG: Tensor, model: CellModel) -> Targets:
+        """Return standardised levels; what a dataset looks for and a cell lacks is at the limit. Or fractions."""
+        own = cells.counts[name]
+        ones = Csr(own.indptr, own.features, np.ones(len(own.counts), np.uint8))
+        found_CG = dense_counts(ones, values_CG.shape[1], self.device) > 0
+        nought_C1 = torch.zeros_like(values_CG[:, :1])
+        if model.config.likelihood_of(name) != "gaussian":
+            coverage, covered_CG = COVERAGE.get(name, ""), None
+            if coverage in cells.counts and name in self.covered:
+                place_G = self.covered[name]
+                reads_CH = dense_counts(cells.counts[coverage], self.panels[coverage].shape[1], self.device)
+                covered_CG = torch.where(place_G >= 0, reads_CH[:, place_G.clamp(min=0)], 1.0).clamp(min=1.0)
+            return Targets(values_CG, panel_CG & found_CG, found_CG, nought_C1, covered_CG)
+        assert model.levels is not None
+        first = model.config.offsets[name]
+        number_G = torch.arange(first, first + values_CG.shape[1], device=self.device)
+        values_CG = torch.where(found_CG, model.levels(values_CG, number_G), model.levels.limit_F[number_G])
+        return Targets(values_CG, panel_CG, found_CG, nought_C1)
+
+
+def _elapsed(cells: Cells) -> NDArray[np.float32]:
+    """Return how much later each cell is than what is seen in its place; NaN where a time is not said."""
+    time_C = cells.numbers["time"]
+    if cells.controls is None:
+        return time_C - time_C
+    place_C = cells.controls.place_CS[:, 0]
+    seen_C = np.concatenate([cells.controls.cells.numbers["time"], [np.float32(0)]])[place_C]
+    return np.where(place_C >= 0, time_C - seen_C, time_C - time_C).astype(np.float32)
 
 
 def _together(asked: dict[str, tuple[Tensor, Tensor]], offsets: dict[str, int], n_cells: int) -> tuple[Queries, Tensor]:

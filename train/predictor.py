@@ -1,4 +1,6 @@
-"""This module answers questions with a checkpoint: embeddings and effects of perturbations. No chance is in an answer.
+"""This module answers questions with a checkpoint. No chance is in an answer, but in drawn cells, which say their seed.
+
+A task is what is seen, said and asked of cells (``train.asked``): the model is the same for all.
 
 Shape letters used in this module:
     C  cells      D  width      G  features of a measurement
@@ -9,27 +11,34 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from store.errors import InputRefused
 from train import checkpoint
+from train.asked import Asked, ask
 from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
 from train.checkpoint import Vocabulary
-from train.likelihood import log_rates
+from train.likelihood import COUNTS, log_rates
 from train.tokens import SCALE, Tokens, make_tokens
 
+Asks = Callable[[Tokens], Asked]
 BATCH_CELLS = 256
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Predicted mean log1p of counts per 10,000 of one measurement, over the cells, without and with a perturbation."""
+    """Predicted means of one measurement over the cells, without and with a perturbation.
+
+    Of log1p of counts per 10,000; of fractions and of open chromatin (Bernoulli), chances; of levels, in the source's
+    unit, or log1p of it where the model works with logs.
+    """
 
     control_G: NDArray[np.float32]
     perturbed_G: NDArray[np.float32]
@@ -63,7 +72,9 @@ class Predictor:
         """Bring cells into the model's form.
 
         Args:
-            counts: Measurement to raw counts_CG, columns in the vocabulary's order; what is left out was not measured.
+            counts: Measurement to raw counts_CG, columns in the vocabulary's order; what is left out was not measured,
+                and cells of which nothing was are known by their prompts alone.
+                Of measurements that hold levels, the stored entries, zeros too, are those that were found.
             prompts: Field to one text per cell: the fields of ``prompts``, "time" and "dose" as numbers. "" is "not
                 said"; an organism that is not said is taken from the features that have counts.
 
@@ -84,7 +95,7 @@ class Predictor:
         codes["organism"] = np.where(codes["organism"] > 0, codes["organism"], guessed).astype(np.int32)
         return Cells(
             n_cells=n_cells,
-            counts={name: _csr(part) for name, part in counts.items()},
+            counts={name: _csr(part, name in self.model.config.levels) for name, part in counts.items()},
             measured={name: np.ones(n_cells, dtype=bool) for name in counts},
             panel=np.full(n_cells, -1, dtype=np.int32),
             prompts=codes,
@@ -102,7 +113,8 @@ class Predictor:
                 f"counts.{name} has {counts.shape[1]} columns and the model's vocabulary {n_features} features; bring "
                 "the columns into the order of vocabulary.json"
             )
-        if not (np.isfinite(counts.data).all() and (counts.data >= 0).all()):
+        least = -np.inf if name in self.model.config.levels else 0
+        if not (np.isfinite(counts.data).all() and (counts.data >= least).all()):
             raise InputRefused(f"counts.{name} holds values that are negative or no numbers; send raw counts")
 
     def _codes(self, field: str, values: list[str]) -> NDArray[np.int32]:
@@ -136,7 +148,7 @@ class Predictor:
         """Return how many tokens each cell takes in the encoder."""
         nonzeros = sum((np.diff(part.indptr) for part in cells.counts.values()), np.zeros(cells.n_cells, np.int64))
         config = self.model.config
-        beside = 1 + len(PROMPTS) + 3 + config.pathways + config.bottlenecks * len(cells.counts)
+        beside = 1 + config.prompt_tokens + config.pathways + config.bottlenecks * len(cells.counts)
         return np.minimum(nonzeros, self.tokens.budget) + beside
 
     def embed(self, cells: Cells) -> NDArray[np.float32]:
@@ -144,6 +156,21 @@ class Predictor:
         with torch.inference_mode():
             parts = [self.model.embed(tokens)[0].float().cpu().numpy() for _, tokens in self._batches(cells)]
         return np.concatenate(parts) if parts else np.zeros((0, self.model.config.width), dtype=np.float32)
+
+    def annotate(self, cells: Cells) -> NDArray[np.float32]:
+        """Return probability_CY of cell types, in the order of ``prompts["cell_type"]``; "" has none.
+
+        Raises:
+            InputRefused: The model was not trained to tell types.
+        """
+        if self.model.prototypes is None:
+            raise InputRefused("this model was not trained to tell cell types: train it with model.types = true")
+        parts = []
+        with torch.inference_mode():
+            for _, tokens in self._batches(cells):
+                log_type_CY = self.model(tokens, asked=ask(tokens, "annotate")).log_type_CY
+                parts.append(log_type_CY.float().exp().cpu().numpy())
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.prompts["cell_type"])), np.float32)
 
     def perturb(self, cells: Cells, perturbation: list[str]) -> dict[str, Effect]:
         """Predict what hitting these targets together does to the cells, on average; their order does not matter.
@@ -154,7 +181,7 @@ class Predictor:
         named = sorted({target for targets in perturbation for target in targets.split("+")})
         if cells.n_cells == 0 or not named or "" in named:
             raise InputRefused(f"perturb needs at least one cell, and targets with names; got {perturbation!r}")
-        without, with_it = self._both(cells, "+".join(named), lambda share_CG: torch.log1p(share_CG * SCALE))
+        without, with_it = self._both(cells, "+".join(named), logs=True)
         return {name: Effect(without[name], with_it[name], with_it[name] - without[name]) for name in self.vocabulary}
 
     def mean_shares(
@@ -165,36 +192,121 @@ class Predictor:
         Raises:
             InputRefused: A target that was never seen in training.
         """
-        return self._both(cells, perturbation, lambda share_CG: share_CG)
+        return self._both(cells, perturbation, logs=False)
 
     def _both(
-        self, cells: Cells, perturbation: str, change: Callable[[torch.Tensor], torch.Tensor]
+        self, cells: Cells, perturbation: str, *, logs: bool
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
         targets = self._perturbations([perturbation])
-        hit = replace(cells, perturbation=np.repeat(targets, cells.n_cells, axis=0))
-        control = replace(cells, perturbation=np.full((cells.n_cells, 1), CONTROL, dtype=np.int32))
-        return self._mean(control, change), self._mean(hit, change)
+        kind_C = cells.prompts["perturbation_type"]
+        silent = np.zeros_like(kind_C)
+        kind_C = np.where(kind_C == self._code["perturbation_type"].get("none", 0), silent, kind_C)
+        hit = replace(
+            cells,
+            perturbation=np.repeat(targets, cells.n_cells, axis=0),
+            prompts=cells.prompts | {"perturbation_type": kind_C},
+        )
+        control = replace(
+            cells,
+            perturbation=np.full((cells.n_cells, 1), CONTROL, dtype=np.int32),
+            prompts=cells.prompts | {"perturbation_type": silent},
+        )
+        asked = partial(ask, task="perturb", elapsed=0.0)
+        return self._mean(control, asked, logs=logs), self._mean(hit, asked, logs=logs)
 
-    def _mean(self, cells: Cells, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, NDArray[np.float32]]:
+    def forecast(self, cells: Cells, elapsed: float) -> dict[str, Effect]:
+        """Predict what becomes of the cells after a while, on average; "control" is what they are now.
+
+        Args:
+            cells: The cells; where their time is said, it goes on.
+            elapsed: How much later, in the units of ``time``.
+
+        Raises:
+            InputRefused: No cells, or a span that is no number above 0.
+        """
+        if cells.n_cells == 0 or not 0 < elapsed < np.inf:
+            raise InputRefused(f"forecast needs at least one cell, and a span above 0; got {elapsed}")
+        now = self._mean(cells, partial(ask, task="forecast", elapsed=0.0), logs=True)
+        later = self._mean(_later(cells, elapsed), partial(ask, task="forecast", elapsed=elapsed), logs=True)
+        return {name: Effect(now[name], later[name], later[name] - now[name]) for name in self.vocabulary}
+
+    def draw(
+        self, cells: Cells, measurement: str, depth: float | NDArray[np.float64], seed: int = 0, elapsed: float = 0.0
+    ) -> csr_matrix:
+        """Draw counts_CG of cells like these, each from the likelihood that the model expects of it.
+
+        Args:
+            cells: The cells; one without counts is drawn from what is said of it alone.
+            measurement: Of counts.
+            depth: Counts of each cell, or of all; the draws have as many on average.
+            seed: The same seed draws the same.
+            elapsed: How much later the drawn cells are.
+
+        Raises:
+            InputRefused: No cells, a measurement that is not of counts, or that the model does not know.
+        """
+        if cells.n_cells == 0:
+            raise InputRefused("there is no cell to draw")
+        if measurement not in self.vocabulary or self.model.config.likelihood_of(measurement) not in COUNTS:
+            known = [name for name in self.vocabulary if self.model.config.likelihood_of(name) in COUNTS]
+            raise InputRefused(f"no counts of {measurement!r} can be drawn; of {', '.join(known)} they can")
+        number, task = list(self.vocabulary).index(measurement), "forecast" if elapsed else "reconstruct"
+        depth_C = np.broadcast_to(np.asarray(depth, dtype=np.float64), cells.n_cells)
+        asked = partial(
+            ask,
+            task=task if cells.counts else "generate",
+            target=number,
+            depth=float(depth_C.mean()),
+            elapsed=elapsed,
+        )
+        random, start, drawn = np.random.default_rng([seed, 13]), 0, []
+        log_r_G = self.model.log_dispersion(measurement)
+        for _, share_CG in self._expected(_later(cells, elapsed), (measurement,), asked):
+            rate_CG = share_CG.double().cpu().numpy() * depth_C[start : start + len(share_CG), None]
+            if log_r_G is not None:
+                r_G = torch.nn.functional.softplus(log_r_G.detach()).double().cpu().numpy() + 1e-4
+                rate_CG = rate_CG * random.gamma(r_G, 1 / r_G, rate_CG.shape)
+            drawn.append(csr_matrix(random.poisson(rate_CG).astype(np.float32)))
+            start += len(share_CG)
+        return csr_matrix(vstack(drawn))
+
+    def _mean(self, cells: Cells, asked: Asks, *, logs: bool) -> dict[str, NDArray[np.float32]]:
         total = {name: np.zeros(len(part.feature_id)) for name, part in self.vocabulary.items()}
-        for name, share_CG in self._shares(cells, tuple(self.vocabulary)):
-            total[name] += change(share_CG).sum(0).double().cpu().numpy()
+        for name, expected_CG in self._expected(cells, tuple(self.vocabulary), asked):
+            if logs and self.model.config.likelihood_of(name) in COUNTS:
+                expected_CG = torch.log1p(expected_CG * SCALE)
+            total[name] += expected_CG.sum(0).double().cpu().numpy()
         return {name: (part / cells.n_cells).astype(np.float32) for name, part in total.items()}
 
     def shares(self, cells: Cells, measurement: str) -> NDArray[np.float32]:
-        """Return each cell's predicted share_CG of the counts of a measurement, whether it was measured or not."""
-        parts = [share_CG.cpu().numpy() for _, share_CG in self._shares(cells, (measurement,))]
+        """Return each cell's predicted share_CG of the counts of a measurement, whether it was measured or not.
+
+        Of other measurements, what is expected of each feature: a chance, a fraction, or a level (see ``Effect``).
+        """
+        task = "reconstruct" if measurement in cells.counts else "translate"
+        asked = partial(ask, task=task, target=list(self.vocabulary).index(measurement))
+        parts = [expected_CG.cpu().numpy() for _, expected_CG in self._expected(cells, (measurement,), asked)]
         return (
             np.concatenate(parts) if parts else np.zeros((0, len(self.vocabulary[measurement].feature_id)), np.float32)
         )
 
-    def _shares(self, cells: Cells, measurements: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield, batch by batch, the share_CG of counts of each measurement."""
+    def _expected(self, cells: Cells, measurements: tuple[str, ...], asked: Asks) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield, batch by batch, what is expected of each measurement."""
         with torch.inference_mode():
             for rows, tokens in self._batches(cells):
-                _, logits, _ = self.model(tokens)
+                logits = self.model(tokens, asked=asked(tokens)).logits
                 for name in measurements:
-                    yield name, log_rates(logits[name].float(), self._panel(name, cells.take(rows))).exp()
+                    yield name, self._expectation(name, logits[name].float(), cells.take(rows))
+
+    def _expectation(self, name: str, logits_CG: torch.Tensor, cells: Cells) -> torch.Tensor:
+        likelihood = self.model.config.likelihood_of(name)
+        if likelihood in COUNTS:
+            return log_rates(logits_CG, self._panel(name, cells)).exp()
+        if likelihood != "gaussian":
+            return logits_CG.sigmoid()
+        assert self.model.levels is not None
+        first = self.model.config.offsets[name]
+        return self.model.levels.back(logits_CG, torch.arange(first, first + logits_CG.shape[1], device=self.device))
 
     def _panel(self, name: str, cells: Cells) -> torch.Tensor:
         """Return panel_CG: the features of the cell's organism; all where nobody knows it or it has none."""
@@ -209,16 +321,21 @@ class Predictor:
             yield rows, make_tokens(cells.take(rows), self.model.config.offsets, self.tokens, device=self.device)
 
 
-def _csr(counts: csr_matrix) -> Csr:
+def _later(cells: Cells, elapsed: float) -> Cells:
+    return replace(cells, numbers=cells.numbers | {"time": cells.numbers["time"] + np.float32(elapsed)})
+
+
+def _csr(counts: csr_matrix, zeros: bool) -> Csr:
     counts = csr_matrix(counts, dtype=np.float32, copy=True)  # the caller's matrix stays as it is
     counts.sum_duplicates()
-    counts.eliminate_zeros()
+    if not zeros:
+        counts.eliminate_zeros()
     return Csr(counts.indptr.astype(np.int64), counts.indices.astype(np.int32), counts.data)
 
 
 def _common_length(counts: dict[str, csr_matrix], prompts: dict[str, list[str]]) -> int:
     lengths = {name: part.shape[0] for name, part in counts.items()} | {name: len(p) for name, p in prompts.items()}
-    if not counts or len(set(lengths.values())) != 1:
+    if len(set(lengths.values())) != 1:
         raise InputRefused(f"counts and prompts say different numbers of cells: {lengths or 'none'}")
     return next(iter(lengths.values()))
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from store.settings import Settings
+from train.likelihood import Likelihood
 
 
 class ModelSettings(Settings):
@@ -28,6 +29,11 @@ class ModelSettings(Settings):
     """Tokens that stand for the largest of ``knowledge.sets`` and read their visible members only."""
     attention: Literal["hybrid", "full"] = "full"
     """"full": every block reads the whole cell; "hybrid": within and between measurements in turn, joint at the end."""
+
+    types: bool = True
+    """Learn to tell cell types too, by prototypes on the Cell Ontology."""
+    likelihood: dict[str, Likelihood] = Field(default_factory=dict)
+    """Measurement to its likelihood, where it is not the usual one: ``ATAC = "bernoulli"``."""
 
     @model_validator(mode="after")
     def _divides(self) -> ModelSettings:
@@ -89,6 +95,8 @@ class DataSettings(Settings):
     """Features of a cell and measurement that the query decoder is asked for, half of them hidden non-zeros."""
     matched_controls: float = Field(default=0.5, ge=0, le=1)
     """Share of perturbed cells that are predicted from a matched control of the same window."""
+    earlier_cells: float = Field(default=0.25, ge=0, le=1)
+    """Share of unperturbed cells that are predicted from an earlier one of the same dataset, where times are known."""
 
 
 class OptimSettings(Settings):

@@ -141,7 +141,9 @@ class Stream:
         matched = controls.fields if controls else ()
         measured = (measured_column(name) for name in self.measurements)
         self.fields = tuple(dict.fromkeys((*FIELDS, *matched, *measured)))
-        self.tokens, self.controls = tokens, controls
+        levels = tuple(name for name in self.measurements if any(name in one.levels for one in self.snapshots))
+        self.tokens = replace(tokens, levels=levels) if tokens and levels else tokens
+        self.controls = controls
         self.threads, self.memory_bytes = threads, memory_bytes
         # whoever reads from afar waits most of the time: more wait together, and earlier
         remote = any(not is_local(source.part.uri) for source in self.sources)
@@ -391,7 +393,8 @@ class Stream:
         chance = (self.plan.seed, step)
         if self.tokens:
             spans = {name: held.spans(name) for name in self.measurements}
-            if all(part.counts.dtype.kind == "u" for parts in spans.values() for part, _ in parts):
+            whole = all(part.counts.dtype.kind == "u" for parts in spans.values() for part, _ in parts)
+            if whole and not self.tokens.levels:
                 made = fast_tokens(spans, cells.measured, cells, self._offsets, self.tokens, chance, self._room.take)
                 return made, cells.panel
         cells = self._with_counts(cells, held)

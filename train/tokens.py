@@ -27,6 +27,7 @@ try:
 except ImportError:  # torch and numpy are enough
     kernels = None  # type: ignore[assignment]
 
+CRUTCHES = ("cell_type", "perturbation_type")
 SCALE = 1e4
 """Values are log1p of counts per this many of the cell's counts in the measurement."""
 
@@ -40,12 +41,14 @@ class TokenSettings:
         hide: Range of the share of non-zeros that is hidden in training, drawn per cell and measurement.
         drop_measurement: Chance that a whole measurement of a cell is hidden in training.
         drop_prompt: Chance that a prompt is not said in training.
-        drop_cell_type: The same for the cell type, which must not become a crutch.
+        drop_cell_type: The same for the cell type and the kind of perturbation, which must not become crutches.
         values: "log1p": of counts per ``SCALE``. "bins": the quantile of a count among the cell's own counts, 1 to
             ``bins`` (after scGPT, Cui et al. 2024; ties share a bin). "rank": tokens from the highest to the lowest
             count, each divided by its feature's factor, and the value is the place, from 0; a budget keeps the highest
             (after Geneformer, Theodoris et al. 2023).
         bins: Bins of a cell.
+        levels: Measurements whose values are levels, not counts: written as they are, zeros too. Where a budget chooses
+            the strongest values, levels come first, and a hash decides among them.
     """
 
     budget: int = 128
@@ -55,6 +58,11 @@ class TokenSettings:
     drop_cell_type: float = 0.5
     values: Literal["log1p", "bins", "rank"] = "log1p"
     bins: int = 51
+    levels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.levels and self.values != "log1p":
+            raise ValueError(f"values={self.values!r} are for counts; {', '.join(self.levels)} holds levels")
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,7 @@ def make_tokens(
     seen = seen or cells
     plain = settings.values == "log1p"
     whole = all(part.counts.dtype.kind == "u" for part in seen.counts.values())
-    if kernels is not None and device.type == "cpu" and whole:
+    if kernels is not None and device.type == "cpu" and whole and not settings.levels:
         everything = np.arange(cells.n_cells)
         spans = {name: [(part.spans, everything)] for name, part in seen.counts.items()}
         return fast_tokens(spans, seen.measured, cells, offsets, settings, chance, factors=factors)
@@ -227,13 +235,18 @@ def make_tokens(
             visible_N = draw_N >= torch.from_numpy(_hidden(units(mixed[1]), settings)).to(device)[found.cell_N]
             priority_N = draw_N.double()
         value_N = torch.log1p(share_N) if plain else share_N
+        if name in settings.levels:
+            value_N, depth_C = found.count_N, torch.zeros_like(found.depth_C)
+            priority_N = priority_N if chance is not None else 2.0**32 + draws(feature_N, feature_N).double()
+        else:
+            depth_C = torch.log1p(found.depth_C)
         if settings.values == "bins":
             value_N = _bins(found, settings.bins)
         elif settings.values == "rank":
             priority_N = (share_N if factors is None else share_N / factors[feature_N]).double()
         keep = torch.nonzero(visible_N & shown_C[found.cell_N]).squeeze(1)
         parts.append((found.cell_N[keep], feature_N[keep], value_N[keep], priority_N[keep]))
-        depths.append(torch.where(shown_C, torch.log1p(found.depth_C), 0.0))
+        depths.append(torch.where(shown_C, depth_C, 0.0))
         measured.append(shown_C)
     return Tokens(
         *_padded(parts, cells.n_cells, settings, device),
@@ -300,6 +313,8 @@ def fast_tokens(
     width = max(1, min(settings.budget, int(lengths_C.max(initial=0))))
     feature_CL = empty(cells.n_cells * width, np.int32).reshape(cells.n_cells, width)
     value_CL = empty(cells.n_cells * width, np.float32).reshape(cells.n_cells, width)
+    if not parts:
+        feature_CL[:], value_CL[:] = 0, 0
     width_C = np.zeros(cells.n_cells, np.int32)
     depths = {name: np.zeros(cells.n_cells, np.float32) for name in offsets}
     one = len(offsets) == 1 and settings.values == "log1p"
@@ -430,7 +445,7 @@ def _prompts(
     number_CF = np.stack([cells.numbers[name] for name in NUMBERS], axis=1)
     if chance is not None:
         salts = (*range(PROMPT, PROMPT + len(PROMPTS)), PERTURBATION, NUMBER)
-        rates = [settings.drop_cell_type if name == "cell_type" else settings.drop_prompt for name in PROMPTS]
+        rates = [settings.drop_cell_type if name in CRUTCHES else settings.drop_prompt for name in PROMPTS]
         rates += [settings.drop_prompt, settings.drop_prompt]
         kept_SC = units(drawn(cells.row, chance_salts(chance, salts))) >= np.array(rates)[:, None]
         codes_CF = codes_CF * kept_SC[: len(PROMPTS)].T

@@ -32,6 +32,9 @@ MEASUREMENT = {
     "metabolite": "metabolite",
     "mirna": "miRNA",
     "methylation": "methylation",
+    "methylation_coverage": "methylation_coverage",
+    "coverage": "methylation_coverage",
+    "cov": "methylation_coverage",
     "metabolites": "metabolite",
 }
 """What a modality's name (in lower case) stands for."""

@@ -19,10 +19,10 @@ from store.errors import InputRefused, UsageError
 from train.evaluation.cellfloor import Tells, annotation_floor
 from train.evaluation.conformal import group_quantile
 from train.evaluation.folds import Fold
-from train.evaluation.ontology import covering_type
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
 from train.evaluation.suites import FEWEST_CELLS, shuffled, units
+from train.ontology import covering_type
 
 LEVEL = 0.9
 CALIBRATION: dict[str, Way] = {

@@ -16,6 +16,7 @@ from train.evaluation.agnostic import AGNOSTIC, adjudicate, molecules_suite, sha
 from train.evaluation.audit import Finding, audit, refuse_leaks
 from train.evaluation.calibration import CALIBRATION, calibration_suite
 from train.evaluation.cellfloor import Annotator, Ensemble, annotation_floor, forecast_floor, translation_floor
+from train.evaluation.embedding import EMBED, concordance, embed_suite, embedding_floor
 from train.evaluation.floor import effect_floor
 from train.evaluation.folds import Fold, FoldSettings, make_folds
 from train.evaluation.gated import HEAD, Gate, GatedEffects, TargetVectors
@@ -26,6 +27,7 @@ from train.evaluation.ours import (
     NAME,
     ModelEffects,
     ModelEmbedder,
+    ModelForecaster,
     ModelShares,
     ModelTranslator,
     identities,
@@ -200,13 +202,27 @@ def _novelty(task: _Task) -> list[Value]:
     return novelty_suite(task.study, task.folds, methods, measurement, column, task.seeds)
 
 
+def _embed(task: _Task) -> list[Value]:
+    measurement, column = task.question.measurement, task.question.columns[0]
+    return embed_suite(task.study, task.folds, _embedders(task), measurement, column, task.seeds)
+
+
+def _embedders(task: _Task) -> dict[str, Callable[[int], Any]]:
+    predictor = task.predictor
+    methods = by_seed(lambda seed: embedding_floor(task.question.measurement, seed))
+    if predictor is not None:
+        methods[NAME] = lambda seed: ModelEmbedder(predictor)
+    return methods
+
+
 def _agnostic(task: _Task) -> list[Value]:
-    """Judge by held-out molecules; and by another measurement, where one is named and disputes can be decided."""
+    """Judge by molecules, and by another measurement, where one is named and disputes can be decided."""
     measurement, predictor, asked = task.question.measurement, task.predictor, task.question
     methods = by_seed(lambda seed: shares_floor(measurement, seed))
     if predictor is not None:
         methods[NAME] = lambda seed: ModelShares(predictor, measurement)
     values = molecules_suite(task.study, task.folds, methods, measurement, task.seeds)
+    values += concordance(task.study, task.folds, _embedders(task), measurement, task.seeds)
     if asked.source == measurement:
         return values
     tells = by_seed(lambda seed: annotation_floor(measurement, asked.columns[0], seed)[1:])
@@ -217,17 +233,21 @@ def _agnostic(task: _Task) -> list[Value]:
 
 def _forecast(task: _Task) -> list[Value]:
     measurement = task.question.measurement
-    if task.predictor is not None:
-        raise UsageError("a checkpoint cannot forecast: leave it out, and say --gated to judge the transition head")
+    predictor = task.predictor
     methods = by_seed(lambda seed: forecast_floor(measurement, seed))
-    if task.question.gated:
-        methods[HEAD] = lambda seed: GatedForecast(measurement, seed=seed, found=task.gates.append)
+    if predictor is not None and not task.question.gated:
+        methods[NAME] = lambda seed: ModelForecaster(predictor, measurement, seed)
+    elif task.question.gated:
+        methods[NAME if predictor is not None else HEAD] = lambda seed: GatedForecast(
+            measurement, seed=seed, found=task.gates.append
+        )
     return forecast_suite(task.study, task.folds, methods, measurement, task.seeds)
 
 
 SUITES: dict[str, tuple[Callable[[_Task], list[Value]], dict[str, Way]]] = {
     "perturb": (_perturb, METRICS),
     "annotate": (partial(_tell, annotate_suite), ANNOTATE),
+    "embed": (_embed, EMBED),
     "calibration": (partial(_tell, calibration_suite), CALIBRATION),
     "translate": (_translate, TRANSLATE),
     "forecast": (_forecast, FORECAST),

@@ -25,9 +25,11 @@ from train.evaluation.floor import SameElsewhere
 from train.evaluation.folds import UNPERTURBED
 from train.evaluation.study import Study
 from train.predictor import Predictor
+from train.start import log_shares
 from train.tokens import SCALE
 
 NAME = "model"
+MOST_CELLS = 1500
 Matrix = NDArray[np.float64]
 
 
@@ -113,7 +115,8 @@ class ModelEffects:
         if not set(perturbation.split("+")) <= known:
             return self.fallback.predict(control, perturbation, context)
         shown = [name for name in control.counts if name in self.predictor.vocabulary]
-        cells = cells_of(self.predictor, control, shown, (*PROMPTS, *NUMBERS))
+        said = [name for name in (*PROMPTS, *NUMBERS) if name != "perturbation_type"]
+        cells = cells_of(self.predictor, control, shown, said)
         without, with_it = self.predictor.mean_shares(cells, perturbation)
         profiles = [
             np.log1p(SCALE * _back(self.predictor, control, self.measurement, one[self.measurement]))
@@ -160,12 +163,43 @@ class ModelTranslator:
     def predict(self, cells: Study) -> Matrix:
         """Return expected log shares_CH, of counts as the model's likelihood draws them."""
         share_CH = self.predictor.shares(cells_of(self.predictor, cells, [self.source], ("organism",)), self.target)
+        if self.predictor.model.config.likelihood_of(self.target) == "bernoulli":
+            return _back(self.predictor, cells, self.target, share_CH) * np.log1p(SCALE / self.depth)
         log_r_G = self.predictor.model.log_dispersion(self.target)
         r_H = None
         if log_r_G is not None:
             r_G = torch.nn.functional.softplus(log_r_G.detach()).cpu().numpy() + 1e-4
             r_H = _back(self.predictor, cells, self.target, r_G).clip(1e-2)
         return expected_logs(_back(self.predictor, cells, self.target, share_CH), self.depth, r_H)
+
+
+class ModelForecaster:
+    """Cells of a time, drawn from what the model expects of the training cells of the time before."""
+
+    name = NAME
+
+    def __init__(self, predictor: Predictor, measurement: str, seed: int = 0) -> None:
+        """Take a loaded model."""
+        self.predictor, self.measurement, self.seed = predictor, measurement, seed
+
+    def fit(self, train: Study) -> Self:
+        """Remember the training cells."""
+        self.train = train
+        return self
+
+    def predict(self, time: float) -> csr_matrix:
+        """Return logs_CG of cells that begin at the last time before, or where there is none, at the first after."""
+        time_C = self.train.obs["time"].to_numpy(dtype=np.float64)
+        before = time_C[time_C < time]
+        start = before.max() if len(before) else np.nanmin(time_C)
+        cells = self.train.take(np.flatnonzero(time_C == start)[:MOST_CELLS])
+        shown = [name for name in cells.counts if name in self.predictor.vocabulary]
+        form = cells_of(self.predictor, cells, shown, ("organism", "time"))
+        depth_C = np.asarray(cells.measured(self.measurement).sum(axis=1), dtype=np.float64).ravel()
+        drawn = self.predictor.draw(form, self.measurement, depth_C, self.seed, elapsed=float(time - start))
+        return log_shares(csr_matrix(_back(self.predictor, cells, self.measurement, drawn.toarray()))).astype(
+            np.float32
+        )
 
 
 class ModelShares:

@@ -25,8 +25,9 @@ from train.evaluation.study import Study
 from train.knowledge import gather_knowledge
 from train.model import CellModel
 from train.objective import Objective
+from train.ontology import type_terms
 from train.predictor import Predictor
-from train.start import mean_share, principal_axes
+from train.start import begin, tell_types
 from train.tokens import TokenSettings
 
 
@@ -45,6 +46,7 @@ class ScratchSettings:
         permute: Deal memberships anew: the null arm.
         spectral: Let features' vectors begin at the principal axes of the training cells.
         queries: Features that are asked for, of each cell and measurement.
+        types: Learn to tell cell types too.
     """
 
     steps: int = 400
@@ -57,6 +59,7 @@ class ScratchSettings:
     permute: bool = False
     spectral: bool = True
     queries: int = 16
+    types: bool = True
 
 
 def train_on(study: Study, settings: ScratchSettings | None = None, seed: int = 0) -> Predictor:
@@ -79,6 +82,7 @@ def train_on(study: Study, settings: ScratchSettings | None = None, seed: int = 
         None,
         seed if settings.permute else None,
     )
+    terms = type_terms(words["cell_type"]) if settings.types and len(words["cell_type"]) > 2 else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CellModel(
@@ -88,13 +92,15 @@ def train_on(study: Study, settings: ScratchSettings | None = None, seed: int = 
                 n_perturbations=len(words["perturbation"]),
                 n_sets=len(known.sets),
                 n_memberships=len(known.set_E),
+                n_terms=0 if terms is None else terms.n_terms,
+                n_term_links=0 if terms is None else len(terms.term_E),
                 **settings.model,
             )
         )
     model.know(torch.from_numpy(known.feature_E), torch.from_numpy(known.set_E), {})
-    axes = principal_axes(study.counts, model.config.width, seed) if settings.spectral else {}
-    model.set_axes({name: torch.from_numpy(part) for name, part in axes.items()})
-    model.set_baseline({name: torch.from_numpy(mean_share(part)) for name, part in study.counts.items()})
+    if terms is not None:
+        tell_types(model, terms)
+    begin(model, study.counts, spectral=settings.spectral, seed=seed)
     manifest = {"measurements": list(study.counts), "prompt_fields": list(PROMPTS)}
     predictor = Predictor(Checkpoint(model, settings.tokens, vocabulary, words, manifest))
     _train(model, _cells(predictor, study), settings, seed)

