@@ -46,9 +46,11 @@ LABELS = (
     "sample_id",
     "cell_id",
     "is_primary_data",
+    "x",
+    "y",
 )
 """obs columns that every snapshot carries beside its counts."""
-NUMBERS = ("time", "dose")
+NUMBERS = ("time", "dose", "x", "y")
 """Those of them that are numbers: rows of the array ``numbers``."""
 CODED = ("organism", *(name for name in LABELS if name not in (*NUMBERS, "cell_id", "is_primary_data")))
 """Those that have few values, each with a code in the table ``labels``."""

@@ -2,6 +2,7 @@
 
 Shape letters used in this module:
     C  cells      S  controls of a cell      T  perturbation targets of a cell at most
+    X  x and y
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Cells:
         row: [C] a number that stays with the cell (its row in the snapshot), so that chance can depend on it.
         controls: The cells' matched controls, where they were asked for.
         set_C: The number within the batch of each cell's set; None where cells come singly.
+        place_CX: Where each cell is, x and y; NaN is not known. None where cells come singly.
     """
 
     n_cells: int
@@ -100,6 +102,7 @@ class Cells:
     row: NDArray[np.int64]
     controls: Controls | None = None
     set_C: NDArray[np.int64] | None = None
+    place_CX: NDArray[np.float32] | None = None
 
     def take(self, rows: NDArray[np.int64]) -> Cells:
         """Return these cells, in this order."""
@@ -114,6 +117,7 @@ class Cells:
             row=self.row[rows],
             controls=None if self.controls is None else self.controls.take(rows),
             set_C=None if self.set_C is None else self.set_C[rows],
+            place_CX=None if self.place_CX is None else self.place_CX[rows],
         )
 
 

@@ -28,6 +28,7 @@ class ModelConfig:
         n_sets: Sets (pathways, processes) that features belong to.
         n_memberships: How often one does.
         pathways: Tokens that stand for the largest sets and read their visible members only.
+        niche: Do the cells of a set read each other?
         hash_rows: Vectors that stand for features which nobody has trained on, by the hash of their id.
         frozen: Kind of vector that is known of features ("sequence", "text") to its width.
         n_terms: Terms of the Cell Ontology that types are told by; 0 tells no types.
@@ -50,6 +51,7 @@ class ModelConfig:
     n_sets: int = 0
     n_memberships: int = 0
     pathways: int = 0
+    niche: bool = False
     hash_rows: int = 64
     frozen: dict[str, int] = field(default_factory=dict)
     n_terms: int = 0

@@ -13,9 +13,8 @@ from train.asked import TASKS, Asked, ask
 from train.attention import Segments
 from train.blocks import Block
 from train.config import ModelConfig
+from train.fourier import FOURIER, fourier
 from train.tokens import Tokens
-
-FOURIER = 6
 
 
 class SoftBins(nn.Module):
@@ -205,13 +204,3 @@ class Prompts(nn.Module):
         said.append(self.target(torch.cat([asked.log_depth_CM / 10, asked.target_CM.float()], dim=1)))
         said.append(self.elapsed(fourier(asked.elapsed_C[:, None])))
         return torch.stack(said, dim=1)
-
-
-def fourier(number_CF: Tensor) -> Tensor:
-    """Write numbers as sines and cosines of their log; a number that is not said is all zeros."""
-    said = ~number_CF.isnan()
-    log = torch.log1p(torch.nan_to_num(number_CF).abs())
-    frequency = 2.0 ** torch.arange(-2, FOURIER - 2, device=log.device)
-    angle = log.unsqueeze(-1) * frequency
-    features = torch.cat([angle.sin(), angle.cos(), log.unsqueeze(-1), torch.ones_like(log).unsqueeze(-1)], dim=-1)
-    return (features * said.unsqueeze(-1)).flatten(1)

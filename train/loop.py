@@ -157,6 +157,7 @@ class Run:
             window=data.window,
             lanes=data.lanes,
             controls=controls,
+            sets=data.sets,
             memory_bytes=data.memory_mb * 2**20,
             cache=data.cache or None,
             cache_bytes=int(data.cache_gb * 2**30),
@@ -190,6 +191,7 @@ class Run:
             "n_perturbations": len(self.labels.values["perturbation"]),
             "n_terms": 0 if self.types is None else self.types.n_terms,
             "n_term_links": 0 if self.types is None else len(self.types.term_E),
+            "niche": self.settings.data.sets,
             "levels": tuple(name for name in self.vocabulary if name in self.snapshot.levels),
         }
         try:

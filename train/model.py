@@ -29,6 +29,7 @@ from train.config import ModelConfig
 from train.identity import Identity, Levels, Pathways, Prompts, SoftBins
 from train.layout import Layout, lay_out
 from train.likelihood import DISPERSED
+from train.niche import Company, Niche
 from train.prototypes import Prototypes
 from train.tokens import Tokens
 
@@ -103,6 +104,7 @@ class CellModel(nn.Module):
                 for name, size in config.n_features.items()
             }
         )
+        self.niche = Niche(config) if config.niche else None
         self.prototypes = Prototypes(config) if config.n_terms else None
         self.asked = nn.Parameter(torch.zeros(width))
         self.query_blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.query_layers))
@@ -111,6 +113,8 @@ class CellModel(nn.Module):
         self.apply(_initialise)
         nn.init.zeros_(self.target.weight)
         nn.init.eye_(self.pool.weight)
+        if self.niche is not None:
+            self.niche.begin()
         for parameter in (self.summary, self.bottlenecks, self.asked):
             nn.init.normal_(parameter, std=0.02)
 
@@ -148,10 +152,13 @@ class CellModel(nn.Module):
                 x = block(x, layout.cells if kind == "joint" else layout.pieces)
         return self.norm(x), layout, prompts.mean(1)
 
-    def embed(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def embed(self, tokens: Tokens, company: Company | None = None) -> tuple[Tensor, Tensor]:
         """Return the cells' embeddings_CD and the mean of their prompts_CD."""
         x, layout, prompts = self.encode(tokens)
-        return x[layout.head_CP[:, 0]], prompts
+        return self._in_company(x[layout.head_CP[:, 0]], company), prompts
+
+    def _in_company(self, summary_CD: Tensor, company: Company | None) -> Tensor:
+        return summary_CD if self.niche is None or company is None else self.niche(summary_CD, company)
 
     def decode(self, embedding_CD: Tensor, prompts_CD: Tensor, perturbation_CT: Tensor) -> dict[str, Tensor]:
         """Return logits_CG of every measurement."""
@@ -175,6 +182,7 @@ class CellModel(nn.Module):
         queries: Queries | None = None,
         unknown_F: Tensor | None = None,
         asked: Asked | None = None,
+        company: Company | None = None,
     ) -> Answer:
         """Say of cells what they are, what their features are expected to be, and of which type they are.
 
@@ -183,9 +191,10 @@ class CellModel(nn.Module):
             queries: Features whose values are asked for.
             unknown_F: Which features, by their numbers among all, are taken for unknown.
             asked: What is asked of the cells.
+            company: Which of them belong together; a cell without company is alone.
         """
         x, layout, prompts = self.encode(tokens, unknown_F, asked)
-        embedding = x[layout.head_CP[:, 0]]
+        embedding = self._in_company(x[layout.head_CP[:, 0]], company)
         logits = self.decode(embedding, prompts, tokens.perturbation_CT)
         correction = x.new_zeros(0) if queries is None else self.correct(x, layout, queries, unknown_F)
         log_type_CY = None if self.prototypes is None else self.prototypes(embedding)

@@ -19,6 +19,7 @@ from train.attention import Segments
 from train.cells import CONTROL, PROMPTS, Cells, Csr
 from train.likelihood import COVERAGE, Targets, cost, mean_cost, outputs
 from train.model import CellModel, Queries
+from train.niche import Company
 from train.tokens import Tokens, TokenSettings, chance_salts, dense_counts, drawn, draws, keys, make_tokens, units
 
 ASK, UNKNOWN, QUERY, ZEROS = 52, 59, 62, 63
@@ -116,7 +117,10 @@ class Objective:
         asked = {name: self._ask(name, cells, itself_C, tokens, of, plain, chance) for name, of in targets.items()}
         queries, order_Q = _together(asked, plain.config.offsets, cells.n_cells)
         wanted = self._asked(cells, itself_C, tokens, targets, chance)
-        answer = model(tokens, queries, None if step is None else self._unknown(plain, chance), wanted)
+        company = None
+        if plain.niche is not None and cells.set_C is not None:
+            company = company_of(cells, self.device)
+        answer = model(tokens, queries, None if step is None else self._unknown(plain, chance), wanted, company)
         correction = torch.empty_like(answer.correction_Q).index_copy(0, order_Q, answer.correction_Q)
         loss = self._loss(plain, answer.logits, correction, targets, asked)
         if answer.log_type_CY is not None:
@@ -272,6 +276,14 @@ class Objective:
         number_G = torch.arange(first, first + values_CG.shape[1], device=self.device)
         values_CG = torch.where(found_CG, model.levels(values_CG, number_G), model.levels.limit_F[number_G])
         return Targets(values_CG, panel_CG, found_CG, nought_C1)
+
+
+def company_of(cells: Cells, device: torch.device) -> Company:
+    """Return which cells belong together, of cells that come in sets."""
+    assert cells.set_C is not None
+    nowhere_CX = np.full((cells.n_cells, 2), np.nan, np.float32)
+    place_CX = nowhere_CX if cells.place_CX is None else cells.place_CX
+    return Company(torch.from_numpy(cells.set_C).to(device), torch.from_numpy(place_CX).to(device))
 
 
 def _elapsed(cells: Cells) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from train.asked import Asked, ask
 from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
 from train.checkpoint import Vocabulary
 from train.likelihood import COUNTS, log_rates
+from train.niche import Company
+from train.objective import company_of
 from train.tokens import SCALE, Tokens, make_tokens
 
 Asks = Callable[[Tokens], Asked]
@@ -68,7 +70,13 @@ class Predictor:
         """
         return cls(checkpoint.load(path, device), device)
 
-    def cells(self, counts: dict[str, csr_matrix], prompts: dict[str, list[str]] | None = None) -> Cells:
+    def cells(
+        self,
+        counts: dict[str, csr_matrix],
+        prompts: dict[str, list[str]] | None = None,
+        sets: Sequence[int] | None = None,
+        places: NDArray[np.float32] | None = None,
+    ) -> Cells:
         """Bring cells into the model's form.
 
         Args:
@@ -77,6 +85,8 @@ class Predictor:
                 Of measurements that hold levels, the stored entries, zeros too, are those that were found.
             prompts: Field to one text per cell: the fields of ``prompts``, "time" and "dose" as numbers. "" is "not
                 said"; an organism that is not said is taken from the features that have counts.
+            sets: The number of each cell's set, ascending: the cells of a set read each other.
+            places: Where each cell is, x and y, [C, 2]; NaN is not known.
 
         Raises:
             InputRefused: An unknown measurement, field or value, lengths that differ, columns that are not the
@@ -102,6 +112,8 @@ class Predictor:
             perturbation=self._perturbations(prompts.get("perturbation", [""] * n_cells)),
             numbers={name: _numbers(name, prompts.get(name), n_cells) for name in NUMBERS},
             row=np.zeros(n_cells, dtype=np.int64),
+            set_C=_sets(sets, n_cells, self.model.config.niche),
+            place_CX=None if places is None else np.asarray(places, np.float32).reshape(n_cells, 2),
         )
 
     def _check(self, name: str, counts: csr_matrix) -> None:
@@ -154,7 +166,10 @@ class Predictor:
     def embed(self, cells: Cells) -> NDArray[np.float32]:
         """Return embeddings_CD."""
         with torch.inference_mode():
-            parts = [self.model.embed(tokens)[0].float().cpu().numpy() for _, tokens in self._batches(cells)]
+            parts = [
+                self.model.embed(tokens, self._company(cells.take(rows)))[0].float().cpu().numpy()
+                for rows, tokens in self._batches(cells)
+            ]
         return np.concatenate(parts) if parts else np.zeros((0, self.model.config.width), dtype=np.float32)
 
     def annotate(self, cells: Cells) -> NDArray[np.float32]:
@@ -167,8 +182,9 @@ class Predictor:
             raise InputRefused("this model was not trained to tell cell types: train it with model.types = true")
         parts = []
         with torch.inference_mode():
-            for _, tokens in self._batches(cells):
-                log_type_CY = self.model(tokens, asked=ask(tokens, "annotate")).log_type_CY
+            for rows, tokens in self._batches(cells):
+                company = self._company(cells.take(rows))
+                log_type_CY = self.model(tokens, asked=ask(tokens, "annotate"), company=company).log_type_CY
                 parts.append(log_type_CY.float().exp().cpu().numpy())
         return np.concatenate(parts) if parts else np.zeros((0, len(self.prompts["cell_type"])), np.float32)
 
@@ -294,7 +310,7 @@ class Predictor:
         """Yield, batch by batch, what is expected of each measurement."""
         with torch.inference_mode():
             for rows, tokens in self._batches(cells):
-                logits = self.model(tokens, asked=asked(tokens)).logits
+                logits = self.model(tokens, asked=asked(tokens), company=self._company(cells.take(rows))).logits
                 for name in measurements:
                     yield name, self._expectation(name, logits[name].float(), cells.take(rows))
 
@@ -315,10 +331,31 @@ class Predictor:
         panel[~panel.any(axis=1)] = True
         return torch.from_numpy(panel).to(self.device)
 
+    def _company(self, cells: Cells) -> Company | None:
+        return None if cells.set_C is None else company_of(cells, self.device)
+
     def _batches(self, cells: Cells) -> Iterator[tuple[NDArray[np.int64], Tokens]]:
-        for start in range(0, cells.n_cells, BATCH_CELLS):
-            rows = np.arange(start, min(start + BATCH_CELLS, cells.n_cells), dtype=np.int64)
+        start = 0
+        while start < cells.n_cells:
+            stop = min(start + BATCH_CELLS, cells.n_cells)
+            if cells.set_C is not None:  # a set stays whole
+                stop = int(np.searchsorted(cells.set_C, cells.set_C[stop - 1], side="right"))
+            rows = np.arange(start, stop, dtype=np.int64)
+            start = stop
             yield rows, make_tokens(cells.take(rows), self.model.config.offsets, self.tokens, device=self.device)
+
+
+def _sets(sets: Sequence[int] | None, n_cells: int, niche: bool) -> NDArray[np.int64] | None:
+    if sets is None:
+        return None
+    set_C = np.asarray(sets, dtype=np.int64)
+    if not niche:
+        raise InputRefused(
+            "this model takes cells singly: train it with data.sets = true for cells that read each other"
+        )
+    if set_C.shape != (n_cells,) or (np.diff(set_C) < 0).any():
+        raise InputRefused(f"sets: one number for each of the {n_cells} cells is needed, ascending")
+    return set_C
 
 
 def _later(cells: Cells, elapsed: float) -> Cells:

@@ -81,6 +81,8 @@ class DataSettings(Settings):
     """Consecutive rows that are read together."""
     window: int = Field(default=4, ge=1)
     """Blocks whose rows are mixed; three windows are held in memory."""
+    sets: bool = False
+    """Stream whole sets of the snapshot (``set_size``), whose cells read each other; ``global_batch`` counts sets."""
     lanes: int = Field(default=1, ge=1)
     """Parts of a window that workers read apart: with as many as workers, or a multiple, each reads only its own."""
     memory_mb: int = Field(default=512, ge=16)

@@ -441,7 +441,7 @@ class Stream:
         """Return rows with what is said of them, and no counts."""
         labels, n_cells = self.labels, held.n_cells
         codes = np.empty((n_cells, len(self.fields)), np.int32)
-        numbers = np.empty((n_cells, len(NUMBERS)), np.float32)
+        numbers = np.empty((n_cells, len(PART_NUMBERS)), np.float32)
         for _, window, mine, place in held.pieces:
             codes[mine] = window.codes_RF[place]
             numbers[mine] = window.numbers_RF[place]
@@ -467,6 +467,7 @@ class Stream:
             numbers={name: np.ascontiguousarray(numbers[:, PART_NUMBERS.index(name)]) for name in NUMBERS},
             row=row,
             set_C=held.set_C,
+            place_CX=numbers[:, [PART_NUMBERS.index(name) for name in ("x", "y")]] if self.sets else None,
         )
 
     def _with_counts(self, cells: Cells, held: _Held) -> Cells:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from train.attention import Segments
 from train.blocks import Block
-from train.identity import fourier
+from train.fourier import fourier
 
 STEPS = 8
 

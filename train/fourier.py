@@ -1,0 +1,22 @@
+"""This module writes numbers as waves, so that a linear layer can tell near from far at every scale.
+
+Shape letters used in this module:
+    C  cells      F  numbers
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FOURIER = 6
+
+
+def fourier(number_CF: Tensor) -> Tensor:
+    """Write numbers as sines and cosines of their log, 2 * ``FOURIER`` + 2 values each; zeros where nothing is said."""
+    said = ~number_CF.isnan()
+    log = torch.log1p(torch.nan_to_num(number_CF).abs())
+    frequency = 2.0 ** torch.arange(-2, FOURIER - 2, device=log.device)
+    angle = log.unsqueeze(-1) * frequency
+    features = torch.cat([angle.sin(), angle.cos(), log.unsqueeze(-1), torch.ones_like(log).unsqueeze(-1)], dim=-1)
+    return (features * said.unsqueeze(-1)).flatten(1)
