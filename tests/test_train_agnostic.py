@@ -11,6 +11,7 @@ from studies import FEATURES, study
 from store.errors import InputRefused
 from train.evaluation.agnostic import AGNOSTIC, Marginal, adjudicate, molecules_suite, shares_floor
 from train.evaluation.cellfloor import annotation_floor
+from train.evaluation.embedding import concordance, embedding_floor
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.judge import by_seed
 from train.evaluation.report import means
@@ -42,7 +43,14 @@ def test_held_out_molecules_reward_what_knows_the_cell() -> None:
     entropy = -(share := np.random.default_rng(3).uniform(0.5, 4, (2, len(FEATURES)))) / share.sum(1, keepdims=True)
     floor = np.mean([(row * np.log(-row)).sum() for row in entropy])
     assert floor < found["kNN on PCs"] < floor + 0.05  # nothing can be better than the truth's own entropy
-    assert [one.metric for one in score(values, AGNOSTIC)] == list(AGNOSTIC)
+    embedders = by_seed(lambda seed: embedding_floor("RNA", seed))
+    halves = concordance(cells, folds, embedders, seeds=range(1))
+    by_method = {method: mean for method, _, mean in means(halves)}
+    chance = 1 / np.mean([np.sum(cells.label("donor_id") == donor) for donor in set(cells.label("donor_id"))])
+    assert by_method[REPLICATE] == 1.0
+    assert min(by_method["HVG"], by_method["HVG + PCA"]) >= 0
+    assert max(by_method["HVG"], by_method["HVG + PCA"]) > chance
+    assert [one.metric for one in score(values + halves, AGNOSTIC)] == list(AGNOSTIC)
 
 
 def test_a_molecule_that_training_never_saw_is_dear_but_possible() -> None:

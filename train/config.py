@@ -33,6 +33,8 @@ class ModelConfig:
         frozen: Kind of vector that is known of features ("sequence", "text") to its width.
         n_terms: Terms of the Cell Ontology that types are told by; 0 tells no types.
         n_term_links: How often a type is one of them.
+        n_chromosomes: Chromosomes that features lie on; 0 gives features no place.
+        window: Bases around a feature that are read; 0 reads none.
         levels: Measurements whose values are levels (intensities, fractions), not counts.
         likelihood: Measurement to its likelihood, where it is not the usual one.
     """
@@ -56,6 +58,8 @@ class ModelConfig:
     frozen: dict[str, int] = field(default_factory=dict)
     n_terms: int = 0
     n_term_links: int = 0
+    n_chromosomes: int = 0
+    window: int = 0
     levels: tuple[str, ...] = ()
     likelihood: dict[str, Likelihood] = field(default_factory=dict)
 

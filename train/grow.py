@@ -98,6 +98,9 @@ def _state(
     state["identity.border_F"] = torch.cat([degree_F.new_zeros(1), torch.cumsum(degree_F, 0)])
     for name in [name for name in state if name.startswith("identity.frozen_")]:
         state[name] = state[name][source_F.clamp(min=0)] * ~fresh_F[:, None]
+    for name in [f"identity.{part}" for part in ("chromosome_F", "base_F", "bases_FW")]:
+        if name in state:
+            state[name] = state[name][torch.where(fresh_F, 0, source_F)]  # as little is known as of padding
     for name in [name for name in state if name.startswith("levels.")]:
         kept_F = state[name][source_F.clamp(min=0)]
         state[name] = torch.where(fresh_F, torch.full_like(kept_F, name == "levels.scale_F"), kept_F)

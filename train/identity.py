@@ -2,12 +2,14 @@
 
 Shape letters used in this module:
     C  cells      N  tokens      D  width      F  features, or fields      E  memberships      S  sets      P  pathways
+    W  bases of a window      U  different features
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from train.asked import TASKS, Asked, ask
 from train.attention import Segments
@@ -15,6 +17,8 @@ from train.blocks import Block
 from train.config import ModelConfig
 from train.fourier import FOURIER, fourier
 from train.tokens import Tokens
+
+MEGABASE = 1e6
 
 
 class SoftBins(nn.Module):
@@ -69,8 +73,36 @@ class Levels(nn.Module):
         return value * self.scale_F[number] + self.center_F[number]
 
 
+class Stem(nn.Module):
+    """Reads a window of bases, both strands alike: short patterns, patterns of these, and whether they are there.
+
+    The two strands go through the same filters and the stronger answer counts, so that a window and its reverse
+    complement are the same.
+    """
+
+    def __init__(self, width: int, filters: int = 32) -> None:
+        super().__init__()
+        self.patterns = nn.Conv1d(4, filters, 15, padding=7)
+        self.together = nn.Conv1d(filters, filters, 5, padding=4, dilation=2)
+        self.out = nn.Linear(2 * filters, width)
+
+    def forward(self, bases_FW: Tensor) -> Tensor:
+        """Return a vector for each window of codes 1 to 4; 0 is unknown."""
+        one_hot = torch.stack([bases_FW == code for code in range(1, 5)], dim=1).to(self.patterns.weight.dtype)
+        forward, backward = (self._read(strand) for strand in (one_hot, one_hot.flip(1, 2)))
+        read: Tensor = self.out(torch.maximum(forward, backward))
+        return read * bases_FW.any(1, keepdim=True)
+
+    def _read(self, one_hot: Tensor) -> Tensor:
+        found = functional.max_pool1d(functional.gelu(self.patterns(one_hot)), 4, ceil_mode=True)
+        found = found + functional.gelu(self.together(found))
+        return torch.cat([found.mean(2), found.amax(2)], dim=1)
+
+
 class Identity(nn.Module):
     """What a feature is: a vector of its own, what its sets have in common, and what is known of it from elsewhere.
+
+    Known of it may be vectors that were learned elsewhere, its chromosome and its place there, and the bases around it.
 
     In training some features are taken for unknown: one of a few shared vectors stands for their own, so that features
     which come later (``train.grow``) find vectors that the model has learned to do with. The sum over sets is divided
@@ -79,6 +111,9 @@ class Identity(nn.Module):
 
     set_E: Tensor
     border_F: Tensor
+    chromosome_F: Tensor
+    base_F: Tensor
+    bases_FW: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,6 +129,17 @@ class Identity(nn.Module):
             {kind: nn.Linear(wide, config.width, bias=False) for kind, wide in config.frozen.items()}
         )
 
+        self.chromosome: nn.Embedding | None = None
+        if config.n_chromosomes:
+            self.chromosome = nn.Embedding(1 + config.n_chromosomes, config.width, padding_idx=0)
+            self.base = nn.Linear(2 * FOURIER + 2, config.width, bias=False)
+            self.register_buffer("chromosome_F", torch.zeros(n_features, dtype=torch.int64))
+            self.register_buffer("base_F", torch.full((n_features,), torch.nan))
+        self.stem: Stem | None = None
+        if config.window:
+            self.stem = Stem(config.width)
+            self.register_buffer("bases_FW", torch.zeros(n_features, config.window, dtype=torch.uint8))
+
     def forward(self, feature: Tensor, unknown_F: Tensor | None = None) -> Tensor:
         """Return the vectors of features, by their numbers among all; shared ones for those taken for unknown."""
         embedded: Tensor = self.own(feature)
@@ -101,17 +147,30 @@ class Identity(nn.Module):
             numbers = feature.long()
             shared = self.shared(numbers % self.shared.num_embeddings)
             embedded = torch.where(unknown_F[numbers].unsqueeze(-1), shared, embedded)
-        if self.sets is not None and len(feature) == 0:
-            embedded = embedded + 0.0 * self.sets.weight.sum()
-        elif self.sets is not None:
+        shared = [part for part in (self.sets, self.stem) if part is not None]
+        if shared and len(feature) == 0:
+            embedded = embedded + 0.0 * sum(weight.sum() for part in shared for weight in part.parameters())
+        elif shared:
             different_U, where = torch.unique(feature.long(), return_inverse=True)
-            set_E, degree_U = self.memberships(different_U)
-            weight_E = torch.repeat_interleave(degree_U.clamp(min=1).to(embedded.dtype).rsqrt(), degree_U)
-            first_U = torch.cumsum(degree_U, 0) - degree_U
-            embedded = embedded + self.sets(set_E, first_U, per_sample_weights=weight_E)[where]
+            embedded = embedded + self._in_common(different_U, embedded.dtype)[where]
+        if self.chromosome is not None:
+            place = fourier(self.base_F[feature.long()].unsqueeze(-1) / MEGABASE)
+            embedded = embedded + self.chromosome(self.chromosome_F[feature.long()]) + self.base(place)
         for kind, adapter in self.adapters.items():
             embedded = embedded + adapter(self.get_buffer(f"frozen_{kind}")[feature.long()])
         return embedded
+
+    def _in_common(self, different_U: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what some features are by their sets and their bases."""
+        known = torch.zeros(len(different_U), self.own.embedding_dim, dtype=dtype, device=different_U.device)
+        if self.sets is not None:
+            set_E, degree_U = self.memberships(different_U)
+            weight_E = torch.repeat_interleave(degree_U.clamp(min=1).to(dtype).rsqrt(), degree_U)
+            first_U = torch.cumsum(degree_U, 0) - degree_U
+            known = known + self.sets(set_E, first_U, per_sample_weights=weight_E)
+        if self.stem is not None:
+            known = known + self.stem(self.bases_FW[different_U])
+        return known
 
     def memberships(self, feature_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sets that features are in, on end, and in how many each of them is."""
@@ -119,6 +178,15 @@ class Identity(nn.Module):
         first_N = torch.cumsum(degree_N, 0) - degree_N
         place_E = torch.repeat_interleave(self.border_F[feature_N] - first_N, degree_N)
         return self.set_E[place_E + torch.arange(len(place_E), device=place_E.device)], degree_N
+
+    def lie(self, chromosome_F: Tensor, base_F: Tensor, bases_FW: Tensor) -> None:
+        """Take where features lie, [1 + F], and the bases of their windows, [1 + F, W]; what was not built is left."""
+        with torch.no_grad():
+            if self.chromosome is not None:
+                self.chromosome_F.copy_(chromosome_F)
+                self.base_F.copy_(base_F)
+            if self.stem is not None:
+                self.bases_FW.copy_(bases_FW)
 
     def know(self, feature_E: Tensor, set_E: Tensor, vectors: dict[str, Tensor]) -> None:
         """Take memberships, in ascending order of features, and frozen vectors [1 + F, K]."""

@@ -1,19 +1,20 @@
 """This module reads curated knowledge: which genes belong to which set, and vectors that were learned elsewhere.
 
 Shape letters used in this module:
-    F  features of all measurements, from 1      E  memberships      K  width of a vector
+    F  features of all measurements, from 1      E  memberships      K  width of a vector      W  bases of a window
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store.errors import InputRefused, MissingError
+from train.genome import Region
 
 SMALLEST, LARGEST = 10, 200
 """Sets of fewer members say little that a gene does not say itself; larger ones say what most genes share."""
@@ -67,19 +68,39 @@ class Knowledge:
         feature_E: The feature of each membership, numbered over all measurements from 1.
         set_E: Its set.
         vectors: Kind ("sequence", "text") to float32 [1 + F, K]; zeros for features that nothing is known of.
+        chromosomes: Names of chromosomes, in the order of their numbers from 1.
+        chromosome_F: The chromosome of each feature; 0 where nobody knows.
+        base_F: Where it is looked at, in bases; NaN where nobody knows.
+        bases_FW: The bases of its window, as :func:`train.genome.read_windows` has them; W is 0 without a genome.
     """
 
     sets: tuple[str, ...]
     feature_E: NDArray[np.int64]
     set_E: NDArray[np.int64]
     vectors: dict[str, NDArray[np.float32]]
+    chromosomes: tuple[str, ...] = ()
+    chromosome_F: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    base_F: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    bases_FW: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 0), np.uint8))
+
+    def placed(self, places: Sequence[Region | None], bases_FW: NDArray[np.uint8] | None = None) -> Knowledge:
+        """Return the same, with where features lie and which bases are there."""
+        chromosomes = tuple(sorted({place.chromosome for place in places if place is not None}))
+        number = {name: place for place, name in enumerate(chromosomes, start=1)}
+        return replace(
+            self,
+            chromosomes=chromosomes,
+            chromosome_F=np.array([0, *(number[at.chromosome] if at else 0 for at in places)], np.int64),
+            base_F=np.array([np.nan, *(at.middle if at else np.nan for at in places)], np.float32),
+            bases_FW=self.bases_FW if bases_FW is None else bases_FW,
+        )
 
 
 def gather_knowledge(
     names: Sequence[tuple[str, str]],
     sets: Mapping[str, Sequence[str]],
     vectors: Mapping[str, Mapping[str, NDArray[np.float32]]],
-    aliases: Mapping[str, str] | None = None,
+    aliases: Mapping[str, Sequence[str]] | None = None,
     permute: int | None = None,
 ) -> Knowledge:
     """Match knowledge with features by id, name or alias; the version of an id (``.5``) does not matter.
@@ -88,7 +109,7 @@ def gather_knowledge(
         names: Id and name of each feature, measurement by measurement: what a model numbers from 1.
         sets: Set to members; those that match no feature are left out, and sets of fewer than two matched features.
         vectors: Kind to id or name to a vector.
-        aliases: Id or name to the gene that it inherits from: a protein from its gene, say.
+        aliases: Id or name to the genes that it inherits from: a protein from its gene, a peak from those it overlaps.
         permute: A seed: memberships are dealt anew, each feature and each set keeping how many it has; the null arm.
 
     Raises:
@@ -96,7 +117,7 @@ def gather_knowledge(
     """
     places: dict[str, list[int]] = {}
     for number, words in enumerate(names, start=1):
-        inherited = [aliases[word] for word in words if aliases and word in aliases]
+        inherited = [one for word in words if aliases for one in aliases.get(word, ())]
         for word in dict.fromkeys([*words, words[0].split(".")[0], *inherited]):
             if word:
                 places.setdefault(word, []).append(number)
@@ -147,7 +168,7 @@ def read_vectors(path: str | Path) -> dict[str, NDArray[np.float32]]:
     return dict(zip(ids.tolist(), vectors, strict=True))
 
 
-def read_aliases(path: str | Path) -> dict[str, str]:
+def read_aliases(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Read a table of two columns between tabs: a feature (a protein, say), and the gene that it inherits from.
 
     Raises:
@@ -162,4 +183,4 @@ def read_aliases(path: str | Path) -> dict[str, str]:
     for number, pair in enumerate(pairs, start=1):
         if len(pair) != 2:
             raise InputRefused(f"{path}, line {number}: {len(pair)} columns; two are needed, between tabs")
-    return {feature.strip(): gene.strip() for feature, gene in pairs}
+    return {feature.strip(): (gene.strip(),) for feature, gene in pairs}

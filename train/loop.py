@@ -30,6 +30,7 @@ from train.cells import PROMPTS, Cells
 from train.checkpoint import Vocabulary
 from train.config import ModelConfig
 from train.controls import MatchedControls
+from train.genome import locate, motif_sets, neighbours, read_motifs, read_regions, read_windows
 from train.knowledge import Knowledge, gather_knowledge, read_aliases, read_sets, read_vectors
 from train.labels import Labels, read_labels
 from train.likelihood import COVERAGE
@@ -134,6 +135,9 @@ class Run:
             torch.from_numpy(known.set_E),
             {kind: torch.from_numpy(table) for kind, table in known.vectors.items()},
         )
+        self.plain.identity.lie(
+            *(torch.from_numpy(part) for part in (known.chromosome_F, known.base_F, known.bases_FW))
+        )
         self._begin_at_the_floor()
         optimizer = torch.optim.AdamW(
             self.plain.parameters(), lr=settings.optim.lr, betas=(0.9, 0.98), weight_decay=settings.optim.weight_decay
@@ -167,18 +171,25 @@ class Run:
     def _knowledge(self) -> Knowledge:
         """Read what is known of the features, and match it with them."""
         told = self.settings.knowledge
+        names = [
+            pair for part in self.vocabulary.values() for pair in zip(part.feature_id, part.feature_name, strict=True)
+        ]
+        genes = read_regions(told.positions) if told.positions else {}
+        places = locate(names, genes)
+        bases_FW = read_windows(names, places, told.genome, told.window) if told.genome else None
+        sets = read_sets(told.sets, told.smallest, told.largest)
+        if told.motifs and bases_FW is not None:
+            sets |= motif_sets(names, bases_FW, read_motifs(told.motifs))
+        aliases = neighbours(names, genes) | (read_aliases(told.aliases) if told.aliases else {})
         vectors = {kind: getattr(told, kind) for kind in ("sequence", "text") if getattr(told, kind)}
-        return gather_knowledge(
-            [
-                pair
-                for part in self.vocabulary.values()
-                for pair in zip(part.feature_id, part.feature_name, strict=True)
-            ],
-            read_sets(told.sets, told.smallest, told.largest),
+        known = gather_knowledge(
+            names,
+            sets,
             {kind: read_vectors(path) for kind, path in vectors.items()},
-            read_aliases(told.aliases) if told.aliases else None,
+            aliases,
             self.settings.seed if told.permute else None,
         )
+        return known.placed(places, bases_FW) if told.positions or told.genome else known
 
     def _config(self, known: Knowledge) -> ModelConfig:
         told = self.settings.model.model_dump(exclude={"types"})
@@ -192,6 +203,8 @@ class Run:
             "n_terms": 0 if self.types is None else self.types.n_terms,
             "n_term_links": 0 if self.types is None else len(self.types.term_E),
             "niche": self.settings.data.sets,
+            "n_chromosomes": len(known.chromosomes),
+            "window": known.bases_FW.shape[1],
             "levels": tuple(name for name in self.vocabulary if name in self.snapshot.levels),
         }
         try:

@@ -57,6 +57,14 @@ class KnowledgeSettings(Settings):
     """An npz with ids and vectors from a model of texts."""
     aliases: str = ""
     """A table of two columns: a protein, metabolite or region, and the gene that it inherits from."""
+    positions: str = ""
+    """A BED file of where genes lie; peaks lie where their ids say, and inherit from the genes that they overlap."""
+    genome: str = ""
+    """A FASTA file: of chromosomes, or of records named after features."""
+    window: int = Field(default=256, ge=16)
+    """Bases around a feature that are read from ``genome``."""
+    motifs: str = ""
+    """Motifs (JASPAR or MEME) that are looked for in the windows: each is a set of the features that have it."""
     permute: bool = False
     """Deal memberships anew at random, degrees kept: the null arm that shows what knowledge is worth."""
     days: dict[str, str] = Field(default_factory=dict)
@@ -65,7 +73,14 @@ class KnowledgeSettings(Settings):
     @property
     def files(self) -> list[str]:
         """All files that are read."""
-        return [path for path in (*self.sets, self.sequence, self.text, self.aliases) if path]
+        single = (self.sequence, self.text, self.aliases, self.positions, self.genome, self.motifs)
+        return [path for path in (*self.sets, *single) if path]
+
+    @model_validator(mode="after")
+    def _motifs_need_bases(self) -> KnowledgeSettings:
+        if self.motifs and not self.genome:
+            raise ValueError(f"motifs={self.motifs!r}: name the FASTA file to look in: genome")
+        return self
 
 
 class DataSettings(Settings):
@@ -146,7 +161,7 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _pathways_are_known(self) -> RunSettings:
-        if self.model.pathways and not self.knowledge.sets:
+        if self.model.pathways and not (self.knowledge.sets or self.knowledge.motifs):
             raise ValueError(f"model.pathways={self.model.pathways}: name their GMT files in knowledge.sets")
         return self
 
