@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix
 from studies import FEATURES, study
 
 from store.errors import InputRefused
-from train.evaluation.agnostic import AGNOSTIC, Marginal, adjudicate, molecules_suite, shares_floor
+from train.evaluation.agnostic import AGNOSTIC, Marginal, adjudicate, molecules_suite, scatter, shares_floor
 from train.evaluation.cellfloor import annotation_floor
 from train.evaluation.embedding import concordance, embedding_floor
 from train.evaluation.folds import FoldSettings, make_folds
@@ -51,6 +51,18 @@ def test_held_out_molecules_reward_what_knows_the_cell() -> None:
     assert min(by_method["HVG"], by_method["HVG + PCA"]) >= 0
     assert max(by_method["HVG"], by_method["HVG + PCA"]) > chance
     assert [one.metric for one in score(values + halves, AGNOSTIC)] == list(AGNOSTIC)
+
+
+def test_scatter_is_right_where_the_likelihood_is() -> None:
+    rng = np.random.default_rng(0)
+    rate, r = rng.uniform(0.2, 6, (300, 40)), rng.uniform(0.5, 3, 40)
+    counts = rng.poisson(rate * rng.gamma(r, 1 / r, rate.shape)).astype(float)
+    right, narrow, wrong = scatter(counts, rate, r, 0), scatter(counts, rate, None, 0), scatter(counts, rate * 2, r, 0)
+    assert right[1] < 0.02 < 0.05 < narrow[1]
+    assert right[0] < narrow[0]
+    assert right[0] < wrong[0]
+    one = scatter(np.array([[2.0]]), np.array([[1e-9]]), None, 0)[0]
+    assert one == pytest.approx(2.0, abs=1e-6)  # a certain 0 against a 2: how far it is
 
 
 def test_a_molecule_that_training_never_saw_is_dear_but_possible() -> None:

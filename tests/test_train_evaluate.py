@@ -18,6 +18,7 @@ from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter, write_counts
 from train.__main__ import main
 from train.evaluation.folds import FoldSettings
+from train.evaluation.head import load_head
 from train.evaluation.judge import Question, judge, look_for_leaks
 from train.evaluation.ours import NAME, expected_logs, pretrained
 from train.evaluation.report import write_report
@@ -153,6 +154,15 @@ def test_the_commands_audit_and_judge(
     assert code == 0
     assert "NaN" not in out
     assert Path(json.loads(out)["report"]).exists()
+    code, out = said("head", str(tmp_path / "head"), *place, "--context", "tissue", "--json")
+    assert code == 0
+    assert json.loads(out)["gate"]["baseline"]
+    study = read_study(open_snapshot(lake, "s"))
+    control = study.take(study.label("perturbation") == "control")
+    head = load_head(tmp_path / "head")
+    delta_G = head.predict(control, "unheard", control.label("tissue")[0])
+    assert delta_G.shape == (len(control.features["RNA"]),)
+    assert said("head", str(tmp_path / "head"), *place)[0] == 6
     assert said("eval", *place, "--suite", "dance")[0] == 2
     assert said("eval", "--lake", lake)[0] == 2
     assert said("eval", *place, "--set", "bye=donor_id")[0] == 3

@@ -178,6 +178,48 @@ def evaluate(
     console.print(f"report: {as_html}", soft_wrap=True)
 
 
+@app.command("head")
+def fit_transition(
+    out: Annotated[Path, typer.Argument(help="The folder that is written.")],
+    snapshot: Annotated[str, typer.Option(help="The snapshot whose training cells are learned from.")],
+    lake: Lake = "lake",
+    split: Annotated[str, typer.Option(help="The split that is learned from.")] = "train",
+    by: Annotated[
+        str, typer.Option(help="What will be asked for the first time: target, perturbation, or a context's column.")
+    ] = "target",
+    measurement: Annotated[str, typer.Option(help="What is predicted.")] = "RNA",
+    columns: Annotated[
+        list[str] | None, typer.Option("--context", help="Columns that make a context; cell_type if left out.")
+    ] = None,
+    sets: Annotated[list[Path] | None, typer.Option(help="GMT files of gene sets: what is known of targets.")] = None,
+    json: Json = False,
+) -> None:
+    """Fit a transition head (best baseline + g x flow) on a screen, and keep it.
+
+    Ask it from Python: train.evaluation.head.load_head(OUT).predict(control_cells, "TARGET", "context"), and .interval.
+
+    Example: python -m train head heads/screen --snapshot screen --sets reactome.gmt
+    """
+    from train.evaluation.head import HeadSettings, fit_head
+
+    words = tuple(columns or ("cell_type",))
+    paths = tuple(str(path) for path in sets or ())
+    head = fit_head(HeadSettings(lake, snapshot, split, measurement, words, by, paths), out)
+    if json:
+        answer("train-head/v1", folder=str(out), effects=head.table.n_effects, gate=vars(head.gate))
+        return
+    found = head.gate
+    table = Table("baseline", "error on held-out groups")
+    for name, error in sorted(found.errors.items(), key=lambda one: one[1]):
+        table.add_row(f"{name} *" if name == found.baseline else name, f"{error:.4f}")
+    console.print(table)
+    opened = f"open at {found.g:.2f}" if found.g else "shut: the answer is the baseline's"
+    console.print(
+        f"learned from {head.table.n_effects:,} effects; * is chosen; the gate is {opened} (gain {found.gain:.1f} SE)"
+    )
+    console.print(f"head: {out}", soft_wrap=True)
+
+
 @app.command("audit")
 def look(
     checkpoint: Annotated[
@@ -222,7 +264,7 @@ def _held_out(folds: Path | None, overrides: list[str] | None) -> FoldSettings:
 def main() -> None:
     """Run the command line; ``run`` may be left out."""
     words = sys.argv[1:]
-    if words and words[0] not in ("run", "eval", "audit", "--help"):
+    if words and words[0] not in ("run", "eval", "head", "audit", "--help"):
         sys.argv.insert(1, "run")
     command.run(app, "train")
 

@@ -10,10 +10,11 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import kstest, nbinom, poisson
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
@@ -25,7 +26,13 @@ from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
 from train.evaluation.suites import FEWEST_CELLS, deal_molecules, shuffled, units, with_both
 
-AGNOSTIC: dict[str, Way] = {"nats per held-out molecule": "lower", FOUND: "higher"}
+AGNOSTIC: dict[str, Way] = {
+    "nats per held-out molecule": "lower",
+    "CRPS of held-out counts": "lower",
+    "PIT's distance from uniform": "lower",
+    FOUND: "higher",
+}
+MOST_FEATURES = 200
 PSEUDO = 1e-6
 Matrix = NDArray[np.float64]
 
@@ -42,6 +49,14 @@ class Shares(Protocol):
 
     def shares(self, cells: Study) -> Matrix:
         """Return share_CH of molecules; zeros are possible."""
+
+
+@runtime_checkable
+class Dispersed(Protocol):
+    """Shares whose counts scatter more than a Poisson's."""
+
+    def dispersion(self, cells: Study) -> Matrix | None:
+        """Return the inverse dispersion r_H of a negative binomial, or None."""
 
 
 class Marginal:
@@ -103,7 +118,9 @@ def molecules_suite(
     """Show one half of a held-out cell's molecules, ask for the other; the units are donors.
 
     The replicate pools neighbours that include one half of the held-out group's own cells: nothing shifts. Every share
-    is mixed with a millionth of all features alike, so that no molecule is impossible.
+    is mixed with a millionth of all features alike, so that no molecule is impossible. How a method's counts scatter is
+    judged on the features with most counts: by the continuous ranked probability score, and by how far the randomised
+    probability integral transform (Czado, Gneiting and Held 2009) is from uniform (Kolmogorov and Smirnov's distance).
     """
     values: list[Value] = []
     for seed in seeds:
@@ -121,14 +138,43 @@ def molecules_suite(
             for where, group in units(judged, fold, unit):
                 hidden, shown = deal_molecules(group, measurement, seed)
                 hidden_CH = hidden.measured(measurement)
+                truth_CH = hidden_CH[:MOST_FEATURES].toarray().astype(np.float64)
+                often = np.argsort(-np.asarray(hidden_CH.sum(axis=0)).ravel(), kind="stable")[:MOST_FEATURES]
                 for name, method in fitted.items():
                     share_CH = method.shares(shown)
                     share_CH = (share_CH + PSEUDO / share_CH.shape[1]) / (1 + PSEUDO)
                     cost = -float(hidden_CH.multiply(np.log(share_CH)).sum()) / max(1.0, float(hidden_CH.sum()))
                     values.append(Value(name, "nats per held-out molecule", where, seed, cost))
+                    r_H = method.dispersion(shown) if isinstance(method, Dispersed) else None
+                    rate_CH = truth_CH.sum(axis=1, keepdims=True) * share_CH[:MOST_FEATURES]
+                    crps, distance = scatter(
+                        truth_CH[:, often], rate_CH[:, often], None if r_H is None else r_H[often], seed
+                    )
+                    values.append(Value(name, "CRPS of held-out counts", where, seed, crps))
+                    values.append(Value(name, "PIT's distance from uniform", where, seed, distance))
     if not values:
         raise InputRefused(f"no held-out group has {2 * FEWEST_CELLS} cells of {measurement}")
     return values
+
+
+def scatter(count_CH: Matrix, rate_CH: Matrix, r_H: Matrix | None, seed: int) -> tuple[float, float]:
+    """Return the mean CRPS of counts, and how far their randomised PIT is from uniform.
+
+    Args:
+        count_CH: Whole counts.
+        rate_CH: Expected counts.
+        r_H: Inverse dispersion of negative binomials; None are Poisson.
+        seed: Of the randomised PIT.
+    """
+    rate_CH = np.maximum(rate_CH, 1e-9)
+    drawn = poisson(rate_CH) if r_H is None else nbinom(r_H, r_H / (r_H + rate_CH))
+    below_CH, at_CH = drawn.cdf(count_CH - 1), drawn.cdf(count_CH)
+    pit_CH = below_CH + np.random.default_rng([seed, 17]).random(count_CH.shape) * (at_CH - below_CH)
+    most = int(max(count_CH.max(initial=0), np.max(drawn.ppf(0.999), initial=0)))
+    crps_CH = np.zeros_like(count_CH)
+    for count in range(most + 1):
+        crps_CH += (drawn.cdf(count) - (count_CH <= count)) ** 2
+    return float(crps_CH.mean()), float(kstest(pit_CH.ravel(), "uniform").statistic)
 
 
 def adjudicate(

@@ -292,7 +292,16 @@ class GatedEffects:
         self.score_EG = (error_EG / self.usual_G)[:, seen_G]  # features without a count are always right
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
-        """Return delta_G; of a target that nothing is known of, what the baseline says: the flow abstains."""
+        """Return delta_G; of a target that nothing is known of, what the baseline says: the flow abstains.
+
+        Raises:
+            InputRefused: The cells have other features than those of the fit, or in another order.
+        """
+        if tuple(control.features[self.measurement]) != self.table.features:
+            raise InputRefused(
+                f"{self.measurement} of these cells has other features than the head was fitted on, or in another "
+                "order; bring the columns into the order of head.table.features"
+            )
         told_G = self.baseline.predict(control, perturbation, context)
         if self.gate.g == 0 or not self.known[perturbation].any():
             return told_G

@@ -165,11 +165,7 @@ class ModelTranslator:
         share_CH = self.predictor.shares(cells_of(self.predictor, cells, [self.source], ("organism",)), self.target)
         if self.predictor.model.config.likelihood_of(self.target) == "bernoulli":
             return _back(self.predictor, cells, self.target, share_CH) * np.log1p(SCALE / self.depth)
-        log_r_G = self.predictor.model.log_dispersion(self.target)
-        r_H = None
-        if log_r_G is not None:
-            r_G = torch.nn.functional.softplus(log_r_G.detach()).cpu().numpy() + 1e-4
-            r_H = _back(self.predictor, cells, self.target, r_G).clip(1e-2)
+        r_H = _inverse_dispersion(self.predictor, cells, self.target)
         return expected_logs(_back(self.predictor, cells, self.target, share_CH), self.depth, r_H)
 
 
@@ -221,6 +217,20 @@ class ModelShares:
             cells_of(self.predictor, cells, [self.measurement], ("organism",)), self.measurement
         )
         return _back(self.predictor, cells, self.measurement, found)
+
+    def dispersion(self, cells: Study) -> Matrix | None:
+        """Return the inverse dispersion r_H of the model's likelihood."""
+        return _inverse_dispersion(self.predictor, cells, self.measurement)
+
+
+def _inverse_dispersion(predictor: Predictor, cells: Study, measurement: str) -> Matrix | None:
+    """Return r_H of the study's features; None where the likelihood has none."""
+    if predictor.model.config.likelihood_of(measurement) != "negative binomial":
+        return None
+    log_r_G = predictor.model.log_dispersion(measurement)
+    assert log_r_G is not None
+    r_G = torch.nn.functional.softplus(log_r_G.detach()).cpu().numpy() + 1e-4
+    return _back(predictor, cells, measurement, r_G).clip(1e-2)
 
 
 def expected_logs(share_CH: Matrix, depth: float, r_H: Matrix | None) -> Matrix:
