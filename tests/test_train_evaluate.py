@@ -20,6 +20,7 @@ from train.__main__ import main
 from train.evaluation.folds import FoldSettings
 from train.evaluation.head import load_head
 from train.evaluation.judge import Question, judge, look_for_leaks
+from train.evaluation.nulls import dealt_labels, dealt_members
 from train.evaluation.ours import NAME, expected_logs, pretrained
 from train.evaluation.report import write_report
 from train.evaluation.score import REPLICATE
@@ -105,6 +106,44 @@ def test_every_suite_judges_the_model_beside_floor_and_replicate(
     page = as_html.read_text()
     assert page.count("data:image/png;base64,") == len(scores)
     assert all(one.metric in page for one in scores)
+
+
+@pytest.mark.parametrize(
+    ("suite", "arm", "words"),
+    [
+        ("annotate", "labels", {}),
+        ("perturb", "prompts", {"columns": ("tissue",)}),
+        ("translate", "pairs", {"measurement": "protein"}),
+    ],
+)
+def test_in_a_null_arm_ours_falls(
+    lake: str, trained: str, tmp_path: Path, suite: str, arm: str, words: dict[str, object]
+) -> None:
+    judged = judge(question(lake, suite, null=True, **words), trained)
+    assert list(judged.nulls) == [arm]
+    one, dealt = judged.scores[0], judged.nulls[arm][0]
+    assert one.metric == dealt.metric
+    assert (one.b, one.r) == (dealt.b, dealt.r)
+    assert dealt.u < one.u - 0.05, "every first metric is better when higher"
+    _, page = write_report(tmp_path, suite, judged.values, judged.scores, {}, judged.nulls)
+    assert f"Null arm: {arm} dealt at random" in page.read_text()
+
+
+def test_labels_and_memberships_are_dealt_within_bounds(lake: str) -> None:
+    study = read_study(open_snapshot(lake, "s"))
+    dealt = dealt_labels(study, "perturbation", ("donor_id",), 0)
+    assert (dealt.label("perturbation") != study.label("perturbation")).mean() > 0.1
+    plain = np.isin(study.label("perturbation"), ("", "control"))
+    assert (dealt.label("perturbation")[plain] == study.label("perturbation")[plain]).all()
+    for donor in set(study.label("donor_id")):
+        here = study.label("donor_id") == donor
+        assert sorted(dealt.label("perturbation")[here]) == sorted(study.label("perturbation")[here])
+    times = dealt_labels(study, "time", (), 0).obs["time"]
+    assert times.dtype == study.obs["time"].dtype
+    members = {"a": ("x", "y", "z"), "b": ("x", "w")}
+    again = dealt_members(members, 1)
+    assert {name: len(inside) for name, inside in again.items()} in ({"a": 3, "b": 2}, {"a": 2, "b": 2})
+    assert set().union(*again.values()) == {"x", "y", "z", "w"}
 
 
 def test_the_floor_is_judged_without_a_model(lake: str) -> None:

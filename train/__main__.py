@@ -108,6 +108,10 @@ def evaluate(
     members: Annotated[
         int, typer.Option(min=0, help="Adapters beside the checkpoint, asked together (annotate, calibration).")
     ] = 0,
+    null: Annotated[
+        bool,
+        typer.Option("--null", help="Judge null arms too: ours with labels, prompts, pairs or gene sets dealt anew."),
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods and of splits in halves.")] = 3,
     output: Annotated[Path, typer.Option(help="Folder of evaluation.json and evaluation.html.")] = Path("evaluation"),
     json: Json = False,
@@ -136,6 +140,7 @@ def evaluate(
         tuple(sets or ()),
         gated,
         members,
+        null,
     )
     judged = judge(question, checkpoint)
     scores = judged.scores
@@ -150,7 +155,7 @@ def evaluate(
     if judged.gates:
         about["gated"] = [f"{one.baseline} + {one.g:.2f} f, gain {one.gain:.1f} SE" for one in judged.gates]
     what = f"{suite}: {checkpoint or ('the transition head' if gated else 'the floor')} on {snapshot}"
-    as_json, as_html = write_report(output, what, judged.values, scores, about)
+    as_json, as_html = write_report(output, what, judged.values, scores, about, judged.nulls)
     if json:
         answer(
             "train-eval/v1", report=str(as_html), data=str(as_json), scores=[json_values(vars(one)) for one in scores]
@@ -170,6 +175,9 @@ def evaluate(
             one.verdict,
         )
     console.print(table)
+    for arm, found in judged.nulls.items():
+        for one in found:
+            console.print(f"null arm, {arm} dealt at random: {one.metric} {one.u:.3f} (b {one.b:.3f}), {one.verdict}")
     scored = {one.metric for one in scores}
     for method, metric, mean in means(judged.values):
         if metric not in scored and method in (NAME, HEAD):

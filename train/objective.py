@@ -179,9 +179,8 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """Choose features to ask for: of each cell, half hidden and found, half known not to be there.
 
-        Return cell_Q and feature_Q.
-
-        What is chosen is a hash of (seed, step, cell's row, feature): the same at every number of ranks.
+        What is chosen is a hash of (seed, step, cell's row, feature), the same at every number of ranks; return cell_Q
+        and feature_Q.
         """
         each, first, n_features = max(1, self.queries // 2), model.config.offsets[name], targets.known.shape[1]
         key_C, zero_key_C = torch.from_numpy(keys(drawn(cells.row, chance_salts(chance, (QUERY, ZEROS))))).to(

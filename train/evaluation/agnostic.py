@@ -29,7 +29,7 @@ from train.evaluation.suites import FEWEST_CELLS, deal_molecules, shuffled, unit
 AGNOSTIC: dict[str, Way] = {
     "nats per held-out molecule": "lower",
     "CRPS of held-out counts": "lower",
-    "PIT's distance from uniform": "lower",
+    "distance of the PIT from uniform": "lower",
     FOUND: "higher",
 }
 MOST_FEATURES = 200
@@ -151,7 +151,7 @@ def molecules_suite(
                         truth_CH[:, often], rate_CH[:, often], None if r_H is None else r_H[often], seed
                     )
                     values.append(Value(name, "CRPS of held-out counts", where, seed, crps))
-                    values.append(Value(name, "PIT's distance from uniform", where, seed, distance))
+                    values.append(Value(name, "distance of the PIT from uniform", where, seed, distance))
     if not values:
         raise InputRefused(f"no held-out group has {2 * FEWEST_CELLS} cells of {measurement}")
     return values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ from train.evaluation.gated import HEAD, Gate, GatedEffects, TargetVectors
 from train.evaluation.gatedtime import GatedForecast
 from train.evaluation.gatedtranslate import GatedTranslator
 from train.evaluation.novelty import NOVELTY, NeighbourDistance, novelty_floor, novelty_suite
+from train.evaluation.nulls import Nulled, dealt_members
 from train.evaluation.ours import (
     NAME,
     ModelEffects,
@@ -59,6 +60,7 @@ class Question:
             cells, with or without a checkpoint (perturb, forecast), or a checkpoint's translations.
         members: Adapters that are trained beside the checkpoint on each fold's training cells, and asked together; 0
             asks the checkpoint itself (annotate, calibration).
+        null: Judge the null arms too: ours with labels, prompts, pairs or memberships dealt at random.
         max_cells: Cells that are read at most.
     """
 
@@ -73,6 +75,7 @@ class Question:
     sets: tuple[str, ...] = ()
     gated: bool = False
     members: int = 0
+    null: bool = False
     max_cells: int = 100_000
 
     def __post_init__(self) -> None:
@@ -96,11 +99,13 @@ class Judgement:
         values: What every method reached on every unit.
         scores: What came of them.
         gates: Where the transition head was judged: what each fit of it found.
+        nulls: Null arm to the scores of ours in it.
     """
 
     values: list[Value]
     scores: list[Score]
     gates: list[Gate]
+    nulls: dict[str, list[Score]]
 
 
 def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tuple[Study, list[Fold], list[Finding]]:
@@ -127,9 +132,15 @@ def judge(question: Question, checkpoint: str | Path | None = None) -> Judgement
     refuse_leaks(findings)
     gates: list[Gate] = []
     run, better = SUITES[question.suite]
-    values = run(_Task(question, study, folds, predictor, gates))
+    task = _Task(question, study, folds, predictor, gates)
+    values = run(task)
     ours = NAME if predictor is not None else HEAD if question.gated else None
-    return Judgement(values, score(values, better, ours), gates)
+    others = [value for value in values if value.method != ours]
+    nulls = {}
+    for arm in task.arms if question.null and ours else ():
+        again = [value for value in run(replace(task, arm=arm, gates=[])) if value.method == ours]
+        nulls[arm] = score(others + again, better, ours)
+    return Judgement(values, score(values, better, ours), gates, nulls)
 
 
 @dataclass(frozen=True)
@@ -141,56 +152,75 @@ class _Task:
     folds: Sequence[Fold]
     predictor: Predictor | None
     gates: list[Gate]
+    arm: str = ""
 
     @property
     def seeds(self) -> range:
         return range(self.question.seeds)
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The null arms that say something of the suite."""
+        asked = self.question
+        if asked.suite == "perturb":
+            return ("labels", *(["memberships"] if asked.sets else [])) if asked.gated else ("prompts",)
+        found = {"annotate": ("labels",), "calibration": ("labels",), "translate": ("pairs",)}.get(asked.suite, ())
+        return ("labels",) if asked.suite == "forecast" and asked.gated else found
+
+    def methods(
+        self, floor: dict[str, Callable[[int], Any]], name: str, ours: Callable[[int], Any] | None
+    ) -> dict[str, Callable[[int], Any]]:
+        """Return what is judged: baselines and ours; in a null arm ours alone, as that has it."""
+        if ours is None:
+            return floor
+        if self.arm in ("", "memberships"):
+            return ({} if self.arm else floor) | {name: ours}
+        columns = self.question.columns
+        column, within = {
+            "perturb": ("perturbation", columns),
+            "forecast": ("time", ()),
+        }.get(self.question.suite, (columns[0], ("donor_id",)))
+        return {name: lambda seed: Nulled(ours(seed), self.arm, column, within, seed)}
+
 
 def _perturb(task: _Task) -> list[Value]:
     asked, predictor = task.question, task.predictor
     members = read_sets(asked.sets)
-    methods = by_seed(lambda seed: effect_floor(asked.measurement, asked.columns, members))
+    if task.arm == "memberships":
+        members = dealt_members(members)
+    floor = by_seed(lambda seed: effect_floor(asked.measurement, asked.columns, members))
+    ours: Callable[[int], Any] | None = None
     if asked.gated:
-        known = TargetVectors(members, None if predictor is None else identities(predictor, asked.measurement))
-        methods[HEAD if predictor is None else NAME] = lambda seed: GatedEffects(
-            asked.measurement,
-            asked.columns,
-            asked.folds.by,
-            known,
-            effect_floor(asked.measurement, asked.columns, members),
-            seed=seed,
-            found=task.gates.append,
-        )
+        ours = partial(_gated_effects, task, members)
     elif predictor is not None:
-        methods[NAME] = lambda seed: ModelEffects(predictor, asked.measurement, asked.columns)
+        ours = partial(_no_chance, partial(ModelEffects, predictor, asked.measurement, asked.columns))
+    methods = task.methods(floor, HEAD if predictor is None else NAME, ours)
     return perturb_suite(task.study, task.folds, methods, asked.measurement, asked.columns, task.seeds)
 
 
 def _tell(suite: Callable[..., list[Value]], task: _Task) -> list[Value]:
     """Run a suite of annotators: baselines, and a linear probe of the model."""
     measurement, column = task.question.measurement, task.question.columns[0]
-    methods = by_seed(lambda seed: annotation_floor(measurement, column, seed))
+    floor = by_seed(lambda seed: annotation_floor(measurement, column, seed))
+    ours: Callable[[int], Any] | None = None
     if task.predictor is not None and task.question.members:
-        methods[NAME] = partial(_ensemble, task.predictor, column, task.question.members)
+        ours = partial(_ensemble, task.predictor, column, task.question.members)
     elif task.predictor is not None:
-        methods[NAME] = partial(_probe, task.predictor, column)
+        ours = partial(_probe, task.predictor, column)
+    methods = task.methods(floor, NAME, ours)
     return suite(task.study, task.folds, methods, measurement, column, task.seeds)
 
 
 def _translate(task: _Task) -> list[Value]:
     source, target, column = task.question.source, task.question.measurement, task.question.columns[0]
     predictor = task.predictor
-    methods = by_seed(lambda seed: translation_floor(source, target, column, seed))
+    floor = by_seed(lambda seed: translation_floor(source, target, column, seed))
+    ours: Callable[[int], Any] | None = None
     if predictor is not None and task.question.gated:
-        methods[NAME] = lambda seed: GatedTranslator(
-            ModelTranslator(predictor, source, target),
-            translation_floor(source, target, column, seed),
-            target,
-            found=task.gates.append,
-        )
+        ours = partial(_gated_translator, task, predictor)
     elif predictor is not None:
-        methods[NAME] = lambda seed: ModelTranslator(predictor, source, target)
+        ours = partial(_no_chance, partial(ModelTranslator, predictor, source, target))
+    methods = task.methods(floor, NAME, ours)
     return translate_suite(task.study, task.folds, methods, source, target, column, task.seeds)
 
 
@@ -234,13 +264,13 @@ def _agnostic(task: _Task) -> list[Value]:
 def _forecast(task: _Task) -> list[Value]:
     measurement = task.question.measurement
     predictor = task.predictor
-    methods = by_seed(lambda seed: forecast_floor(measurement, seed))
-    if predictor is not None and not task.question.gated:
-        methods[NAME] = lambda seed: ModelForecaster(predictor, measurement, seed)
-    elif task.question.gated:
-        methods[NAME if predictor is not None else HEAD] = lambda seed: GatedForecast(
-            measurement, seed=seed, found=task.gates.append
-        )
+    floor = by_seed(lambda seed: forecast_floor(measurement, seed))
+    ours: Callable[[int], Any] | None = None
+    if task.question.gated:
+        ours = partial(_gated_forecast, task)
+    elif predictor is not None:
+        ours = partial(ModelForecaster, predictor, measurement)
+    methods = task.methods(floor, HEAD if predictor is None else NAME, ours)
     return forecast_suite(task.study, task.folds, methods, measurement, task.seeds)
 
 
@@ -255,6 +285,29 @@ SUITES: dict[str, tuple[Callable[[_Task], list[Value]], dict[str, Way]]] = {
     "agnostic": (_agnostic, AGNOSTIC),
 }
 """Suite to what runs it, and which way of its metrics is better."""
+
+
+def _gated_effects(task: _Task, members: dict[str, tuple[str, ...]], seed: int) -> GatedEffects:
+    asked, predictor = task.question, task.predictor
+    known = TargetVectors(members, None if predictor is None else identities(predictor, asked.measurement))
+    candidates = effect_floor(asked.measurement, asked.columns, members)
+    return GatedEffects(
+        asked.measurement, asked.columns, asked.folds.by, known, candidates, seed=seed, found=task.gates.append
+    )
+
+
+def _gated_translator(task: _Task, predictor: Predictor, seed: int) -> GatedTranslator:
+    source, target, column = task.question.source, task.question.measurement, task.question.columns[0]
+    floor = translation_floor(source, target, column, seed)
+    return GatedTranslator(ModelTranslator(predictor, source, target), floor, target, found=task.gates.append)
+
+
+def _gated_forecast(task: _Task, seed: int) -> GatedForecast:
+    return GatedForecast(task.question.measurement, seed=seed, found=task.gates.append)
+
+
+def _no_chance(make: Callable[[], Any], seed: int) -> Any:
+    return make()
 
 
 def _probe(predictor: Predictor, column: str, seed: int) -> Annotator:

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,17 @@ nothing here, and gets no score. Intervals are 95 % of a paired bootstrap over u
 {% endfor %}
 </table>
 {% endif %}
+{% for arm, found in nulls.items() %}
+<h2>Null arm: {{ arm }} dealt at random</h2>
+<table>
+<tr><th>metric</th><th>u (ours, dealt)</th><th>b</th><th>s</th><th></th></tr>
+{% for one in found %}
+<tr><td>{{ one.metric }}</td><td class="number">{{ number(one.u) }}</td><td class="number">{{ number(one.b) }}</td>
+<td class="number">{{ number(one.s) }}{% if one.s == one.s %} [{{ number(one.low) }}, {{ number(one.high) }}]{% endif %}
+</td><td>{{ one.verdict }}</td></tr>
+{% endfor %}
+</table>
+{% endfor %}
 <h2>What was done</h2>
 <dl>{% for name, value in about.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 </html>
@@ -69,7 +80,12 @@ nothing here, and gets no score. Intervals are 95 % of a paired bootstrap over u
 
 
 def write_report(
-    folder: Path, title: str, values: Sequence[Value], scores: Sequence[Score], about: dict[str, Any]
+    folder: Path,
+    title: str,
+    values: Sequence[Value],
+    scores: Sequence[Score],
+    about: dict[str, Any],
+    nulls: Mapping[str, Sequence[Score]] | None = None,
 ) -> tuple[Path, Path]:
     """Write ``evaluation.json`` and ``evaluation.html``; return their paths.
 
@@ -79,11 +95,13 @@ def write_report(
         values: What every method reached on every unit.
         scores: What came of it.
         about: What was done: suite, folds, checkpoint, ...
+        nulls: Null arm to the scores of ours in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     answer = {
         "about": about,
         "scores": [json_values(asdict(one)) for one in scores],
+        "nulls": {arm: [json_values(asdict(one)) for one in found] for arm, found in (nulls or {}).items()},
         "values": [json_values(asdict(one)) for one in values],
     }
     as_json, as_html = folder / "evaluation.json", folder / "evaluation.html"
@@ -97,6 +115,7 @@ def write_report(
         pictures=pictures,
         beside=[row for row in means(values) if row[1] not in scored],
         about=about,
+        nulls=nulls or {},
         number=_number,
     )
     as_html.write_text(html, encoding="utf-8")
