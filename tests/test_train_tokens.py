@@ -255,3 +255,21 @@ def test_packing_leaves_out_the_padding_and_keeps_within_the_budget() -> None:
                 tokens, cell
             )
     assert len(pack(tokens, budget=1)) == 40
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("values", ["log1p", "bins", "rank"])
+@pytest.mark.parametrize("chance", [None, (3, 17)])
+def test_tokens_made_on_cuda_are_those_made_on_cpu(values: str, chance: tuple[int, int] | None) -> None:
+    batch, settings = cells(400), TokenSettings(budget=20, values=values, bins=7)  # type: ignore[arg-type]
+    here, there = (
+        make_tokens(batch, OFFSETS, settings, chance=chance, device=torch.device(at)) for at in ("cpu", "cuda")
+    )
+    for name, value in vars(here).items():
+        found = getattr(there, name)
+        if isinstance(value, torch.Tensor):
+            assert found.is_cuda
+            assert torch.equal(torch.nan_to_num(found.cpu(), -1.0), torch.nan_to_num(value, -1.0)), name
+        else:
+            assert found == value
