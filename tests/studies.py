@@ -88,3 +88,36 @@ def going_round(n_times: int = 15, n_cells: int = 60, turns: float = 1.25, seed:
             lines.append({"time": round(float(hours), 3), "cell_type": "c", "donor_id": "d"})
             rates.append(3 * base * np.exp(level @ member))
     return study(pd.DataFrame(lines), np.array(rates), seed)
+
+
+def opened_together(n_cells: int = 2000, n_programs: int = 10, n_peaks: int = 40, seed: int = 0) -> Study:
+    """Cells whose peaks open where two programs are active at once: a product, which no sum of programs is.
+
+    Programs are on or off, each by itself, and show in the RNA; every peak belongs to two of them. Cells are dealt to
+    15 donors that do not differ. The programs are too many for neighbours to share all that matters.
+    """
+    rng = np.random.default_rng(seed)
+    member = np.stack([rng.permutation(len(FEATURES)) < 10 for _ in range(n_programs)]).astype(float)
+    pair = np.stack([rng.choice(n_programs, 2, replace=False) for _ in range(n_peaks)])
+    base_G, base_P = rng.uniform(3, 8, len(FEATURES)), rng.uniform(25, 50, n_peaks)
+    level = (rng.random((n_cells, n_programs)) < 0.5) * rng.gamma(20, 1 / 20, (n_cells, n_programs))
+    together = level[:, pair[:, 0]] * level[:, pair[:, 1]]
+    obs = pd.DataFrame({"cell_type": "c", "donor_id": [f"d{number % 15}" for number in range(n_cells)]})
+    rna = study(obs, base_G * np.exp(1.2 * level @ member), seed)
+    peaks = rng.poisson(base_P * np.exp(2.0 * together)).astype(np.float32)
+    names = {"RNA": rna.features["RNA"], "ATAC": [f"peak{number}" for number in range(n_peaks)]}
+    return Study({"RNA": rna.counts["RNA"], "ATAC": csr_matrix(peaks)}, names, rna.obs)
+
+
+def donors(n_donors: int = 30, n_cells: int = 40, blur: float = 1.0, seed: int = 0) -> Study:
+    """Cells of three types that are not quite told apart, from donors that differ."""
+    rng = np.random.default_rng(seed)
+    centre = np.random.default_rng(7).normal(0, 0.16, (3, len(FEATURES)))
+    lines, rates = [], []
+    for donor in range(n_donors):
+        own = rng.normal(0, 0.05, len(FEATURES))
+        for _ in range(n_cells):
+            kind = rng.integers(3)
+            lines.append({"cell_type": f"t{kind}", "donor_id": f"d{donor:02d}"})
+            rates.append(2 * np.exp(centre[kind] / blur + own))
+    return study(pd.DataFrame(lines), np.array(rates), seed)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
-from studies import FEATURES, study
+from studies import donors
 
 from store.errors import InputRefused, UsageError
-from train.evaluation.calibration import CALIBRATION, LabelSets, calibration_suite, risk_over_coverage
+from train.evaluation.calibration import CALIBRATION, LabelSets, calibration_suite
 from train.evaluation.cellfloor import Annotator, PrincipalComponents, annotation_floor, translation_floor
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.gatedtranslate import GatedTranslator
@@ -18,21 +17,8 @@ from train.evaluation.judge import by_seed
 from train.evaluation.report import means
 from train.evaluation.score import REPLICATE
 from train.evaluation.study import Study
+from train.evaluation.suites import risk_over_coverage
 from train.ontology import covering_type
-
-
-def donors(n_donors: int = 30, n_cells: int = 40, blur: float = 1.0, seed: int = 0) -> Study:
-    """Cells of three types that are not quite told apart, from donors that differ."""
-    rng = np.random.default_rng(seed)
-    centre = np.random.default_rng(7).normal(0, 0.16, (3, len(FEATURES)))
-    lines, rates = [], []
-    for donor in range(n_donors):
-        own = rng.normal(0, 0.05, len(FEATURES))
-        for _ in range(n_cells):
-            kind = rng.integers(3)
-            lines.append({"cell_type": f"t{kind}", "donor_id": f"d{donor:02d}"})
-            rates.append(2 * np.exp(centre[kind] / blur + own))
-    return study(pd.DataFrame(lines), np.array(rates), seed)
 
 
 def fitted(train: Study) -> Annotator:

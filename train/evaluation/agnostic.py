@@ -32,7 +32,8 @@ AGNOSTIC: dict[str, Way] = {
     "distance of the PIT from uniform": "lower",
     FOUND: "higher",
 }
-MOST_FEATURES = 200
+MOST_CELLS = MOST_FEATURES = 200
+"""How counts scatter is judged on so many cells and features."""
 PSEUDO = 1e-6
 Matrix = NDArray[np.float64]
 
@@ -138,7 +139,7 @@ def molecules_suite(
             for where, group in units(judged, fold, unit):
                 hidden, shown = deal_molecules(group, measurement, seed)
                 hidden_CH = hidden.measured(measurement)
-                truth_CH = hidden_CH[:MOST_FEATURES].toarray().astype(np.float64)
+                truth_CH = hidden_CH[:MOST_CELLS].toarray().astype(np.float64)
                 often = np.argsort(-np.asarray(hidden_CH.sum(axis=0)).ravel(), kind="stable")[:MOST_FEATURES]
                 for name, method in fitted.items():
                     share_CH = method.shares(shown)
@@ -146,7 +147,7 @@ def molecules_suite(
                     cost = -float(hidden_CH.multiply(np.log(share_CH)).sum()) / max(1.0, float(hidden_CH.sum()))
                     values.append(Value(name, "nats per held-out molecule", where, seed, cost))
                     r_H = method.dispersion(shown) if isinstance(method, Dispersed) else None
-                    rate_CH = truth_CH.sum(axis=1, keepdims=True) * share_CH[:MOST_FEATURES]
+                    rate_CH = truth_CH.sum(axis=1, keepdims=True) * share_CH[:MOST_CELLS]
                     crps, distance = scatter(
                         truth_CH[:, often], rate_CH[:, often], None if r_H is None else r_H[often], seed
                     )

@@ -21,12 +21,12 @@ from train.evaluation.conformal import group_quantile
 from train.evaluation.folds import Fold
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
-from train.evaluation.suites import FEWEST_CELLS, shuffled, units
+from train.evaluation.suites import FEWEST_CELLS, RISK, risk_over_coverage, shuffled, units
 from train.ontology import covering_type
 
 LEVEL = 0.9
 CALIBRATION: dict[str, Way] = {
-    "risk over coverage": "lower",
+    RISK: "lower",
     f"coverage shortfall at {LEVEL:.0%}": "lower",
     f"set size at {LEVEL:.0%}": "lower",
 }
@@ -87,12 +87,6 @@ class LabelSets:
         return [words[place] for place in cell_C.ravel()]
 
 
-def risk_over_coverage(confidence_C: Matrix, wrong_C: NDArray[np.bool_]) -> float:
-    """Return the mean error over all ways of answering only the most confident cells (AURC; Geifman et al. 2019)."""
-    order = np.argsort(-confidence_C, kind="stable")
-    return float((np.cumsum(wrong_C[order]) / np.arange(1, len(order) + 1)).mean())
-
-
 def calibration_suite(
     study: Study,
     folds: Sequence[Fold],
@@ -145,7 +139,7 @@ def _told(method: LabelSets, cells: Study) -> list[tuple[str, float]]:
     covered = float((inside_CY & true_CY).any(axis=1).mean())
     wrong_C = types[probability_CY.argmax(axis=1)] != label_C
     return [
-        ("risk over coverage", risk_over_coverage(probability_CY.max(axis=1), wrong_C)),
+        (RISK, risk_over_coverage(probability_CY.max(axis=1), wrong_C)),
         (f"coverage shortfall at {LEVEL:.0%}", max(0.0, LEVEL - covered)),
         (f"set size at {LEVEL:.0%}", float(inside_CY.sum(axis=1).mean())),
         (f"coverage at {LEVEL:.0%}", covered),

@@ -33,6 +33,8 @@ METRICS: dict[str, Way] = {"pds_cosine": "higher", "expr_mse_unbiased_capped": "
 for sampling noise. Metrics of differential expression need predicted cells, not profiles."""
 
 LEVEL = 0.9
+SIZE = "size of effects"
+"""Root mean square over features; of the replicate as measured, its noise included. It is told, not scored."""
 Profile = NDArray[np.float64]
 Question = tuple[str, str]
 """A perturbation in a context."""
@@ -68,8 +70,8 @@ def perturb_suite(
         seeds: Of methods and of the halves.
 
     Returns:
-        One value for each method (and the replicate), metric, effect and seed; of methods that say how sure they are,
-        also the coverage of their intervals, of effects as all cells show them.
+        One value for each method (and the replicate), metric, effect and seed, and the size of each effect; of methods
+        that say how sure they are, also the coverage of their intervals, of effects as all cells show them.
 
     Raises:
         InputRefused: No held-out effect has enough cells, or none has a control in its context.
@@ -86,13 +88,15 @@ def perturb_suite(
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             for question, control_C in questions.items():
                 control = study.take(control_C & other_C)
+                truth_G = _effect(study, question, control_C, measurement, columns)
+                unit = " | ".join(filter(None, question))
+                values.append(Value(REPLICATE, SIZE, unit, seed, _size(truth_G)))
                 for name, method in fitted.items():
                     delta_G = method.predict(control, *question)
+                    values.append(Value(name, SIZE, unit, seed, _size(delta_G)))
                     answers[name][question] = profile(control.measured(measurement)) + delta_G
                     if isinstance(method, WithIntervals):
-                        truth_G = _effect(study, question, control_C, measurement, columns)
                         low_G, high_G = method.interval(control, *question, level=LEVEL)
-                        unit = " | ".join(filter(None, question))
                         seen_G = np.asarray(study.measured(measurement).sum(axis=0)).ravel() > 0
                         inside = float(((low_G <= truth_G) & (truth_G <= high_G))[seen_G].mean())
                         values.append(Value(name, f"coverage of {LEVEL:.0%} intervals", unit, seed, inside))
@@ -123,6 +127,10 @@ def _questions(
         if enough and all((control_C & half).sum() >= MIN_CELLS for half in (truth_C, ~truth_C)):
             found[name, context] = control_C
     return found
+
+
+def _size(delta_G: Profile) -> float:
+    return float(np.sqrt((delta_G**2).mean()))
 
 
 def _effect(

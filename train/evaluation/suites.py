@@ -28,6 +28,7 @@ from train.evaluation.study import Study
 ANNOTATE: dict[str, Way] = {"macro F1": "higher", "calibration error": "lower"}
 TRANSLATE: dict[str, Way] = {"correlation within types": "higher", "squared error": "lower"}
 FORECAST: dict[str, Way] = {"energy distance": "lower"}
+RISK = "risk over coverage"
 MOST_CELLS = 1500
 FEWEST_CELLS = 20
 
@@ -45,6 +46,7 @@ def annotate_suite(
 
     The replicate is a logistic regression that was also shown one half of the held-out group's own cells: no shift
     between groups is left. Every method is judged on the other half. Types that training does not have are left out.
+    The risk over coverage is told, not scored: the calibration suite scores it.
     """
     values = []
     for seed in seeds:
@@ -70,12 +72,20 @@ def _told(method: Tells, judged: Study, column: str) -> dict[str, float]:
     probability_CY = np.zeros((judged.n_cells, len(types)))
     probability_CY[:, [types.index(name) for name in method.types]] = method.predict_proba(judged)
     predicted = torch.from_numpy(probability_CY)
+    wrong_C = np.array(types)[probability_CY.argmax(axis=1)] != judged.label(column)
     truth = torch.tensor([types.index(name) for name in judged.label(column)])
     per_type = multiclass_f1_score(predicted.argmax(1), truth, len(types), average="none")
     return {
         "macro F1": float(per_type[torch.bincount(truth, minlength=len(types)) > 0].mean()),
         "calibration error": float(multiclass_calibration_error(predicted, truth, len(types))),
+        RISK: risk_over_coverage(probability_CY.max(axis=1), wrong_C),
     }
+
+
+def risk_over_coverage(confidence_C: NDArray[np.float64], wrong_C: NDArray[np.bool_]) -> float:
+    """Return the mean error over all ways of answering only the most confident cells (AURC; Geifman et al. 2019)."""
+    order = np.argsort(-confidence_C, kind="stable")
+    return float((np.cumsum(wrong_C[order]) / np.arange(1, len(order) + 1)).mean())
 
 
 def translate_suite(
