@@ -127,24 +127,6 @@ def test_an_export_replaces_the_one_before_whole(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
 
 
-def test_a_torn_training_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
-    def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
-        return {"model": {"w": torch.full((4,), value)}}
-
-    for step in (1, 2, 3):
-        checkpoint.save_state(tmp_path, state(float(step)), {"global_step": step})
-    assert len(checkpoint.valid_states(tmp_path)) == 2
-    newest = checkpoint.valid_states(tmp_path)[-1]
-    torn = next(path for path in newest.iterdir() if path.suffix == ".distcp")
-    torn.write_bytes(torn.read_bytes()[:-9])
-    (tmp_path / "step_000000009_half").mkdir()
-    loaded = state(0.0)
-    manifest = checkpoint.load_state(tmp_path, loaded)
-    assert manifest is not None
-    assert manifest["global_step"] == 2
-    assert loaded["model"]["w"].tolist() == [2.0] * 4
-
-
 def test_an_answer_does_not_depend_on_the_company_of_a_cell(folder: Path) -> None:
     predictor = Predictor.load(folder)
     together = predictor.embed(predictor.cells(counts(300)))

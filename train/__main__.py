@@ -259,6 +259,75 @@ def look(
         console.print(f"no leak found in {len(made)} folds of {study.n_cells:,} cells")
 
 
+@app.command("report")
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, <output>/<name>.")],
+    json: Json = False,
+) -> None:
+    """Write a run's report.html and loss.png into its folder, also while it trains and after it was killed.
+
+    Losses, where the time of steps goes, cells and tokens a second, goodput, mixing, settings; one page, no other file.
+
+    Example: python -m train report runs/laptop
+    """
+    from train.checkpoint import json_values
+    from train.report import write_report
+
+    made = write_report(folder)
+    if json:
+        answer(
+            "train-report/v1",
+            page=made.page,
+            picture=made.picture,
+            finished=made.finished,
+            state=made.state,
+            figures=json_values(vars(made.figures)),
+        )
+        return
+    console.print(made.state)
+    console.print(f"report: {made.page}", soft_wrap=True)
+    if made.picture is not None:
+        console.print(f"loss curve: {made.picture}", soft_wrap=True)
+
+
+@app.command("plan")
+def foresee(
+    recipe: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run: lake, snapshot, steps, model, ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value over the file's, such as model.width=512.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="What it will run on: h100, h200, a100 or cpu.")] = "h100",
+    mfu: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Share of a GPU's arithmetic that is used; 0.35 if left out.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time some steps on this machine, as for cpu, and go by them.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Say what a run will take before it is started: weights, memory, tokens, operations, hours and disk.
+
+    Nothing is written and nothing started. What is taken for granted is said with it, and what will not work.
+
+    Example: python -m train plan infra/runs/laptop.toml --set model.width=512 --device h200
+    """
+    from train.estimate import as_json, lines, plan
+
+    found = plan(load_settings(RunSettings, recipe, overrides or ()), device, mfu=mfu, measure=measure)
+    if json:
+        answer("train-plan/v1", **as_json(found))
+        return
+    table = Table("what", "how much")
+    for what, value in lines(found):
+        table.add_row(what, value)
+    console.print(table)
+    for sentence in found.assumptions:
+        console.print(f"assumed: {sentence}", markup=False, soft_wrap=True)
+    for sentence in found.warnings:
+        console.print("[bold yellow]warning:[/] ", end="")
+        console.print(sentence, markup=False, soft_wrap=True)
+
+
 def _held_out(folds: Path | None, overrides: list[str] | None) -> FoldSettings:
     """Return what is held out: the test split where nothing else is said."""
     from train.evaluation.folds import FoldSettings
@@ -272,7 +341,7 @@ def _held_out(folds: Path | None, overrides: list[str] | None) -> FoldSettings:
 def main() -> None:
     """Run the command line; ``run`` may be left out."""
     words = sys.argv[1:]
-    if words and words[0] not in ("run", "eval", "head", "audit", "--help"):
+    if words and words[0] not in ("run", "eval", "head", "audit", "report", "plan", "--help"):
         sys.argv.insert(1, "run")
     command.run(app, "train")
 

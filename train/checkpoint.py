@@ -1,4 +1,4 @@
-"""This module saves and loads checkpoints: the training state to go on from, and the export that is served.
+"""This module saves and loads checkpoints: what is exported to be served, and the manifests that make it real.
 
 A directory counts only with a valid ``manifest.json``, which is written last and holds the SHA-256 of every other file.
 """
@@ -13,9 +13,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from store.errors import InputRefused, MissingError
 from store.lake import utc_now
@@ -109,50 +104,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-# ------------------------------------------------------------------------------------------------- training state
-def save_state(folder: Path, state: dict[str, Any], values: dict[str, Any]) -> Path:
-    """Save a training state as ``folder/step_<global_step>_<random>``; older ones than the last two go.
-
-    ``values`` hold ``global_step``. Only one rank calls this.
-    """
-    target = folder / f"step_{values['global_step']:09d}_{secrets.token_hex(4)}"
-    target.mkdir(parents=True)
-    with _one_process():
-        dcp_save(state, checkpoint_id=target, no_dist=True)
-    write_manifest(target, {**values, "created": utc_now()})
-    for old in valid_states(folder)[:-2]:
-        (old / MANIFEST).unlink()
-        shutil.rmtree(old, ignore_errors=True)
-    return target
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Keep torch from warning that one process saves alone: it is meant to, every rank holds the same."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def valid_states(folder: Path) -> list[Path]:
-    """Return the finished states in a folder, oldest first; bytes are compared when one is loaded."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
-
-
-def load_state(folder: Path, state: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the newest valid state into ``state`` (in place); return its manifest, or None when there is none."""
-    for path in reversed(valid_states(folder)):
-        try:
-            manifest = read_manifest(path)
-        except InputRefused:
-            continue
-        with _one_process():
-            dcp_load(state, checkpoint_id=path, no_dist=True)
-        return manifest
-    return None
-
-
-# --------------------------------------------------------------------------------------------------------- export
 def export(
     folder: Path,
     model: CellModel,

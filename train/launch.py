@@ -19,6 +19,7 @@ from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.loop import Run, Summary, begun_otherwise, fingerprint, read_summary, run_folder
 from train.settings import RunSettings
+from train.state import valid_states
 
 POLL_S = 0.5
 Progress = Callable[[int, float], None]
@@ -104,7 +105,7 @@ def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:
     Raises:
         ConflictError: The run was begun with other settings; said here, before any worker starts.
     """
-    states = checkpoint.valid_states(folder / "state")
+    states = valid_states(folder / "state")
     try:
         state = checkpoint.read_manifest(states[-1]) if states else {}
         if state and state["fingerprint"] != wanted:

@@ -6,11 +6,13 @@ It knows nothing of Ray: it runs in one process, under torchrun, and under Ray T
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,31 +21,48 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from numpy.typing import NDArray
+from accelerate.tracking import get_available_trackers
 from scipy.sparse import csr_matrix
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from store.errors import ConflictError, UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
-from train.card import write_card
+from train.assembly import coverage_of, gather_parts
+from train.card import describe, write_card
 from train.cells import PROMPTS, Cells
-from train.checkpoint import Vocabulary
-from train.config import ModelConfig
 from train.controls import MatchedControls
-from train.genome import locate, motif_sets, neighbours, read_motifs, read_regions, read_windows
-from train.knowledge import Knowledge, gather_knowledge, read_aliases, read_sets, read_vectors
 from train.labels import Labels, read_labels
-from train.likelihood import COVERAGE
 from train.model import CellModel
 from train.objective import Objective
-from train.ontology import type_terms
 from train.settings import RunSettings
-from train.start import begin, tell_types
+from train.start import begin
+from train.state import States
 from train.stream import Stream
 from train.tokens import TokenSettings
 
 BASELINE_CELLS = 16384
 EVALUATION_STEPS = 20
+WARNED_EVERY = 10
+RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
+MEANS = ("parallel", "recompute", "keep_last", "keep_best", "evaluate_every", "trackers")
+FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS), True) | {
+    "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True}
+}
+"""What may change between two starts of the same run."""
+Observer = Callable[[dict[str, float]], object]
+"""Told of a step's figures."""
+
+
+def unobserved(row: dict[str, float]) -> None:
+    """Tell nobody."""
+
+
+def never() -> bool:
+    """Warn of nothing."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -68,9 +87,8 @@ def run_folder(settings: RunSettings) -> Path:
 
 
 def fingerprint(settings: RunSettings, snapshot_id: str) -> str:
-    """Digest what a run must keep to be the same run: everything but its length, workers and where it stands."""
-    free = {"steps", "workers", "output", "lake", "address", "threads", "checkpoint_every"}
-    values = settings.model_dump(mode="json", exclude=free) | {"snapshot_id": snapshot_id}
+    """Digest what a run must keep to be the same run: everything but its length, workers, and where and how it runs."""
+    values = settings.model_dump(mode="json", exclude=FREE) | {"snapshot_id": snapshot_id}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -94,13 +112,17 @@ class Run:
         """
         if not torch.cuda.is_available():
             torch.set_num_threads(settings.threads)
+        if settings.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        _check_trackers(settings.trackers)
         self.settings = settings
         self.folder = run_folder(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=settings.precision,
-            log_with="tensorboard",
+            log_with=list(settings.trackers),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # knowledge does not change
             project_dir=str(self.folder / "tensorboard"),
         )
@@ -116,39 +138,53 @@ class Run:
         data = settings.data
         controls = MatchedControls(share=data.matched_controls, earlier=data.earlier_cells)
         self.stream = self._stream(data.split, controls)
-        self.vocabulary = _vocabulary(self.snapshot)
         self.fingerprint = fingerprint(settings, self.snapshot.id)
-        torch.manual_seed(settings.seed)
-        known = self._knowledge()
+        self.parts = gather_parts(settings, self.snapshot, self.labels)
         days = settings.knowledge.days
         self.knowledge_files = {
             path: {"sha256": checkpoint.sha256(Path(path)), "day": days.get(path, "")}
             for path in settings.knowledge.files
         }
-        types = self.labels.values["cell_type"]
-        self.types = type_terms(types) if settings.model.types and len(types) > 2 else None
-        self.plain = CellModel(self._config(known))
-        if self.types is not None:
-            tell_types(self.plain, self.types)
-        self.plain.know(
-            torch.from_numpy(known.feature_E),
-            torch.from_numpy(known.set_E),
-            {kind: torch.from_numpy(table) for kind, table in known.vectors.items()},
-        )
-        self.plain.identity.lie(
-            *(torch.from_numpy(part) for part in (known.chromosome_F, known.base_F, known.bases_FW))
-        )
+        torch.manual_seed(settings.seed)
+        self.plain = self.parts.build()
+        self.plain.recompute = settings.recompute
         self._begin_at_the_floor()
+        self.parameters = sum(part.numel() for part in self.plain.parameters())
+        self.model = self._spread()
         optimizer = torch.optim.AdamW(
             self.plain.parameters(), lr=settings.optim.lr, betas=(0.9, 0.98), weight_decay=settings.optim.weight_decay
         )
-        self.step = self._resume(optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.states = States(
+            self.folder / "state",
+            rank=self.rank,
+            world=world,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+        )
+        self.loss_test, self.blocked_s = math.nan, 0.0
+        self.step = self._resume()
         self.resumed_from = self.step
-        self.model, self.optimizer = self.accelerator.prepare(self.plain, optimizer)
         panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
         tokens = TokenSettings(budget=settings.data.tokens, levels=self.plain.config.levels)
-        covered = _coverage(self.snapshot, self.vocabulary)
+        covered = coverage_of(self.snapshot, self.parts.vocabulary)
         self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries, covered)
+
+    def _spread(self) -> torch.nn.Module:
+        """Return the model as the ranks share it: a copy on each, or a part of it on each.
+
+        FSDP2 is torch's own and not Accelerate's plug-in, which becomes data parallel on CPU without a word: so what is
+        tested on CPU is what runs on GPUs. Weights are gathered in single precision; autocast does the arithmetic.
+        """
+        if self.settings.parallel == "ddp" or self.world == 1:
+            wrapped: torch.nn.Module = self.accelerator.prepare(self.plain)
+            return wrapped
+        self.plain.to(self.device)
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for block in (*self.plain.blocks, *self.plain.query_blocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.plain, mesh=mesh)
+        return self.plain
 
     def _stream(self, split: str, controls: MatchedControls | None = None) -> Stream:
         data = self.settings.data
@@ -168,92 +204,47 @@ class Run:
             labels=self.labels,
         )
 
-    def _knowledge(self) -> Knowledge:
-        """Read what is known of the features, and match it with them."""
-        told = self.settings.knowledge
-        names = [
-            pair for part in self.vocabulary.values() for pair in zip(part.feature_id, part.feature_name, strict=True)
-        ]
-        genes = read_regions(told.positions) if told.positions else {}
-        places = locate(names, genes)
-        bases_FW = read_windows(names, places, told.genome, told.window) if told.genome else None
-        sets = read_sets(told.sets, told.smallest, told.largest)
-        if told.motifs and bases_FW is not None:
-            sets |= motif_sets(names, bases_FW, read_motifs(told.motifs))
-        aliases = neighbours(names, genes) | (read_aliases(told.aliases) if told.aliases else {})
-        vectors = {kind: getattr(told, kind) for kind in ("sequence", "text") if getattr(told, kind)}
-        known = gather_knowledge(
-            names,
-            sets,
-            {kind: read_vectors(path) for kind, path in vectors.items()},
-            aliases,
-            self.settings.seed if told.permute else None,
-        )
-        return known.placed(places, bases_FW) if told.positions or told.genome else known
-
-    def _config(self, known: Knowledge) -> ModelConfig:
-        told = self.settings.model.model_dump(exclude={"types"})
-        sizes: dict[str, Any] = {
-            "n_sets": len(known.sets),
-            "n_memberships": len(known.set_E),
-            "frozen": {kind: table.shape[1] for kind, table in known.vectors.items()},
-            "n_features": {name: len(part.feature_id) for name, part in self.vocabulary.items()},
-            "n_prompts": {name: len(self.labels.values[name]) for name in PROMPTS},
-            "n_perturbations": len(self.labels.values["perturbation"]),
-            "n_terms": 0 if self.types is None else self.types.n_terms,
-            "n_term_links": 0 if self.types is None else len(self.types.term_E),
-            "niche": self.settings.data.sets,
-            "n_chromosomes": len(known.chromosomes),
-            "window": known.bases_FW.shape[1],
-            "levels": tuple(name for name in self.vocabulary if name in self.snapshot.levels),
-        }
-        try:
-            return ModelConfig(**sizes, **told)
-        except ValueError as error:
-            raise UsageError(f"model.{error}") from None
-
     def _begin_at_the_floor(self) -> None:
         """Let the model begin where the first training rows are."""
         source = max(self.stream.sources, key=lambda one: one.n_rows)
         rows = source.rows(np.array([0, min(source.n_rows, BASELINE_CELLS) - 1])) + source.part.first_row
         counts = {}
-        for name, part in self.vocabulary.items():
+        for name, part in self.parts.vocabulary.items():
             block = self.snapshot.block(name, int(rows[0]), int(rows[1]) + 1)
             shape = (len(block.indptr) - 1, len(part.feature_id))
             counts[name] = csr_matrix((block.counts.astype(np.float32), block.features, block.indptr), shape=shape)
         begin(self.plain, counts, seed=self.settings.seed)
 
-    # ------------------------------------------------------------------------------------------------ checkpoints
-    def _resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Load the newest valid state into model and optimizer; return the step to go on with."""
-        known = checkpoint.valid_states(self.folder / "state")
-        if not known:
-            return 0
-        _materialise(optimizer)
-        state = {"model": self.plain.state_dict(), "optimizer": optimizer.state_dict()}
-        manifest = checkpoint.load_state(self.folder / "state", state)
+    # ----------------------------------------------------------------------------------------------------- states
+    def _resume(self) -> int:
+        """Load the newest valid state; return the step to go on with."""
+        manifest = self.states.load(self.model, self._bare)
         if manifest is None:
             return 0
         if manifest["fingerprint"] != self.fingerprint:
             raise begun_otherwise(self.folder, self.settings)
-        self.plain.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         return int(manifest["global_step"])
 
+    @property
+    def _bare(self) -> torch.optim.Optimizer:
+        """The optimizer without Accelerate's wrapper."""
+        found: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return found
+
     def save(self) -> None:
-        """Save the training state; every rank calls it, the first one writes."""
-        if self.rank == 0:
-            optimizer = self.optimizer.optimizer if hasattr(self.optimizer, "optimizer") else self.optimizer
-            state = {"model": self.plain.state_dict(), "optimizer": optimizer.state_dict()}
-            values = {
-                "global_step": self.step,
-                "fingerprint": self.fingerprint,
-                "seed": self.settings.seed,
-                "world": self.world,
-                "snapshot": self.provenance()["snapshot"],
-            }
-            checkpoint.save_state(self.folder / "state", state, values)
-        self.accelerator.wait_for_everyone()
+        """Begin to save the training state; every rank calls it. Training goes on while it is written."""
+        begin = time.monotonic()
+        values = {
+            "global_step": self.step,
+            "fingerprint": self.fingerprint,
+            "seed": self.settings.seed,
+            "world": self.world,
+            "snapshot": self.provenance()["snapshot"],
+            "loss_test": self.loss_test if math.isfinite(self.loss_test) else None,
+            "versions": versions(),
+        }
+        self.states.save(self.model, self._bare, values)
+        self.blocked_s += time.monotonic() - begin
 
     def provenance(self) -> dict[str, Any]:
         """Return where the model comes from, for manifests."""
@@ -271,72 +262,133 @@ class Run:
             "seed": self.settings.seed,
             "settings": self.settings.model_dump(mode="json"),
             "knowledge": self.knowledge_files,
-            "measurements": list(self.vocabulary),
+            "measurements": list(self.parts.vocabulary),
             "prompt_fields": list(PROMPTS),
         }
 
     # ------------------------------------------------------------------------------------------------------- steps
-    def train(self) -> Summary:
-        """Train to the last step, evaluate, export; return what came of it."""
+    def train(self, each: Observer = unobserved, warned: Callable[[], bool] = never) -> Summary:
+        """Train to the last step, evaluate, export; return what came of it.
+
+        Args:
+            each: Told of every step's figures, on every rank.
+            warned: Says that this process will be taken away; asked every ``WARNED_EVERY`` steps, by all ranks at the
+                same step. The state is saved at once then, once for each warning.
+        """
+        settings = self.settings
         if self.rank == 0:
-            _write_json(self.folder / "settings.json", self.settings.model_dump(mode="json"))
-        self.accelerator.init_trackers("")
+            _write_json(self.folder / "settings.json", settings.model_dump(mode="json"))
+        self.accelerator.init_trackers(settings.name)
         if self.step == 0:
-            before = self.evaluate()
+            at_start = self.evaluate()
             if self.rank == 0:
-                _write_json(self.folder / "start.json", {"loss_test": before})
+                _write_json(self.folder / "start.json", {"loss_test": at_start})
         first_step = self.step
-        batches = self.stream.steps(self.step, self.settings.steps, rank=self.rank, world=self.world)
         with _Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
-            for batch, waited in _timed(batches):
-                row = self._one(batch) | {"data_wait_s": waited, "entropy_ratio": self.stream.telemetry.ratio}
-                self.step += 1
-                if self.rank == 0:
-                    metrics.write({"step": self.step, "time": time.time(), **row})
-                    self.accelerator.log({key: row[key] for key in ("loss", "lr", "grad_norm")}, step=self.step)
-                if self.step % self.settings.checkpoint_every == 0 and self.step < self.settings.steps:
-                    self.save()
+            try:
+                self._steps(metrics, each, warned)
+            except BaseException:
+                self.states.settle()
+                raise
         if self.step > first_step:
             self.save()
-        test = self.evaluate()
+        self.states.finish()
+        self.loss_test = self.evaluate()
         for tracker in self.accelerator.trackers:  # end_training() would also end the launcher's process group
             tracker.finish()
+        self._export(self.loss_test)
         if self.rank == 0:
-            self._export(self._summary(test))
+            from train.report import write_report  # draws; not needed before
+
+            write_report(self.folder)
         self.accelerator.wait_for_everyone()
         return read_summary(self.folder)
 
-    def _one(self, batch: Cells) -> dict[str, float]:
-        """Take one step; the loss is that of all ranks together."""
+    def _steps(self, metrics: _Metrics, each: Observer, warned: Callable[[], bool]) -> None:
+        """Take the steps that are left."""
+        settings, leaving = self.settings, False
+        batches = self.stream.steps(self.step, settings.steps, rank=self.rank, world=self.world)
+        for batch, waited in _timed(batches):
+            blocked, self.blocked_s = self.blocked_s, 0.0
+            row = self._one(batch) | {"data_wait_s": waited, "checkpoint_s": blocked}
+            row["entropy_ratio"] = self.stream.telemetry.ratio
+            self.step += 1
+            if settings.evaluate_every and self.step % settings.evaluate_every == 0:
+                row["loss_test"] = self.loss_test = self.evaluate()
+            row = {"step": self.step, "time": time.time(), **row}
+            each(row)
+            if self.rank == 0:
+                metrics.write(row)
+                shown = ("loss", "loss_test", "lr", "grad_norm")
+                self.accelerator.log({key: row[key] for key in shown if key in row}, step=self.step)
+            urgent = False
+            if self.step % WARNED_EVERY == 0:
+                before, leaving = leaving, warned()
+                urgent = leaving and not before
+            if urgent or (self.step % settings.checkpoint_every == 0 and self.step < settings.steps):
+                self.save()
+            if urgent:
+                self.states.finish()
+
+    def _one(self, cells: Cells) -> dict[str, float]:
+        """Take one step, in as many parts as settings ask for; the loss is that of all parts and ranks together."""
         begin = time.monotonic()
         rate = learning_rate(self.settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self.accelerator.autocast():
-            loss, n_tokens, n_cells = self.objective(self.model, self.plain, batch, self.step)
-        sums = self._sum(loss.rebuilt.detach(), loss.pairs, n_cells, n_tokens, loss.asked.detach())
-        mean = float(sums[0] / sums[1])
+        guess = float(self.settings.data.global_batch)  # of pairs, so that small gradients do not vanish on the way
+        totals, moved_s = torch.zeros(5, dtype=torch.float64), 0.0
+        parts = split(cells, n_parts(self.settings.data.micro_batch, self.settings.data.global_batch, self.world))
+        for number, part in enumerate(parts):
+            start = time.monotonic()
+            batch = self.objective.prepare(self.plain, part, self.step)
+            moved_s += time.monotonic() - start
+            with self._shared(number == len(parts) - 1), self.accelerator.autocast():
+                loss = self.objective.loss(self.model, self.plain, batch)
+                self.accelerator.backward(loss.total / guess)
+            sums = (loss.rebuilt.detach(), loss.pairs, part.n_cells, batch.n_tokens, loss.asked.detach())
+            totals += torch.tensor([float(value) for value in sums], dtype=torch.float64)
+        sums_5 = self._sum(*totals)
+        mean = float(sums_5[0] / sums_5[1])
+        these = f"rows {cells.row[:8].tolist()}... of snapshot {self.snapshot.name!r}; lower optim.lr or look at them"
         if not math.isfinite(mean):
-            raise VerificationError(
-                f"step {self.step}: the loss is {mean}; rows {batch.row[:8].tolist()}... of snapshot "
-                f"{self.snapshot.name!r}; lower optim.lr or look at these cells"
-            )
-        self.accelerator.backward(loss.total * self.world / sums[1])
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.optim.clip_norm)
+            raise VerificationError(f"step {self.step}: the loss is {mean}; {these}")
+        gradients = [weight.grad for weight in self.plain.parameters() if weight.grad is not None]
+        torch._foreach_mul_(gradients, guess * self.world / float(sums_5[1]))  # ranks were averaged
+        norm = _plain(self.accelerator.clip_grad_norm_(self.plain.parameters(), self.settings.optim.clip_norm))
+        if not math.isfinite(norm) and self.settings.precision != "fp16":  # there the scaler leaves the step out
+            bad = [name for name, one in self.plain.named_parameters() if not _finite(one.grad)]
+            where = bad[0] if bad else "a weight of another rank"
+            raise VerificationError(f"step {self.step}: the norm of the gradient is {norm}, by {where}; {these}")
         middle = time.monotonic()
         self.optimizer.step()
         self.optimizer.zero_grad()
         end = time.monotonic()
         return {
             "loss": mean,
-            "loss_asked": float(sums[4] / sums[1]),
+            "loss_asked": float(sums_5[4] / sums_5[1]),
             "lr": rate,
-            "grad_norm": float(norm),
-            "cells": float(sums[2]),
-            "tokens": float(sums[3]),
-            "forward_backward_s": middle - begin,
+            "grad_norm": norm,
+            "cells": float(sums_5[2]),
+            "tokens": float(sums_5[3]),
+            "h2d_s": moved_s,
+            "forward_backward_s": middle - begin - moved_s,
             "optimizer_s": end - middle,
         }
+
+    @contextmanager
+    def _shared(self, last: bool) -> Iterator[None]:
+        """Let ranks add up their gradients with the last part of a step only."""
+        if self.world == 1:
+            yield
+        elif isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            yield
+        elif last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.model):
+                yield
 
     def _sum(self, *values: Any) -> torch.Tensor:
         """Add up values over all ranks."""
@@ -366,7 +418,8 @@ class Run:
         """Sum up the whole run, also the part before a resume, from its metrics."""
         rows = read_metrics(self.folder / "metrics.jsonl")
         last = rows[-20:]
-        seconds = sum(row["data_wait_s"] + row["forward_backward_s"] + row["optimizer_s"] for row in rows)
+        parts = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
+        seconds = sum(row.get(part, 0.0) for row in rows for part in parts)
         return Summary(
             steps=self.step,
             loss_first=rows[0]["loss"],
@@ -375,20 +428,39 @@ class Run:
             loss_test_first=_number(json.loads((self.folder / "start.json").read_text(encoding="utf-8"))["loss_test"]),
             cells_per_s=sum(row["cells"] for row in rows) / seconds,
             data_wait_share=sum(row["data_wait_s"] for row in rows) / seconds,
-            parameters=sum(part.numel() for part in self.plain.parameters()),
+            parameters=self.parameters,
             checkpoint=str(self.folder / "checkpoint"),
             resumed_from=self.resumed_from,
         )
 
-    def _export(self, summary: Summary) -> None:
+    def _export(self, test: float) -> None:
+        """Write what is served; every rank calls this, and where the model is in parts each gives its own."""
+        self._export_as("checkpoint", test)
+        if self.settings.keep_best:
+            manifest = self.states.load_best(self.model, self._bare)
+            if manifest is not None:
+                self._export_as("checkpoint-best", float(manifest["loss_test"]), int(manifest["global_step"]))
+
+    def _export_as(self, name: str, test: float, step: int | None = None) -> None:
+        weights = get_model_state_dict(
+            self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=isinstance(self.model, FSDPModule))
+        )
+        if self.rank > 0:
+            return
+        model = CellModel(self.plain.config)
+        model.load_state_dict(weights)
+        summary = self._summary(test)
         figures = {key: value for key, value in asdict(summary).items() if key != "checkpoint"}
-        _write_json(self.folder / "summary.json", figures)
-        provenance = self.provenance() | {"figures": figures}
+        if name == "checkpoint":
+            _write_json(self.folder / "summary.json", figures)
+        data = describe(self.snapshot, self.settings.data.split)
+        provenance = self.provenance() | {"figures": figures, "data": data}
+        provenance["global_step"] = self.step if step is None else step
         checkpoint.export(
-            self.folder / "checkpoint",
-            self.plain,
+            self.folder / name,
+            model,
             self.objective.settings,
-            self.vocabulary,
+            self.parts.vocabulary,
             {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")},
             provenance | {"figures": checkpoint.json_values(figures)},
             write_card(self.snapshot, self.settings, provenance),
@@ -413,41 +485,49 @@ def _number(value: float | None) -> float:
 
 
 def learning_rate(settings: RunSettings, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to a tenth of the peak."""
-    peak, warm = settings.optim.lr, settings.optim.warmup_steps
-    if step < warm:
-        return peak * (step + 1) / (warm + 1)
-    progress = (step - warm) / max(1, settings.steps - warm)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+    """Return the rate of a step, which depends on nothing else: warm-up, then as ``optim.schedule`` says."""
+    told = settings.optim
+    if step < told.warmup_steps:
+        return told.lr * (step + 1) / (told.warmup_steps + 1)
+    if told.schedule == "wsd":
+        left = (settings.steps - step) / max(1.0, told.decay_share * settings.steps)
+        return told.lr * min(1.0, max(0.0, left))
+    progress = (step - told.warmup_steps) / max(1, settings.steps - told.warmup_steps)
+    return told.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def _materialise(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer that never stepped the state that a saved one has, so that it can be loaded in place."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+def n_parts(micro_batch: int, global_batch: int, world: int) -> int:
+    """Return the parts of a step, the same on every rank: a rank's largest share over what it takes at once."""
+    share = math.ceil(global_batch / world)
+    return 1 if micro_batch == 0 else math.ceil(share / micro_batch)
 
 
-def _vocabulary(snapshot: Snapshot) -> dict[str, Vocabulary]:
-    tables = {name: snapshot.vocabulary(name) for name in snapshot.measurements if name not in COVERAGE.values()}
-    columns = ("feature_id", "feature_name", "organism")
-    return {name: Vocabulary(*(table[column].to_pylist() for column in columns)) for name, table in tables.items()}
+def split(cells: Cells, n: int) -> list[Cells]:
+    """Cut a share into ``n`` parts of consecutive cells, as even as can be; sets stay whole, a part may be empty."""
+    if n == 1:
+        return [cells]
+    rows = np.arange(cells.n_cells)
+    if cells.set_C is None:
+        return [cells.take(part) for part in np.array_split(rows, n)]
+    dealt = np.array_split(np.unique(cells.set_C), n)
+    return [cells.take(rows[np.isin(cells.set_C, part)]) for part in dealt]
 
 
-def _coverage(snapshot: Snapshot, vocabulary: dict[str, Vocabulary]) -> dict[str, NDArray[np.int64]]:
-    """Return where the coverage of each feature of a measurement of fractions stands; -1 where it stands nowhere."""
-    found = {}
-    for name, coverage in COVERAGE.items():
-        if name in vocabulary and coverage in snapshot.measurements:
-            place = {one: number for number, one in enumerate(snapshot.vocabulary(coverage)["feature_id"].to_pylist())}
-            found[name] = np.array([place.get(one, -1) for one in vocabulary[name].feature_id], np.int64)
-    return found
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a state depends on."""
+    return {name: importlib.metadata.version(name) for name in checkpoint.VERSIONED}
+
+
+def _plain(norm: Any) -> float:
+    """Return a norm as a number, gathered where it lies in parts."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _finite(gradient: torch.Tensor | None) -> bool:
+    if gradient is None:
+        return True
+    own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return bool(torch.isfinite(own).all())
 
 
 def _timed(batches: Iterator[Cells]) -> Iterator[tuple[Cells, float]]:
@@ -465,6 +545,17 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(checkpoint.json_values(values), indent=1, allow_nan=False), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse trackers that are not there: Accelerate would leave them out without a word."""
+    there = {str(one.value if hasattr(one, "value") else one) for one in get_available_trackers()}
+    for name in names:
+        if name not in there:
+            raise UsageError(
+                f"trackers: {name!r} cannot be used here: there are {', '.join(sorted(there))}; install its package "
+                "or leave it out"
+            )
 
 
 class _Metrics:

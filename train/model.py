@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from train.asked import Asked
 from train.attention import Segments
@@ -84,6 +85,8 @@ class CellModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Keep no activations of blocks for the backward pass, but make them again: less memory, a third more time."""
         width = config.width
         self.identity = Identity(config)
         self.measurement = nn.Embedding(len(config.n_features), width)
@@ -147,10 +150,18 @@ class CellModel(nn.Module):
         x = torch.zeros_like(x).index_copy(0, place, x)
         for kind, block in zip(self.config.kinds, self.blocks, strict=True):
             if kind == "between":
-                x = x.index_copy(0, layout.hub_H, block(x[layout.hub_H], layout.hubs))
+                x = x.index_copy(0, layout.hub_H, self._through(block, x[layout.hub_H], layout.hubs))
             else:
-                x = block(x, layout.cells if kind == "joint" else layout.pieces)
+                x = self._through(block, x, layout.cells if kind == "joint" else layout.pieces)
         return self.norm(x), layout, prompts.mean(1)
+
+    def _through(self, block: nn.Module, x_ND: Tensor, segments: Segments) -> Tensor:
+        out: Tensor
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(block, x_ND, segments, use_reentrant=False)
+        else:
+            out = block(x_ND, segments)
+        return out
 
     def embed(self, tokens: Tokens, company: Company | None = None) -> tuple[Tensor, Tensor]:
         """Return the cells' embeddings_CD and the mean of their prompts_CD."""

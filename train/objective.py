@@ -64,6 +64,35 @@ def seen_cells(cells: Cells) -> Cells:
     )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A rank's cells of a step, on the device.
+
+    Attributes:
+        tokens: What is seen.
+        targets: Measurement to what predictions are compared with.
+        chosen: Measurement to cell_Q and feature_Q of what is asked for, in the measurement's own order.
+        queries: The same of all measurements, cell by cell.
+        order_Q: Where each of the queries stands in the measurements' order.
+        asked: What is asked of each cell.
+        company: Which cells belong together.
+        type_C: Codes of the cells' types.
+        unknown_F: Which features are taken for unknown.
+        n_tokens: Tokens that are no padding.
+    """
+
+    tokens: Tokens
+    targets: dict[str, Targets]
+    chosen: dict[str, tuple[Tensor, Tensor]]
+    queries: Queries
+    order_Q: Tensor
+    asked: Asked
+    company: Company | None
+    type_C: Tensor
+    unknown_F: Tensor | None
+    n_tokens: int
+
+
 class Objective:
     """Gives the loss of a batch; holds the datasets' panels."""
 
@@ -104,28 +133,44 @@ class Objective:
         """Return the loss of one rank's share of a batch, its number of tokens and of cells.
 
         Args:
-            model: The model as Accelerate wrapped it.
+            model: The model as it is wrapped for several processes.
             plain: The same, unwrapped.
             cells: The rank's cells of the step, with the matched controls that stand in for some of them.
             step: The global step; None evaluates with the masks of step 0.
         """
+        batch = self.prepare(plain, cells, step)
+        return self.loss(model, plain, batch), batch.n_tokens, cells.n_cells
+
+    def prepare(self, plain: CellModel, cells: Cells, step: int | None) -> Batch:
+        """Bring a rank's cells of a step onto the device: tokens, what they are compared with, what is asked."""
         chance = (self.seed, step or 0)
         seen = seen_cells(cells)
         tokens = make_tokens(cells, plain.config.offsets, self.settings, chance=chance, seen=seen, device=self.device)
         targets = self.targets(cells, plain)
         itself_C = np.ones(cells.n_cells, bool) if cells.controls is None else cells.controls.place_CS[:, 0] < 0
-        asked = {name: self._ask(name, cells, itself_C, tokens, of, plain, chance) for name, of in targets.items()}
-        queries, order_Q = _together(asked, plain.config.offsets, cells.n_cells)
-        wanted = self._asked(cells, itself_C, tokens, targets, chance)
-        company = None
-        if plain.niche is not None and cells.set_C is not None:
-            company = company_of(cells, self.device)
-        answer = model(tokens, queries, None if step is None else self._unknown(plain, chance), wanted, company)
-        correction = torch.empty_like(answer.correction_Q).index_copy(0, order_Q, answer.correction_Q)
-        loss = self._loss(plain, answer.logits, correction, targets, asked)
+        chosen = {name: self._ask(name, cells, itself_C, tokens, of, plain, chance) for name, of in targets.items()}
+        queries, order_Q = _together(chosen, plain.config.offsets, cells.n_cells)
+        return Batch(
+            tokens,
+            targets,
+            chosen,
+            queries,
+            order_Q,
+            self._asked(cells, itself_C, tokens, targets, chance),
+            company_of(cells, self.device) if plain.niche is not None and cells.set_C is not None else None,
+            torch.from_numpy(cells.prompts["cell_type"]).to(self.device).long(),
+            None if step is None else self._unknown(plain, chance),
+            int(tokens.valid_CL.sum()),
+        )
+
+    def loss(self, model: torch.nn.Module, plain: CellModel, batch: Batch) -> Loss:
+        """Return the loss of a batch that is on the device."""
+        answer = model(batch.tokens, batch.queries, batch.unknown_F, batch.asked, batch.company)
+        correction = torch.empty_like(answer.correction_Q).index_copy(0, batch.order_Q, answer.correction_Q)
+        loss = self._loss(plain, answer.logits, correction, batch.targets, batch.chosen)
         if answer.log_type_CY is not None:
-            loss = self._with_types(loss, plain, answer.log_type_CY, cells, tokens)
-        return loss, int(tokens.valid_CL.sum()), cells.n_cells
+            loss = self._with_types(loss, plain, answer.log_type_CY, batch)
+        return loss
 
     def _asked(
         self,
@@ -234,12 +279,11 @@ class Objective:
             start += len(cell_Q)
         return Loss(rebuilt + asked_total, rebuilt, asked_total, pairs)
 
-    def _with_types(self, loss: Loss, model: CellModel, log_type_CY: Tensor, cells: Cells, tokens: Tokens) -> Loss:
+    def _with_types(self, loss: Loss, model: CellModel, log_type_CY: Tensor, batch: Batch) -> Loss:
         """Add the cost of telling types: of cells that are labelled, and to whose type no prompt gave away."""
         assert model.prototypes is not None
-        code_C = torch.from_numpy(cells.prompts["cell_type"]).to(self.device).long()
-        asked_C = (code_C > 0) & (tokens.prompt_CF[:, PROMPTS.index("cell_type")] == 0)
-        told = model.prototypes.cost(log_type_CY[asked_C], code_C[asked_C]).sum()
+        asked_C = (batch.type_C > 0) & (batch.tokens.prompt_CF[:, PROMPTS.index("cell_type")] == 0)
+        told = model.prototypes.cost(log_type_CY[asked_C], batch.type_C[asked_C]).sum()
         return replace(loss, total=loss.total + TYPES * (told + 0.0 * log_type_CY[:, 1:].sum()))
 
     def targets(self, cells: Cells, model: CellModel) -> dict[str, Targets]:

@@ -110,6 +110,9 @@ class DataSettings(Settings):
     """Tokens of a cell at most."""
     queries: int = Field(default=16, ge=2)
     """Features of a cell and measurement that the query decoder is asked for, half of them hidden non-zeros."""
+    micro_batch: int = Field(default=0, ge=0)
+    """Cells (or sets) that a worker takes at once, the gradients added up; 0 takes its whole share of a step. It saves
+    memory and changes nothing but rounding."""
     matched_controls: float = Field(default=0.5, ge=0, le=1)
     """Share of perturbed cells that are predicted from a matched control of the same window."""
     earlier_cells: float = Field(default=0.25, ge=0, le=1)
@@ -122,7 +125,11 @@ class OptimSettings(Settings):
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(default=20, ge=0)
-    """Steps of linear warm-up; a cosine to a tenth of the peak follows."""
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After it: a cosine to a tenth of the peak, or "wsd": the peak, and at the end a straight way to nothing."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps that the straight way of "wsd" takes."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
     clip_norm: float = Field(default=1.0, gt=0)
@@ -146,10 +153,28 @@ class RunSettings(Settings):
     """Optimizer steps."""
     workers: int = Field(default=2, ge=1)
     """Processes that train; a GPU each where there are some."""
+    workers_min: int = Field(default=0, ge=0)
+    """Go on with so few workers when no more can be had, and grow again later; 0 waits for all of them."""
+    max_failures: int = Field(default=3, ge=-1)
+    """How often lost workers are replaced and the run goes on from its last state; -1 for ever."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """"ddp": each worker holds the model; "fsdp": each holds a part of it, of its gradients and moments (FSDP2)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Accelerate's mixed precision."""
+    """Mixed precision."""
+    recompute: bool = False
+    """Make activations again in the backward pass in place of keeping them: less memory, about a third more time."""
+    deterministic: bool = False
+    """Refuse operations that give other bits the next time."""
     checkpoint_every: int = Field(default=100, ge=1)
-    """Steps between saves of the training state."""
+    """Steps between saves of the training state, which is written while training goes on."""
+    keep_last: int = Field(default=2, ge=1)
+    """Training states that are kept."""
+    keep_best: bool = False
+    """Keep the state with the lowest held-out loss too, and export it at the end as ``checkpoint-best``."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on ``data.test_split``; 0 evaluates at the beginning and at the end."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where losses are shown besides metrics.jsonl: Accelerate's trackers by name (mlflow, wandb, trackio, ...)."""
     threads: int = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
     address: str | None = None
@@ -163,6 +188,16 @@ class RunSettings(Settings):
     def _pathways_are_known(self) -> RunSettings:
         if self.model.pathways and not (self.knowledge.sets or self.knowledge.motifs):
             raise ValueError(f"model.pathways={self.model.pathways}: name their GMT files in knowledge.sets")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_asked_for_can_be(self) -> RunSettings:
+        if self.workers_min > self.workers:
+            raise ValueError(f"workers_min={self.workers_min} is more than workers={self.workers}")
+        if self.keep_best and not (self.evaluate_every and self.data.test_split):
+            raise ValueError("keep_best: say how often to evaluate (evaluate_every) and on what (data.test_split)")
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError("precision='fp16' does not go with parallel='fsdp'; take 'bf16'")
         return self
 
     @model_validator(mode="after")
