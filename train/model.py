@@ -184,7 +184,7 @@ class CellModel(nn.Module):
         q = self.identity(queries.feature_Q, unknown_F) + self.measurement(measurement_Q) + self.asked
         for block in self.query_blocks:
             q = block(q, queries.cells, x_ND, layout.cells)
-        correction: Tensor = self.correction(self.query_norm(q)).squeeze(1)
+        correction: Tensor = self.correction(self.query_norm(q)).sum(1)  # one column; no view, which FSDP2 warns of
         return correction
 
     def forward(

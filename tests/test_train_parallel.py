@@ -1,0 +1,119 @@
+"""Two processes without Ray: shares, micro batches and shards take the same steps; states move between sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import together
+from safetensors.torch import load_file
+from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
+
+from store.errors import SettingsError
+from store.settings import parse_settings
+from train.loop import Run, learning_rate, n_parts, read_metrics
+from train.settings import RunSettings
+from train.state import valid_states
+
+DATA = {"global_batch": 24, "block": 64, "window": 2, "tokens": 32}
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "run/checkpoint/model.safetensors")
+
+
+def assert_close(one: Path, other: Path) -> None:
+    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-4)
+    first, second = weights(one), weights(other)
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_shares_micro_batches_and_shards_take_the_same_steps_and_states_move_from_two_to_one_to_two(
+    lake: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    def job(name: str, **changes: object) -> RunSettings:
+        return settings(lake, tmp_path / name, **changes)
+
+    Run(job("alone"), 1).train()
+    Run(job("micro alone", data=DATA | {"micro_batch": 5}, recompute=True), 1).train()
+    moving = {"parallel": "fsdp", "optim": {"warmup_steps": 2, "lr": 0.003, "schedule": "wsd", "decay_share": 1.0}}
+    jobs = [
+        job("shares"),
+        job("micro", data=DATA | {"micro_batch": 5}),
+        job("shards", parallel="fsdp", data=DATA | {"micro_batch": 7}),
+        job("whole", **moving),
+        job("moved", **moving, steps=12),
+    ]
+    assert together(2, jobs) == [0] * len(jobs)
+    for name in ("micro alone", "shares", "micro", "shards"):
+        assert_close(tmp_path / "alone", tmp_path / name)
+    state = valid_states(tmp_path / "moved/run/state")
+    assert [path.name[:14] for path in state] == ["step_000000008", "step_000000012"]
+    for path in state[-1:]:  # stop it at 8, go on alone to 10, and on two again to the end
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    # the schedule counts all steps, so the last ones are taken by the same settings
+    alone = Run(job("moved", **moving), 1)
+    assert alone.resumed_from == 8
+    alone.train()
+    assert_close(tmp_path / "whole", tmp_path / "moved")
+    for path in valid_states(tmp_path / "moved/run/state")[-1:]:
+        (path / "manifest.json").unlink()
+    assert together(2, [job("moved", **moving)]) == [8]
+    assert_close(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_every_rank_takes_as_many_parts() -> None:
+    assert n_parts(0, 100, 3) == 1
+    assert n_parts(10, 100, 3) == 4  # shares of 34 and 33
+    assert n_parts(64, 100, 3) == 1
+
+
+def test_wsd_stays_at_the_peak_and_ends_at_nothing(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    optim = {"lr": 1.0, "warmup_steps": 10, "schedule": "wsd", "decay_share": 0.2}
+    run = settings(lake, tmp_path, steps=100, optim=optim)
+    rates = [learning_rate(run, step) for step in range(101)]
+    assert rates[10:81] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[100] == 0.0
+
+
+def test_the_best_state_is_exported_beside_the_last(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    optim = {"warmup_steps": 2, "lr": 0.5}  # so high that it gets worse
+    run = settings(lake, tmp_path, evaluate_every=4, keep_best=True, optim=optim)
+    Run(run, 1).train()
+    rows = {row["step"]: row["loss_test"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss_test" in row}
+    assert list(rows) == [4, 8, 12]
+    best = min(rows, key=lambda step: rows[step])
+    from train.checkpoint import load
+
+    assert load(tmp_path / "run/checkpoint-best").manifest["global_step"] == best
+    assert load(tmp_path / "run/checkpoint").manifest["global_step"] == 12
+
+
+def test_a_warned_process_saves_at_once(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    asked: list[int] = []
+    run = Run(settings(lake, tmp_path, steps=35, checkpoint_every=100, keep_last=5), 1)
+
+    def warned() -> bool:
+        asked.append(run.step)
+        return run.step >= 20
+
+    run.train(warned=warned)
+    assert asked == [10, 20, 30]
+    assert [int(path.name.split("_")[1]) for path in valid_states(tmp_path / "run/state")] == [20, 35]
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    for values, message in (
+        ({"workers": 2, "workers_min": 3}, "workers_min=3 is more than workers=2"),
+        ({"keep_best": True}, "keep_best: say how often to evaluate"),
+        ({"parallel": "fsdp", "precision": "fp16"}, "does not go with parallel='fsdp'"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            parse_settings(RunSettings, {"snapshot": "s"} | values, where="t")
