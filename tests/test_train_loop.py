@@ -154,9 +154,33 @@ def test_bad_settings_are_named_with_a_remedy(tmp_path: Path) -> None:
         load_settings(RunSettings, tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("recipe", ["laptop.toml", "real-cells/train.toml"])
-def test_every_recipe_is_valid(recipe: str) -> None:
-    assert load_settings(RunSettings, ROOT / "infra/runs" / recipe).steps > 0
+RECIPES = sorted(str(path.relative_to(ROOT / "infra/runs")) for path in (ROOT / "infra/runs").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_valid_and_says_how_to_run_it_on_what(recipe: str) -> None:
+    settings = load_settings(RunSettings, ROOT / "infra/runs" / recipe)
+    assert settings.data.window % settings.data.lanes == 0 or settings.data.lanes == 1
+    head = (ROOT / "infra/runs" / recipe).read_text().splitlines()[:2]
+    assert head[0].startswith(f"# python -m train infra/runs/{recipe}")
+    assert head[1].startswith("# Hardware: ")
+
+
+def test_the_laptop_recipe_keeps_its_golden_curve(tmp_path: Path) -> None:
+    made = simulate(SimulationSettings(cells=600, seed=3))
+    names = {"RNA": made.truth.genes, "protein": made.truth.proteins, "ATAC": made.truth.peaks}
+    features = {name: Features(ids, ids, ["x"] * len(ids), [0] * len(ids)) for name, ids in names.items()}
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        reservation = writer.reserve(DatasetPlan("sim", "synthetic_construct", "k", 600, features))
+        writer.commit(reservation, made.obs, [write_counts(reservation, name, 0, made.counts[name]) for name in names])
+    create_snapshot(uri, "s", SnapshotSettings())
+    words = [f'lake="{uri}"', "snapshot=s", f'output="{tmp_path}"', "workers=1", "steps=25"]
+    told = load_settings(RunSettings, ROOT / "infra/runs/laptop.toml", words)
+    Run(told, 1).train()
+    found = [row["loss"] for row in read_metrics(tmp_path / "laptop/metrics.jsonl")]
+    golden = json.loads((ROOT / "tests/golden/laptop.json").read_text())
+    np.testing.assert_allclose(found, golden["loss"], rtol=2e-3)
 
 
 @pytest.mark.ray

@@ -17,11 +17,14 @@ from store.cluster import ray_cluster
 from store.errors import InputRefused, MissingError, SomaflowError, UsageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
-from train.loop import Run, Summary, begun_otherwise, fingerprint, read_summary, run_folder
+from train.gauges import Gauges
+from train.loop import Run, Summary, begun_otherwise, fingerprint, read_summary, run_folder, unobserved
 from train.settings import RunSettings
 from train.state import valid_states
 
 POLL_S = 0.5
+RESIZE_S = 300.0
+"""Seconds between looks for more workers; each change goes back to the last saved state."""
 Progress = Callable[[int, float], None]
 """Called with the last finished step and its loss."""
 
@@ -29,9 +32,16 @@ Progress = Callable[[int, float], None]
 def _worker(config: dict[str, Any]) -> None:
     """Run in each worker's process; the first one leaves the summary in the run's folder."""
     settings = RunSettings.model_validate(config)
-    world = ray.train.get_context().get_world_size()
-    summary = Run(settings, world).train()
+    context = ray.train.get_context()
+    run = Run(settings, context.get_world_size())
+    gauges = Gauges(settings.name)
+    summary = run.train(gauges.show if context.get_world_rank() == 0 else unobserved, _leaving)
     ray.train.report({"loss": summary.loss_last})
+
+
+def _leaving() -> bool:
+    """Say whether a machine of this run will be taken away; all workers ask at the same step, and hear the same."""
+    return ray.train.get_preemption_info() is not None
 
 
 def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) -> Summary:
@@ -70,12 +80,15 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
             train_loop_config=settings.model_dump(mode="json"),
             torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+                num_workers=(settings.workers_min, settings.workers) if settings.workers_min else settings.workers,
+                use_gpu=use_gpu,
+                resources_per_worker=None if use_gpu else {"CPU": 1},
+                elastic_resize_monitor_interval_s=RESIZE_S,
             ),
             run_config=ray.train.RunConfig(
                 name=f"{settings.name}-{wanted[:12]}",
                 storage_path=str(folder / "ray"),
-                failure_config=ray.train.FailureConfig(max_failures=2),
+                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
             ),
         )

@@ -315,7 +315,7 @@ def simulated() -> list[Case]:
     round_way = going_round()
     times = sorted(set(round_way.obs["time"]))
     cells = linked()
-    known, shifted = donors(n_donors=90, n_cells=15), donors(n_donors=90, n_cells=15, blur=1.6)
+    known, shifted = donors(n_donors=90, n_cells=50), donors(n_donors=90, n_cells=50, blur=1.6)
     number = np.array([int(name[1:]) for name in known.label("donor_id")])
     fresh = tuple(f"d{one:02d}" for one in range(0, 90, 3))
     return [
