@@ -20,7 +20,7 @@ from ranks import together
 from safetensors.torch import load_file
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 
-from train.loop import read_metrics
+from train.record import read_metrics
 from train.state import valid_states
 
 ROOT = Path(__file__).parent.parent

@@ -24,10 +24,11 @@ from train.checkpoint import Checkpoint, Vocabulary
 from train.config import ModelConfig
 from train.grow import grow
 from train.likelihood import Targets, beta_binomial_cost, cost, gaussian_cost
-from train.loop import Run, read_metrics
+from train.loop import Run
 from train.model import CellModel
 from train.objective import Objective
 from train.predictor import Predictor
+from train.record import read_metrics
 from train.settings import RunSettings
 from train.start import begin, first_output, standards
 from train.stream import Stream

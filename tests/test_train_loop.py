@@ -17,8 +17,10 @@ from store.schema import DatasetPlan, Features
 from store.settings import load_settings, parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter, write_counts
-from train.loop import Run, learning_rate, read_metrics
+from train.loop import Run
 from train.predictor import Predictor
+from train.record import read_metrics
+from train.schedule import learning_rate
 from train.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent

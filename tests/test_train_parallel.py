@@ -13,7 +13,9 @@ from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fix
 
 from store.errors import SettingsError
 from store.settings import parse_settings
-from train.loop import Run, learning_rate, n_parts, read_metrics
+from train.loop import Run, n_parts
+from train.record import read_metrics
+from train.schedule import learning_rate
 from train.settings import RunSettings
 from train.state import valid_states
 

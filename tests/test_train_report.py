@@ -19,7 +19,8 @@ from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter
 from train.__main__ import app
-from train.loop import Run, read_metrics, read_summary
+from train.loop import Run
+from train.record import read_metrics, read_summary
 from train.report import DRAWN, figures, thin, write_report
 from train.settings import RunSettings
 

@@ -182,7 +182,12 @@ def _sharing(model: CellModel) -> CellModel:
 
 # ------------------------------------------------------------------------------------------------------------ files
 def save_adapter(
-    folder: Path, model: CellModel, settings: AdapterSettings, base: dict[str, Any], name: str = DEFAULT
+    folder: Path,
+    model: CellModel,
+    settings: AdapterSettings,
+    base: dict[str, Any],
+    name: str = DEFAULT,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter: its weights, and last a manifest with its sizes and the SHA-256 of the model it belongs to.
 
@@ -194,12 +199,13 @@ def save_adapter(
         settings: The sizes that it was adapted with.
         base: The manifest of the checkpoint.
         name: Which of its adapters.
+        about: What else the manifest says: where it comes from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     weights = {_renamed(key, DEFAULT): part.contiguous() for key, part in adapter_weights(model, name).items()}
     save_file(weights, folder / WEIGHTS)
-    values = {"kind": "adapter", "base_sha256": base["model_sha256"], "adapter": asdict(settings)}
+    values = dict(about or {}) | {"kind": "adapter", "base_sha256": base["model_sha256"], "adapter": asdict(settings)}
     sizes = {"n_weights": sum(part.numel() for part in weights.values()), "share": share_of_weights(model, name)}
     write_manifest(folder, values | sizes | {"adapter_sha256": sha256(folder / WEIGHTS)})
     return folder

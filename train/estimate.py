@@ -186,14 +186,19 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
 
     Raises:
         MissingError: No lake, snapshot or file of knowledge.
-        UsageError: The device is unknown, the split has no cell, or ``mfu`` or "fp16" is said where steps are timed on
-            a CPU.
+        UsageError: The run adapts a checkpoint, the device is unknown, the split has no cell, or ``mfu`` or "fp16" is
+            said where steps are timed on a CPU.
     """
     timed = measure or device == "cpu"
     if device not in (*DEVICES, "cpu"):
         raise UsageError(f"device {device!r} is none of: {', '.join((*DEVICES, 'cpu'))}")
     if timed and mfu is not None:
         raise UsageError(f"mfu={mfu} has no meaning where steps are timed (--measure, --device cpu); leave one out")
+    if settings.adapter.base:
+        raise UsageError(
+            f"adapter.base={settings.adapter.base!r}: what adapting takes is not worked out; it is less than training "
+            "that model takes, so plan the run that made it"
+        )
     data, snapshot = settings.data, open_snapshot(settings.lake, settings.snapshot)
     sources = find_sources({snapshot: 1.0}, data.split, sets=data.sets)
     labels = read_labels(snapshot, data.split)

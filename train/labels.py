@@ -6,7 +6,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,13 +39,16 @@ class Labels:
     panel: tuple[NDArray[np.int32], ...]
 
 
-def read_labels(snapshots: Snapshot | Sequence[Snapshot], learned: str | None = None) -> Labels:
+def read_labels(
+    snapshots: Snapshot | Sequence[Snapshot], learned: str | None = None, words: Mapping[str, list[str]] | None = None
+) -> Labels:
     """Number the labels of snapshots; values are in alphabetical order after "" (not said).
 
     Args:
         snapshots: Whose labels; of several, a value that they share has one code.
         learned: The split that is trained on: a value that only other splits have gets no code and is "not said"
             there, so that a checkpoint never claims to know what it was not shown. None codes every value.
+        words: A checkpoint's values by field, whose codes are kept; a value that it does not have is "not said".
     """
     several = (snapshots,) if isinstance(snapshots, Snapshot) else tuple(snapshots)
     known = [snapshot.label_values() for snapshot in several]
@@ -61,6 +64,8 @@ def read_labels(snapshots: Snapshot | Sequence[Snapshot], learned: str | None = 
     values = {name: ["", *sorted(shown(name) - NOT_SAID)] for name in PROMPTS}
     targets = {target for value in shown("perturbation") for target in value.split("+")}
     values["perturbation"] = ["", "control", *sorted(targets - {"", "control"})]
+    if words is not None:
+        values = {name: list(words[name]) for name in values}
     datasets = list(dict.fromkeys(dataset for snapshot in several for dataset in snapshot.datasets))
     combined = [[value.split("+") for value in one["perturbation"]] for one in known]
     n_targets = max((len(names) for names_V in combined for names in names_V), default=1)

@@ -18,7 +18,8 @@ from store.errors import InputRefused, MissingError, SomaflowError, UsageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.gauges import Gauges
-from train.loop import Run, Summary, begun_otherwise, fingerprint, read_summary, run_folder, unobserved
+from train.loop import Run, begun_otherwise, exported, fingerprint, run_folder, unobserved
+from train.record import Summary, read_summary
 from train.settings import RunSettings
 from train.state import valid_states
 
@@ -53,8 +54,13 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
         UsageError: The snapshot has no cell in the split to train on.
         SomaflowError: What stopped the workers.
     """
+    base = settings.adapter.base
     settings = settings.model_copy(
-        update={"output": str(Path(settings.output).absolute()), "lake": _absolute(settings.lake)}
+        update={
+            "output": str(Path(settings.output).absolute()),
+            "lake": _absolute(settings.lake),
+            "adapter": settings.adapter.model_copy(update={"base": str(Path(base).absolute()) if base else ""}),
+        }
     )
     snapshot = open_snapshot(settings.lake, settings.snapshot)
     folder = run_folder(settings)
@@ -123,10 +129,10 @@ def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:
         state = checkpoint.read_manifest(states[-1]) if states else {}
         if state and state["fingerprint"] != wanted:
             raise begun_otherwise(folder, settings)
-        exported = checkpoint.read_manifest(folder / "checkpoint")
+        result = checkpoint.read_manifest(folder / exported(settings))
     except (InputRefused, MissingError):
         return False
-    reached = bool(state) and exported["global_step"] == state["global_step"] == settings.steps
+    reached = bool(state) and result["global_step"] == state["global_step"] == settings.steps
     return reached and (folder / "summary.json").exists()
 
 

@@ -11,9 +11,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from store.errors import ConflictError, UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
-from train.assembly import coverage_of, gather_parts
+from train.adapter import AdapterSettings, adapted, save_adapter
+from train.assembly import coverage_of, gather_parts, vocabulary_of
 from train.card import describe, write_card
-from train.cells import PROMPTS, Cells
+from train.cells import PROMPTS, Cells, Csr
+from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
 from train.labels import Labels, read_labels
 from train.model import CellModel
 from train.objective import Objective
+from train.record import Metrics, Summary, number_or_nan, read_metrics, read_summary, write_json
+from train.schedule import learning_rate
 from train.settings import RunSettings
 from train.start import begin
 from train.state import States
@@ -49,7 +53,8 @@ WARNED_EVERY = 10
 RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
 MEANS = ("parallel", "recompute", "keep_last", "keep_best", "evaluate_every", "trackers")
 FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS), True) | {
-    "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True}
+    "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},
+    "adapter": {"base": True},
 }
 """What may change between two starts of the same run."""
 Observer = Callable[[dict[str, float]], object]
@@ -65,22 +70,6 @@ def never() -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a run came to."""
-
-    steps: int
-    loss_first: float
-    loss_last: float
-    loss_test: float
-    loss_test_first: float
-    cells_per_s: float
-    data_wait_share: float
-    parameters: int
-    checkpoint: str
-    resumed_from: int
-
-
 def run_folder(settings: RunSettings) -> Path:
     """Return the folder of a run."""
     return Path(settings.output).absolute() / settings.name
@@ -89,7 +78,14 @@ def run_folder(settings: RunSettings) -> Path:
 def fingerprint(settings: RunSettings, snapshot_id: str) -> str:
     """Digest what a run must keep to be the same run: everything but its length, workers, and where and how it runs."""
     values = settings.model_dump(mode="json", exclude=FREE) | {"snapshot_id": snapshot_id}
+    if settings.adapter.base:
+        values["base_sha256"] = checkpoint.read_manifest(settings.adapter.base)["model_sha256"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def exported(settings: RunSettings) -> str:
+    """Return the name of the folder that a run leaves its result in."""
+    return "adapter" if settings.adapter.base else "checkpoint"
 
 
 def begun_otherwise(folder: Path, settings: RunSettings) -> ConflictError:
@@ -134,26 +130,31 @@ class Run:
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, world
         self.snapshot: Snapshot = open_snapshot(settings.lake, settings.snapshot)
-        self.labels: Labels = read_labels(self.snapshot, settings.data.split)
+        self.base = checkpoint.load(settings.adapter.base) if settings.adapter.base else None
+        words = None if self.base is None else self.base.prompts
+        self.labels: Labels = read_labels(self.snapshot, settings.data.split, words)
         data = settings.data
         controls = MatchedControls(share=data.matched_controls, earlier=data.earlier_cells)
         self.stream = self._stream(data.split, controls)
         self.fingerprint = fingerprint(settings, self.snapshot.id)
-        self.parts = gather_parts(settings, self.snapshot, self.labels)
         days = settings.knowledge.days
         self.knowledge_files = {
             path: {"sha256": checkpoint.sha256(Path(path)), "day": days.get(path, "")}
             for path in settings.knowledge.files
         }
         torch.manual_seed(settings.seed)
-        self.plain = self.parts.build()
+        if self.base is None:
+            parts = gather_parts(settings, self.snapshot, self.labels)
+            self.vocabulary, self.plain = parts.vocabulary, parts.build()
+            self._begin_at_the_floor()
+        else:
+            self.vocabulary, self.plain = self.base.vocabulary, self._adapted(self.base)
         self.plain.recompute = settings.recompute
-        self._begin_at_the_floor()
         self.parameters = sum(part.numel() for part in self.plain.parameters())
         self.model = self._spread()
-        optimizer = torch.optim.AdamW(
-            self.plain.parameters(), lr=settings.optim.lr, betas=(0.9, 0.98), weight_decay=settings.optim.weight_decay
-        )
+        learns = [weight for weight in self.plain.parameters() if weight.requires_grad]
+        told = settings.optim
+        optimizer = torch.optim.AdamW(learns, lr=told.lr, betas=(0.9, 0.98), weight_decay=told.weight_decay)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.states = States(
             self.folder / "state",
@@ -166,9 +167,32 @@ class Run:
         self.step = self._resume()
         self.resumed_from = self.step
         panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
+        n_datasets = len(next(iter(panels.values())))
+        self.absent = {
+            name: size for name, size in self.plain.config.n_features.items() if name not in self.snapshot.measurements
+        }
+        panels |= {name: np.zeros((n_datasets, size), dtype=bool) for name, size in self.absent.items()}
         tokens = TokenSettings(budget=settings.data.tokens, levels=self.plain.config.levels)
-        covered = coverage_of(self.snapshot, self.parts.vocabulary)
+        covered = coverage_of(self.snapshot, self.vocabulary)
         self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries, covered)
+
+    def _adapted(self, base: Checkpoint) -> CellModel:
+        """Return the base's model with an adapter that changes nothing yet.
+
+        Raises:
+            UsageError: The snapshot has features that are not the base's; it may lack measurements.
+        """
+        own = {name: part.feature_id for name, part in vocabulary_of(self.snapshot).items()}
+        known = {name: part.feature_id for name, part in base.vocabulary.items()}
+        differs = next((name for name in own if own[name] != known.get(name)), None)
+        if differs is not None:
+            trained_on = base.manifest["snapshot"].get("name", "NAME")
+            raise UsageError(
+                f"{self.snapshot.uri}: its {differs} features are not those of {self.settings.adapter.base}; make the "
+                f"snapshot with --set like={trained_on}, which that checkpoint was trained on"
+            )
+        sizes = AdapterSettings(self.settings.adapter.rank, self.settings.adapter.alpha)
+        return adapted(base.model, sizes, self.settings.seed).train()
 
     def _spread(self) -> torch.nn.Module:
         """Return the model as the ranks share it: a copy on each, or a part of it on each.
@@ -209,7 +233,7 @@ class Run:
         source = max(self.stream.sources, key=lambda one: one.n_rows)
         rows = source.rows(np.array([0, min(source.n_rows, BASELINE_CELLS) - 1])) + source.part.first_row
         counts = {}
-        for name, part in self.parts.vocabulary.items():
+        for name, part in self.vocabulary.items():
             block = self.snapshot.block(name, int(rows[0]), int(rows[1]) + 1)
             shape = (len(block.indptr) - 1, len(part.feature_id))
             counts[name] = csr_matrix((block.counts.astype(np.float32), block.features, block.indptr), shape=shape)
@@ -262,7 +286,7 @@ class Run:
             "seed": self.settings.seed,
             "settings": self.settings.model_dump(mode="json"),
             "knowledge": self.knowledge_files,
-            "measurements": list(self.parts.vocabulary),
+            "measurements": list(self.vocabulary),
             "prompt_fields": list(PROMPTS),
         }
 
@@ -277,14 +301,14 @@ class Run:
         """
         settings = self.settings
         if self.rank == 0:
-            _write_json(self.folder / "settings.json", settings.model_dump(mode="json"))
+            write_json(self.folder / "settings.json", settings.model_dump(mode="json"))
         self.accelerator.init_trackers(settings.name)
         if self.step == 0:
             at_start = self.evaluate()
             if self.rank == 0:
-                _write_json(self.folder / "start.json", {"loss_test": at_start})
+                write_json(self.folder / "start.json", {"loss_test": at_start})
         first_step = self.step
-        with _Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
+        with Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
             try:
                 self._steps(metrics, each, warned)
             except BaseException:
@@ -304,13 +328,13 @@ class Run:
         self.accelerator.wait_for_everyone()
         return read_summary(self.folder)
 
-    def _steps(self, metrics: _Metrics, each: Observer, warned: Callable[[], bool]) -> None:
+    def _steps(self, metrics: Metrics, each: Observer, warned: Callable[[], bool]) -> None:
         """Take the steps that are left."""
         settings, leaving = self.settings, False
         batches = self.stream.steps(self.step, settings.steps, rank=self.rank, world=self.world)
         for batch, waited in _timed(batches):
             blocked, self.blocked_s = self.blocked_s, 0.0
-            row = self._one(batch) | {"data_wait_s": waited, "checkpoint_s": blocked}
+            row = self._one(with_absent(batch, self.absent)) | {"data_wait_s": waited, "checkpoint_s": blocked}
             row["entropy_ratio"] = self.stream.telemetry.ratio
             self.step += 1
             if settings.evaluate_every and self.step % settings.evaluate_every == 0:
@@ -408,7 +432,7 @@ class Run:
         self.plain.eval()
         with torch.no_grad():
             for batch in stream.steps(0, steps, rank=self.rank, world=self.world):
-                loss, *_ = self.objective(self.plain, self.plain, batch, None)
+                loss, *_ = self.objective(self.plain, self.plain, with_absent(batch, self.absent), None)
                 total += torch.tensor([float(loss.rebuilt), float(loss.pairs)], dtype=torch.float64)
         self.plain.train()
         sums = self._sum(*total)
@@ -420,26 +444,45 @@ class Run:
         last = rows[-20:]
         parts = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
         seconds = sum(row.get(part, 0.0) for row in rows for part in parts)
+        at_start = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
         return Summary(
             steps=self.step,
             loss_first=rows[0]["loss"],
             loss_last=sum(row["loss"] for row in last) / len(last),
             loss_test=test,
-            loss_test_first=_number(json.loads((self.folder / "start.json").read_text(encoding="utf-8"))["loss_test"]),
+            loss_test_first=number_or_nan(at_start["loss_test"]),
             cells_per_s=sum(row["cells"] for row in rows) / seconds,
             data_wait_share=sum(row["data_wait_s"] for row in rows) / seconds,
             parameters=self.parameters,
-            checkpoint=str(self.folder / "checkpoint"),
+            checkpoint=str(self.folder / exported(self.settings)),
             resumed_from=self.resumed_from,
         )
 
     def _export(self, test: float) -> None:
         """Write what is served; every rank calls this, and where the model is in parts each gives its own."""
+        if self.base is not None:
+            self._export_adapter(self.base, test)
+            return
         self._export_as("checkpoint", test)
         if self.settings.keep_best:
             manifest = self.states.load_best(self.model, self._bare)
             if manifest is not None:
                 self._export_as("checkpoint-best", float(manifest["loss_test"]), int(manifest["global_step"]))
+
+    def _export_adapter(self, base: Checkpoint, test: float) -> None:
+        """Write the adapter alone."""
+        if self.rank > 0:
+            return
+        figures = checkpoint.json_values(self._write_summary(test))
+        sizes = AdapterSettings(self.settings.adapter.rank, self.settings.adapter.alpha)
+        about = self.provenance() | {"figures": figures}
+        save_adapter(self.folder / "adapter", self.plain, sizes, base.manifest, about=about)
+
+    def _write_summary(self, test: float) -> dict[str, Any]:
+        """Write what the run came to; return it."""
+        figures = {key: value for key, value in asdict(self._summary(test)).items() if key != "checkpoint"}
+        write_json(self.folder / "summary.json", figures)
+        return figures
 
     def _export_as(self, name: str, test: float, step: int | None = None) -> None:
         weights = get_model_state_dict(
@@ -449,10 +492,10 @@ class Run:
             return
         model = CellModel(self.plain.config)
         model.load_state_dict(weights)
-        summary = self._summary(test)
-        figures = {key: value for key, value in asdict(summary).items() if key != "checkpoint"}
         if name == "checkpoint":
-            _write_json(self.folder / "summary.json", figures)
+            figures = self._write_summary(test)
+        else:
+            figures = {key: value for key, value in asdict(self._summary(test)).items() if key != "checkpoint"}
         data = describe(self.snapshot, self.settings.data.split)
         provenance = self.provenance() | {"figures": figures, "data": data}
         provenance["global_step"] = self.step if step is None else step
@@ -460,40 +503,26 @@ class Run:
             self.folder / name,
             model,
             self.objective.settings,
-            self.parts.vocabulary,
+            self.vocabulary,
             {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")},
             provenance | {"figures": checkpoint.json_values(figures)},
             write_card(self.snapshot, self.settings, provenance),
         )
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read a run's metrics, one dictionary for each finished step; a last line that was cut off is not there."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def read_summary(folder: Path) -> Summary:
-    """Read what a finished run came to."""
-    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    losses = {name: _number(values[name]) for name in ("loss_test", "loss_test_first")}
-    return Summary(**(values | losses), checkpoint=str(folder / "checkpoint"))
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def learning_rate(settings: RunSettings, step: int) -> float:
-    """Return the rate of a step, which depends on nothing else: warm-up, then as ``optim.schedule`` says."""
-    told = settings.optim
-    if step < told.warmup_steps:
-        return told.lr * (step + 1) / (told.warmup_steps + 1)
-    if told.schedule == "wsd":
-        left = (settings.steps - step) / max(1.0, told.decay_share * settings.steps)
-        return told.lr * min(1.0, max(0.0, left))
-    progress = (step - told.warmup_steps) / max(1, settings.steps - told.warmup_steps)
-    return told.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+def with_absent(cells: Cells, names: Iterable[str]) -> Cells:
+    """Return cells with measurements that none of them has: a base may know more than a snapshot measures."""
+    names = tuple(names)
+    if not names:
+        return cells
+    empty = Csr(np.zeros(cells.n_cells + 1, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
+    others = cells.controls
+    return replace(
+        cells,
+        counts=cells.counts | dict.fromkeys(names, empty),
+        measured=cells.measured | {name: np.zeros(cells.n_cells, dtype=bool) for name in names},
+        controls=None if others is None else replace(others, cells=with_absent(others.cells, names)),
+    )
 
 
 def n_parts(micro_batch: int, global_batch: int, world: int) -> int:
@@ -541,12 +570,6 @@ def _timed(batches: Iterator[Cells]) -> Iterator[tuple[Cells, float]]:
         yield cells, time.monotonic() - begin
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(checkpoint.json_values(values), indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _check_trackers(names: tuple[str, ...]) -> None:
     """Refuse trackers that are not there: Accelerate would leave them out without a word."""
     there = {str(one.value if hasattr(one, "value") else one) for one in get_available_trackers()}
@@ -556,29 +579,3 @@ def _check_trackers(names: tuple[str, ...]) -> None:
                 f"trackers: {name!r} cannot be used here: there are {', '.join(sorted(there))}; install its package "
                 "or leave it out"
             )
-
-
-class _Metrics:
-    """One JSON line for each step; lines after the step that a run resumes from are dropped, they come again."""
-
-    def __init__(self, path: Path, rank: int, step: int) -> None:
-        self.path = path
-        self.rank = rank
-        self.step = step
-
-    def __enter__(self) -> _Metrics:
-        if self.rank == 0:
-            rows = read_metrics(self.path) if self.path.exists() else []
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
-            self.path.write_text("".join(kept), encoding="utf-8")
-            self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.rank == 0:
-            self.file.close()
-
-    def write(self, row: dict[str, float]) -> None:
-        """Append a row."""
-        self.file.write(json.dumps(checkpoint.json_values(row), allow_nan=False) + "\n")
-        self.file.flush()

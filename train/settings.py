@@ -136,6 +136,17 @@ class OptimSettings(Settings):
     """Largest norm of the gradient."""
 
 
+class AdapterRun(Settings):
+    """Adapt a trained model in place of training one: its weights stay, a low-rank adapter beside them learns."""
+
+    base: str = ""
+    """A checkpoint; empty trains a model of one's own. The snapshot must have its features (``--set like=...``)."""
+    rank: int = Field(default=8, ge=1)
+    """Rank of what is added to each layer."""
+    alpha: int = Field(default=16, ge=1)
+    """What is added is scaled by alpha / rank."""
+
+
 class RunSettings(Settings):
     """One training run."""
 
@@ -183,6 +194,7 @@ class RunSettings(Settings):
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
+    adapter: AdapterRun = AdapterRun()
 
     @model_validator(mode="after")
     def _pathways_are_known(self) -> RunSettings:
@@ -198,6 +210,10 @@ class RunSettings(Settings):
             raise ValueError("keep_best: say how often to evaluate (evaluate_every) and on what (data.test_split)")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError("precision='fp16' does not go with parallel='fsdp'; take 'bf16'")
+        if self.adapter.base and (self.parallel == "fsdp" or self.keep_best):
+            raise ValueError("adapter.base goes with parallel='ddp' and without keep_best")
+        if self.adapter.base and (self.knowledge.files or self.model != ModelSettings()):
+            raise ValueError("adapter.base: the model is the checkpoint's; leave out [model] and [knowledge]")
         return self
 
     @model_validator(mode="after")

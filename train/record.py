@@ -1,0 +1,80 @@
+"""This module records what a run does and came to: a line for each step, a summary, whole files only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import json_values
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to."""
+
+    steps: int
+    loss_first: float
+    loss_last: float
+    loss_test: float
+    loss_test_first: float
+    cells_per_s: float
+    data_wait_share: float
+    parameters: int
+    checkpoint: str
+    resumed_from: int
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read a run's metrics, one dictionary for each finished step; a last line that was cut off is not there."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_summary(folder: Path) -> Summary:
+    """Read what a finished run came to."""
+    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    losses = {name: number_or_nan(values[name]) for name in ("loss_test", "loss_test_first")}
+    name = next((name for name in ("checkpoint", "adapter") if (folder / name).exists()), "checkpoint")
+    return Summary(**(values | losses), checkpoint=str(folder / name))
+
+
+def number_or_nan(value: float | None) -> float:
+    """Return NaN for what JSON has as null."""
+    return math.nan if value is None else value
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write values as a whole file; what is no number is null."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(json_values(values), indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Metrics:
+    """One JSON line for each step; lines after the step that a run resumes from are dropped, they come again."""
+
+    def __init__(self, path: Path, rank: int, step: int) -> None:
+        self.path = path
+        self.rank = rank
+        self.step = step
+
+    def __enter__(self) -> Metrics:
+        if self.rank == 0:
+            rows = read_metrics(self.path) if self.path.exists() else []
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.rank == 0:
+            self.file.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append a row."""
+        self.file.write(json.dumps(json_values(row), allow_nan=False) + "\n")
+        self.file.flush()
