@@ -171,3 +171,27 @@ def test_two_nodes_train_together_and_one_that_dies_is_replaced(lake: str, tmp_p
     assert losses(broken) == losses(whole)
     one, other = (load_file(folder / "run/checkpoint/model.safetensors") for folder in (whole, broken))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")  # ray, of its own sockets and processes
+def test_an_elastic_run_goes_on_with_the_workers_that_are_left(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    from ray.cluster_utils import Cluster
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    together(2, [settings(lake, whole, steps=STEPS, workers=2, checkpoint_every=5)])
+    path, log = recipe(lake, broken), tmp_path / "log"
+    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
+    try:
+        first, _ = cluster.add_node(**small), cluster.add_node(**small)
+        with command(path, log, "--set", f"address={cluster.address}", "--set", "workers_min=1") as driver:
+            wait_for_step(broken, 8, driver, log)
+            cluster.remove_node(first, allow_graceful=False)
+            assert driver.wait(LIMIT_S) == 0, log.read_text()[-3000:]
+    finally:
+        cluster.shutdown()
+    last = valid_states(broken / "run/state")[-1]
+    assert json.loads((last / "manifest.json").read_text())["world"] == 1
+    np.testing.assert_allclose(losses(broken), losses(whole), rtol=1e-3)

@@ -30,6 +30,7 @@ from sklearn.linear_model import LogisticRegression
 from studies import donors, going_round, opened_together, switched_off
 
 from ingest.simulate import SimulationSettings, simulate
+from train.checkpoint import code_commit, json_values
 from train.evaluation.calibration import CALIBRATION, calibration_suite
 from train.evaluation.cellfloor import Annotator, annotation_floor, forecast_floor, translation_floor
 from train.evaluation.embedding import EMBED, embed_suite, embedding_floor
@@ -492,11 +493,14 @@ def judged(case: Case, seeds: range, ours: bool) -> dict[str, Any]:
         for metric, of in beside.items()
         if OURS in of
     ]
-    return {"scores": [asdict(one) for one in scores], "lines": lines, "also": also, "seeds": len(seeds)}
+    about = {"seeds": len(seeds), "code_commit": code_commit()}
+    return {"scores": [json_values(asdict(one)) for one in scores], "lines": lines, "also": also, **about}
 
 
-def write_page(kind: str, made: dict[str, dict[str, Any]], every: list[Case]) -> None:
+def write_page(kind: str, files: dict[str, Path], every: list[Case]) -> None:
     """Write the page of all cases that were run so far, now or before."""
+    finished = {name: file for name, file in files.items() if file.exists()}
+    made = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in finished.items()}
     columns = ["strongest baseline (b)", "replicate (r)", "gate (SE)"]
     if kind == "model":
         columns = ["ours (u)", *columns, "s = (u - b) / (r - b)"]
@@ -513,17 +517,17 @@ def write_page(kind: str, made: dict[str, dict[str, Any]], every: list[Case]) ->
 
 
 def main() -> None:
-    """Run it: what a case came to is kept in build/, so that cases can be run one by one and the page holds all."""
+    """Run it: what a case came to is kept beside the page, so that cases can be run one by one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", action="store_true", help="train and judge ours too")
-    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name contains one of these")
+    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name has one of these; none: the page")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     kind = "model" if options.model else "floor"
-    kept = ROOT / f"build/bench-{kind}"
+    kept = ROOT / f"docs/benchmarks/cases/{kind}"
     kept.mkdir(parents=True, exist_ok=True)
     every = cases(options.data, options.model)
     files = {case.name: kept / (re.sub(r"[^a-z0-9]+", "-", case.name.lower()) + ".json") for case in every}
@@ -532,12 +536,10 @@ def main() -> None:
         if any(words in case.name for words in options.only):
             print(case.name, flush=True)
             found = judged(case, range(options.seeds), options.model)
-            files[case.name].write_text(json.dumps(found), encoding="utf-8")
+            files[case.name].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             answer[case.name] = found["scores"]
-            known = {
-                name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()
-            }
-            write_page(kind, known, every)
+            write_page(kind, files, every)
+    write_page(kind, files, every)
     print(json.dumps(answer))
 
 
