@@ -6,6 +6,7 @@ Everything here holds the lake's lock, and nothing here changes what a commit th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from store import catalog, records
@@ -83,7 +84,10 @@ def _abort_uploads(lake_uri: str) -> int:
     aborted = 0
     for upload in filesystem.list_multipart_uploads(bucket):
         if upload["Key"].startswith(prefix):
-            filesystem.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            with suppress(FileNotFoundError):  # gone: the reply to an earlier try was lost
+                filesystem.call_s3(
+                    "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
             aborted += 1
     return aborted
 

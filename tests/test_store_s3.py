@@ -108,16 +108,18 @@ def test_a_store_that_fails_now_and_then_changes_nothing(bucket: str, monkeypatc
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], 0.03, kinds=kinds, seed=4) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         _forget_endpoint()
-        with LakeWriter(uri) as writer:
-            add_dataset(writer, "first", 150, {"RNA": 40, "protein": 6}, origin="a")
-            add_dataset(writer, "first", 120, {"RNA": 40}, origin="a", version=1)
-        lake = open_lake(uri)
-        assert [check for check in validate(lake) if check.problem] == []
-        assert (lake.counts("homo_sapiens", "RNA", np.arange(150, 270)) != encoded_counts(1000, 120, 40)).nnz == 0
-        collect(uri)
-        faults = httpx.get(f"{proxy}/faults").json()
-        monkeypatch.undo()
-        _forget_endpoint()
+        try:
+            with LakeWriter(uri) as writer:
+                add_dataset(writer, "first", 150, {"RNA": 40, "protein": 6}, origin="a")
+                add_dataset(writer, "first", 120, {"RNA": 40}, origin="a", version=1)
+            lake = open_lake(uri)
+            assert [check for check in validate(lake) if check.problem] == []
+            assert (lake.counts("homo_sapiens", "RNA", np.arange(150, 270)) != encoded_counts(1000, 120, 40)).nnz == 0
+            collect(uri)
+            faults = httpx.get(f"{proxy}/faults").json()
+        finally:
+            monkeypatch.undo()
+            _forget_endpoint()
     assert sum(faults.values()) >= 4, faults
     assert [check for check in validate(open_lake(uri)) if check.problem] == []
 
@@ -130,7 +132,7 @@ def test_a_store_that_refuses_says_so_at_once(bucket: str, monkeypatch: pytest.M
     assert time.monotonic() - begin < 20
 
 
-def test_versions_gc_vacuum_and_consolidation_work_on_s3(bucket: str) -> None:
+def test_versions_gc_vacuum_and_consolidation_work_on_s3(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"{bucket}/kept"
     with LakeWriter(uri) as writer:
         add_dataset(writer, "a", 100, {"RNA": 40}, origin="a")
@@ -138,6 +140,12 @@ def test_versions_gc_vacuum_and_consolidation_work_on_s3(bucket: str) -> None:
     boto3.client("s3").create_multipart_upload(Bucket="lakes", Key="kept/census_data/left")
     left = collect(uri)
     assert (left.writes, left.fragments, left.uploads) == (0, 0, 1)
+    gone = boto3.client("s3").create_multipart_upload(Bucket="lakes", Key="kept/census_data/gone")
+    boto3.client("s3").abort_multipart_upload(Bucket="lakes", Key="kept/census_data/gone", UploadId=gone["UploadId"])
+    told = [{"Key": "kept/census_data/gone", "UploadId": gone["UploadId"]}]
+    with monkeypatch.context() as patched:  # as after a reply that was lost: it is gone, and tried again
+        patched.setattr(s3fs.S3FileSystem, "list_multipart_uploads", lambda *_: told)
+        collect(uri)
     assert open_lake(uri, 1).obs("homo_sapiens").num_rows == 100
     consolidate(uri)
     assert open_lake(uri, 1).obs("homo_sapiens").num_rows == 100
