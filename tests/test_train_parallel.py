@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,19 @@ def test_the_best_state_is_exported_beside_the_last(lake: str, tmp_path: Path) -
 
     assert load(tmp_path / "run/checkpoint-best").manifest["global_step"] == best
     assert load(tmp_path / "run/checkpoint").manifest["global_step"] == 12
+
+
+def test_a_state_carries_the_loss_of_its_own_weights_or_none(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    run = settings(lake, tmp_path, evaluate_every=3, checkpoint_every=4, keep_best=True, keep_last=9)
+    Run(run, 1).train()
+    rows = {row["step"]: row["loss_test"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss_test" in row}
+    said = {
+        manifest["global_step"]: manifest["loss_test"]
+        for path in valid_states(tmp_path / "run/state")
+        for manifest in [json.loads((path / "manifest.json").read_text())]
+    }
+    assert list(said) == [3, 4, 6, 8, 9, 12]
+    assert said == {step: rows.get(step) for step in said}
 
 
 def test_a_warned_process_saves_at_once(lake: str, tmp_path: Path) -> None:  # noqa: F811

@@ -136,7 +136,7 @@ def export(
         "model_sha256": sha256(temporary / "model.safetensors"),
         "vocabulary_hash": sha256(temporary / "vocabulary.json"),
         "created": utc_now(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        "versions": versions(),
         "code_commit": code_commit(),
     }
     write_manifest(temporary, manifest)
@@ -157,6 +157,11 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def json_values(values: dict[str, Any]) -> dict[str, Any]:
     """Write what is no number as null: JSON has no NaN, and other people's parsers refuse it."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that a checkpoint or a state depends on."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def code_commit() -> str:

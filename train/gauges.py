@@ -6,6 +6,8 @@ import time
 
 from ray.util.metrics import Counter, Gauge
 
+from train.record import PARTS
+
 SHOWN = {
     "loss": "Mean loss of the last step, nats per known feature.",
     "loss_test": "Held-out loss, where it was measured.",
@@ -14,8 +16,6 @@ SHOWN = {
     "step": "Last finished step.",
     "entropy_ratio": "How well batches are mixed: 1 is an ideal shuffle.",
 }
-PARTS = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
-"""Where the time of a step goes."""
 COUNTED = {"cells": "Cells trained on.", "tokens": "Tokens trained on."}
 
 

@@ -6,7 +6,6 @@ It knows nothing of Ray: it runs in one process, under torchrun, and under Ray T
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from train.controls import MatchedControls
 from train.labels import Labels, read_labels
 from train.model import CellModel
 from train.objective import Objective
-from train.record import Metrics, Summary, number_or_nan, read_metrics, read_summary, write_json
+from train.record import PARTS, Metrics, Summary, number_or_nan, read_metrics, read_summary, write_json
 from train.schedule import learning_rate
 from train.settings import RunSettings
 from train.start import begin
@@ -265,7 +264,7 @@ class Run:
             "world": self.world,
             "snapshot": self.provenance()["snapshot"],
             "loss_test": self.loss_test if math.isfinite(self.loss_test) else None,
-            "versions": versions(),
+            "versions": checkpoint.versions(),
         }
         self.states.save(self.model, self._bare, values)
         self.blocked_s += time.monotonic() - begin
@@ -337,7 +336,8 @@ class Run:
             row = self._one(with_absent(batch, self.absent)) | {"data_wait_s": waited, "checkpoint_s": blocked}
             row["entropy_ratio"] = self.stream.telemetry.ratio
             self.step += 1
-            if settings.evaluate_every and self.step % settings.evaluate_every == 0:
+            self.loss_test = math.nan  # of this step's weights, or of none
+            if evaluated := bool(settings.evaluate_every and self.step % settings.evaluate_every == 0):
                 row["loss_test"] = self.loss_test = self.evaluate()
             row = {"step": self.step, "time": time.time(), **row}
             each(row)
@@ -349,7 +349,8 @@ class Run:
             if self.step % WARNED_EVERY == 0:
                 before, leaving = leaving, warned()
                 urgent = leaving and not before
-            if urgent or (self.step % settings.checkpoint_every == 0 and self.step < settings.steps):
+            due = self.step % settings.checkpoint_every == 0 or (settings.keep_best and evaluated)
+            if urgent or (due and self.step < settings.steps):
                 self.save()
             if urgent:
                 self.states.finish()
@@ -442,8 +443,7 @@ class Run:
         """Sum up the whole run, also the part before a resume, from its metrics."""
         rows = read_metrics(self.folder / "metrics.jsonl")
         last = rows[-20:]
-        parts = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
-        seconds = sum(row.get(part, 0.0) for row in rows for part in parts)
+        seconds = sum(row.get(part, 0.0) for row in rows for part in PARTS)
         at_start = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
         return Summary(
             steps=self.step,
@@ -473,16 +473,15 @@ class Run:
         """Write the adapter alone."""
         if self.rank > 0:
             return
-        figures = checkpoint.json_values(self._write_summary(test))
+        figures = self._figures(test)
+        write_json(self.folder / "summary.json", figures)
         sizes = AdapterSettings(self.settings.adapter.rank, self.settings.adapter.alpha)
-        about = self.provenance() | {"figures": figures}
+        about = self.provenance() | {"figures": checkpoint.json_values(figures)}
         save_adapter(self.folder / "adapter", self.plain, sizes, base.manifest, about=about)
 
-    def _write_summary(self, test: float) -> dict[str, Any]:
-        """Write what the run came to; return it."""
-        figures = {key: value for key, value in asdict(self._summary(test)).items() if key != "checkpoint"}
-        write_json(self.folder / "summary.json", figures)
-        return figures
+    def _figures(self, test: float) -> dict[str, Any]:
+        """Return what the run came to, but where it lies."""
+        return {key: value for key, value in asdict(self._summary(test)).items() if key != "checkpoint"}
 
     def _export_as(self, name: str, test: float, step: int | None = None) -> None:
         weights = get_model_state_dict(
@@ -492,10 +491,9 @@ class Run:
             return
         model = CellModel(self.plain.config)
         model.load_state_dict(weights)
+        figures = self._figures(test)
         if name == "checkpoint":
-            figures = self._write_summary(test)
-        else:
-            figures = {key: value for key, value in asdict(self._summary(test)).items() if key != "checkpoint"}
+            write_json(self.folder / "summary.json", figures)
         data = describe(self.snapshot, self.settings.data.split)
         provenance = self.provenance() | {"figures": figures, "data": data}
         provenance["global_step"] = self.step if step is None else step
@@ -540,11 +538,6 @@ def split(cells: Cells, n: int) -> list[Cells]:
         return [cells.take(part) for part in np.array_split(rows, n)]
     dealt = np.array_split(np.unique(cells.set_C), n)
     return [cells.take(rows[np.isin(cells.set_C, part)]) for part in dealt]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a state depends on."""
-    return {name: importlib.metadata.version(name) for name in checkpoint.VERSIONED}
 
 
 def _plain(norm: Any) -> float:

@@ -11,6 +11,9 @@ from typing import Any
 
 from train.checkpoint import json_values
 
+PARTS = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
+"""Where the time of a step goes."""
+
 
 @dataclass(frozen=True)
 class Summary:
