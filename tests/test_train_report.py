@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded import add_dataset
+from test_train_loop import lake  # noqa: F401  (a fixture)
+from test_train_loop import settings as run_settings
 from typer.testing import CliRunner
 
 from store.errors import InputRefused, MissingError
-from store.settings import parse_settings
-from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
-from store.writer import LakeWriter
+from store.snapshot import open_snapshot
 from train.__main__ import app
 from train.loop import Run
 from train.record import read_metrics, read_summary
@@ -61,33 +60,12 @@ class Page(HTMLParser):
             self.words.append(data)
 
 
-def settings(lake: str, output: Path, **changes: object) -> RunSettings:
-    values = {
-        "lake": lake,
-        "snapshot": "s",
-        "output": str(output),
-        "steps": 12,
-        "workers": 1,
-        "checkpoint_every": 4,
-        "model": {"width": 16, "layers": 1, "heads": 2},
-        "data": {"global_batch": 24, "block": 64, "window": 2, "tokens": 32},
-        "optim": {"warmup_steps": 2, "lr": 0.004},
-    }
-    return parse_settings(RunSettings, values | changes, where="test")
+def settings(lake: str, output: Path, **changes: object) -> RunSettings:  # noqa: F811
+    return run_settings(lake, output, **({"optim": {"warmup_steps": 2, "lr": 0.004}} | changes))
 
 
 @pytest.fixture(scope="module")
-def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
-    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
-    with LakeWriter(uri) as writer:
-        add_dataset(writer, "first", 150, {"RNA": 40, "protein": 6})
-        add_dataset(writer, "second", 90, {"RNA": 60})
-    create_snapshot(uri, "s", SnapshotSettings(seed=2))
-    return uri
-
-
-@pytest.fixture(scope="module")
-def finished(lake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(lake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     output = tmp_path_factory.mktemp("runs")
     Run(settings(lake, output), 1).train()
     return output / "run"
@@ -160,7 +138,7 @@ def test_figures_name_no_part_that_was_not_measured_and_nothing_has_no_rates() -
     assert all(math.isnan(value) for value in (none.cells_s, none.tokens_s, none.goodput))
 
 
-def test_the_page_of_a_run_holds_its_numbers_and_fetches_nothing(finished: Path, lake: str) -> None:
+def test_the_page_of_a_run_holds_its_numbers_and_fetches_nothing(finished: Path, lake: str) -> None:  # noqa: F811
     before = {path.name for path in finished.iterdir()}
     report = write_report(finished)
     assert {path.name for path in finished.iterdir()} == before | {"report.html", "loss.png"}
@@ -197,7 +175,9 @@ def test_the_page_of_a_run_holds_its_numbers_and_fetches_nothing(finished: Path,
 
 
 def test_a_run_that_was_killed_has_a_page_that_says_so(
-    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lake: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kill(Run(settings(lake, tmp_path), 1), 6, monkeypatch)
     report = write_report(tmp_path / "run")
@@ -211,7 +191,9 @@ def test_a_run_that_was_killed_has_a_page_that_says_so(
 
 
 def test_a_killed_run_knows_its_snapshot_and_where_it_goes_on_from_its_saved_state(
-    finished: Path, lake: str, tmp_path: Path
+    finished: Path,
+    lake: str,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     folder = copy_of(finished, tmp_path, "settings.json", "metrics.jsonl", "start.json")
     page = Page(write_report(folder).page)
