@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
+from train.cells import Cells
 from train.loop import Run
 from train.settings import RunSettings
+
+
+def recorded(run: Run) -> None:
+    """Let a run write down which rows of the snapshot each of its steps gets, rank by rank."""
+    steps = run.stream.steps
+
+    def watched(first: int, stop: int, **which: int) -> Iterator[Cells]:
+        with (run.folder / f"rows-{run.rank}.jsonl").open("a") as file:
+            for step, cells in enumerate(steps(first, stop, **which), first):
+                file.write(json.dumps({"step": step, "rows": cells.row.tolist()}) + "\n")
+                file.flush()
+                yield cells
+
+    run.stream.steps = watched  # type: ignore[method-assign]
+
+
+def rows_of(folder: Path) -> dict[int, Counter[int]]:
+    """Return the multiset of rows of each step, over all ranks."""
+    found: dict[int, Counter[int]] = defaultdict(Counter)
+    for path in folder.glob("rows-*.jsonl"):
+        for line in path.read_text().splitlines():
+            told = json.loads(line)
+            found[told["step"]].update(told["rows"])
+    return dict(found)
 
 
 def work(rank: int, world: int, port: int, jobs: list[RunSettings], queue: Any) -> None:
@@ -23,6 +52,7 @@ def work(rank: int, world: int, port: int, jobs: list[RunSettings], queue: Any) 
         torch.distributed.init_process_group("gloo")
         for job in jobs:
             run = Run(job, world)
+            recorded(run)
             run.train()
             if rank == 0:
                 queue.put(run.resumed_from)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import together
+from ranks import recorded, rows_of, together
 from safetensors.torch import load_file
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 
@@ -68,6 +68,27 @@ def test_shares_micro_batches_and_shards_take_the_same_steps_and_states_move_fro
     for path in valid_states(tmp_path / "moved/run/state")[-1:]:
         (path / "manifest.json").unlink()
     assert together(2, [job("moved", **moving)]) == [8]
+    assert_close(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_run_goes_on_with_one_worker_and_then_with_three_over_the_same_cells(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    optim = {"warmup_steps": 2, "lr": 0.003, "schedule": "wsd", "decay_share": 0.01}  # the same rate whatever the steps
+
+    def job(name: str, steps: int) -> RunSettings:
+        return settings(lake, tmp_path / name, steps=steps, optim=optim)
+
+    whole = Run(job("whole", 15), 1)
+    recorded(whole)
+    whole.train()
+    resumed = together(2, [job("moved", 5)])
+    alone = Run(job("moved", 10), 1)
+    recorded(alone)
+    alone.train()
+    resumed += [alone.resumed_from, *together(3, [job("moved", 15)])]
+    assert resumed == [0, 5, 10]
+    first, second = rows_of(tmp_path / "whole/run"), rows_of(tmp_path / "moved/run")
+    assert sorted(first) == list(range(15))
+    assert first == second
     assert_close(tmp_path / "whole", tmp_path / "moved")
 
 

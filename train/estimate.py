@@ -2,10 +2,8 @@
 
 The model's sizes are those of the real one, built on torch's meta device, where tensors have shapes and no memory. What
 the encoder reads of a cell is estimated from the non-zeros of a sample of the split's cells (rows are shuffled, so the
-first ones are a sample) and from the chances of training. Operations are counted as in ``tests/bench/bench_step.py``: 6
-for each weight of a linear layer and each token that goes through it (forward and backward), and 12 for each pair of
-tokens that read each other and each unit of width. Hours follow from the device's arithmetic and a share of it, or from
-steps that are timed here.
+first ones are a sample) and from the chances of training. Operations are counted as in ``train.arithmetic``; hours
+follow from the device's and a share of them, or from steps that are timed here.
 
 Shape letters used in this module:
     C  cells      M  measurements      X  x and y
@@ -30,6 +28,7 @@ from torch import nn
 from store.errors import UsageError
 from store.schema import measured_column
 from store.snapshot import open_snapshot
+from train.arithmetic import DEVICES, Seen, linear, operations, rounds
 from train.assembly import Parts, gather_parts
 from train.blocks import Block
 from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
@@ -75,22 +74,6 @@ WRAPPING = 1800
 """Bytes that a saved tensor takes beside its values."""
 STEM = 928
 """Bytes that reading a base of a feature's window keeps."""
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU, as its maker's data sheet has it: dense operations a second, and memory in bytes."""
-
-    half: float
-    single: float
-    memory: float
-
-
-DEVICES = {
-    "h100": Device(989e12, 67e12, 80e9),
-    "h200": Device(989e12, 67e12, 141e9),
-    "a100": Device(312e12, 19.5e12, 80e9),
-}
 
 
 @dataclass(frozen=True)
@@ -278,11 +261,6 @@ def _numel(modules: Sequence[nn.Module]) -> int:
     return sum(part.numel() for module in modules for part in module.parameters())
 
 
-def _linear(modules: Sequence[nn.Module]) -> int:
-    """Count the weights of linear layers."""
-    return sum(part.weight.numel() for module in modules for part in module.modules() if isinstance(part, nn.Linear))
-
-
 def _words(parts: Parts, labels: Labels) -> int:
     """Return the bytes of a checkpoint's words."""
     prompts = {name: labels.values[name] for name in (*PROMPTS, "perturbation")}
@@ -302,31 +280,6 @@ class Sample:
 
     nonzero_MC: NDArray[np.int64]
     measured_MC: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a step reads of a cell, on average over cells and chances.
-
-    Attributes:
-        tokens: Features that are visible.
-        places: These, heads and bottlenecks: the packed buffer.
-        hubs: Heads and bottlenecks.
-        joint: Pairs of places of the same cell.
-        within: Pairs of places of the same head or measurement.
-        between: Pairs of hubs.
-        queries: Features that are asked for.
-        read: Pairs of a query and a place that it reads.
-    """
-
-    tokens: float
-    places: float
-    hubs: float
-    joint: float
-    within: float
-    between: float
-    queries: float
-    read: float
 
 
 def sample_cells(sources: Sequence[Source], measurements: Sequence[str]) -> Sample:
@@ -360,6 +313,7 @@ def look_at(sample: Sample, config: ModelConfig, tokens: TokenSettings, n_querie
     size_M1 = np.array(list(config.n_features.values()), np.float64)[:, None]
     query_C = (measured_MC * (np.minimum(each, nonzero_MC - visible_MC) + each * (1 - nonzero_MC / size_M1))).sum(0)
     return Seen(
+        cells=1,
         tokens=float(visible_MC.sum(0).mean()),
         places=float(place_C.mean()),
         hubs=float(hub_C.mean()),
@@ -371,29 +325,7 @@ def look_at(sample: Sample, config: ModelConfig, tokens: TokenSettings, n_querie
     )
 
 
-# -------------------------------------------------------------------------------------------------- what is computed
-def operations(model: CellModel, seen: Seen) -> float:
-    """Return the floating point operations of a step for each cell, forward and backward."""
-    config, weights = model.config, _linear([model.blocks[0]])
-    total = sum(6.0 * weights * n + 12.0 * config.width * pairs for n, pairs in _rounds(config, seen))
-    for block in model.query_blocks:
-        assert isinstance(block, Block)
-        reading = _linear([block.attention.k_proj, block.attention.v_proj])
-        total += 6.0 * ((_linear([block]) - reading) * seen.queries + reading * seen.places)
-        total += 12.0 * config.width * seen.read
-    return total + 6.0 * _linear([model.decoders])
-
-
-def _rounds(config: ModelConfig, seen: Seen) -> list[tuple[float, float]]:
-    """Return how many tokens of a cell go through each of the encoder's blocks, and how many pairs read each other."""
-    of_kind = {
-        "joint": (seen.places, seen.joint),
-        "within": (seen.places, seen.within),
-        "between": (seen.hubs, seen.between),
-    }
-    return [of_kind[kind] for kind in config.kinds]
-
-
+# ---------------------------------------------------------------------------------------------------- what is held
 def memory_of(
     model: CellModel, seen: Seen, settings: RunSettings, device: str, at_once: int, panels: int = 0
 ) -> Memory:
@@ -401,7 +333,7 @@ def memory_of(
     n_weights, workers = count_parameters(model).all, settings.workers
     shared, half = settings.parallel == "fsdp" and workers > 1, settings.precision != "no"
     own = BYTES * -(-n_weights // (workers if shared else 1))
-    copies = 2 * _linear([model]) if half else 0
+    copies = 2 * linear([model]) if half else 0
     if shared:  # tables stay whole for the whole step, blocks come one by one and one ahead
         block = _numel([model.blocks[0]])
         tables = n_weights - _numel([model.blocks, model.query_blocks])
@@ -429,7 +361,7 @@ def activations(
 ) -> float:
     """Return the bytes that the forward pass of so many cells keeps, and the backward pass needs beside them."""
     held, read, width = HELD[where, half], READ[where, half], config.width
-    through = [n for n, _ in _rounds(config, seen)]
+    through = [n for n, _ in rounds(config, seen)]
     blocks = (BYTES * sum(through) + held * max(through)) if recompute else held * sum(through)
     blocks += config.query_layers * (held * seen.queries + read * seen.places) + held * config.pathways
     known = sum(config.frozen.values()) + 4 * config.bins
@@ -453,8 +385,8 @@ def _at_peak(
         "its maker's), no waiting for data or other workers, no evaluation"
     ]
     if settings.recompute:
-        weights = _linear([model.blocks[0]])
-        done += sum(2.0 * weights * n + 4.0 * model.config.width * pairs for n, pairs in _rounds(model.config, seen))
+        weights = linear([model.blocks[0]])
+        done += sum(2.0 * weights * n + 4.0 * model.config.width * pairs for n, pairs in rounds(model.config, seen))
         said.append("recompute: the encoder's blocks go forward twice, which the operations of a step do not count")
     return done * n_cells / (settings.workers * peak * mfu), said
 

@@ -14,9 +14,14 @@ SHOWN = {
     "lr": "Learning rate.",
     "grad_norm": "Norm of the gradient before clipping.",
     "step": "Last finished step.",
+    "mfu": "Share of the GPUs' arithmetic that the last step used.",
     "entropy_ratio": "How well batches are mixed: 1 is an ideal shuffle.",
 }
-COUNTED = {"cells": "Cells trained on.", "tokens": "Tokens trained on."}
+COUNTED = {
+    "cells": "Cells trained on.",
+    "tokens": "Tokens trained on.",
+    "operations": "Floating point operations of training, forward and backward.",
+}
 
 
 class Gauges:

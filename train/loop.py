@@ -30,7 +30,9 @@ from store.errors import ConflictError, UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.adapter import AdapterSettings, adapted, save_adapter
+from train.arithmetic import operations, peak_of
 from train.assembly import coverage_of, gather_parts, vocabulary_of
+from train.blocks import Block
 from train.card import describe, write_card
 from train.cells import PROMPTS, Cells, Csr
 from train.checkpoint import Checkpoint
@@ -50,7 +52,7 @@ BASELINE_CELLS = 16384
 EVALUATION_STEPS = 20
 WARNED_EVERY = 10
 RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
-MEANS = ("parallel", "recompute", "keep_last", "keep_best", "evaluate_every", "trackers")
+MEANS = ("parallel", "recompute", "compile", "keep_last", "keep_best", "evaluate_every", "trackers")
 FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS), True) | {
     "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},
     "adapter": {"base": True},
@@ -116,7 +118,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision=settings.precision,
+            mixed_precision="bf16" if settings.precision == "fp8" else settings.precision,
             log_with=list(settings.trackers),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # knowledge does not change
             project_dir=str(self.folder / "tensorboard"),
@@ -128,6 +130,8 @@ class Run:
             )
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, world
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self.peak = peak_of(device, half=settings.precision != "no")
         self.snapshot: Snapshot = open_snapshot(settings.lake, settings.snapshot)
         self.base = checkpoint.load(settings.adapter.base) if settings.adapter.base else None
         words = None if self.base is None else self.base.prompts
@@ -149,6 +153,10 @@ class Run:
         else:
             self.vocabulary, self.plain = self.base.vocabulary, self._adapted(self.base)
         self.plain.recompute = settings.recompute
+        if settings.precision == "fp8":
+            _in_float8(self.plain, self.device)
+        if settings.compile:
+            _compile(self.plain)
         self.parameters = sum(part.numel() for part in self.plain.parameters())
         self.model = self._spread()
         learns = [weight for weight in self.plain.parameters() if weight.requires_grad]
@@ -335,6 +343,8 @@ class Run:
             blocked, self.blocked_s = self.blocked_s, 0.0
             row = self._one(with_absent(batch, self.absent)) | {"data_wait_s": waited, "checkpoint_s": blocked}
             row["entropy_ratio"] = self.stream.telemetry.ratio
+            if self.peak is not None:
+                row["mfu"] = row["operations"] / (self.peak * self.world * sum(row[key] for key in PARTS))
             self.step += 1
             self.loss_test = math.nan  # of this step's weights, or of none
             if evaluated := bool(settings.evaluate_every and self.step % settings.evaluate_every == 0):
@@ -362,7 +372,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         guess = float(self.settings.data.global_batch)  # of pairs, so that small gradients do not vanish on the way
-        totals, moved_s = torch.zeros(5, dtype=torch.float64), 0.0
+        totals, moved_s = torch.zeros(6, dtype=torch.float64), 0.0
         parts = split(cells, n_parts(self.settings.data.micro_batch, self.settings.data.global_batch, self.world))
         for number, part in enumerate(parts):
             start = time.monotonic()
@@ -371,15 +381,16 @@ class Run:
             with self._shared(number == len(parts) - 1), self.accelerator.autocast():
                 loss = self.objective.loss(self.model, self.plain, batch)
                 self.accelerator.backward(loss.total / guess)
-            sums = (loss.rebuilt.detach(), loss.pairs, part.n_cells, batch.n_tokens, loss.asked.detach())
+            done = operations(self.plain, batch.seen)
+            sums = (loss.rebuilt.detach(), loss.pairs, part.n_cells, batch.seen.tokens, loss.asked.detach(), done)
             totals += torch.tensor([float(value) for value in sums], dtype=torch.float64)
-        sums_5 = self._sum(*totals)
-        mean = float(sums_5[0] / sums_5[1])
+        sums_6 = self._sum(*totals)
+        mean = float(sums_6[0] / sums_6[1])
         these = f"rows {cells.row[:8].tolist()}... of snapshot {self.snapshot.name!r}; lower optim.lr or look at them"
         if not math.isfinite(mean):
             raise VerificationError(f"step {self.step}: the loss is {mean}; {these}")
         gradients = [weight.grad for weight in self.plain.parameters() if weight.grad is not None]
-        torch._foreach_mul_(gradients, guess * self.world / float(sums_5[1]))  # ranks were averaged
+        torch._foreach_mul_(gradients, guess * self.world / float(sums_6[1]))  # ranks were averaged
         norm = _plain(self.accelerator.clip_grad_norm_(self.plain.parameters(), self.settings.optim.clip_norm))
         if not math.isfinite(norm) and self.settings.precision != "fp16":  # there the scaler leaves the step out
             bad = [name for name, one in self.plain.named_parameters() if not _finite(one.grad)]
@@ -391,11 +402,12 @@ class Run:
         end = time.monotonic()
         return {
             "loss": mean,
-            "loss_asked": float(sums_5[4] / sums_5[1]),
+            "loss_asked": float(sums_6[4] / sums_6[1]),
             "lr": rate,
             "grad_norm": norm,
-            "cells": float(sums_5[2]),
-            "tokens": float(sums_5[3]),
+            "cells": float(sums_6[2]),
+            "tokens": float(sums_6[3]),
+            "operations": float(sums_6[5]),
             "h2d_s": moved_s,
             "forward_backward_s": middle - begin - moved_s,
             "optimizer_s": end - middle,
@@ -561,6 +573,30 @@ def _timed(batches: Iterator[Cells]) -> Iterator[tuple[Cells, float]]:
         except StopIteration:
             return
         yield cells, time.monotonic() - begin
+
+
+def _in_float8(model: CellModel, device: torch.device) -> None:
+    """Let blocks multiply in 8 bits, which needs one more library."""
+    try:
+        from train.float8 import in_float8
+    except ImportError as error:
+        raise UsageError(
+            "precision = 'fp8' needs torchao: pip install 'somaflow[fp8]', or take precision = 'bf16'"
+        ) from error
+    in_float8(model, device)
+
+
+def _compile(model: CellModel) -> None:
+    """Compile the blocks, which is what takes the time; refuse at the start what would fail at the first step."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes long to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UsageError("compile = true needs a C++ compiler (g++ or clang++) on every machine") from error
+    for block in (part for part in model.modules() if isinstance(part, Block)):
+        block.compile_dense()
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from train.arithmetic import Seen, seen_in
 from train.asked import TASKS, Asked
 from train.attention import Segments
 from train.cells import CONTROL, PROMPTS, Cells, Csr
@@ -78,7 +79,7 @@ class Batch:
         company: Which cells belong together.
         type_C: Codes of the cells' types.
         unknown_F: Which features are taken for unknown.
-        n_tokens: Tokens that are no padding.
+        seen: How much of them there is: tokens that are no padding, queries, pairs that read each other.
     """
 
     tokens: Tokens
@@ -90,7 +91,7 @@ class Batch:
     company: Company | None
     type_C: Tensor
     unknown_F: Tensor | None
-    n_tokens: int
+    seen: Seen
 
 
 class Objective:
@@ -139,7 +140,7 @@ class Objective:
             step: The global step; None evaluates with the masks of step 0.
         """
         batch = self.prepare(plain, cells, step)
-        return self.loss(model, plain, batch), batch.n_tokens, cells.n_cells
+        return self.loss(model, plain, batch), int(batch.seen.tokens), cells.n_cells
 
     def prepare(self, plain: CellModel, cells: Cells, step: int | None) -> Batch:
         """Bring a rank's cells of a step onto the device: tokens, what they are compared with, what is asked."""
@@ -160,7 +161,7 @@ class Objective:
             company_of(cells, self.device) if plain.niche is not None and cells.set_C is not None else None,
             torch.from_numpy(cells.prompts["cell_type"]).to(self.device).long(),
             None if step is None else self._unknown(plain, chance),
-            int(tokens.valid_CL.sum()),
+            seen_in(plain.config, tokens, queries),
         )
 
     def loss(self, model: torch.nn.Module, plain: CellModel, batch: Batch) -> Loss:

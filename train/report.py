@@ -40,7 +40,8 @@ PARTS = {
 """What a row says of its step's seconds; a part that no row names was not measured apart."""
 USEFUL = ("h2d_s", "forward_backward_s", "optimizer_s")
 """Parts in which a step learns; ``h2d_s`` is among them, for it lies within the next part where it is not measured."""
-SAID = ("step", "time", "loss", "loss_asked", "loss_test", "lr", "grad_norm", "cells", "tokens", "entropy_ratio")
+LOSSES = ("loss", "loss_asked", "loss_test")
+SAID = ("step", "time", *LOSSES, "lr", "grad_norm", "cells", "tokens", "operations", "mfu", "entropy_ratio")
 """What else of a row is read; ``loss_test`` is there where the run was evaluated after the step."""
 COLOURS = dict(zip(PARTS, ("#c44e1c", "#e3b34c", "#2a6f97", "#7fb7d3", "#8a8a8a"), strict=True))
 OURS, OTHER, GREY = "#2a6f97", "#c44e1c", "#8a8a8a"
@@ -131,6 +132,8 @@ class Figures:
         steps: Rows.
         cells_s: Cells over the seconds of all steps; what lies between steps does not count.
         tokens_s: Tokens, likewise.
+        operations_s: Floating point operations, likewise; NaN where the run did not count them.
+        mfu: These over what its devices can do; NaN where nobody knows what they can.
         wall_s: From the first step's begin to the last one's end, with all restarts between them.
         goodput: Share of ``wall_s`` in which a step that was kept learned: neither waited for data nor saved. Steps
             that a restart took again are no rows, so that their seconds count as lost.
@@ -142,6 +145,8 @@ class Figures:
     steps: int
     cells_s: float
     tokens_s: float
+    operations_s: float
+    mfu: float
     wall_s: float
     goodput: float
     medians: dict[str, float]
@@ -184,6 +189,8 @@ def figures(rows: Sequence[Row]) -> Figures:
         steps=len(table),
         cells_s=_ratio(table["cells"].sum(), total),
         tokens_s=_ratio(table["tokens"].sum(), total),
+        operations_s=_ratio(table["operations"].sum(min_count=1), float(seconds[table["operations"].notna()].sum())),
+        mfu=_ratio((table["mfu"] * seconds).sum(min_count=1), float(seconds[table["mfu"].notna()].sum())),
         wall_s=wall_s,
         goodput=_ratio(table[list(USEFUL)].sum().sum(), wall_s),
         medians={part: float(values.median()) for part, values in parts.items()},
@@ -354,6 +361,8 @@ def _key_figures(run: _Folder, table: pd.DataFrame, found: Figures) -> dict[str,
         "parameters": f"{run.summary['parameters']:,}" if run.summary else "known at the end",
         "cells a second": _number(found.cells_s),
         "tokens a second": _number(found.tokens_s),
+        "operations a second": _number(found.operations_s / 1e9) + " GFLOP/s",
+        "MFU": "not known of this device" if math.isnan(found.mfu) else _percent(found.mfu),
         "goodput": _percent(found.goodput),
         "first to last step": _span(found.wall_s),
     }

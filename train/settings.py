@@ -170,8 +170,10 @@ class RunSettings(Settings):
     """How often lost workers are replaced and the run goes on from its last state; -1 for ever."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """"ddp": each worker holds the model; "fsdp": each holds a part of it, of its gradients and moments (FSDP2)."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision."""
+    precision: Literal["no", "bf16", "fp16", "fp8"] = "no"
+    """Mixed precision; "fp8" is "bf16" whose blocks multiply in 8 bits (torchao), emulated where a device cannot."""
+    compile: bool = False
+    """Compile the blocks (``torch.compile``), once for batches of all sizes: slower to begin, then faster."""
     recompute: bool = False
     """Make activations again in the backward pass in place of keeping them: less memory, about a third more time."""
     deterministic: bool = False
@@ -210,6 +212,8 @@ class RunSettings(Settings):
             raise ValueError("keep_best: say how often to evaluate (evaluate_every) and on what (data.test_split)")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError("precision='fp16' does not go with parallel='fsdp'; take 'bf16'")
+        if self.adapter.base and self.precision == "fp8":
+            raise ValueError("adapter.base does not go with precision='fp8'; take 'bf16'")
         if self.adapter.base and (self.parallel == "fsdp" or self.keep_best):
             raise ValueError("adapter.base goes with parallel='ddp' and without keep_best")
         if self.adapter.base and (self.knowledge.files or self.model != ModelSettings()):

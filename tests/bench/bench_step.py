@@ -2,9 +2,7 @@
 
 usage: make bench-step BENCH='--sizes small,base,large --tokens 2048,8192 --attention full,hybrid', or, with torch and
 numpy only, as on a bare GPU machine: PYTHONPATH=. python tests/bench/bench_step.py ... The last line of output is one
-JSON object. Arithmetic is counted as 6 operations for each weight of a linear layer and each token that goes through it
-(forward and backward), and 12 for each pair of tokens that read each other and each unit of width; the device's is what
-its maker says (dense).
+JSON object. Arithmetic is counted as in ``train.arithmetic``; the device's is what its maker says (dense).
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ import time
 import numpy as np
 import torch
 
+from train.arithmetic import operations, peak_of
 from train.cells import NUMBERS, PROMPTS, Cells, Csr
 from train.config import ModelConfig
-from train.layout import lay_out
 from train.model import CellModel
 from train.objective import Objective
-from train.tokens import TokenSettings, make_tokens
+from train.tokens import TokenSettings
 
 SIZES = {
     "toy": {"width": 64, "layers": 4, "query_layers": 1, "heads": 4},
@@ -30,8 +28,6 @@ SIZES = {
     "base": {"width": 512, "layers": 12, "query_layers": 2, "heads": 8},
     "large": {"width": 1024, "layers": 24, "query_layers": 2, "heads": 16},
 }
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bf16 operations a second, as NVIDIA's data sheets have them."""
 FEATURES = {"RNA": 20_000, "protein": 200}
 
 
@@ -54,27 +50,6 @@ def made_up(n_cells: int, tokens: int, seed: int) -> Cells:
         {name: np.ones(n_cells, np.float32) for name in NUMBERS},
         np.arange(n_cells),
     )
-
-
-def operations(model: CellModel, cells: Cells, settings: TokenSettings, device: torch.device) -> float:
-    """Return the floating point operations of a step, forward and backward."""
-    config = model.config
-    tokens = make_tokens(cells, config.offsets, settings, chance=(0, 0), device=device)
-    layout = lay_out(tokens, 1 + config.prompt_tokens + config.pathways, config.bottlenecks)
-
-    def through(segments: object, n_tokens: int) -> float:
-        length = torch.bincount(segments.segment_N).double()  # type: ignore[attr-defined]
-        weights = sum(part.weight.numel() for part in model.blocks[0].modules() if isinstance(part, torch.nn.Linear))
-        return 6.0 * weights * n_tokens + 12.0 * config.width * float(length.square().sum())
-
-    n_all, n_hub = len(layout.cells.segment_N), len(layout.hub_H)
-    total = 0.0
-    for kind in config.kinds:
-        total += through(
-            *{"joint": (layout.cells, n_all), "within": (layout.pieces, n_all), "between": (layout.hubs, n_hub)}[kind]
-        )
-    decoders = sum(part.features.weight.numel() + part.effects.weight.numel() for part in model.decoders.values())
-    return total + 6.0 * decoders * cells.n_cells
 
 
 def step_time(size: str, attention: str, budget: int, options: argparse.Namespace) -> dict[str, object]:
@@ -111,8 +86,8 @@ def step_time(size: str, attention: str, budget: int, options: argparse.Namespac
         seconds.append(time.perf_counter() - begin)
     taken = statistics.median(seconds[options.warm :])
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    peak = next((rate for key, rate in PEAK.items() if key in name), None)
-    done = operations(model, cells, settings, device)
+    peak = peak_of(name, half=True)
+    done = operations(model, objective.prepare(model, cells, 0).seen)
     return {
         "size": size,
         "attention": attention,
