@@ -38,6 +38,7 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=200 * 2**20,
         log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 500},
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     yield

@@ -9,13 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from store.errors import SettingsError, UsageError
 from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot
 from train.adapter import load_adapter
+from train.arithmetic import operations
 from train.checkpoint import load, sha256
-from train.loop import Run
+from train.estimate import plan
+from train.loop import Run, with_absent
 from train.settings import RunSettings
 
 
@@ -77,6 +81,42 @@ def test_an_adapting_run_goes_on_bit_for_bit_and_is_done_once(
     from train.launch import launch  # a finished run needs no cluster
 
     assert launch(adapting(lake, tmp_path / "whole", base)).checkpoint == str(tmp_path / "whole/run/adapter")
+
+
+def test_the_best_adapter_is_kept_beside_the_last(
+    lake: str,  # noqa: F811
+    base: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = iter([9.0, 3.0, 1.0, 2.0, 2.0])  # before, after 4, 8 and 12 steps, at the end
+    monkeypatch.setattr(Run, "evaluate", lambda self: next(told))
+    Run(adapting(lake, tmp_path, base, steps=12, evaluate_every=4, keep_best=True), 1).train()
+    last, best = (
+        json.loads((tmp_path / f"run/{one}/manifest.json").read_text()) for one in ("adapter", "adapter-best")
+    )
+    assert (last["global_step"], last["figures"]["loss_test"]) == (12, 2.0)
+    assert (best["global_step"], best["figures"]["loss_test"]) == (8, 1.0)
+    loaded = load(base)
+    load_adapter(tmp_path / "run/adapter-best", loaded.model, loaded.manifest)
+
+
+def test_what_adapting_takes_is_told_before(lake: str, base: str, tmp_path: Path) -> None:  # noqa: F811
+    told = adapting(lake, tmp_path, base)
+    run = Run(told, 1)
+    found = plan(told)
+    learn = sum(part.numel() for part in run.plain.parameters() if part.requires_grad)
+    assert found.parameters.learn == learn < found.parameters.all == run.parameters
+    assert found.memory.gradients == 4 * learn
+    assert found.memory.moments == 2 * found.memory.gradients
+    run.train()
+    size = (tmp_path / "run/adapter/adapter.safetensors").stat().st_size
+    assert found.checkpoint_bytes == pytest.approx(size, rel=0.5)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # other backends are not counted
+        batch = run.objective.prepare(run.plain, with_absent(next(run.stream.steps(0, 1)), run.absent), 0)
+        torch.autograd.backward(run.objective.loss(run.plain, run.plain, batch).total)
+    assert operations(run.plain, batch.seen) == pytest.approx(counter.get_total_flops(), rel=0.25)  # it counts padding
+    assert plan(told, "cpu").seconds_per_step > 0
 
 
 def test_other_features_and_settings_of_a_model_are_refused(lake: str, base: str, tmp_path: Path) -> None:  # noqa: F811

@@ -7,6 +7,7 @@ be attached to one base by name, and chosen in turn: the base's weights are in m
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -68,6 +69,7 @@ def _grow(model: CellModel, settings: AdapterSettings, name: str, seed: int = 0)
     """Put an adapter beside a model's layers, in place."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # peft imports it, and it warns of what only GPUs need
     names = "|".join(target.replace(".", r"\.") for target in TARGETS)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=rf"(.*\.)?({names})"

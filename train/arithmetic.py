@@ -1,8 +1,8 @@
 """This module counts the arithmetic of a step, and knows how much of it a GPU can do.
 
 Counted are 6 floating point operations for each weight of a linear layer and each token that goes through it (forward
-and backward), and 12 for each pair of tokens that read each other and each unit of width; what is made again in the
-backward pass (``recompute``) is not counted, as is the custom for MFU.
+and backward; 4 where the weight does not learn), and 12 for each pair of tokens that read each other and each unit of
+width; what is made again in the backward pass (``recompute``) is not counted, as is the custom for MFU.
 
 Shape letters used in this module:
     C  cells      M  measurements
@@ -97,14 +97,14 @@ def seen_in(config: ModelConfig, tokens: Tokens, queries: Queries) -> Seen:
 
 def operations(model: CellModel, seen: Seen) -> float:
     """Return the floating point operations of a step over what is seen, forward and backward."""
-    config, weights = model.config, linear([model.blocks[0]])
-    total = sum(6.0 * weights * n + 12.0 * config.width * pairs for n, pairs in rounds(config, seen))
+    config, each = model.config, work([model.blocks[0]])
+    total = sum(each * n + 12.0 * config.width * pairs for n, pairs in rounds(config, seen))
     for block in model.query_blocks:
         assert isinstance(block, Block)
-        reading = linear([block.attention.k_proj, block.attention.v_proj])
-        total += 6.0 * ((linear([block]) - reading) * seen.queries + reading * seen.places)
+        reading = work([block.attention.k_proj, block.attention.v_proj])
+        total += (work([block]) - reading) * seen.queries + reading * seen.places
         total += 12.0 * config.width * seen.read
-    return total + 6.0 * linear([model.decoders]) * seen.cells
+    return total + work([model.decoders]) * seen.cells
 
 
 def rounds(config: ModelConfig, seen: Seen) -> list[tuple[float, float]]:
@@ -117,6 +117,11 @@ def rounds(config: ModelConfig, seen: Seen) -> list[tuple[float, float]]:
     return [of_kind[kind] for kind in config.kinds]
 
 
-def linear(modules: Sequence[nn.Module]) -> int:
-    """Count the weights of linear layers."""
-    return sum(part.weight.numel() for module in modules for part in module.modules() if isinstance(part, nn.Linear))
+def linear(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the weights of linear layers."""
+    return [part.weight for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def work(modules: Sequence[nn.Module]) -> float:
+    """Return the operations of a token that goes through all linear layers of modules, forward and backward."""
+    return float(sum((6 if weight.requires_grad else 4) * weight.numel() for weight in linear(modules)))

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from store.errors import UsageError
 from store.snapshot import Snapshot
+from train.adapter import AdapterSettings, adapted
 from train.cells import PROMPTS
-from train.checkpoint import Vocabulary
+from train.checkpoint import Checkpoint, Vocabulary
 from train.config import ModelConfig
 from train.genome import locate, motif_sets, neighbours, read_motifs, read_regions, read_windows
 from train.knowledge import Knowledge, gather_knowledge, read_aliases, read_sets, read_vectors
@@ -53,6 +54,62 @@ class Parts:
         places = (self.known.chromosome_F, self.known.base_F, self.known.bases_FW)
         model.identity.lie(*(torch.from_numpy(part) for part in places))
         return model
+
+    def skeleton(self) -> CellModel:
+        """Return the model's shapes, without memory for what is in them."""
+        with torch.device("meta"):
+            return CellModel(self.config)
+
+
+@dataclass(frozen=True)
+class AdaptedParts:
+    """What the model of a run that adapts a checkpoint is made from.
+
+    Attributes:
+        base: The checkpoint.
+        settings: Sizes of the adapter.
+        seed: Of its first weights.
+    """
+
+    base: Checkpoint
+    settings: AdapterSettings
+    seed: int
+
+    @property
+    def vocabulary(self) -> dict[str, Vocabulary]:
+        """The base's."""
+        return self.base.vocabulary
+
+    @property
+    def config(self) -> ModelConfig:
+        """The base's."""
+        return self.base.model.config
+
+    def build(self) -> CellModel:
+        """Return the base's model with an adapter that changes nothing yet."""
+        return adapted(self.base.model, self.settings, self.seed).train()
+
+    def skeleton(self) -> CellModel:
+        """Return the same."""
+        return self.build()
+
+
+def adapted_parts(settings: RunSettings, snapshot: Snapshot, base: Checkpoint) -> AdaptedParts:
+    """Return what the model of a run that adapts a checkpoint is made from.
+
+    Raises:
+        UsageError: The snapshot has features that are not the base's; it may lack measurements.
+    """
+    own = {name: part.feature_id for name, part in vocabulary_of(snapshot).items()}
+    known = {name: part.feature_id for name, part in base.vocabulary.items()}
+    differs = next((name for name in own if own[name] != known.get(name)), None)
+    if differs is not None:
+        trained_on = base.manifest["snapshot"].get("name", "NAME")
+        raise UsageError(
+            f"{snapshot.uri}: its {differs} features are not those of {settings.adapter.base}; make the snapshot with "
+            f"--set like={trained_on}, which that checkpoint was trained on"
+        )
+    return AdaptedParts(base, AdapterSettings(settings.adapter.rank, settings.adapter.alpha), settings.seed)
 
 
 def gather_parts(settings: RunSettings, snapshot: Snapshot, labels: Labels) -> Parts:

@@ -16,7 +16,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,8 +28,9 @@ from torch import nn
 from store.errors import UsageError
 from store.schema import measured_column
 from store.snapshot import open_snapshot
+from train import checkpoint
 from train.arithmetic import DEVICES, Seen, linear, operations, rounds
-from train.assembly import Parts, gather_parts
+from train.assembly import AdaptedParts, Parts, adapted_parts, gather_parts
 from train.blocks import Block
 from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
 from train.config import ModelConfig
@@ -78,9 +79,17 @@ STEM = 928
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many weights there are: all, those of blocks, and those of tables, which have rows for features or labels."""
+    """How many weights there are.
+
+    Attributes:
+        all: Of them.
+        learn: Where a checkpoint is adapted, the adapter's; else all.
+        blocks: Of blocks.
+        tables: Of what has rows for features or labels.
+    """
 
     all: int
+    learn: int
     blocks: int
     tables: int
 
@@ -169,29 +178,26 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
 
     Raises:
         MissingError: No lake, snapshot or file of knowledge.
-        UsageError: The run adapts a checkpoint, the device is unknown, the split has no cell, or ``mfu`` or "fp16" is
-            said where steps are timed on a CPU.
+        InputRefused: The checkpoint that the run adapts is damaged.
+        UsageError: The device is unknown, the split has no cell, the snapshot's features are not those of the
+            checkpoint that the run adapts, or ``mfu`` or "fp16" is said where steps are timed on a CPU.
     """
     timed = measure or device == "cpu"
     if device not in (*DEVICES, "cpu"):
         raise UsageError(f"device {device!r} is none of: {', '.join((*DEVICES, 'cpu'))}")
     if timed and mfu is not None:
         raise UsageError(f"mfu={mfu} has no meaning where steps are timed (--measure, --device cpu); leave one out")
-    if settings.adapter.base:
-        raise UsageError(
-            f"adapter.base={settings.adapter.base!r}: what adapting takes is not worked out; it is less than training "
-            "that model takes, so plan the run that made it"
-        )
     data, snapshot = settings.data, open_snapshot(settings.lake, settings.snapshot)
     sources = find_sources({snapshot: 1.0}, data.split, sets=data.sets)
-    labels = read_labels(snapshot, data.split)
-    parts = gather_parts(settings, snapshot, labels)
-    config = parts.config
-    sample = sample_cells(sources, tuple(config.n_features))
+    base = checkpoint.load(settings.adapter.base) if settings.adapter.base else None
+    labels = read_labels(snapshot, data.split, None if base is None else base.prompts)
+    parts: Parts | AdaptedParts = (
+        gather_parts(settings, snapshot, labels) if base is None else adapted_parts(settings, snapshot, base)
+    )
+    config, model = parts.config, parts.skeleton()
+    sample = sample_cells(sources, tuple(config.n_features), snapshot.measurements)
     tokens = TokenSettings(budget=data.tokens, levels=config.levels)
     seen = look_at(sample, config, tokens, data.queries, settings.seed)
-    with torch.device("meta"):
-        model = CellModel(config)
     share = share_of(settings, sources)
     panels = len(snapshot.datasets) * sum(config.n_features.values())
     memory = memory_of(model, seen, settings, device, share.at_once, panels)
@@ -215,7 +221,7 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
         seconds_per_step=seconds,
         hours=seconds * settings.steps / 3600,
         mfu=None if timed else mfu or MFU,
-        checkpoint_bytes=sum(values) + _words(parts, labels),
+        checkpoint_bytes=sum(values) + _words(parts, labels) if base is None else BYTES * count_parameters(model).learn,
         state_bytes=_state_bytes(model),
         states_kept=settings.keep_last + settings.keep_best,
         assumptions=(*_assumptions(settings, sample, share), *how),
@@ -254,14 +260,15 @@ def count_parameters(model: CellModel) -> Parameters:
     """Count a model's weights; a measurement's decoder is a table of its features."""
     blocks = [part for part in model.modules() if isinstance(part, Block)]
     tables = [part for part in model.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag | Decoder)]
-    return Parameters(_numel([model]), _numel(blocks), _numel(tables))
+    learn = sum(part.numel() for part in model.parameters() if part.requires_grad)
+    return Parameters(_numel([model]), learn, _numel(blocks), _numel(tables))
 
 
 def _numel(modules: Sequence[nn.Module]) -> int:
     return sum(part.numel() for module in modules for part in module.parameters())
 
 
-def _words(parts: Parts, labels: Labels) -> int:
+def _words(parts: Parts | AdaptedParts, labels: Labels) -> int:
     """Return the bytes of a checkpoint's words."""
     prompts = {name: labels.values[name] for name in (*PROMPTS, "perturbation")}
     features = {name: asdict(part) for name, part in parts.vocabulary.items()}
@@ -282,16 +289,27 @@ class Sample:
     measured_MC: NDArray[np.bool_]
 
 
-def sample_cells(sources: Sequence[Source], measurements: Sequence[str]) -> Sample:
-    """Look at the first cells of each source, in proportion to its cells; all of them where they are few."""
+def sample_cells(sources: Sequence[Source], measurements: Sequence[str], there: Collection[str] = ()) -> Sample:
+    """Look at the first cells of each source, in proportion to its cells; all of them where they are few.
+
+    Args:
+        sources: Where.
+        measurements: What is looked for.
+        there: Those that the sources have, where they do not have all.
+    """
+    have = [name for name in measurements if not there or name in there]
+    place = [measurements.index(name) for name in have]
     n_cells, nonzero, measured = sum(one.n_rows for one in sources), [], []
     for source in sources:
         n_rows = min(source.n_rows, math.ceil(SAMPLED_CELLS * source.n_rows / n_cells))
         rows = source.rows(np.arange(n_rows))
         first, stop, part = int(rows[0]), int(rows[-1]) + 1, source.part
-        nonzero.append(np.stack([np.diff(part.indptr(name, first, stop))[rows - first] for name in measurements]))
-        columns = [measured_column(name) for name in measurements]
-        measured.append(part.codes(columns, first, stop)[:, rows - first] > 0)
+        nonzero_MC = np.zeros((len(measurements), len(rows)), np.int64)
+        measured_MC = np.zeros((len(measurements), len(rows)), bool)
+        nonzero_MC[place] = [np.diff(part.indptr(name, first, stop))[rows - first] for name in have]
+        measured_MC[place] = part.codes([measured_column(name) for name in have], first, stop)[:, rows - first] > 0
+        nonzero.append(nonzero_MC)
+        measured.append(measured_MC)
     return Sample(np.concatenate(nonzero, axis=1), np.concatenate(measured, axis=1))
 
 
@@ -330,30 +348,30 @@ def memory_of(
     model: CellModel, seen: Seen, settings: RunSettings, device: str, at_once: int, panels: int = 0
 ) -> Memory:
     """Return the memory of a worker that takes so many cells at once, and holds datasets' panels of so many bytes."""
-    n_weights, workers = count_parameters(model).all, settings.workers
+    n_weights, n_learn, workers = count_parameters(model).all, count_parameters(model).learn, settings.workers
     shared, half = settings.parallel == "fsdp" and workers > 1, settings.precision != "no"
-    own = BYTES * -(-n_weights // (workers if shared else 1))
-    copies = 2 * linear([model]) if half else 0
+    own, learns = (BYTES * -(-n // (workers if shared else 1)) for n in (n_weights, n_learn))
+    copies = 2 * sum(weight.numel() for weight in linear([model])) if half else 0
     if shared:  # tables stay whole for the whole step, blocks come one by one and one ahead
         block = _numel([model.blocks[0]])
         tables = n_weights - _numel([model.blocks, model.query_blocks])
         summed = n_weights if n_parts(settings.data.micro_batch, settings.data.global_batch, workers) > 1 else 0
         copies += BYTES * (tables + 2 * block + (summed or tables + 2 * block))
     elif workers > 1:
-        copies += BYTES * n_weights
+        copies += BYTES * n_learn
     where: Literal["cpu", "cuda"] = "cpu" if device == "cpu" else "cuda"
     kept = round(activations(model.config, seen, at_once, where, half=half, recompute=settings.recompute))
     staged = _state_bytes(model) // (workers if shared else 1)
     known = panels + sum(part.nbytes for part in model.buffers())
-    total = own + own + 2 * own + copies + known + kept
-    return Memory(own, own, 2 * own, copies, known, kept, total, settings.data.memory_mb * 2**20, staged)
+    total = own + learns + 2 * learns + copies + known + kept
+    return Memory(own, learns, 2 * learns, copies, known, kept, total, settings.data.memory_mb * 2**20, staged)
 
 
 def _state_bytes(model: CellModel) -> int:
     """Return the bytes of a training state: weights, what is known, two moments, and each tensor's wrapping."""
     values = [part.nbytes for part in model.state_dict().values()]
-    n_tensors = len(values) + 3 * len(list(model.parameters()))
-    return sum(values) + 2 * BYTES * count_parameters(model).all + WRAPPING * n_tensors
+    n_tensors = len(values) + 3 * sum(part.requires_grad for part in model.parameters())
+    return sum(values) + 2 * BYTES * count_parameters(model).learn + WRAPPING * n_tensors
 
 
 def activations(
@@ -385,14 +403,14 @@ def _at_peak(
         "its maker's), no waiting for data or other workers, no evaluation"
     ]
     if settings.recompute:
-        weights = linear([model.blocks[0]])
+        weights = sum(weight.numel() for weight in linear([model.blocks[0]]))
         done += sum(2.0 * weights * n + 4.0 * model.config.width * pairs for n, pairs in rounds(model.config, seen))
         said.append("recompute: the encoder's blocks go forward twice, which the operations of a step do not count")
     return done * n_cells / (settings.workers * peak * mfu), said
 
 
 def _timed(
-    settings: RunSettings, parts: Parts, sample: Sample, per_cell: float, share: Share, device: str
+    settings: RunSettings, parts: Parts | AdaptedParts, sample: Sample, per_cell: float, share: Share, device: str
 ) -> tuple[float, list[str]]:
     """Time steps of the real model on made-up cells; return the seconds of a whole step, and what they rest on."""
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -441,7 +459,9 @@ def made_up(settings: RunSettings, config: ModelConfig, sample: Sample, n_cells:
     )
 
 
-def time_steps(settings: RunSettings, parts: Parts, cells: Cells, device: torch.device) -> tuple[float, float]:
+def time_steps(
+    settings: RunSettings, parts: Parts | AdaptedParts, cells: Cells, device: torch.device
+) -> tuple[float, float]:
     """Return the seconds of forward and backward passes of the real model, and those of its optimizer; medians."""
     torch.manual_seed(settings.seed)
     model = parts.build().to(device)
@@ -449,7 +469,8 @@ def time_steps(settings: RunSettings, parts: Parts, cells: Cells, device: torch.
     panels = {name: np.ones((1, size), bool) for name, size in parts.config.n_features.items()}
     tokens = TokenSettings(budget=settings.data.tokens, levels=parts.config.levels)
     objective = Objective(panels, tokens, settings.seed, device, settings.data.queries)
-    optimizer = torch.optim.AdamW(model.parameters(), settings.optim.lr)
+    learns = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learns, settings.optim.lr)
     kind = torch.float16 if settings.precision == "fp16" else torch.bfloat16
 
     def through() -> None:
@@ -531,8 +552,9 @@ def as_json(found: Plan) -> dict[str, Any]:
 def lines(found: Plan) -> list[tuple[str, str]]:
     """Write a plan as pairs of what and how much, for people."""
     weights, memory = found.parameters, found.memory
+    learning = "" if weights.learn == weights.all else f"; {weights.learn:,} learn"
     return [
-        ("parameters", f"{weights.all:,}: {weights.blocks:,} in blocks, {weights.tables:,} in tables"),
+        ("parameters", f"{weights.all:,}: {weights.blocks:,} in blocks, {weights.tables:,} in tables{learning}"),
         ("memory of a worker", f"{_size(memory.device)} on its device"),
         ("  weights", _size(memory.weights)),
         ("  gradients", _size(memory.gradients)),

@@ -84,7 +84,9 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config=settings.model_dump(mode="json"),
-            torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+            torch_config=ray.train.torch.TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=settings.collective_timeout_s
+            ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(settings.workers_min, settings.workers) if settings.workers_min else settings.workers,
                 use_gpu=use_gpu,

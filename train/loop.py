@@ -29,9 +29,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from store.errors import ConflictError, UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
-from train.adapter import AdapterSettings, adapted, save_adapter
+from train.adapter import AdapterSettings, save_adapter
 from train.arithmetic import operations, peak_of
-from train.assembly import coverage_of, gather_parts, vocabulary_of
+from train.assembly import adapted_parts, coverage_of, gather_parts
 from train.blocks import Block
 from train.card import describe, write_card
 from train.cells import PROMPTS, Cells, Csr
@@ -52,8 +52,9 @@ BASELINE_CELLS = 16384
 EVALUATION_STEPS = 20
 WARNED_EVERY = 10
 RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
-MEANS = ("parallel", "recompute", "compile", "keep_last", "keep_best", "evaluate_every", "trackers")
-FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS), True) | {
+MEANS = ("parallel", "recompute", "compile", "collective_timeout_s")
+KEPT = ("keep_last", "keep_best", "evaluate_every", "trackers")
+FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS, *KEPT), True) | {
     "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},
     "adapter": {"base": True},
 }
@@ -151,7 +152,8 @@ class Run:
             self.vocabulary, self.plain = parts.vocabulary, parts.build()
             self._begin_at_the_floor()
         else:
-            self.vocabulary, self.plain = self.base.vocabulary, self._adapted(self.base)
+            adapting = adapted_parts(settings, self.snapshot, self.base)
+            self.vocabulary, self.plain = adapting.vocabulary, adapting.build()
         self.plain.recompute = settings.recompute
         if settings.precision == "fp8":
             _in_float8(self.plain, self.device)
@@ -182,24 +184,6 @@ class Run:
         tokens = TokenSettings(budget=settings.data.tokens, levels=self.plain.config.levels)
         covered = coverage_of(self.snapshot, self.vocabulary)
         self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries, covered)
-
-    def _adapted(self, base: Checkpoint) -> CellModel:
-        """Return the base's model with an adapter that changes nothing yet.
-
-        Raises:
-            UsageError: The snapshot has features that are not the base's; it may lack measurements.
-        """
-        own = {name: part.feature_id for name, part in vocabulary_of(self.snapshot).items()}
-        known = {name: part.feature_id for name, part in base.vocabulary.items()}
-        differs = next((name for name in own if own[name] != known.get(name)), None)
-        if differs is not None:
-            trained_on = base.manifest["snapshot"].get("name", "NAME")
-            raise UsageError(
-                f"{self.snapshot.uri}: its {differs} features are not those of {self.settings.adapter.base}; make the "
-                f"snapshot with --set like={trained_on}, which that checkpoint was trained on"
-            )
-        sizes = AdapterSettings(self.settings.adapter.rank, self.settings.adapter.alpha)
-        return adapted(base.model, sizes, self.settings.seed).train()
 
     def _spread(self) -> torch.nn.Module:
         """Return the model as the ranks share it: a copy on each, or a part of it on each.
@@ -472,30 +456,35 @@ class Run:
 
     def _export(self, test: float) -> None:
         """Write what is served; every rank calls this, and where the model is in parts each gives its own."""
-        if self.base is not None:
-            self._export_adapter(self.base, test)
-            return
-        self._export_as("checkpoint", test)
+        name = exported(self.settings)
+        self._export_as(name, test, self.step)
         if self.settings.keep_best:
             manifest = self.states.load_best(self.model, self._bare)
             if manifest is not None:
-                self._export_as("checkpoint-best", float(manifest["loss_test"]), int(manifest["global_step"]))
+                self._export_as(f"{name}-best", float(manifest["loss_test"]), int(manifest["global_step"]))
 
-    def _export_adapter(self, base: Checkpoint, test: float) -> None:
+    def _export_adapter(self, name: str, base: Checkpoint, about: dict[str, Any]) -> None:
         """Write the adapter alone."""
         if self.rank > 0:
             return
-        figures = self._figures(test)
-        write_json(self.folder / "summary.json", figures)
         sizes = AdapterSettings(self.settings.adapter.rank, self.settings.adapter.alpha)
-        about = self.provenance() | {"figures": checkpoint.json_values(figures)}
-        save_adapter(self.folder / "adapter", self.plain, sizes, base.manifest, about=about)
+        save_adapter(self.folder / name, self.plain, sizes, base.manifest, about=about)
 
     def _figures(self, test: float) -> dict[str, Any]:
         """Return what the run came to, but where it lies."""
         return {key: value for key, value in asdict(self._summary(test)).items() if key != "checkpoint"}
 
-    def _export_as(self, name: str, test: float, step: int | None = None) -> None:
+    def _export_as(self, name: str, test: float, step: int) -> None:
+        """Write the weights as they are, with the loss that they have and the step that they are of."""
+        provenance = self.provenance() | {"global_step": step}
+        if self.rank == 0:
+            figures = self._figures(test)
+            provenance["figures"] = checkpoint.json_values(figures)
+            if name == exported(self.settings):
+                write_json(self.folder / "summary.json", figures)
+        if self.base is not None:
+            self._export_adapter(name, self.base, provenance)
+            return
         weights = get_model_state_dict(
             self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=isinstance(self.model, FSDPModule))
         )
@@ -503,20 +492,15 @@ class Run:
             return
         model = CellModel(self.plain.config)
         model.load_state_dict(weights)
-        figures = self._figures(test)
-        if name == "checkpoint":
-            write_json(self.folder / "summary.json", figures)
-        data = describe(self.snapshot, self.settings.data.split)
-        provenance = self.provenance() | {"figures": figures, "data": data}
-        provenance["global_step"] = self.step if step is None else step
+        provenance["data"] = describe(self.snapshot, self.settings.data.split)
         checkpoint.export(
             self.folder / name,
             model,
             self.objective.settings,
             self.vocabulary,
             {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")},
-            provenance | {"figures": checkpoint.json_values(figures)},
-            write_card(self.snapshot, self.settings, provenance),
+            provenance,
+            write_card(self.snapshot, self.settings, provenance | {"figures": figures}),
         )
 
 

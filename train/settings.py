@@ -168,6 +168,8 @@ class RunSettings(Settings):
     """Go on with so few workers when no more can be had, and grow again later; 0 waits for all of them."""
     max_failures: int = Field(default=3, ge=-1)
     """How often lost workers are replaced and the run goes on from its last state; -1 for ever."""
+    collective_timeout_s: float = Field(default=600, gt=0)
+    """Seconds that a worker waits for the others in an exchange; then the workers are taken for lost and replaced."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """"ddp": each worker holds the model; "fsdp": each holds a part of it, of its gradients and moments (FSDP2)."""
     precision: Literal["no", "bf16", "fp16", "fp8"] = "no"
@@ -214,8 +216,8 @@ class RunSettings(Settings):
             raise ValueError("precision='fp16' does not go with parallel='fsdp'; take 'bf16'")
         if self.adapter.base and self.precision == "fp8":
             raise ValueError("adapter.base does not go with precision='fp8'; take 'bf16'")
-        if self.adapter.base and (self.parallel == "fsdp" or self.keep_best):
-            raise ValueError("adapter.base goes with parallel='ddp' and without keep_best")
+        if self.adapter.base and self.parallel == "fsdp":
+            raise ValueError("adapter.base goes with parallel='ddp'")
         if self.adapter.base and (self.knowledge.files or self.model != ModelSettings()):
             raise ValueError("adapter.base: the model is the checkpoint's; leave out [model] and [knowledge]")
         return self
