@@ -65,6 +65,9 @@ def step_time(size: str, attention: str, budget: int, options: argparse.Namespac
     )
     torch.manual_seed(0)
     model = CellModel(config).to(device)
+    if options.compile:
+        for block in (*model.blocks, *model.query_blocks):
+            block.compile_dense()
     n_cells = max(1, options.batch_tokens // budget)
     cells = made_up(n_cells, budget, 0)
     settings = TokenSettings(budget=budget, hide=(0.0, 0.0), drop_measurement=0.0)
@@ -91,6 +94,7 @@ def step_time(size: str, attention: str, budget: int, options: argparse.Namespac
     return {
         "size": size,
         "attention": attention,
+        "compiled": options.compile,
         "tokens_of_a_cell": budget,
         "cells": n_cells,
         "parameters": sum(part.numel() for part in model.parameters()),
@@ -114,6 +118,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a step, over all cells")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     rows = []
     for size in options.sizes.split(","):
