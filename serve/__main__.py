@@ -8,12 +8,14 @@ import signal
 import socket
 import sys
 import threading
+import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from serve.access import read_tokens
 from serve.client import Client
 from serve.settings import ServeSettings
 from store import command
@@ -37,12 +39,13 @@ def main_options() -> None:
 def run(
     checkpoint: Annotated[str, typer.Argument(help="Directory of the checkpoint, as `python -m train` leaves it.")],
     port: Annotated[int, typer.Option(help="TCP port to listen on; 0 takes a free one.", min=0, max=65_535)] = 8000,
-    host: Annotated[str, typer.Option(help="Address to listen on. Whoever reaches it can ask: there is no log-in.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; whoever reaches it can ask, but for --tokens.")] = (
         "127.0.0.1"
     ),
     replicas: Annotated[int, typer.Option(help="Copies of the model that answer side by side.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of each copy.", min=1)] = 1,
     address: Annotated[str, typer.Option(help="Ray cluster to join; empty starts one on this machine.")] = "",
+    tokens: Annotated[str, typer.Option(help="TOML file of who may ask; see docs/serve.md.")] = "",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, as in `--set limits.cells=500`.")
     ] = None,
@@ -56,13 +59,27 @@ def run(
     `GET /v1/models`, `/v1/features`, `/v1/perturbations` and `/v1/prompts` say what the model knows.
     """
     words = {"port": port, "host": host, "replicas": replicas, "threads": threads, "address": address}
+    words["tokens_file"] = str(Path(tokens).resolve()) if tokens else ""
     asked = [f"checkpoint={checkpoint!r}", *(f"{key}={value!r}" for key, value in words.items())]
     settings = load_settings(ServeSettings, overrides=[*asked, *(overrides or [])])
     check_checkpoint(settings.checkpoint)
+    token = _own_token(settings)
     settings = settings.model_copy(
         update={"port": free_port(settings.host, settings.port), "checkpoint": str(Path(settings.checkpoint).resolve())}
     )
-    _serve(settings, as_json=as_json)
+    _serve(settings, token, as_json=as_json)
+
+
+def _own_token(settings: ServeSettings) -> str:
+    """Return a token to greet the server with, so that a file that nobody can use is refused before anything starts."""
+    if settings.tokens_file:
+        read_tokens(settings.tokens_file)
+        owners = tomllib.loads(Path(settings.tokens_file).read_text(encoding="utf-8")).values()
+        free = max(owners, key=lambda owner: owner.get("requests_per_minute", 0) or float("inf"))
+        return str(free["token"])
+    if settings.host not in ("127.0.0.1", "::1", "localhost"):
+        command.console.print(f"[yellow]whoever reaches {settings.host} can ask the model: give --tokens FILE[/]")
+    return ""
 
 
 def check_checkpoint(path: str) -> None:
@@ -101,7 +118,7 @@ def free_port(host: str, port: int) -> int:
         raise UsageError(f"cannot listen on {host}:{port} ({error}); check --host and --port") from None
 
 
-def _serve(settings: ServeSettings, *, as_json: bool) -> None:
+def _serve(settings: ServeSettings, token: str, *, as_json: bool) -> None:
     """Start everything, wait for Ctrl-C or SIGTERM, stop everything."""
     from serve.deploy import serving  # here, so that --help and early refusals need not wait for Ray and torch
     from train.checkpoint import read_manifest
@@ -113,7 +130,7 @@ def _serve(settings: ServeSettings, *, as_json: bool) -> None:
             with command.console.status("starting Ray and loading the model ..."):
                 url = stack.enter_context(serving(settings))
             _listen_to_signals()  # Ray has put its own handler there meanwhile
-            _announce(url, as_json=as_json)
+            _announce(url, token, as_json=as_json)
             threading.Event().wait()
     except KeyboardInterrupt:
         command.console.print("stopped")
@@ -131,15 +148,16 @@ def _listen_to_signals() -> None:
         signal.signal(number, stop)
 
 
-def _announce(url: str, *, as_json: bool) -> None:
-    with Client(url) as client:
+def _announce(url: str, token: str, *, as_json: bool) -> None:
+    with Client(url, token=token) as client:
         model = client.models()[0]
         measurement, features = client.features(at_most=2)
     known = ", ".join(f"{n:,} {name} features" for name, n in model["measurements"].items())
+    said = " -H 'Authorization: Bearer TOKEN'" if token else ""
     command.console.print(
         f"[bold green]ready[/] at [bold]{url}[/] with model {model['id']} (knows {known})\n"
         f"stop with Ctrl-C; everything it can be asked: {url}/openapi.json\n"
-        f"try:\n  curl -s {url}/v1/embed -H 'Content-Type: application/json' \\\n"
+        f"try:\n  curl -s {url}/v1/embed -H 'Content-Type: application/json'{said} \\\n"
         f"    -d '{json.dumps({'counts': {measurement: [dict.fromkeys(features, 3)]}})}'",
         soft_wrap=True,
     )

@@ -10,23 +10,32 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from serve import encode
+from serve.access import Gate, Purse
 from serve.body import BodyLimit
-from serve.decode import Decoder
+from serve.decode import Decoded, Decoder, Features
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleVocabulary, Unavailable
 from serve.messages import (
+    AnnotateReply,
+    AnnotateRequest,
     EmbedReply,
     EmbedRequest,
     Feature,
     FeaturesReply,
     FieldProblem,
+    ForecastReply,
+    ForecastRequest,
+    GenerateReply,
+    GenerateRequest,
     Health,
     ModelCard,
     ModelsReply,
@@ -35,8 +44,10 @@ from serve.messages import (
     PerturbRequest,
     Problem,
     PromptsReply,
+    TranslateReply,
+    TranslateRequest,
 )
-from serve.model import Description, Model
+from serve.model import Annotate, Description, Embed, Forecast, Generate, Model, Perturb, Translate
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
 
@@ -57,8 +68,13 @@ STATUS: dict[type[Exception], int] = {
 
 RETRY_AFTER_S = {503: 1}
 MAX_PROBLEMS = 10
+GENERATED_AT_ONCE = 10
+"""Drawn values (most of them zeros, which are not sent) for one that may be predicted in a reply."""
+Asking = EmbedRequest | AnnotateRequest | TranslateRequest | PerturbRequest | ForecastRequest
+"""Requests that hold cells."""
 _TITLES = {
     400: "The request is not valid JSON",
+    401: "The request carries no known token",
     404: "There is nothing at this address",
     405: "This address does not take this method",
     408: "The request came too slowly",
@@ -105,12 +121,34 @@ class Desk:
 
     async def embed(self, request: EmbedRequest) -> EmbedReply:
         """Answer an embedding request."""
-        loaded = await self.loaded()
-        decoded = await asyncio.to_thread(
-            loaded.decoder.decode, request.counts, request.prompts, min_coverage=request.options.min_coverage
-        )
-        embedding_CD = await self.model.embed(decoded.cells)
+        loaded, decoded = await self._read(request)
+        embedding_CD = await self.model.ask(decoded.cells, Embed())
         return await asyncio.to_thread(encode.embed_reply, embedding_CD, request.options, decoded, loaded.description)
+
+    async def annotate(self, request: AnnotateRequest) -> AnnotateReply:
+        """Answer which types cells are."""
+        loaded, decoded = await self._read(request)
+        told = await self.model.ask(decoded.cells, Annotate())
+        return await asyncio.to_thread(encode.annotate_reply, told, request.options, decoded, loaded.description)
+
+    async def translate(self, request: TranslateRequest) -> TranslateReply:
+        """Answer what another measurement would have shown."""
+        loaded, decoded = await self._read(request)
+        name, wanted = request.measurement, request.options.features
+        vocabulary = self.measurement(loaded, name)
+        columns = None if wanted is None else loaded.decoder.columns(name, wanted, "options.features")
+        n_values = decoded.cells.n_cells * (len(vocabulary.feature_id) if columns is None else len(columns))
+        if n_values > self.limits.values:
+            raise FieldRefused(
+                "options.features",
+                f"{n_values:,} values; at most {self.limits.values:,} go into a reply: name features, or send fewer "
+                "cells at a time",
+            )
+        asked = Translate(name, columns)
+        found = await self.model.ask(decoded.cells, asked)
+        return await asyncio.to_thread(
+            encode.translate_reply, found, asked, request.options, decoded, loaded.description
+        )
 
     async def perturb(self, request: PerturbRequest) -> PerturbReply:
         """Answer a perturbation request."""
@@ -119,14 +157,42 @@ class Desk:
             raise FieldRefused("perturbations", f"send at most {self.limits.perturbations} in a request")
         if "perturbation" in request.prompts:
             raise FieldRefused("prompts.perturbation", "name perturbations in 'perturbations'; the cells are controls")
-        asked = [_targets(item, position, loaded) for position, item in enumerate(request.perturbations)]
-        decoded = await asyncio.to_thread(
-            loaded.decoder.decode, request.counts, request.prompts, min_coverage=request.options.min_coverage
-        )
-        shifts = await self.model.perturb(decoded.cells, asked)
+        asked = tuple(tuple(_targets(item, position, loaded)) for position, item in enumerate(request.perturbations))
+        loaded, decoded = await self._read(request)
+        shifts = await self.model.ask(decoded.cells, Perturb(asked))
         return await asyncio.to_thread(
             encode.perturb_reply, asked, shifts, request.options, decoded, loaded.description
         )
+
+    async def forecast(self, request: ForecastRequest) -> ForecastReply:
+        """Answer what becomes of cells."""
+        loaded, decoded = await self._read(request)
+        shifts = await self.model.ask(decoded.cells, Forecast(request.elapsed))
+        return await asyncio.to_thread(encode.forecast_reply, shifts, request.options, decoded, loaded.description)
+
+    async def generate(self, request: GenerateRequest) -> GenerateReply:
+        """Draw cells."""
+        loaded = await self.loaded()
+        vocabulary = self.measurement(loaded, request.measurement)
+        n_values = request.cells * len(vocabulary.feature_id)
+        if n_values > GENERATED_AT_ONCE * self.limits.values:
+            raise FieldRefused("cells", f"{request.cells:,} cells are too many at a time; ask several times")
+        cells = loaded.decoder.said(request.prompts, request.cells)
+        counts_CG = await self.model.ask(cells, Generate(request.measurement, request.depth, request.seed))
+        return await asyncio.to_thread(encode.generate_reply, counts_CG, request.measurement, loaded.description)
+
+    async def _read(self, request: Asking) -> tuple[Loaded, Decoded]:
+        loaded = await self.loaded()
+        least = request.options.min_coverage
+        decode = partial(loaded.decoder.decode, request.counts, request.prompts, min_coverage=least)
+        return loaded, await asyncio.to_thread(decode)
+
+    def measurement(self, loaded: Loaded, name: str) -> Features:
+        """Return the features of a measurement; one that the model does not know is refused."""
+        if name not in loaded.description.vocabulary:
+            known = ", ".join(sorted(loaded.description.vocabulary))
+            raise FieldRefused("measurement", f"this model does not know {name!r}; it knows {known}")
+        return loaded.description.vocabulary[name]
 
 
 def _targets(item: str | list[str], position: int, loaded: Loaded) -> list[str]:
@@ -141,17 +207,19 @@ def _targets(item: str | list[str], position: int, loaded: Loaded) -> list[str]:
     return targets
 
 
-def make_app(model: Model, limits: Limits) -> FastAPI:
-    """Build the HTTP interface over ``model``."""
+def make_app(model: Model, limits: Limits, purses: dict[str, Purse] | None = None) -> FastAPI:
+    """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only."""
     app = FastAPI(
         title="somaflow",
-        summary="Embeddings of cells and predicted effects of perturbations, from a multimodal cell foundation model.",
+        summary="Questions about cells, answered by a multimodal cell foundation model.",
         version="1",
         docs_url=None,
         redoc_url=None,
         responses={code: {"model": Problem, "description": _TITLES[code]} for code in (413, 415, 422, 429, 503, 504)},
     )
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, timeout_s=limits.timeout_s, problem=problem)
+    if purses:  # outermost: a stranger's body is not read
+        app.add_middleware(Gate, purses=purses, problem=lambda status, said, wait: problem(status, said, (), wait))
     desk = Desk(model, limits)
     _add_problems(app, desk)
     _add_questions(app, desk)
@@ -164,6 +232,26 @@ def _add_questions(app: FastAPI, desk: Desk) -> None:
     async def embed(request: EmbedRequest) -> Response:
         """Embed cells: one vector per cell, in the order of the request."""
         return _json(await desk.embed(request))
+
+    @app.post("/v1/annotate", response_model=AnnotateReply, tags=["ask the model"])
+    async def annotate(request: AnnotateRequest) -> Response:
+        """Tell the type of each cell, how likely it is, and the ontology's type above those that are likely."""
+        return _json(await desk.annotate(request))
+
+    @app.post("/v1/translate", response_model=TranslateReply, tags=["ask the model"])
+    async def translate(request: TranslateRequest) -> Response:
+        """Predict what a measurement that the cells do not have, or have in part, would show of each of them."""
+        return _json(await desk.translate(request))
+
+    @app.post("/v1/forecast", response_model=ForecastReply, tags=["ask the model"])
+    async def forecast(request: ForecastRequest) -> Response:
+        """Predict the mean expression of the cells after a while, beside the present one."""
+        return _json(await desk.forecast(request))
+
+    @app.post("/v1/generate", response_model=GenerateReply, tags=["ask the model"])
+    async def generate(request: GenerateRequest) -> Response:
+        """Draw counts of cells of which nothing is known but what is said."""
+        return _json(await desk.generate(request))
 
     @app.post("/v1/perturb", response_model=PerturbReply, tags=["ask the model"])
     async def perturb(request: PerturbRequest) -> Response:
@@ -184,10 +272,7 @@ def _add_catalog(app: FastAPI, desk: Desk) -> None:
     ) -> FeaturesReply:
         """List the features of one measurement in the order of the model's vocabulary."""
         description = (await desk.loaded()).description
-        if measurement not in description.vocabulary:
-            known = ", ".join(sorted(description.vocabulary))
-            raise FieldRefused("measurement", f"this model does not know {measurement!r}; it knows {known}")
-        part = description.vocabulary[measurement]
+        part = desk.measurement(await desk.loaded(), measurement)
         rows = zip(part.feature_id, part.feature_name, part.organism, strict=True)
         page = list(rows)[offset : offset + limit]
         return FeaturesReply(
@@ -226,7 +311,7 @@ def _add_catalog(app: FastAPI, desk: Desk) -> None:
         return Health(status="ready")
 
 
-def _json(reply: EmbedReply | PerturbReply) -> Response:
+def _json(reply: BaseModel) -> Response:
     return Response(reply.model_dump_json(exclude_none=True), media_type="application/json")
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,11 +53,22 @@ class Effect:
     top: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """Expected values of a measurement, [cells, features]; ``unit`` says what they are."""
+
+    measurement: str
+    feature_id: list[str]
+    values: NDArray[np.float32]
+    unit: str
+
+
 class Client:
     """A connection to one server; close it, or use it in a ``with`` block.
 
     Args:
         url: Where the server listens, as in ``http://127.0.0.1:8000``.
+        token: What lets in; where it is left out, that of the environment's ``SOMAFLOW_TOKEN``.
         timeout_s: Longest wait for one answer.
         tries: How often a request is sent before a busy or absent server becomes an error.
         transport: For tests.
@@ -67,12 +79,17 @@ class Client:
         self,
         url: str,
         *,
+        token: str | None = None,
         timeout_s: float = 120.0,
         tries: int = 6,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._http = httpx.Client(base_url=url, timeout=timeout_s, transport=transport, trust_env=False)
+        token = os.environ.get("SOMAFLOW_TOKEN", "") if token is None else token
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(
+            base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+        )
         self._tries = tries
         self._sleep = sleep
 
@@ -139,12 +156,8 @@ class Client:
             Overloaded: The server stays busy.
             Unavailable: Nobody answers, or no model is ready.
         """
-        measurements = as_measurements(cells)
-        replies = []
-        for rows in chunks(measurements):
-            body = _body(measurements, prompts, rows)
-            body["options"] = {"encoding": "base64", "normalize": normalize, "dtype": dtype}
-            replies.append(self._ask("POST", "/v1/embed", body))
+        options = {"encoding": "base64", "normalize": normalize, "dtype": dtype}
+        replies = self._in_chunks("/v1/embed", cells, prompts, {"options": options})
         first = next((reply for reply in replies if reply["warnings"]), replies[0])
         values = np.concatenate([_array(reply["embeddings"]) for reply in replies])
         return Embeddings(values, first["coverage"], first["warnings"], first["provenance"])
@@ -177,18 +190,118 @@ class Client:
         body["options"] = {"vectors": True, "encoding": "base64", "top": top}
         reply = self._ask("POST", "/v1/perturb", body)
         return [
-            Effect(
-                item["perturbation"],
-                name,
-                reply["features"][name],
-                _array(part["control"]),
-                _array(part["perturbed"]),
-                _array(part["delta"]),
-                part["top"],
-            )
+            _effect(item["perturbation"], name, part, reply["features"])
             for item in reply["perturbations"]
             for name, part in item["effects"].items()
         ]
+
+    def annotate(
+        self,
+        cells: Any,
+        *,
+        prompts: Mapping[str, Said] | None = None,
+        top: int = 3,
+        cover: float = 0.9,
+        min_probability: float = 0.0,
+    ) -> list[dict[str, Any]]:
+        """Tell the type of each cell: ``cell_type``, ``types`` with probabilities and ontology ids, ``covering``.
+
+        Args:
+            cells: As for :meth:`embed`.
+            prompts: What is known about the cells.
+            top: Types to list.
+            cover: Probability that the types under ``covering`` have together.
+            min_probability: A cell whose likeliest type is less likely is "unknown".
+
+        Raises:
+            InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
+        """
+        options = {"top": top, "cover": cover, "min_probability": min_probability}
+        replies = self._in_chunks("/v1/annotate", cells, prompts, {"options": options})
+        return [cell for reply in replies for cell in reply["cells"]]
+
+    def translate(
+        self,
+        cells: Any,
+        measurement: str,
+        *,
+        features: Sequence[str] | None = None,
+        prompts: Mapping[str, Said] | None = None,
+    ) -> Predicted:
+        """Predict what a measurement would show of each cell.
+
+        Args:
+            cells: As for :meth:`embed`.
+            measurement: What is predicted.
+            features: Ids or symbols that are wanted; all when left out.
+            prompts: What is known about the cells.
+
+        Raises:
+            InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
+        """
+        options = {"encoding": "base64"} | ({} if features is None else {"features": list(features)})
+        asked = {"measurement": measurement, "options": options}
+        replies = self._in_chunks("/v1/translate", cells, prompts, asked)
+        values = np.concatenate([_array(reply["values"]) for reply in replies])
+        return Predicted(measurement, replies[0]["features"], values, replies[0]["unit"])
+
+    def forecast(
+        self, cells: Any, elapsed: float, *, prompts: Mapping[str, Said] | None = None, top: int = 20
+    ) -> dict[str, Effect]:
+        """Predict what becomes of cells after a while, on average, in one request; measurement to effect.
+
+        Args:
+            cells: As for :meth:`embed`.
+            elapsed: How much later, in the unit of the model's time.
+            prompts: What is known about the cells.
+            top: Features with the largest change to list.
+
+        Raises:
+            InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
+        """
+        measurements = as_measurements(cells)
+        body = _body(measurements, prompts, slice(0, _n_cells(measurements)))
+        body |= {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
+        reply = self._ask("POST", "/v1/forecast", body)
+        return {name: _effect("", name, part, reply["features"]) for name, part in reply["effects"].items()}
+
+    def generate(
+        self,
+        n_cells: int,
+        measurement: str = "RNA",
+        *,
+        prompts: Mapping[str, Said] | None = None,
+        depth: float = 5_000.0,
+        seed: int = 0,
+    ) -> tuple[csr_matrix, list[str]]:
+        """Draw cells of which nothing is known but what is said; return their counts and the features' ids.
+
+        Args:
+            n_cells: How many.
+            measurement: Of counts.
+            prompts: What is said of them, one value for all or one per cell.
+            depth: Counts of a cell, on average.
+            seed: The same seed draws the same.
+
+        Raises:
+            InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
+        """
+        said = {
+            name: value if isinstance(value, str | float | int) else list(value)
+            for name, value in (prompts or {}).items()
+        }
+        body = {"cells": n_cells, "measurement": measurement, "prompts": said, "depth": depth, "seed": seed}
+        counts = self._ask("POST", "/v1/generate", body)["counts"]
+        shape = (n_cells, len(counts["features"]))
+        return csr_matrix((counts["data"], counts["indices"], counts["indptr"]), shape=shape), counts["features"]
+
+    def _in_chunks(
+        self, path: str, cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Ask about cells in chunks that the server accepts."""
+        measurements = as_measurements(cells)
+        bodies = (_body(measurements, prompts, rows) for rows in chunks(measurements))
+        return [self._ask("POST", path, body | dict(asked)) for body in bodies]
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         last: SomaflowError = Unavailable(f"{self._http.base_url}: not asked")
@@ -209,6 +322,11 @@ class Client:
             if response.status_code not in RETRIED:
                 break
         raise last
+
+
+def _effect(perturbation: str, name: str, part: dict[str, Any], features: dict[str, list[str]]) -> Effect:
+    control, perturbed, delta = (_array(part[which]) for which in ("control", "perturbed", "delta"))
+    return Effect(perturbation, name, features[name], control, perturbed, delta, part["top"])
 
 
 def _pause_s(attempt: int, last: SomaflowError) -> float:
@@ -307,11 +425,14 @@ def _body(measurements: Measurements, prompts: Mapping[str, Said] | None, rows: 
             "indices": indices.tolist(),
             "data": part.data.tolist(),
         }
-    said = {
+    return {"counts": counts, "prompts": _said(prompts, rows)}
+
+
+def _said(prompts: Mapping[str, Said] | None, rows: slice) -> dict[str, Any]:
+    return {
         name: value if isinstance(value, str | float | int) else list(value)[rows]
         for name, value in (prompts or {}).items()
     }
-    return {"counts": counts, "prompts": said}
 
 
 def _array(tensor: dict[str, Any]) -> NDArray[Any]:

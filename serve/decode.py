@@ -162,6 +162,30 @@ class Decoder:
             warnings += _warn(name, entries, matrices[name])
         return Decoded(Cells(matrices, full_prompts, n_cells, self._vocabulary_hash), coverage, warnings)
 
+    def said(self, prompts: Mapping[str, Said], n_cells: int) -> Cells:
+        """Check what is said of cells that nobody measured.
+
+        Raises:
+            FieldRefused: A field is wrong; the error names it.
+        """
+        if n_cells > self._limits.cells:
+            raise FieldRefused("cells", f"{n_cells:,} cells; ask for at most {self._limits.cells:,} in a request")
+        full = {"organism": [""] * n_cells} | self._decode_prompts(prompts, n_cells)
+        return Cells({}, full, n_cells, self._vocabulary_hash)
+
+    def columns(self, measurement: str, names: Sequence[str], where: str) -> tuple[int, ...]:
+        """Return the positions of features of a measurement.
+
+        Raises:
+            FieldRefused: One is not known, or several features carry the symbol.
+        """
+        found = self._indices[measurement].positions(names)
+        if (found < 0).any():
+            first = int(np.argmax(found < 0))
+            why = "several features carry this symbol" if found[first] == _AMBIGUOUS else "this model does not know it"
+            raise FieldRefused(f"{where}.{first}", f"{names[first]!r}: {why}; use ids from GET /v1/features")
+        return tuple(found.tolist())
+
     def check_prompt(self, field: str, value: str, where: str) -> None:
         """Refuse a prompt value that the model has not seen; of targets joined by "+", each must be known.
 

@@ -13,28 +13,27 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import ray.serve
 import ray.serve.exceptions
 import ray.serve.schema
-from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 import serve
 import store
 import train
+from serve.access import read_tokens
 from serve.app import make_app
 from serve.batcher import Load
 from serve.decode import Cells
 from serve.errors import Unavailable
-from serve.model import Description, Shift
+from serve.model import Description, Question
 from serve.replica import Predictor, Replica, load_predictor
 from serve.settings import ServeSettings
 from store.errors import InputRefused, MissingError, SomaflowError
@@ -63,15 +62,9 @@ class ModelReplica:
         """See :class:`Replica`."""
         return await _outcome(self._replica.describe())
 
-    async def embed(self, cells: Cells) -> NDArray[np.float32] | SomaflowError:
+    async def ask(self, cells: Cells, question: Question) -> Any:
         """See :class:`Replica`."""
-        return await _outcome(self._replica.embed(cells))
-
-    async def perturb(
-        self, cells: Cells, perturbations: Sequence[Sequence[str]]
-    ) -> list[dict[str, Shift]] | SomaflowError:
-        """See :class:`Replica`."""
-        return await _outcome(self._replica.perturb(cells, perturbations))
+        return await _outcome(self._replica.ask(cells, question))
 
     async def load(self) -> Load:
         """Return what waits and what was done."""
@@ -108,13 +101,9 @@ class RemoteModel:
         """See :class:`Replica`."""
         return await _value(self._handle.describe.remote())
 
-    async def embed(self, cells: Cells) -> NDArray[np.float32]:
+    async def ask(self, cells: Cells, question: Question) -> Any:
         """See :class:`Replica`."""
-        return await _value(self._handle.embed.remote(cells))
-
-    async def perturb(self, cells: Cells, perturbations: Sequence[Sequence[str]]) -> list[dict[str, Shift]]:
-        """See :class:`Replica`."""
-        return await _value(self._handle.perturb.remote(cells, perturbations))
+        return await _value(self._handle.ask.remote(cells, question))
 
 
 async def _value(response: Any) -> Any:
@@ -140,7 +129,8 @@ class Ingress:
         self._model = model
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return make_app(RemoteModel(self._model), self._settings.limits)
+        tokens = self._settings.tokens_file
+        return make_app(RemoteModel(self._model), self._settings.limits, read_tokens(tokens) if tokens else None)
 
 
 def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.serve.Application:

@@ -1,7 +1,7 @@
 """This module writes the model's answers as replies, with provenance and coverage.
 
 Shape letters used in this module:
-    C  cells      D  size of an embedding      G  features of a measurement
+    C  cells      D  size of an embedding      G  features of a measurement      Y  cell types      X  wanted features
 """
 
 from __future__ import annotations
@@ -11,21 +11,34 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 from serve.decode import Decoded, Features
 from serve.messages import (
+    AnnotateOptions,
+    AnnotateReply,
+    Annotation,
+    CsrCounts,
     Effect,
     EmbedOptions,
     EmbedReply,
     Encoding,
     FeatureEffect,
+    ForecastReply,
+    GenerateReply,
     MeasurementEffect,
     PerturbOptions,
     PerturbReply,
     Provenance,
     Tensor,
+    TranslateOptions,
+    TranslateReply,
+    TypeProbability,
 )
-from serve.model import Description, Shift
+from serve.model import Description, Shift, Shifts, Translate
+from train.ontology import covering_type, type_id
+
+UNKNOWN = "unknown"
 
 
 def provenance(description: Description) -> Provenance:
@@ -93,6 +106,80 @@ def perturb_reply(
         warnings=decoded.warnings,
         provenance=provenance(description),
     )
+
+
+def annotate_reply(
+    probability_CY: NDArray[np.float32], options: AnnotateOptions, decoded: Decoded, description: Description
+) -> AnnotateReply:
+    """Write which types cells are, and the type above those that are likely."""
+    names = description.prompts["cell_type"]
+    order_CY = np.argsort(-probability_CY, axis=1, kind="stable")
+    sorted_CY = np.take_along_axis(probability_CY, order_CY, axis=1)
+    n_likely_C = (np.cumsum(sorted_CY, axis=1) < options.cover).sum(axis=1) + 1
+    top = min(options.top, len(names) - 1)  # the first is "not said", which no cell is
+    cells = []
+    for order_Y, sorted_Y, n_likely in zip(order_CY, sorted_CY, n_likely_C, strict=True):
+        types = [
+            TypeProbability(cell_type=names[code], cell_type_id=type_id(names[code]), probability=float(value))
+            for code, value in zip(order_Y[:top], sorted_Y[:top], strict=True)
+        ]
+        known = types[0].probability >= options.min_probability
+        above = covering_type(frozenset(names[code] for code in order_Y[:n_likely]))
+        cells.append(
+            Annotation(
+                cell_type=types[0].cell_type if known else UNKNOWN,
+                types=types,
+                covering=above,
+                covering_id=type_id(above),
+            )
+        )
+    return AnnotateReply.model_construct(
+        cells=cells, coverage=decoded.coverage, warnings=decoded.warnings, provenance=provenance(description)
+    )
+
+
+def translate_reply(
+    values_CX: NDArray[np.float32], asked: Translate, options: TranslateOptions, decoded: Decoded, about: Description
+) -> TranslateReply:
+    """Write the expected values of a measurement."""
+    ids = about.vocabulary[asked.measurement].feature_id
+    return TranslateReply.model_construct(
+        measurement=asked.measurement,
+        unit=about.units[asked.measurement],
+        features=ids if asked.columns is None else [ids[column] for column in asked.columns],
+        values=tensor(values_CX) if options.encoding == "base64" else values_CX.tolist(),
+        coverage=decoded.coverage,
+        warnings=decoded.warnings,
+        provenance=provenance(about),
+    )
+
+
+def forecast_reply(
+    shifts: Shifts, options: PerturbOptions, decoded: Decoded, description: Description
+) -> ForecastReply:
+    """Write what becomes of cells."""
+    vocabulary = description.vocabulary
+    return ForecastReply.model_construct(
+        effects={name: _measurement_effect(shift, vocabulary[name], options) for name, shift in shifts.items()},
+        features={name: vocabulary[name].feature_id for name in shifts} if options.vectors else {},
+        cells=decoded.cells.n_cells,
+        coverage=decoded.coverage,
+        warnings=decoded.warnings,
+        provenance=provenance(description),
+    )
+
+
+def generate_reply(counts_CG: csr_matrix, measurement: str, description: Description) -> GenerateReply:
+    """Write drawn counts, with the features that have any."""
+    used, indices = np.unique(counts_CG.indices, return_inverse=True)
+    ids = description.vocabulary[measurement].feature_id
+    counts = CsrCounts.model_construct(
+        features=[ids[column] for column in used],
+        indptr=counts_CG.indptr.tolist(),
+        indices=indices.tolist(),
+        data=counts_CG.data.tolist(),
+    )
+    return GenerateReply.model_construct(measurement=measurement, counts=counts, provenance=provenance(description))
 
 
 def _measurement_effect(shift: Shift, features: Features, options: PerturbOptions) -> MeasurementEffect:

@@ -136,6 +136,85 @@ class PerturbRequest(Request):
     options: PerturbOptions = PerturbOptions()
 
 
+class AnnotateOptions(Request):
+    """How cell types are told."""
+
+    top: int = Field(default=3, ge=1, le=100, description="Types to list for each cell, likeliest first.")
+    cover: float = Field(
+        default=0.9,
+        gt=0,
+        lt=1,
+        description="`covering` names the nearest Cell Ontology type above the likeliest types that together have this "
+        "probability.",
+    )
+    min_probability: float = Field(
+        default=0.0, ge=0, le=1, description="A cell whose likeliest type is less likely is called `unknown`."
+    )
+    min_coverage: float | None = Field(default=None, ge=0, le=1)
+
+
+class AnnotateRequest(Request):
+    """Cells whose types are asked."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"counts": _CELLS_EXAMPLE, "options": {"top": 2, "min_probability": 0.5}}]}
+    )
+
+    counts: Counts
+    prompts: Prompts = Field(default_factory=dict)
+    options: AnnotateOptions = AnnotateOptions()
+
+
+class TranslateOptions(Request):
+    """How predicted values are written."""
+
+    features: Names | None = Field(
+        default=None, description="Ids or symbols of the features that are wanted; all when left out.", min_length=1
+    )
+    encoding: Encoding = Field(default="float", description="Form of the values.")
+    min_coverage: float | None = Field(default=None, ge=0, le=1)
+
+
+class TranslateRequest(Request):
+    """Cells of which another measurement is predicted."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"counts": _CELLS_EXAMPLE, "measurement": "protein", "options": {"features": ["CD3", "CD19"]}}]
+        }
+    )
+
+    counts: Counts
+    measurement: Name = Field(description="What is predicted; what was measured of it already is read too.")
+    prompts: Prompts = Field(default_factory=dict)
+    options: TranslateOptions = TranslateOptions()
+
+
+class ForecastRequest(Request):
+    """Cells whose future is asked."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"counts": _CELLS_EXAMPLE, "elapsed": 2.0}]})
+
+    counts: Counts
+    elapsed: float = Field(gt=0, le=1e9, description="How much later, in the unit of the model's `time`.")
+    prompts: Prompts = Field(default_factory=dict)
+    options: PerturbOptions = PerturbOptions()
+
+
+class GenerateRequest(Request):
+    """What is said of cells that are drawn from the model."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompts": {"tissue": "blood"}, "cells": 5, "measurement": "RNA"}]}
+    )
+
+    prompts: Prompts = Field(default_factory=dict)
+    cells: int = Field(default=1, ge=1, description="How many to draw.")
+    measurement: Name = Field(default="RNA", description="A measurement of counts.")
+    depth: float = Field(default=5_000.0, gt=0, le=1e6, description="Counts of a cell, on average.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="The same seed draws the same cells.")
+
+
 class Provenance(Reply):
     """Which model answered, and which data it learned from."""
 
@@ -208,6 +287,63 @@ class PerturbReply(Reply):
     cells: int
     coverage: dict[str, Coverage]
     warnings: list[str]
+    provenance: Provenance
+
+
+class TypeProbability(Reply):
+    """One type that a cell may be."""
+
+    cell_type: str
+    cell_type_id: str = Field(description="Its term in the Cell Ontology; empty where it has none.")
+    probability: float
+
+
+class Annotation(Reply):
+    """What one cell is."""
+
+    cell_type: str = Field(description="The likeliest type, or `unknown`.")
+    types: list[TypeProbability]
+    covering: str = Field(description="The ontology's nearest type above those that are likely; empty if none is.")
+    covering_id: str
+
+
+class AnnotateReply(Reply):
+    """One annotation per cell, in the order of the request."""
+
+    cells: list[Annotation]
+    coverage: dict[str, Coverage]
+    warnings: list[str]
+    provenance: Provenance
+
+
+class TranslateReply(Reply):
+    """Expected values, [cells, features]."""
+
+    measurement: str
+    unit: str
+    features: list[str] = Field(description="Feature ids of the columns.")
+    values: list[list[float]] | Tensor
+    coverage: dict[str, Coverage]
+    warnings: list[str]
+    provenance: Provenance
+
+
+class ForecastReply(Reply):
+    """What becomes of the cells: `control` is now, `perturbed` is later."""
+
+    effects: dict[str, MeasurementEffect]
+    features: dict[str, list[str]] = Field(description="Feature ids behind the vectors; empty without `vectors`.")
+    cells: int
+    coverage: dict[str, Coverage]
+    warnings: list[str]
+    provenance: Provenance
+
+
+class GenerateReply(Reply):
+    """Drawn counts as a compressed sparse row matrix, as requests have them."""
+
+    measurement: str
+    counts: CsrCounts
     provenance: Provenance
 
 

@@ -1,12 +1,11 @@
-"""This module says what a loaded model is to the HTTP side: three questions and the shape of their answers.
+"""This module says what a loaded model is to the HTTP side: the questions that it takes and the shape of its answers.
 
 Shape letters used in this module:
-    C  cells      D  size of an embedding      G  features of a measurement
+    C  cells      D  size of an embedding      G  features of a measurement      Y  cell types
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +23,8 @@ class Description:
     vocabulary: dict[str, Features]
     prompts: dict[str, list[str]]
     embedding_size: int
+    units: dict[str, str]
+    """Measurement to what its expected values are."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,65 @@ class Shift:
     control_G: NDArray[np.float32]
     perturbed_G: NDArray[np.float32]
     delta_G: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Where are the cells in the model's space? Answered with embedding_CD."""
+
+
+@dataclass(frozen=True)
+class Annotate:
+    """Of which types are they? Answered with probability_CY, in the order of the prompts' cell types."""
+
+
+@dataclass(frozen=True)
+class Translate:
+    """What would a measurement have shown? Answered with expected_CG.
+
+    Attributes:
+        measurement: Which.
+        columns: Positions of its features that are wanted; None wants all.
+    """
+
+    measurement: str
+    columns: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Perturb:
+    """What does hitting targets together do to them? Answered, for each group of targets, with shifts."""
+
+    perturbations: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What becomes of them after a while? Answered with shifts."""
+
+    elapsed: float
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw cells like these. Answered with counts_CG, the same for the same seed.
+
+    Attributes:
+        measurement: Of counts.
+        depth: Counts of a cell, on average.
+        seed: Of chance.
+        part: Which part of the request's cells these are.
+    """
+
+    measurement: str
+    depth: float
+    seed: int
+    part: int = 0
+
+
+Question = Embed | Annotate | Translate | Perturb | Forecast | Generate
+Shifts = dict[str, Shift]
+"""Measurement to shift."""
 
 
 class Model(Protocol):
@@ -46,10 +106,6 @@ class Model(Protocol):
         """Return the checkpoint's description; Unavailable while there is none."""
         ...
 
-    async def embed(self, cells: Cells) -> NDArray[np.float32]:
-        """Return embedding_CD."""
-        ...
-
-    async def perturb(self, cells: Cells, perturbations: Sequence[Sequence[str]]) -> list[dict[str, Shift]]:
-        """Return, for each perturbation, measurement to shift; a perturbation is a list of targets hit together."""
+    async def ask(self, cells: Cells, question: Question) -> Any:
+        """Return what the question says that it is answered with."""
         ...

@@ -3,7 +3,7 @@
 Nothing here knows of Ray or HTTP: the same class answers in a test's process and inside a Ray Serve replica.
 
 Shape letters used in this module:
-    C  cells      D  size of an embedding      G  features of a measurement      L  tokens per cell
+    C  cells      D  size of an embedding      G  features of a measurement      Y  cell types
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import train.predictor
 from serve.batcher import Batcher, Load, Piece, cut
 from serve.decode import Cells, Features, Vocabulary
 from serve.errors import StaleVocabulary, Unavailable
-from serve.model import Description, Shift
+from serve.model import Annotate, Description, Embed, Forecast, Generate, Perturb, Question, Shift, Translate
 from serve.settings import ServeSettings
 
 WARM_UP_FEATURES = (1, 64, 1_024)
@@ -40,6 +40,11 @@ class Predictor(Protocol):
     def cells(self, counts: dict[str, csr_matrix], prompts: dict[str, list[str]] | None) -> Any: ...  # noqa: D102
     def embed(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
     def perturb(self, cells: Any, perturbation: list[str]) -> Any: ...  # noqa: D102
+    def annotate(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
+    def shares(self, cells: Any, measurement: str) -> NDArray[np.float32]: ...  # noqa: D102
+    def forecast(self, cells: Any, elapsed: float) -> Any: ...  # noqa: D102
+    def draw(self, cells: Any, measurement: str, depth: float, seed: Sequence[int]) -> csr_matrix: ...  # noqa: D102
+    def unit(self, measurement: str) -> str: ...  # noqa: D102
     def n_tokens(self, cells: Any) -> NDArray[np.integer]: ...  # noqa: D102
 
 
@@ -48,7 +53,7 @@ class _Task:
     counts: dict[str, csr_matrix]
     prompts: dict[str, list[str]]
     n_cells: int
-    targets: tuple[str, ...] = ()
+    question: Question = Embed()  # noqa: RUF009 - frozen, and equal to any other
 
 
 def load_predictor(settings: ServeSettings) -> Predictor:
@@ -70,6 +75,7 @@ class Replica:
             vocabulary={name: Features.of(part) for name, part in predictor.vocabulary.items()},
             prompts={name: list(values) for name, values in predictor.prompts.items()},
             embedding_size=embedding_size,
+            units={name: predictor.unit(name) for name in predictor.vocabulary},
         )
         self._batcher: Batcher[_Task, Any] = Batcher(
             self._run, budget_tokens=settings.batching.budget_tokens, queue_tokens=settings.batching.queue_tokens
@@ -85,43 +91,31 @@ class Replica:
         self.check()
         return self.description
 
-    async def embed(self, cells: Cells) -> NDArray[np.float32]:
-        """Embed cells.
-
-        Returns:
-            embedding_CD in the order of ``cells``.
+    async def ask(self, cells: Cells, question: Question) -> Any:
+        """Answer a question about cells; see :mod:`serve.model` for what each is answered with.
 
         Raises:
+            InputRefused: The model cannot be asked this.
             StaleVocabulary: The columns of ``cells`` follow another vocabulary.
             Overloaded: Too much is waiting.
             DeadlineExceeded: The time allowed went by.
         """
-        tasks, rows = await self._tasks(cells)
-        parts = await self._submit(tasks, key=(*sorted(cells.counts), *sorted(cells.prompts)))
-        embedding_CD = np.empty((cells.n_cells, parts[0].shape[1]), dtype=np.float32)
-        for part, where in zip(parts, rows, strict=True):
-            embedding_CD[where] = part
-        return embedding_CD
-
-    async def perturb(self, cells: Cells, perturbations: Sequence[Sequence[str]]) -> list[dict[str, Shift]]:
-        """Predict what each perturbation does to ``cells``; a perturbation is a list of targets hit together.
-
-        Returns:
-            For each perturbation, measurement to its mean shift.
-
-        Raises:
-            StaleVocabulary, Overloaded, DeadlineExceeded: As for :meth:`embed`.
-        """
-        tasks, rows = await self._tasks(cells)
-        weights = np.array([len(where) for where in rows], dtype=np.float64) / cells.n_cells
+        if cells.vocabulary_hash != self._vocabulary_hash:
+            raise StaleVocabulary("the checkpoint was changed meanwhile; send the request again")
+        pieces, rows = await asyncio.to_thread(self._cut, cells)
         asked = [
-            replace(piece, payload=replace(piece.payload, targets=tuple(targets)))
-            for targets in perturbations
-            for piece in tasks
+            replace(piece, payload=replace(piece.payload, question=part))
+            for each in _apart(question, len(pieces))
+            for piece, part in zip(pieces, each, strict=True)
         ]
-        parts = await self._submit(asked, key=None)
-        groups = [parts[start : start + len(tasks)] for start in range(0, len(parts), len(tasks))]
-        return [_average(group, weights) for group in groups]
+        together = isinstance(question, Embed | Annotate | Translate)
+        key = (question, *sorted(cells.counts), *sorted(cells.prompts)) if together else None
+        parts = await self._batcher.submit(asked, key=key, timeout_s=self._settings.limits.timeout_s)
+        if not isinstance(question, Perturb | Forecast):
+            return _in_order(parts, rows)
+        weights = np.array([len(where) for where in rows], dtype=np.float64) / cells.n_cells
+        means = [_average(parts[start : start + len(rows)], weights) for start in range(0, len(parts), len(rows))]
+        return means[0] if isinstance(question, Forecast) else means
 
     def load(self) -> Load:
         """Return what waits and what was done."""
@@ -135,11 +129,6 @@ class Replica:
     def close(self) -> None:
         """Finish what waits, then stop."""
         self._batcher.close()
-
-    async def _tasks(self, cells: Cells) -> tuple[list[Piece[_Task]], list[NDArray[np.int64]]]:
-        if cells.vocabulary_hash != self._vocabulary_hash:
-            raise StaleVocabulary("the checkpoint was changed meanwhile; send the request again")
-        return await asyncio.to_thread(self._cut, cells)
 
     def _cut(self, cells: Cells) -> tuple[list[Piece[_Task]], list[NDArray[np.int64]]]:
         """Cut a request into pieces; also say which cells each piece holds."""
@@ -159,18 +148,26 @@ class Replica:
         ]
         return pieces, rows
 
-    async def _submit(self, pieces: list[Piece[_Task]], key: tuple[str, ...] | None) -> list[Any]:
-        return await self._batcher.submit(pieces, key=key, timeout_s=self._settings.limits.timeout_s)
-
     def _run(self, tasks: list[_Task]) -> list[Any]:
-        """One forward pass, in the batcher's thread: tasks to embed with equal measurements, or one perturbation."""
+        """One forward pass, in the batcher's thread: tasks of the same question, or one of any."""
         counts = {name: vstack([task.counts[name] for task in tasks], format="csr") for name in tasks[0].counts}
         prompts = {name: [x for task in tasks for x in task.prompts[name]] for name in tasks[0].prompts}
-        cells = self._predictor.cells(counts, prompts)
-        if tasks[0].targets:
-            return [_shifts(self._predictor.perturb(cells, list(tasks[0].targets)))]
-        embedding_CD = self._predictor.embed(cells)
-        return np.split(embedding_CD, np.cumsum([task.n_cells for task in tasks])[:-1])
+        cells, predictor = self._predictor.cells(counts, prompts), self._predictor
+        match tasks[0].question:
+            case Perturb(((*targets,),)):
+                return [_shifts(predictor.perturb(cells, targets))]
+            case Forecast(elapsed):
+                return [_shifts(predictor.forecast(cells, elapsed))]
+            case Generate(measurement, depth, seed, part):
+                return [predictor.draw(cells, measurement, depth, (seed, part))]
+            case Translate(measurement, columns):
+                found_CX = predictor.shares(cells, measurement)
+                found_CX = found_CX if columns is None else found_CX[:, list(columns)]
+            case Annotate():
+                found_CX = predictor.annotate(cells)
+            case _:
+                found_CX = predictor.embed(cells)
+        return np.split(found_CX, np.cumsum([task.n_cells for task in tasks])[:-1])
 
     def _warm_up(self) -> int:
         """Run the model on cells of several lengths; return the size of an embedding."""
@@ -184,6 +181,21 @@ class Replica:
                 counts[name] = csr_matrix((ones, columns, [0, len(columns)]), shape=(1, n_features))
             size = self._run([_Task(counts, {}, 1)])[0].shape[1]
         return size
+
+
+def _apart(question: Question, n_pieces: int) -> list[list[Question]]:
+    """Return what each piece is asked, in one round or several."""
+    if isinstance(question, Perturb):
+        return [[Perturb((targets,))] * n_pieces for targets in question.perturbations]
+    if isinstance(question, Generate):
+        return [[replace(question, part=number) for number in range(n_pieces)]]
+    return [[question] * n_pieces]
+
+
+def _in_order(parts: Sequence[Any], rows: Sequence[NDArray[np.int64]]) -> Any:
+    """Put pieces of rows where they were in the request."""
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    return csr_matrix(vstack(parts))[order] if isinstance(parts[0], csr_matrix) else np.concatenate(parts)[order]
 
 
 def _shifts(effect: Any) -> dict[str, Shift]:

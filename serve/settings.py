@@ -20,6 +20,8 @@ class Limits(Settings):
     """Most features that one measurement of a request may name."""
     perturbations: int = Field(default=64, gt=0)
     """Most perturbations in a request."""
+    values: int = Field(default=4_000_000, gt=0)
+    """Most predicted values (cells times features) in a reply."""
     min_coverage: float = Field(default=0.05, ge=0, le=1)
     """Least share of a measurement's counts that must belong to features of the model; less is refused."""
     timeout_s: float = Field(default=60.0, gt=0)
@@ -43,7 +45,7 @@ class ServeSettings(Settings):
     checkpoint: str
     """Directory of the checkpoint (safetensors, vocabulary, manifest)."""
     host: str = "127.0.0.1"
-    """Address to listen on. Anyone who reaches it can ask the model: there is no log-in yet."""
+    """Address to listen on. Anyone who reaches it can ask the model, unless there is a file of tokens."""
     port: int = Field(default=8000, ge=0, le=65_535)
     """TCP port to listen on; 0 takes a free one."""
     replicas: int = Field(default=1, gt=0)
@@ -54,5 +56,7 @@ class ServeSettings(Settings):
     """Torch device of each copy, as in ``cpu`` or ``cuda``."""
     address: str = ""
     """Ray cluster to join; empty starts one on this machine that ends with the command."""
+    tokens_file: str = ""
+    """TOML file of who may ask (``serve.access``), on every machine with an ingress; empty lets everybody in."""
     limits: Limits = Limits()
     batching: Batching = Batching()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,9 @@ class FakePredictor:
 
     Vocabulary: RNA features G0 .. G7 with ids ENSG0 .. ENSG7, and two features that share the symbol TWIN, one of them
     of the mouse; proteins P0 .. P2. A perturbation sets its target's mean to zero and leaves the others.
+    A cell is a B cell with certainty when G0 is its only gene, else one of two kinds of T cell. A measurement's
+    expected value is the cell's count of G0 at feature 0, 1 at feature 1, and so on; time adds to the mean. Drawn
+    counts are depth and seed at G1 and the tissue's code at G2.
     """
 
     def __init__(self, delay_s: float = 0.0) -> None:
@@ -51,6 +55,7 @@ class FakePredictor:
         self.prompts = {
             "organism": ["", "homo_sapiens", "mus_musculus"],
             "tissue": ["", "blood", "lung"],
+            "cell_type": ["", "B cell", "CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"],
             "perturbation": ["", "control", "G1", "G2"],
         }
         self.manifest: dict[str, Any] = {
@@ -65,12 +70,12 @@ class FakePredictor:
         self.batches: list[int] = []
 
     def cells(self, counts: dict[str, csr_matrix], prompts: dict[str, list[str]] | None) -> FakeCells:
-        n_cells = next(iter(counts.values())).shape[0]
+        n_cells = len(next(iter((prompts or {}).values()), [])) or next(iter(counts.values())).shape[0]
         said = (prompts or {}).get("tissue", [""] * n_cells)
         return FakeCells(counts, [self.prompts["tissue"].index(value) for value in said])
 
     def n_tokens(self, cells: FakeCells) -> np.ndarray:
-        return np.sum([np.diff(part.indptr) for part in cells.counts.values()], axis=0)
+        return sum((np.diff(part.indptr) for part in cells.counts.values()), np.zeros(len(cells.tissue), np.int64))
 
     def embed(self, cells: FakeCells) -> np.ndarray:
         time.sleep(self.delay_s)
@@ -94,3 +99,30 @@ class FakePredictor:
                     perturbed[names.index(target)] = 0
             effects[name] = FakeEffect(control, perturbed, perturbed - control)
         return effects
+
+    def annotate(self, cells: FakeCells) -> np.ndarray:
+        counts = cells.counts["RNA"].toarray()
+        only = (counts[:, 0] > 0) & (counts[:, 1:].sum(1) == 0)
+        return np.where(only[:, None], [[0, 1.0, 0, 0]], [[0, 0.1, 0.3, 0.6]]).astype(np.float32)
+
+    def shares(self, cells: FakeCells, measurement: str) -> np.ndarray:
+        first = cells.counts["RNA"][:, [0]].toarray()
+        values = np.arange(len(self.vocabulary[measurement].feature_id))[None, :] + np.zeros_like(first)
+        values[:, 0] = first[:, 0]
+        return values.astype(np.float32)
+
+    def unit(self, measurement: str) -> str:
+        return "count"
+
+    def forecast(self, cells: FakeCells, elapsed: float) -> dict[str, FakeEffect]:
+        effects = {}
+        for name, part in cells.counts.items():
+            now = np.asarray(part.mean(axis=0)).ravel().astype(np.float32)
+            effects[name] = FakeEffect(now, now + np.float32(elapsed), np.full_like(now, elapsed))
+        return effects
+
+    def draw(self, cells: FakeCells, measurement: str, depth: float, seed: Sequence[int]) -> csr_matrix:
+        drawn = np.zeros((len(cells.tissue), len(self.vocabulary[measurement].feature_id)), np.float32)
+        drawn[:, 1] = depth + seed[0]
+        drawn[:, 2] = cells.tissue
+        return csr_matrix(drawn)

@@ -11,6 +11,8 @@ from train.cells import PROMPTS
 from train.checkpoint import Vocabulary
 from train.config import ModelConfig
 from train.model import CellModel
+from train.ontology import type_terms
+from train.start import tell_types
 from train.tokens import TokenSettings
 
 GENES = [f"ENSG{i:011d}" for i in range(40)]
@@ -26,17 +28,22 @@ def write_checkpoint(folder: Path, *, width: int = 16, tokens: int = 24) -> Path
     prompts = {name: [""] for name in PROMPTS} | {
         "organism": ["", "homo_sapiens"],
         "tissue": ["", "blood", "lung"],
+        "cell_type": ["", "B cell", "CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"],
         "perturbation": ["", "control", "G1", "G2"],
     }
     torch.manual_seed(0)
+    types = type_terms(prompts["cell_type"])
     model = CellModel(
         ModelConfig(
             n_features={name: len(part.feature_id) for name, part in vocabulary.items()},
             n_prompts={name: len(prompts[name]) for name in PROMPTS},
             n_perturbations=len(prompts["perturbation"]),
             width=width,
+            n_terms=types.n_terms,
+            n_term_links=len(types.term_E),
         )
     )
+    tell_types(model, types)
     torch.nn.init.normal_(model.target.weight)
     provenance = {
         "snapshot": {"name": "small", "id": "c" * 64, "commit_id": "d" * 64, "lake_timestamp": 1},

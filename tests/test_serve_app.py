@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from serve.app import STATUS, make_app
 from serve.decode import Cells
 from serve.errors import DeadlineExceeded, Overloaded, StaleVocabulary, Unavailable
-from serve.model import Description, Shift
+from serve.model import Description, Embed, Question
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
 from store.errors import SomaflowError
@@ -52,10 +52,7 @@ class Failing:
         self.asked += 1
         return await self.real.describe()
 
-    async def embed(self, cells: Cells) -> Any:
-        raise self.error
-
-    async def perturb(self, cells: Cells, perturbations: Sequence[Sequence[str]]) -> list[dict[str, Shift]]:
+    async def ask(self, cells: Cells, question: Question) -> Any:
         raise self.error
 
 
@@ -96,6 +93,60 @@ def test_binary_and_normalised_embeddings_are_the_same_numbers(client: TestClien
     values = np.frombuffer(base64.b64decode(tensor["base64"]), dtype="<f2").reshape(tensor["shape"])
     assert tensor["dtype"] == "float16"
     np.testing.assert_allclose(values, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-3)
+
+
+def test_annotate_lists_types_names_what_covers_them_and_may_not_know(client: TestClient) -> None:
+    cells = [{"G0": 3}, {"G0": 1, "G1": 2}]
+    options = {"top": 2, "cover": 0.85, "min_probability": 0.7}
+    first, second = client.post("/v1/annotate", json={"counts": {"RNA": cells}, "options": options}).json()["cells"]
+    assert (first["cell_type"], first["covering"], first["covering_id"]) == ("B cell", "B cell", "CL:0000236")
+    assert second["cell_type"] == "unknown"
+    assert [one["cell_type"] for one in second["types"]] == [
+        "CD8-positive, alpha-beta T cell",
+        "CD4-positive, alpha-beta T cell",
+    ]
+    assert [round(one["probability"], 3) for one in second["types"]] == [0.6, 0.3]
+    assert (second["covering"], second["covering_id"]) == ("mature alpha-beta T cell", "CL:0000791")
+
+
+def test_translate_gives_the_features_that_were_asked_for(client: TestClient) -> None:
+    cells = {"RNA": [{"G0": n + 1, "G1": 1} for n in range(40)]}
+    request = {"counts": cells, "measurement": "protein", "options": {"features": ["CD8", "P0"]}}
+    reply = client.post("/v1/translate", json=request).json()
+    assert (reply["features"], reply["unit"]) == (["P2", "P0"], "count")
+    assert reply["values"] == [[2, n + 1] for n in range(40)]
+    assert len(client.post("/v1/translate", json=request | {"options": {}}).json()["values"][0]) == 3
+    report = check_problem(client.post("/v1/translate", json=request | {"measurement": "ATAC"}), 422)
+    assert report["errors"][0]["field"] == "measurement"
+    report = check_problem(client.post("/v1/translate", json=request | {"options": {"features": ["P0", "CD9"]}}), 422)
+    assert report["errors"][0]["field"] == "options.features.1"
+
+
+def test_more_values_than_a_reply_may_hold_are_refused(replica: Replica) -> None:
+    with TestClient(make_app(replica, Limits(values=5))) as client:
+        request = {"counts": CELLS, "measurement": "protein"}
+        assert "6 values" in check_problem(client.post("/v1/translate", json=request), 422)["detail"]
+        assert client.post("/v1/translate", json=request | {"options": {"features": ["P0"]}}).status_code == 200
+        assert "too many" in check_problem(client.post("/v1/generate", json={"cells": 20}), 422)["detail"]
+
+
+def test_forecast_tells_now_and_later(client: TestClient) -> None:
+    cells = [{"G0": 1}, {"G0": 3}] * 20
+    request = {"counts": {"RNA": cells}, "elapsed": 2.5, "options": {"top": 1, "vectors": True}}
+    reply = client.post("/v1/forecast", json=request).json()
+    effect = reply["effects"]["RNA"]
+    assert (reply["cells"], effect["control"][0], effect["perturbed"][0]) == (40, 2, 4.5)
+    check_problem(client.post("/v1/forecast", json=request | {"elapsed": 0}), 422)
+
+
+def test_generate_draws_cells_from_what_is_said(client: TestClient) -> None:
+    request = {"prompts": {"tissue": ["lung", "", "blood"]}, "cells": 3, "depth": 10.0, "seed": 4}
+    counts = client.post("/v1/generate", json=request).json()["counts"]
+    assert counts["features"] == ["ENSG00000000001", "ENSG00000000002"]
+    assert (counts["indptr"], counts["data"]) == ([0, 2, 3, 5], [14, 2, 14, 14, 1])
+    check_problem(client.post("/v1/generate", json=request | {"cells": 4}), 422)
+    check_problem(client.post("/v1/generate", json=request | {"cells": 101, "prompts": {}}), 422)
+    assert client.post("/v1/generate", json={}).status_code == 200
 
 
 def test_perturb_averages_over_all_cells_and_ranks_by_change(client: TestClient) -> None:
@@ -304,7 +355,7 @@ def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica) -> Non
 
     async def scenario() -> list[Any]:
         asked = [cells(number + 1, number + 2, protein=number % 2 == 0) for number in range(40)]
-        return await asyncio.gather(*(replica.embed(part) for part in asked))
+        return await asyncio.gather(*(replica.ask(part, Embed()) for part in asked))
 
     for number, answer in enumerate(asyncio.run(scenario())):
         protein = 1 - number % 2

@@ -140,6 +140,25 @@ def test_effects_come_back_as_vectors_over_named_features(served: Any) -> None:
     assert effects[0].top[0]["feature_name"] == "G1"
 
 
+def test_types_other_measurements_futures_and_drawn_cells_come_back_in_the_order_of_the_request(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, transport = served
+    monkeypatch.setattr(client_module, "CHUNK_CELLS", 2)
+    cells = [{"G0": 1}, {"G0": 2, "G1": 1}, {"G0": 3}]
+    told = client.annotate(cells, top=1, min_probability=0.9)
+    assert [cell["cell_type"] for cell in told] == ["B cell", "unknown", "B cell"]
+    predicted = client.translate(cells, "protein", features=["CD3", "CD8"])
+    assert len(transport.bodies) == 4
+    assert (predicted.feature_id, predicted.unit) == (["P0", "P2"], "count")
+    assert predicted.values.tolist() == [[1, 2], [2, 2], [3, 2]]
+    later = client.forecast(cells, 1.5, top=1)
+    np.testing.assert_allclose(later["RNA"].perturbed, later["RNA"].control + 1.5)
+    counts, features = client.generate(3, prompts={"tissue": ["lung", "", "blood"]}, depth=10, seed=4)
+    assert features == ["ENSG00000000001", "ENSG00000000002"]
+    assert counts.toarray().tolist() == [[14, 2], [14, 0], [14, 1]]
+
+
 @pytest.mark.parametrize(
     "cells", [[], [{}], 7, {"RNA": (csr_matrix((2, 1)), ["G1"]), "protein": (csr_matrix((3, 1)), ["CD4"])}]
 )

@@ -133,7 +133,7 @@ def test_prompts_are_one_value_for_all_cells_or_one_per_cell() -> None:
 @pytest.mark.parametrize(
     ("prompts", "field", "message"),
     [
-        ({"mood": "good"}, "prompts.mood", "it knows dose, organism"),
+        ({"mood": "good"}, "prompts.mood", "it knows cell_type, dose, organism"),
         ({"tissue": "Lung"}, "prompts.tissue", "did you mean 'lung'"),
         ({"tissue": ["blood", "lugn"]}, "prompts.tissue.1", "did you mean 'lung'"),
         ({"tissue": ["blood"]}, "prompts.tissue", "1 values for 2 cells"),

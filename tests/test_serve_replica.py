@@ -14,6 +14,7 @@ from small_checkpoint import write_checkpoint
 
 from serve.decode import Cells, Decoder
 from serve.errors import StaleVocabulary, Unavailable
+from serve.model import Annotate, Embed, Forecast, Generate, Perturb, Translate
 from serve.replica import Replica, load_predictor
 from serve.settings import Batching, Limits, ServeSettings
 from store.errors import InputRefused
@@ -55,7 +56,7 @@ def some_cells(predictor: Predictor, n_cells: int, seed: int, *, protein: bool =
 def test_one_request_gets_the_predictors_own_answer(replica: Replica, predictor: Predictor) -> None:
     cells = some_cells(predictor, 3, seed=1, protein=True, tissue="lung", time=[1, 2, 3])
     own = predictor.embed(predictor.cells(cells.counts, cells.prompts))
-    np.testing.assert_allclose(asyncio.run(replica.embed(cells)), own, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(asyncio.run(replica.ask(cells, Embed())), own, rtol=0, atol=1e-5)
 
 
 def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica, predictor: Predictor) -> None:
@@ -65,7 +66,7 @@ def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica, predic
     ]
 
     async def all_at_once() -> list[np.ndarray]:
-        return await asyncio.gather(*(replica.embed(cells) for cells in asked))
+        return await asyncio.gather(*(replica.ask(cells, Embed()) for cells in asked))
 
     for cells, together in zip(asked, asyncio.run(all_at_once()), strict=True):
         alone = predictor.embed(predictor.cells(cells.counts, cells.prompts))
@@ -74,7 +75,7 @@ def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica, predic
 
 def test_effects_over_pieces_equal_the_effect_over_all_cells(replica: Replica, predictor: Predictor) -> None:
     cells = some_cells(predictor, 50, seed=2, protein=True)
-    single, double = asyncio.run(replica.perturb(cells, [["G1"], ["G1", "G2"]]))
+    single, double = asyncio.run(replica.ask(cells, Perturb((("G1",), ("G1", "G2")))))
     for targets, shifts in ((["G1"], single), (["G1", "G2"], double)):
         own = predictor.perturb(predictor.cells(cells.counts, cells.prompts), targets)
         for name, shift in shifts.items():
@@ -83,10 +84,40 @@ def test_effects_over_pieces_equal_the_effect_over_all_cells(replica: Replica, p
             assert np.abs(shift.delta_G).max() > 0.01
 
 
+def test_types_and_other_measurements_are_those_that_the_predictor_tells(
+    replica: Replica, predictor: Predictor
+) -> None:
+    cells = some_cells(predictor, 50, seed=3, tissue="blood")
+    own = predictor.cells(cells.counts, cells.prompts)
+    told = asyncio.run(replica.ask(cells, Annotate()))
+    np.testing.assert_allclose(told, predictor.annotate(own), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(told.sum(1), 1, atol=1e-5)
+    found = asyncio.run(replica.ask(cells, Translate("protein", (3, 0))))
+    np.testing.assert_allclose(found, predictor.shares(own, "protein")[:, [3, 0]], rtol=0, atol=1e-5)
+    later, expected = asyncio.run(replica.ask(cells, Forecast(2.0))), predictor.forecast(own, 2.0)
+    for name, shift in later.items():
+        np.testing.assert_allclose(shift.delta_G, expected[name].delta_G, rtol=0, atol=1e-4)
+
+
+def test_the_same_seed_draws_the_same_cells_whatever_else_is_asked(replica: Replica, predictor: Predictor) -> None:
+    decoder = Decoder(predictor.vocabulary, predictor.prompts, predictor.manifest["vocabulary_hash"], Limits())
+    cells = decoder.said({"tissue": "lung"}, 60)  # several pieces
+
+    async def drawn() -> list[Any]:
+        other = replica.ask(some_cells(predictor, 5, seed=1), Embed())
+        return await asyncio.gather(*(replica.ask(cells, Generate("RNA", 200.0, seed)) for seed in (1, 1, 2)), other)
+
+    first, again, another, _ = (part for part in asyncio.run(drawn()))
+    np.testing.assert_array_equal(first.toarray(), again.toarray())
+    assert (first != another).nnz > 0
+    assert len({row.tobytes() for row in first.toarray()}) > 50, "pieces must not draw the same"
+    assert first.sum(1).mean() == pytest.approx(200, rel=0.1)
+
+
 def test_cells_written_for_another_checkpoint_are_refused(replica: Replica, predictor: Predictor) -> None:
     cells = some_cells(predictor, 1, seed=1)
     with pytest.raises(StaleVocabulary):
-        asyncio.run(replica.embed(Cells(cells.counts, cells.prompts, 1, "another")))
+        asyncio.run(replica.ask(Cells(cells.counts, cells.prompts, 1, "another"), Embed()))
 
 
 def test_threads_are_those_of_the_settings(checkpoint: Path) -> None:

@@ -15,6 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+@cache
+def type_id(label: str) -> str:
+    """Return the Cell Ontology's id of a label; "" where it is not one of the ontology's."""
+    return str(_parser().get_term_id_by_label(label, "CL") or "") if label else ""
+
+
 def covering_type(labels: Collection[str]) -> str:
     """Return the label of the nearest term of the Cell Ontology that every label is, or is a kind of.
 

@@ -247,7 +247,12 @@ class Predictor:
         return {name: Effect(now[name], later[name], later[name] - now[name]) for name in self.vocabulary}
 
     def draw(
-        self, cells: Cells, measurement: str, depth: float | NDArray[np.float64], seed: int = 0, elapsed: float = 0.0
+        self,
+        cells: Cells,
+        measurement: str,
+        depth: float | NDArray[np.float64],
+        seed: int | Sequence[int] = 0,
+        elapsed: float = 0.0,
     ) -> csr_matrix:
         """Draw counts_CG of cells like these, each from the likelihood that the model expects of it.
 
@@ -255,7 +260,7 @@ class Predictor:
             cells: The cells; one without counts is drawn from what is said of it alone.
             measurement: Of counts.
             depth: Counts of each cell, or of all; the draws have as many on average.
-            seed: The same seed draws the same.
+            seed: The same seed (or seeds together) draws the same.
             elapsed: How much later the drawn cells are.
 
         Raises:
@@ -275,7 +280,8 @@ class Predictor:
             depth=float(depth_C.mean()),
             elapsed=elapsed,
         )
-        random, start, drawn = np.random.default_rng([seed, 13]), 0, []
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        random, start, drawn = np.random.default_rng([*seeds, 13]), 0, []
         log_r_G = self.model.log_dispersion(measurement)
         for _, share_CG in self._expected(_later(cells, elapsed), (measurement,), asked):
             rate_CG = share_CG.double().cpu().numpy() * depth_C[start : start + len(share_CG), None]
@@ -305,6 +311,13 @@ class Predictor:
         return (
             np.concatenate(parts) if parts else np.zeros((0, len(self.vocabulary[measurement].feature_id)), np.float32)
         )
+
+    def unit(self, measurement: str) -> str:
+        """Say what the values are that :meth:`shares` returns."""
+        likelihood = self.model.config.likelihood_of(measurement)
+        if likelihood in COUNTS:
+            return "share of the cell's counts"
+        return {"gaussian": "level, in the source's unit", "bernoulli": "chance to be open"}.get(likelihood, "fraction")
 
     def _expected(self, cells: Cells, measurements: tuple[str, ...], asked: Asks) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield, batch by batch, what is expected of each measurement."""

@@ -1,0 +1,132 @@
+"""Who has a token gets in, as often as the owner may ask; nobody else does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_predictor import FakePredictor
+from starlette.testclient import TestClient
+from test_serve_app import CELLS, check_problem
+from test_serve_client import InProcess
+from typer.testing import CliRunner
+
+from serve import access
+from serve.__main__ import app as command
+from serve.access import Purse, read_tokens
+from serve.app import make_app
+from serve.client import Client
+from serve.replica import Replica
+from serve.settings import Limits, ServeSettings
+from store.errors import InputRefused, MissingError, SettingsError
+
+TEAM, APP = "team-" + "x" * 30, "app-" + "y" * 30
+
+
+@pytest.fixture(scope="module")
+def replica() -> Iterator[Replica]:
+    replica = Replica(FakePredictor(), ServeSettings(checkpoint="fake"))
+    yield replica
+    replica.close()
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[team]\ntoken = "{TEAM}"\n\n[app]\ntoken = "{APP}"\nrequests_per_minute = 3\n')
+    return path
+
+
+@pytest.fixture
+def client(replica: Replica, tokens: Path) -> Iterator[TestClient]:
+    app = make_app(replica, Limits(body_bytes=20_000), read_tokens(str(tokens)))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def asked(client: TestClient, **headers: str) -> Any:
+    return client.post("/v1/embed", json={"counts": CELLS}, headers=headers)
+
+
+def test_only_known_tokens_are_let_in(client: TestClient) -> None:
+    assert asked(client, Authorization=f"Bearer {TEAM}").status_code == 200
+    assert asked(client, Authorization=f"bearer  {TEAM} ").status_code == 200
+    strange = [f"Bearer {TEAM[:-1]}", f"Bearer {TEAM}x", f"Basic {TEAM}", TEAM, "Bearer ", "Bearer \x00\xff"]
+    for said in strange:
+        response = client.post("/v1/embed", json={"counts": CELLS}, headers={"Authorization": said.encode("latin-1")})
+        check_problem(response, 401)
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+        assert TEAM not in response.text
+    check_problem(asked(client), 401)
+    for path in ("/v1/models", "/openapi.json", "/v1/features"):
+        check_problem(client.get(path), 401)
+    assert client.get("/v1/health/ready").status_code == 200
+
+
+def test_a_strangers_body_is_not_read(client: TestClient) -> None:
+    check_problem(client.post("/v1/embed", content=b"x" * 50_000), 401)
+
+
+def test_an_owner_may_ask_as_often_as_the_file_says(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [time.monotonic()]
+    monkeypatch.setattr(access.time, "monotonic", lambda: now[0])
+    mine = {"Authorization": f"Bearer {APP}"}
+    assert [asked(client, **mine).status_code for _ in range(4)] == [200, 200, 200, 429]
+    refused = asked(client, **mine)
+    assert "app may ask 3 times a minute" in check_problem(refused, 429)["detail"]
+    now[0] += int(refused.headers["Retry-After"])
+    assert asked(client, **mine).status_code == 200
+    assert asked(client, Authorization=f"Bearer {TEAM}").status_code == 200
+
+
+def test_a_purse_holds_a_minutes_worth_at_most() -> None:
+    purse = Purse(b"", 60)
+    assert purse.take(purse.seen + 1e6) == 0
+    assert purse.left == 59
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no token"),
+        ('[a]\ntoken = "short"\n', r"a.*token.*at least 24"),
+        (f'[a]\ntoken = "{TEAM}"\nrequests = 3\n', "requests"),
+        (f'[a]\ntoken = "{TEAM}"\n[b]\ntoken = "{TEAM}"\n', "the same token"),
+        (f'token = "{TEAM}"\n', r"write \[OWNER\]"),
+        ("not toml", "not TOML"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused_without_its_secrets(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=message) as refused:
+        read_tokens(str(path))
+    assert TEAM not in str(refused.value)
+    assert "short" not in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="cannot be read"):
+        read_tokens(str(tmp_path / "none.toml"))
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/manifest.json").write_text("{}")
+    words = ["run", str(tmp_path / "checkpoint"), "--tokens", str(tmp_path / "none.toml")]
+    assert isinstance(CliRunner().invoke(command, words).exception, MissingError)
+
+
+def test_the_client_sends_the_token_that_it_is_given_or_that_the_environment_has(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = InProcess(client)
+    with Client("http://testserver", token=TEAM, transport=transport) as mine:
+        assert mine.models()
+    monkeypatch.setenv("SOMAFLOW_TOKEN", TEAM)
+    with Client("http://testserver", transport=transport) as mine:
+        assert mine.models()
+    with Client("http://testserver", token="", transport=transport) as mine, pytest.raises(InputRefused, match="token"):
+        mine.models()
