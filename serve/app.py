@@ -7,11 +7,13 @@ deployment. OpenAPI is at ``/openapi.json``; there are no pages that load script
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,7 +25,7 @@ from serve import encode
 from serve.access import Gate, Purse
 from serve.body import BodyLimit
 from serve.decode import Decoded, Decoder, Features
-from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleVocabulary, Unavailable
+from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.messages import (
     AnnotateReply,
     AnnotateRequest,
@@ -44,6 +46,7 @@ from serve.messages import (
     PerturbRequest,
     Problem,
     PromptsReply,
+    SwapReport,
     TranslateReply,
     TranslateRequest,
 )
@@ -52,12 +55,14 @@ from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
 
 log = logging.getLogger("somaflow.serve")
+T = TypeVar("T")
+R = TypeVar("R")
 
 STATUS: dict[type[Exception], int] = {
     Overloaded: 429,
     DeadlineExceeded: 504,
     Unavailable: 503,
-    StaleVocabulary: 503,
+    StaleModel: 503,
     ConflictError: 409,
     MissingError: 404,
     StorageError: 503,
@@ -68,6 +73,8 @@ STATUS: dict[type[Exception], int] = {
 
 RETRY_AFTER_S = {503: 1}
 MAX_PROBLEMS = 10
+FRESH_S = 1.0
+"""Seconds for which nobody asks whether another checkpoint answers now; the one before still answers meanwhile."""
 GENERATED_AT_ONCE = 10
 """Drawn values (most of them zeros, which are not sent) for one that may be predicted in a reply."""
 Asking = EmbedRequest | AnnotateRequest | TranslateRequest | PerturbRequest | ForecastRequest
@@ -96,6 +103,11 @@ class Loaded:
     description: Description
     decoder: Decoder
 
+    @property
+    def sha256(self) -> str:
+        """The digest of its weights."""
+        return str(self.description.manifest["model_sha256"])
+
 
 class Desk:
     """Keeps the decoder in step with the checkpoint that the model has loaded."""
@@ -104,13 +116,14 @@ class Desk:
         self.model = model
         self.limits = limits
         self._loaded: Loaded | None = None
+        self._asked = time.monotonic()
 
     async def loaded(self) -> Loaded:
         """Return the present checkpoint, asking the model the first time."""
         if self._loaded is None:
             description = await self.model.describe()
             decoder = Decoder(
-                description.vocabulary, description.prompts, str(description.manifest["vocabulary_hash"]), self.limits
+                description.vocabulary, description.prompts, str(description.manifest["model_sha256"]), self.limits
             )
             self._loaded = Loaded(description, decoder)
         return self._loaded
@@ -118,6 +131,24 @@ class Desk:
     def forget(self) -> None:
         """Ask the model again next time: it holds another checkpoint now."""
         self._loaded = None
+
+    async def fresh(self) -> Loaded:
+        """Return the checkpoint that answers, as the model said ``FRESH_S`` ago at most."""
+        now = time.monotonic()
+        if self._loaded is not None and now - self._asked > FRESH_S:
+            self._asked = now
+            if self._loaded.sha256 != await self.model.ready():
+                self.forget()
+        return await self.loaded()
+
+    async def again(self, answer: Callable[[R], Awaitable[T]], request: R) -> T:
+        """Answer a request; once more where the checkpoint was changed while it was read."""
+        await self.fresh()
+        try:
+            return await answer(request)
+        except StaleModel:
+            self.forget()
+            return await answer(request)
 
     async def embed(self, request: EmbedRequest) -> EmbedReply:
         """Answer an embedding request."""
@@ -231,48 +262,48 @@ def _add_questions(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/embed", response_model=EmbedReply, tags=["ask the model"])
     async def embed(request: EmbedRequest) -> Response:
         """Embed cells: one vector per cell, in the order of the request."""
-        return _json(await desk.embed(request))
+        return _json(await desk.again(desk.embed, request))
 
     @app.post("/v1/annotate", response_model=AnnotateReply, tags=["ask the model"])
     async def annotate(request: AnnotateRequest) -> Response:
         """Tell the type of each cell, how likely it is, and the ontology's type above those that are likely."""
-        return _json(await desk.annotate(request))
+        return _json(await desk.again(desk.annotate, request))
 
     @app.post("/v1/translate", response_model=TranslateReply, tags=["ask the model"])
     async def translate(request: TranslateRequest) -> Response:
         """Predict what a measurement that the cells do not have, or have in part, would show of each of them."""
-        return _json(await desk.translate(request))
+        return _json(await desk.again(desk.translate, request))
 
     @app.post("/v1/forecast", response_model=ForecastReply, tags=["ask the model"])
     async def forecast(request: ForecastRequest) -> Response:
         """Predict the mean expression of the cells after a while, beside the present one."""
-        return _json(await desk.forecast(request))
+        return _json(await desk.again(desk.forecast, request))
 
     @app.post("/v1/generate", response_model=GenerateReply, tags=["ask the model"])
     async def generate(request: GenerateRequest) -> Response:
         """Draw counts of cells of which nothing is known but what is said."""
-        return _json(await desk.generate(request))
+        return _json(await desk.again(desk.generate, request))
 
     @app.post("/v1/perturb", response_model=PerturbReply, tags=["ask the model"])
     async def perturb(request: PerturbRequest) -> Response:
         """Predict the mean expression of control cells with and without each perturbation."""
-        return _json(await desk.perturb(request))
+        return _json(await desk.again(desk.perturb, request))
 
 
 def _add_catalog(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/models", tags=["look up"])
     async def models() -> ModelsReply:
         """List the models that answer here, with where they come from and what they accept."""
-        description = (await desk.loaded()).description
-        return ModelsReply(models=[_card(description, desk.limits)])
+        desk.forget()  # what came of a swap is said here
+        return ModelsReply(models=[_card((await desk.loaded()).description, desk.limits)])
 
     @app.get("/v1/features", tags=["look up"])
     async def features(
         measurement: str = "RNA", offset: int = Query(0, ge=0), limit: int = Query(1_000, ge=1, le=10_000)
     ) -> FeaturesReply:
         """List the features of one measurement in the order of the model's vocabulary."""
-        description = (await desk.loaded()).description
-        part = desk.measurement(await desk.loaded(), measurement)
+        description = (await desk.fresh()).description
+        part = desk.measurement(await desk.fresh(), measurement)
         rows = zip(part.feature_id, part.feature_name, part.organism, strict=True)
         page = list(rows)[offset : offset + limit]
         return FeaturesReply(
@@ -286,14 +317,14 @@ def _add_catalog(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/perturbations", tags=["look up"])
     async def perturbations() -> PerturbationsReply:
         """List the perturbations that the model has seen."""
-        description = (await desk.loaded()).description
+        description = (await desk.fresh()).description
         names = [name for name in description.prompts.get("perturbation", []) if name not in ("", "control")]
         return PerturbationsReply(perturbations=names, vocabulary_hash=description.manifest["vocabulary_hash"])
 
     @app.get("/v1/prompts", tags=["look up"])
     async def prompts() -> PromptsReply:
         """List what can be said about cells, and the values that the model has seen."""
-        description = (await desk.loaded()).description
+        description = (await desk.fresh()).description
         return PromptsReply(
             prompts={name: [value for value in values if value] for name, values in description.prompts.items()},
             vocabulary_hash=description.manifest["vocabulary_hash"],
@@ -316,7 +347,7 @@ def _json(reply: BaseModel) -> Response:
 
 
 def _card(description: Description, limits: Limits) -> ModelCard:
-    provenance = encode.provenance(description)
+    provenance, swap = encode.provenance(description), description.swap
     return ModelCard(
         id=f"{provenance.snapshot_name}-{provenance.model_sha256[:12]}",
         ready=True,
@@ -326,7 +357,14 @@ def _card(description: Description, limits: Limits) -> ModelCard:
         embedding_size=description.embedding_size,
         prompts=sorted(description.prompts),
         limits=limits.model_dump(),
+        swap=None
+        if swap is None
+        else SwapReport(when=_day(swap.when), model_sha256=swap.model_sha256, error=swap.error),
     )
+
+
+def _day(seconds: float) -> str:
+    return f"{dt.datetime.fromtimestamp(seconds, dt.UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _add_problems(app: FastAPI, desk: Desk) -> None:
@@ -334,7 +372,7 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
 
     @app.exception_handler(SomaflowError)
     async def ours(request: Request, error: SomaflowError) -> Response:
-        if isinstance(error, StaleVocabulary):
+        if isinstance(error, StaleModel):
             desk.forget()
         status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
         if status == 500:

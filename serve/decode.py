@@ -94,13 +94,13 @@ class Cells:
     Attributes:
         counts: Measurement to counts_CG, float32, columns in vocabulary order.
         prompts: Prompt field to one value per cell.
-        vocabulary_hash: The vocabulary whose order the columns follow.
+        model_sha256: The checkpoint that they were decoded for: columns follow its vocabulary.
     """
 
     counts: dict[str, csr_matrix]
     prompts: dict[str, list[str]]
     n_cells: int
-    vocabulary_hash: str
+    model_sha256: str
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ class Decoder:
         self,
         vocabulary: Mapping[str, Vocabulary],
         prompts: Mapping[str, Sequence[str]],
-        vocabulary_hash: str,
+        model_sha256: str,
         limits: Limits,
     ) -> None:
         self._indices = {name: FeatureIndex(part) for name, part in vocabulary.items()}
         self._prompts = {name: list(values) for name, values in prompts.items()}
         self._known = {name: frozenset(values) for name, values in prompts.items()}
-        self._vocabulary_hash = vocabulary_hash
+        self._model_sha256 = model_sha256
         self._limits = limits
 
     def decode(
@@ -160,7 +160,7 @@ class Decoder:
             matrices[name], coverage[name] = _map(entries, self._indices[name], organism)
             _check_coverage(coverage[name], least, where)
             warnings += _warn(name, entries, matrices[name])
-        return Decoded(Cells(matrices, full_prompts, n_cells, self._vocabulary_hash), coverage, warnings)
+        return Decoded(Cells(matrices, full_prompts, n_cells, self._model_sha256), coverage, warnings)
 
     def said(self, prompts: Mapping[str, Said], n_cells: int) -> Cells:
         """Check what is said of cells that nobody measured.
@@ -171,7 +171,7 @@ class Decoder:
         if n_cells > self._limits.cells:
             raise FieldRefused("cells", f"{n_cells:,} cells; ask for at most {self._limits.cells:,} in a request")
         full = {"organism": [""] * n_cells} | self._decode_prompts(prompts, n_cells)
-        return Cells({}, full, n_cells, self._vocabulary_hash)
+        return Cells({}, full, n_cells, self._model_sha256)
 
     def columns(self, measurement: str, names: Sequence[str], where: str) -> tuple[int, ...]:
         """Return the positions of features of a measurement.

@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -33,14 +34,14 @@ from serve.app import make_app
 from serve.batcher import Load
 from serve.decode import Cells
 from serve.errors import Unavailable
+from serve.held import load_predictor
 from serve.model import Description, Question
-from serve.replica import Predictor, Replica, load_predictor
+from serve.replica import Loader, Replica
 from serve.settings import ServeSettings
 from store.errors import InputRefused, MissingError, SomaflowError
 from store.settings import parse_settings
 
 T = TypeVar("T")
-Loader = Callable[[ServeSettings], Predictor]
 
 APP = "somaflow"
 MAX_ONGOING = 1_024
@@ -51,8 +52,21 @@ class ModelReplica:
     """A :class:`Replica` in a process of its own."""
 
     def __init__(self, settings: dict[str, Any], load: Loader) -> None:
-        closed = ServeSettings(**settings)
-        self._replica = Replica(load(closed), closed)
+        self._settings, self._load, self._checkpoint = settings, load, ""
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Take the checkpoint that ``user_config`` names; another one later, without a new process.
+
+        The first must be good. What came of a later one is said at ``/v1/models``: an error would take the copy out of
+        service.
+        """
+        checkpoint = str(config["checkpoint"])
+        if not hasattr(self, "_replica"):
+            settings = ServeSettings(**self._settings, checkpoint=checkpoint)
+            self._replica = await asyncio.to_thread(Replica, settings, self._load)
+        elif checkpoint != self._checkpoint:
+            await asyncio.to_thread(self._replica.swap, checkpoint)
+        self._checkpoint = checkpoint
 
     async def ready(self) -> str | SomaflowError:
         """See :class:`Replica`."""
@@ -125,7 +139,7 @@ class Ingress:
     """The HTTP side; checks and decodes requests, so that the model's process only sees good ones."""
 
     def __init__(self, settings: dict[str, Any], model: DeploymentHandle) -> None:
-        self._settings = ServeSettings(**settings)
+        self._settings = ServeSettings(**settings, checkpoint="")
         self._model = model
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -135,7 +149,7 @@ class Ingress:
 
 def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.serve.Application:
     """Put the two deployments together; ``load`` gives each copy its model."""
-    values = settings.model_dump()
+    values = settings.model_dump(exclude={"checkpoint"})
     deployment = partial(
         ray.serve.deployment,
         max_ongoing_requests=MAX_ONGOING,
@@ -146,6 +160,7 @@ def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.s
     model = deployment(
         ModelReplica,
         num_replicas=settings.replicas,
+        user_config={"checkpoint": settings.checkpoint},
         ray_actor_options={"num_cpus": settings.threads, "num_gpus": n_gpus},
     )
     ingress = deployment(Ingress, ray_actor_options={"num_cpus": 0})

@@ -9,7 +9,7 @@
     ├── Overloaded        the queue is full: come back after ``retry_after_s``
     ├── DeadlineExceeded  no answer within the time that was allowed
     ├── Unavailable       no model is ready to answer
-    └── StaleVocabulary   the request was written for another checkpoint than the one that is loaded now
+    └── StaleModel        the request was decoded for a checkpoint that is no longer there
 """
 
 from __future__ import annotations
@@ -53,5 +53,5 @@ class Unavailable(ConflictError):
     """No model is ready to answer: it is starting, stopping, or has failed."""
 
 
-class StaleVocabulary(ConflictError):
-    """The request was decoded with another vocabulary than that of the loaded checkpoint."""
+class StaleModel(ConflictError):
+    """The request was decoded for a checkpoint that is no longer there, or not there yet."""

@@ -347,6 +347,14 @@ class GenerateReply(Reply):
     provenance: Provenance
 
 
+class SwapReport(Reply):
+    """What came of the last time that another checkpoint was to answer."""
+
+    when: str
+    model_sha256: str = Field(description="The one that answers since; empty where nothing changed.")
+    error: str = Field(description="Why nothing changed.")
+
+
 class ModelCard(Reply):
     """A model that answers here."""
 
@@ -358,6 +366,7 @@ class ModelCard(Reply):
     embedding_size: int
     prompts: list[str]
     limits: dict[str, int | float]
+    swap: SwapReport | None = None
 
 
 class ModelsReply(Reply):

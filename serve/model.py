@@ -16,6 +16,21 @@ from serve.decode import Cells, Features
 
 
 @dataclass(frozen=True)
+class Swap:
+    """What came of the last time that a checkpoint was to take another's place.
+
+    Attributes:
+        when: Unix time.
+        model_sha256: The one that answers since; empty where nothing changed.
+        error: Why not.
+    """
+
+    when: float
+    model_sha256: str
+    error: str
+
+
+@dataclass(frozen=True)
 class Description:
     """What is needed of a loaded checkpoint to decode requests and to write replies."""
 
@@ -25,6 +40,7 @@ class Description:
     embedding_size: int
     units: dict[str, str]
     """Measurement to what its expected values are."""
+    swap: Swap | None = None
 
 
 @dataclass(frozen=True)

@@ -1,121 +1,130 @@
-"""This module is one copy of the model at work: a predictor behind a batcher, warmed up before it is ready.
+"""This module is one copy of the model at work: checkpoints behind a batcher, the newest of which answers.
 
-Nothing here knows of Ray or HTTP: the same class answers in a test's process and inside a Ray Serve replica.
-
-Shape letters used in this module:
-    C  cells      D  size of an embedding      G  features of a measurement      Y  cell types
+A new checkpoint is loaded and warmed up beside the old one, and takes its place between two batches. The old one stays
+until everybody who was told of it has had an answer. A new one that cannot be used changes nothing but what is said of
+it. Nothing here knows of Ray or HTTP: the same class answers in a test's process and inside a Ray Serve replica.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 
-import train.predictor
-from serve.batcher import Batcher, Load, Piece, cut
-from serve.decode import Cells, Features, Vocabulary
-from serve.errors import StaleVocabulary, Unavailable
-from serve.model import Annotate, Description, Embed, Forecast, Generate, Perturb, Question, Shift, Translate
+from serve.batcher import Batcher, Load, Piece
+from serve.decode import Cells
+from serve.errors import StaleModel, Unavailable
+from serve.held import Held, Predictor, Task, load_predictor
+from serve.model import Annotate, Description, Embed, Forecast, Generate, Perturb, Question, Shift, Swap, Translate
 from serve.settings import ServeSettings
+from store.errors import SomaflowError
+from train.checkpoint import read_manifest
 
-WARM_UP_FEATURES = (1, 64, 1_024)
-"""Features per cell in the passes that warm the model up."""
+log = logging.getLogger("somaflow.serve")
 
-
-class Predictor(Protocol):
-    """What a replica asks of a loaded checkpoint; ``train.predictor.Predictor`` gives it."""
-
-    manifest: dict[str, Any]
-    prompts: dict[str, list[str]]
-
-    @property
-    def vocabulary(self) -> Mapping[str, Vocabulary]: ...  # noqa: D102
-    def cells(self, counts: dict[str, csr_matrix], prompts: dict[str, list[str]] | None) -> Any: ...  # noqa: D102
-    def embed(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
-    def perturb(self, cells: Any, perturbation: list[str]) -> Any: ...  # noqa: D102
-    def annotate(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
-    def shares(self, cells: Any, measurement: str) -> NDArray[np.float32]: ...  # noqa: D102
-    def forecast(self, cells: Any, elapsed: float) -> Any: ...  # noqa: D102
-    def draw(self, cells: Any, measurement: str, depth: float, seed: Sequence[int]) -> csr_matrix: ...  # noqa: D102
-    def unit(self, measurement: str) -> str: ...  # noqa: D102
-    def n_tokens(self, cells: Any) -> NDArray[np.integer]: ...  # noqa: D102
+Loader = Callable[[ServeSettings], Predictor]
 
 
 @dataclass(frozen=True)
-class _Task:
-    counts: dict[str, csr_matrix]
-    prompts: dict[str, list[str]]
-    n_cells: int
-    question: Question = Embed()  # noqa: RUF009 - frozen, and equal to any other
+class _Asked:
+    """A task, and the checkpoint that is to answer it."""
 
-
-def load_predictor(settings: ServeSettings) -> Predictor:
-    """Load the checkpoint that ``settings`` name, every file checked against its manifest."""
-    return train.predictor.Predictor.load(settings.checkpoint, device=settings.device)
+    held: Held
+    task: Task
 
 
 class Replica:
     """A model that many requests share."""
 
-    def __init__(self, predictor: Predictor, settings: ServeSettings) -> None:
+    def __init__(self, settings: ServeSettings, load: Loader = load_predictor) -> None:
+        """Load the checkpoint that the settings name.
+
+        Args:
+            settings: The server's.
+            load: Gives a checkpoint's predictor.
+        """
         torch.set_num_threads(settings.threads)
-        self._predictor = predictor
-        self._settings = settings
-        self._vocabulary_hash = str(predictor.manifest["vocabulary_hash"])
-        embedding_size = self._warm_up()
-        self.description = Description(
-            manifest=dict(predictor.manifest),
-            vocabulary={name: Features.of(part) for name, part in predictor.vocabulary.items()},
-            prompts={name: list(values) for name, values in predictor.prompts.items()},
-            embedding_size=embedding_size,
-            units={name: predictor.unit(name) for name in predictor.vocabulary},
-        )
-        self._batcher: Batcher[_Task, Any] = Batcher(
+        self._settings, self._load = settings, load
+        self._now = Held(load(settings))
+        self._held = {self._now.sha256: self._now}
+        self._swap: Swap | None = None
+        self._swapping, self._closed = threading.Lock(), threading.Event()
+        self._batcher: Batcher[_Asked, Any] = Batcher(
             self._run, budget_tokens=settings.batching.budget_tokens, queue_tokens=settings.batching.queue_tokens
         )
+        if settings.watch_s:
+            threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     async def ready(self) -> str:
         """Return the model_sha256 of the checkpoint that answers; Unavailable when none does."""
         self.check()
-        return str(self._predictor.manifest["model_sha256"])
+        return self._now.sha256
 
     async def describe(self) -> Description:
-        """Return what an ingress needs to know; megabytes for a large vocabulary, so ask once."""
+        """Return what an ingress needs to know; megabytes for a large vocabulary, so ask when the model changed."""
         self.check()
-        return self.description
+        return replace(self._now.description, swap=self._swap)
 
     async def ask(self, cells: Cells, question: Question) -> Any:
         """Answer a question about cells; see :mod:`serve.model` for what each is answered with.
 
         Raises:
             InputRefused: The model cannot be asked this.
-            StaleVocabulary: The columns of ``cells`` follow another vocabulary.
+            StaleModel: The cells were decoded for a checkpoint that is not here.
             Overloaded: Too much is waiting.
             DeadlineExceeded: The time allowed went by.
         """
-        if cells.vocabulary_hash != self._vocabulary_hash:
-            raise StaleVocabulary("the checkpoint was changed meanwhile; send the request again")
-        pieces, rows = await asyncio.to_thread(self._cut, cells)
+        held = self._held.get(cells.model_sha256)
+        if held is None:
+            raise StaleModel("the checkpoint was changed meanwhile; send the request again")
+        pieces, rows = await asyncio.to_thread(held.cut, cells, self._settings.batching.piece_tokens)
         asked = [
-            replace(piece, payload=replace(piece.payload, question=part))
+            Piece(_Asked(held, replace(piece.payload, question=part)), piece.rows, piece.longest)
             for each in _apart(question, len(pieces))
             for piece, part in zip(pieces, each, strict=True)
         ]
         together = isinstance(question, Embed | Annotate | Translate)
-        key = (question, *sorted(cells.counts), *sorted(cells.prompts)) if together else None
+        key = (held.sha256, question, *sorted(cells.counts), *sorted(cells.prompts)) if together else None
         parts = await self._batcher.submit(asked, key=key, timeout_s=self._settings.limits.timeout_s)
         if not isinstance(question, Perturb | Forecast):
             return _in_order(parts, rows)
         weights = np.array([len(where) for where in rows], dtype=np.float64) / cells.n_cells
         means = [_average(parts[start : start + len(rows)], weights) for start in range(0, len(parts), len(rows))]
         return means[0] if isinstance(question, Forecast) else means
+
+    def swap(self, checkpoint: str) -> Swap:
+        """Let another checkpoint answer from now on; return what came of it, which :meth:`describe` tells too.
+
+        It is verified, loaded and warmed up first. Where that fails, the present one goes on answering.
+        """
+        with self._swapping:
+            begin = time.time()
+            try:
+                new = Held(self._load(self._settings.model_copy(update={"checkpoint": checkpoint})))
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the old one answers
+                why = str(error) if isinstance(error, SomaflowError) else type(error).__name__
+                log.error("%s was not taken: %s", checkpoint, why)
+                self._swap = Swap(begin, "", why)
+                return self._swap
+            old, self._now = self._now, new
+            self._held[new.sha256] = new
+            self._settings = self._settings.model_copy(update={"checkpoint": checkpoint})
+            self._swap = Swap(begin, new.sha256, "")
+            if old.sha256 != new.sha256:
+                leaving = threading.Timer(2 * self._settings.limits.timeout_s, self._forget, [old])
+                leaving.daemon = True
+                leaving.start()
+            return self._swap
 
     def load(self) -> Load:
         """Return what waits and what was done."""
@@ -128,59 +137,28 @@ class Replica:
 
     def close(self) -> None:
         """Finish what waits, then stop."""
+        self._closed.set()
         self._batcher.close()
 
-    def _cut(self, cells: Cells) -> tuple[list[Piece[_Task]], list[NDArray[np.int64]]]:
-        """Cut a request into pieces; also say which cells each piece holds."""
-        tokens_C = np.asarray(self._predictor.n_tokens(self._predictor.cells(cells.counts, cells.prompts)))
-        rows = cut(tokens_C, self._settings.batching.piece_tokens)
-        pieces = [
-            Piece(
-                _Task(
-                    {name: counts_CG[where] for name, counts_CG in cells.counts.items()},
-                    {name: [values[cell] for cell in where] for name, values in cells.prompts.items()},
-                    len(where),
-                ),
-                rows=len(where),
-                longest=int(tokens_C[where].max()),
-            )
-            for where in rows
-        ]
-        return pieces, rows
+    def _run(self, asked: list[_Asked]) -> list[Any]:
+        return asked[0].held.run([one.task for one in asked])
 
-    def _run(self, tasks: list[_Task]) -> list[Any]:
-        """One forward pass, in the batcher's thread: tasks of the same question, or one of any."""
-        counts = {name: vstack([task.counts[name] for task in tasks], format="csr") for name in tasks[0].counts}
-        prompts = {name: [x for task in tasks for x in task.prompts[name]] for name in tasks[0].prompts}
-        cells, predictor = self._predictor.cells(counts, prompts), self._predictor
-        match tasks[0].question:
-            case Perturb(((*targets,),)):
-                return [_shifts(predictor.perturb(cells, targets))]
-            case Forecast(elapsed):
-                return [_shifts(predictor.forecast(cells, elapsed))]
-            case Generate(measurement, depth, seed, part):
-                return [predictor.draw(cells, measurement, depth, (seed, part))]
-            case Translate(measurement, columns):
-                found_CX = predictor.shares(cells, measurement)
-                found_CX = found_CX if columns is None else found_CX[:, list(columns)]
-            case Annotate():
-                found_CX = predictor.annotate(cells)
-            case _:
-                found_CX = predictor.embed(cells)
-        return np.split(found_CX, np.cumsum([task.n_cells for task in tasks])[:-1])
+    def _forget(self, old: Held) -> None:
+        if self._now.sha256 != old.sha256:
+            self._held.pop(old.sha256, None)
 
-    def _warm_up(self) -> int:
-        """Run the model on cells of several lengths; return the size of an embedding."""
-        size = 0
-        for per_cell in WARM_UP_FEATURES:
-            counts = {}
-            for name, vocabulary in self._predictor.vocabulary.items():
-                n_features = len(vocabulary.feature_id)
-                columns = np.arange(min(per_cell, n_features))
-                ones = np.ones(len(columns), dtype=np.float32)
-                counts[name] = csr_matrix((ones, columns, [0, len(columns)]), shape=(1, n_features))
-            size = self._run([_Task(counts, {}, 1)])[0].shape[1]
-        return size
+    def _watch(self) -> None:
+        """Take what is written where the checkpoint lies, once for each manifest."""
+        seen = self._now.sha256
+        while not self._closed.wait(self._settings.watch_s):
+            folder = Path(self._settings.checkpoint)
+            try:
+                found = str(read_manifest(folder)["model_sha256"])
+            except (SomaflowError, KeyError, OSError):
+                continue  # it is being written, or gone: the one in memory answers
+            if found not in (seen, self._now.sha256):
+                self.swap(str(folder))
+            seen = found
 
 
 def _apart(question: Question, n_pieces: int) -> list[list[Question]]:
@@ -196,10 +174,6 @@ def _in_order(parts: Sequence[Any], rows: Sequence[NDArray[np.int64]]) -> Any:
     """Put pieces of rows where they were in the request."""
     order = np.argsort(np.concatenate(rows), kind="stable")
     return csr_matrix(vstack(parts))[order] if isinstance(parts[0], csr_matrix) else np.concatenate(parts)[order]
-
-
-def _shifts(effect: Any) -> dict[str, Shift]:
-    return {name: Shift(part.control_G, part.perturbed_G, part.delta_G) for name, part in effect.items()}
 
 
 def _average(parts: Sequence[Mapping[str, Shift]], weights: NDArray[np.float64]) -> dict[str, Shift]:

@@ -44,6 +44,8 @@ class ServeSettings(Settings):
 
     checkpoint: str
     """Directory of the checkpoint (safetensors, vocabulary, manifest)."""
+    watch_s: float = Field(default=0, ge=0)
+    """Seconds between looks for another checkpoint written at the same place, which then answers; 0 never looks."""
     host: str = "127.0.0.1"
     """Address to listen on. Anyone who reaches it can ask the model, unless there is a file of tokens."""
     port: int = Field(default=8000, ge=0, le=65_535)

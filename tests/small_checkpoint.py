@@ -19,10 +19,16 @@ GENES = [f"ENSG{i:011d}" for i in range(40)]
 PROTEINS = [f"P{i}" for i in range(5)]
 
 
-def write_checkpoint(folder: Path, *, width: int = 16, tokens: int = 24) -> Path:
-    """Write ``folder``: 40 genes with symbols G0 .., 5 proteins, two tissues, perturbations of G1 and G2."""
+def write_checkpoint(
+    folder: Path, *, width: int = 16, tokens: int = 24, seed: int = 0, backwards: bool = False
+) -> Path:
+    """Write ``folder``: 40 genes with symbols G0 .., 5 proteins, two tissues, perturbations of G1 and G2.
+
+    ``backwards`` turns the order of the genes around: another vocabulary.
+    """
+    order = range(39, -1, -1) if backwards else range(40)
     vocabulary = {
-        "RNA": Vocabulary(GENES, [f"G{i}" for i in range(40)], ["homo_sapiens"] * 40),
+        "RNA": Vocabulary([GENES[i] for i in order], [f"G{i}" for i in order], ["homo_sapiens"] * 40),
         "protein": Vocabulary(PROTEINS, [f"CD{i}" for i in range(5)], ["homo_sapiens"] * 5),
     }
     prompts = {name: [""] for name in PROMPTS} | {
@@ -31,7 +37,7 @@ def write_checkpoint(folder: Path, *, width: int = 16, tokens: int = 24) -> Path
         "cell_type": ["", "B cell", "CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"],
         "perturbation": ["", "control", "G1", "G2"],
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     types = type_terms(prompts["cell_type"])
     model = CellModel(
         ModelConfig(

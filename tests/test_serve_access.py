@@ -28,7 +28,7 @@ TEAM, APP = "team-" + "x" * 30, "app-" + "y" * 30
 
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
-    replica = Replica(FakePredictor(), ServeSettings(checkpoint="fake"))
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
     yield replica
     replica.close()
 

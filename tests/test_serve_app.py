@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from serve.app import STATUS, make_app
 from serve.decode import Cells
-from serve.errors import DeadlineExceeded, Overloaded, StaleVocabulary, Unavailable
+from serve.errors import DeadlineExceeded, Overloaded, StaleModel, Unavailable
 from serve.model import Description, Embed, Question
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
@@ -27,7 +27,7 @@ CELLS = {"RNA": [{"G0": 1, "G1": 4}, {"G2": 2, "NOPE": 1}]}
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
     settings = ServeSettings(checkpoint="fake", batching=Batching(budget_tokens=64, piece_tokens=16))
-    replica = Replica(FakePredictor(), settings)
+    replica = Replica(settings, lambda _: FakePredictor())
     yield replica
     replica.close()
 
@@ -274,7 +274,7 @@ def test_a_body_over_the_limit_is_answered_before_it_is_read(replica: Replica) -
         (Overloaded("full", 3), 429, "3"),
         (DeadlineExceeded("late"), 504, None),
         (Unavailable("starting"), 503, "1"),
-        (StaleVocabulary("changed"), 503, "1"),
+        (StaleModel("changed"), 503, "1"),
         (SomaflowError("a secret detail"), 500, None),
         (RuntimeError("a secret detail"), 500, None),
     ],
@@ -294,14 +294,15 @@ def test_in_the_table_of_statuses_no_class_hides_behind_its_parent() -> None:
 
 
 def test_a_changed_checkpoint_is_described_anew(replica: Replica) -> None:
-    model = Failing(replica, StaleVocabulary("changed"))
+    model = Failing(replica, StaleModel("changed"))
     with TestClient(make_app(model, Limits())) as client:
-        client.get("/v1/models")
-        client.get("/v1/models")
+        client.get("/v1/features")
+        client.get("/v1/prompts")
         assert model.asked == 1
-        client.post("/v1/embed", json={"counts": CELLS})
-        client.get("/v1/models")
+        check_problem(client.post("/v1/embed", json={"counts": CELLS}), 503)  # read for the new one, and again refused
         assert model.asked == 2
+        client.get("/v1/features")
+        assert model.asked == 3
 
 
 def test_unknown_addresses_and_methods_are_problems_too(client: TestClient) -> None:
@@ -323,7 +324,7 @@ def test_the_model_says_what_it_knows(client: TestClient) -> None:
 
 
 def test_health_follows_the_model() -> None:
-    replica = Replica(FakePredictor(), ServeSettings(checkpoint="fake"))
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
     with TestClient(make_app(replica, Limits())) as client:
         assert client.get("/v1/health/ready").json() == {"status": "ready"}
         replica.close()
@@ -347,7 +348,7 @@ def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica) -> Non
         from serve.decode import Decoder
 
         fake = FakePredictor()
-        decoder = Decoder(fake.vocabulary, fake.prompts, "b" * 64, Limits())
+        decoder = Decoder(fake.vocabulary, fake.prompts, "a" * 64, Limits())
         request: dict[str, Any] = {"RNA": [{"G0": count} for count in counts]}
         if protein:
             request["protein"] = [{"CD4": 1} for _ in counts]

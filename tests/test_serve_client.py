@@ -61,7 +61,7 @@ class InProcess(httpx.BaseTransport):
 
 @pytest.fixture
 def served() -> Any:
-    replica = Replica(FakePredictor(), ServeSettings(checkpoint="fake"))
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
     with TestClient(make_app(replica, Limits())) as test_client:
         transport = InProcess(test_client)
         with Client("http://test", transport=transport, sleep=lambda _: None) as client:

@@ -13,9 +13,10 @@ import torch
 from small_checkpoint import write_checkpoint
 
 from serve.decode import Cells, Decoder
-from serve.errors import StaleVocabulary, Unavailable
+from serve.errors import StaleModel, Unavailable
+from serve.held import load_predictor
 from serve.model import Annotate, Embed, Forecast, Generate, Perturb, Translate
-from serve.replica import Replica, load_predictor
+from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
 from store.errors import InputRefused
 from train.predictor import Predictor
@@ -34,7 +35,7 @@ def predictor(checkpoint: Path) -> Predictor:
 @pytest.fixture(scope="module")
 def replica(checkpoint: Path) -> Iterator[Replica]:
     settings = ServeSettings(checkpoint=str(checkpoint), batching=Batching(budget_tokens=512, piece_tokens=128))
-    replica = Replica(load_predictor(settings), settings)
+    replica = Replica(settings)
     yield replica
     replica.close()
 
@@ -49,7 +50,7 @@ def some_cells(predictor: Predictor, n_cells: int, seed: int, *, protein: bool =
     }
     if protein:
         request["protein"] = [{f"CD{i}": int(rng.integers(0, 50)) for i in range(5)} for _ in range(n_cells)]
-    decoder = Decoder(predictor.vocabulary, predictor.prompts, predictor.manifest["vocabulary_hash"], Limits())
+    decoder = Decoder(predictor.vocabulary, predictor.prompts, predictor.manifest["model_sha256"], Limits())
     return decoder.decode(request, prompts).cells
 
 
@@ -100,7 +101,7 @@ def test_types_and_other_measurements_are_those_that_the_predictor_tells(
 
 
 def test_the_same_seed_draws_the_same_cells_whatever_else_is_asked(replica: Replica, predictor: Predictor) -> None:
-    decoder = Decoder(predictor.vocabulary, predictor.prompts, predictor.manifest["vocabulary_hash"], Limits())
+    decoder = Decoder(predictor.vocabulary, predictor.prompts, predictor.manifest["model_sha256"], Limits())
     cells = decoder.said({"tissue": "lung"}, 60)  # several pieces
 
     async def drawn() -> list[Any]:
@@ -116,14 +117,14 @@ def test_the_same_seed_draws_the_same_cells_whatever_else_is_asked(replica: Repl
 
 def test_cells_written_for_another_checkpoint_are_refused(replica: Replica, predictor: Predictor) -> None:
     cells = some_cells(predictor, 1, seed=1)
-    with pytest.raises(StaleVocabulary):
+    with pytest.raises(StaleModel):
         asyncio.run(replica.ask(Cells(cells.counts, cells.prompts, 1, "another"), Embed()))
 
 
 def test_threads_are_those_of_the_settings(checkpoint: Path) -> None:
     before = torch.get_num_threads()
     settings = ServeSettings(checkpoint=str(checkpoint), threads=2)
-    replica = Replica(load_predictor(settings), settings)
+    replica = Replica(settings)
     assert torch.get_num_threads() == 2
     replica.close()
     torch.set_num_threads(before)

@@ -1,0 +1,135 @@
+"""This module is a checkpoint in memory that answers: loaded, warmed up, described.
+
+Shape letters used in this module:
+    C  cells      D  size of an embedding      G  features of a measurement      Y  cell types
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, vstack
+
+import train.predictor
+from serve.batcher import Piece, cut
+from serve.decode import Cells, Features, Vocabulary
+from serve.model import Annotate, Description, Embed, Forecast, Generate, Perturb, Question, Shift, Translate
+from serve.settings import ServeSettings
+
+WARM_UP_FEATURES = (1, 64, 1_024)
+"""Features per cell in the passes that warm the model up."""
+
+
+class Predictor(Protocol):
+    """What a replica asks of a loaded checkpoint; ``train.predictor.Predictor`` gives it."""
+
+    manifest: dict[str, Any]
+    prompts: dict[str, list[str]]
+
+    @property
+    def vocabulary(self) -> Mapping[str, Vocabulary]: ...  # noqa: D102
+    def cells(self, counts: dict[str, csr_matrix], prompts: dict[str, list[str]] | None) -> Any: ...  # noqa: D102
+    def embed(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
+    def perturb(self, cells: Any, perturbation: list[str]) -> Any: ...  # noqa: D102
+    def annotate(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
+    def shares(self, cells: Any, measurement: str) -> NDArray[np.float32]: ...  # noqa: D102
+    def forecast(self, cells: Any, elapsed: float) -> Any: ...  # noqa: D102
+    def draw(self, cells: Any, measurement: str, depth: float, seed: Sequence[int]) -> csr_matrix: ...  # noqa: D102
+    def unit(self, measurement: str) -> str: ...  # noqa: D102
+    def n_tokens(self, cells: Any) -> NDArray[np.integer]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of a request: its cells, and what is asked of them."""
+
+    counts: dict[str, csr_matrix]
+    prompts: dict[str, list[str]]
+    n_cells: int
+    question: Question = Embed()  # noqa: RUF009 - frozen, and equal to any other
+
+
+def load_predictor(settings: ServeSettings) -> Predictor:
+    """Load the checkpoint that ``settings`` name, every file checked against its manifest."""
+    return train.predictor.Predictor.load(settings.checkpoint, device=settings.device)
+
+
+class Held:
+    """A checkpoint that is ready to answer."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        """Warm it up: what goes wrong here goes wrong before anybody is answered."""
+        self.predictor = predictor
+        embedding_size = self._warm_up()
+        self.description = Description(
+            manifest=dict(predictor.manifest),
+            vocabulary={name: Features.of(part) for name, part in predictor.vocabulary.items()},
+            prompts={name: list(values) for name, values in predictor.prompts.items()},
+            embedding_size=embedding_size,
+            units={name: predictor.unit(name) for name in predictor.vocabulary},
+        )
+
+    @property
+    def sha256(self) -> str:
+        """The digest of its weights, by which requests name it."""
+        return str(self.predictor.manifest["model_sha256"])
+
+    def cut(self, cells: Cells, piece_tokens: int) -> tuple[list[Piece[Task]], list[NDArray[np.int64]]]:
+        """Cut a request into pieces; also say which cells each piece holds."""
+        tokens_C = np.asarray(self.predictor.n_tokens(self.predictor.cells(cells.counts, cells.prompts)))
+        rows = cut(tokens_C, piece_tokens)
+        pieces = [
+            Piece(
+                Task(
+                    {name: counts_CG[where] for name, counts_CG in cells.counts.items()},
+                    {name: [values[cell] for cell in where] for name, values in cells.prompts.items()},
+                    len(where),
+                ),
+                rows=len(where),
+                longest=int(tokens_C[where].max()),
+            )
+            for where in rows
+        ]
+        return pieces, rows
+
+    def run(self, tasks: list[Task]) -> list[Any]:
+        """One forward pass, in the batcher's thread: tasks of the same question, or one of any."""
+        counts = {name: vstack([task.counts[name] for task in tasks], format="csr") for name in tasks[0].counts}
+        prompts = {name: [x for task in tasks for x in task.prompts[name]] for name in tasks[0].prompts}
+        cells, predictor = self.predictor.cells(counts, prompts), self.predictor
+        match tasks[0].question:
+            case Perturb(((*targets,),)):
+                return [_shifts(predictor.perturb(cells, targets))]
+            case Forecast(elapsed):
+                return [_shifts(predictor.forecast(cells, elapsed))]
+            case Generate(measurement, depth, seed, part):
+                return [predictor.draw(cells, measurement, depth, (seed, part))]
+            case Translate(measurement, columns):
+                found_CX = predictor.shares(cells, measurement)
+                found_CX = found_CX if columns is None else found_CX[:, list(columns)]
+            case Annotate():
+                found_CX = predictor.annotate(cells)
+            case _:
+                found_CX = predictor.embed(cells)
+        return np.split(found_CX, np.cumsum([task.n_cells for task in tasks])[:-1])
+
+    def _warm_up(self) -> int:
+        """Run the model on cells of several lengths; return the size of an embedding."""
+        size = 0
+        for per_cell in WARM_UP_FEATURES:
+            counts = {}
+            for name, vocabulary in self.predictor.vocabulary.items():
+                n_features = len(vocabulary.feature_id)
+                columns = np.arange(min(per_cell, n_features))
+                ones = np.ones(len(columns), dtype=np.float32)
+                counts[name] = csr_matrix((ones, columns, [0, len(columns)]), shape=(1, n_features))
+            size = self.run([Task(counts, {}, 1)])[0].shape[1]
+        return size
+
+
+def _shifts(effect: Any) -> dict[str, Shift]:
+    return {name: Shift(part.control_G, part.perturbed_G, part.delta_G) for name, part in effect.items()}
