@@ -203,8 +203,11 @@ class Client:
         top: int = 3,
         cover: float = 0.9,
         min_probability: float = 0.0,
+        min_novelty_p: float = 0.0,
     ) -> list[dict[str, Any]]:
         """Tell the type of each cell: ``cell_type``, ``types`` with probabilities and ontology ids, ``covering``.
+
+        ``novelty_p`` is how likely a cell of a known kind is to look so strange.
 
         Args:
             cells: As for :meth:`embed`.
@@ -212,11 +215,12 @@ class Client:
             top: Types to list.
             cover: Probability that the types under ``covering`` have together.
             min_probability: A cell whose likeliest type is less likely is "unknown".
+            min_novelty_p: So is a cell whose ``novelty_p`` is smaller.
 
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        options = {"top": top, "cover": cover, "min_probability": min_probability}
+        options = {"top": top, "cover": cover, "min_probability": min_probability, "min_novelty_p": min_novelty_p}
         replies = self._in_chunks("/v1/annotate", cells, prompts, {"options": options})
         return [cell for reply in replies for cell in reply["cells"]]
 

@@ -109,21 +109,22 @@ def perturb_reply(
 
 
 def annotate_reply(
-    probability_CY: NDArray[np.float32], options: AnnotateOptions, decoded: Decoded, description: Description
+    told: NDArray[np.float32], options: AnnotateOptions, decoded: Decoded, description: Description
 ) -> AnnotateReply:
-    """Write which types cells are, and the type above those that are likely."""
+    """Write which types cells are, the type above those that are likely, and how likely a known kind is."""
+    novelty_C, probability_CY = told[:, 0], told[:, 1:]
     names = description.prompts["cell_type"]
     order_CY = np.argsort(-probability_CY, axis=1, kind="stable")
     sorted_CY = np.take_along_axis(probability_CY, order_CY, axis=1)
     n_likely_C = (np.cumsum(sorted_CY, axis=1) < options.cover).sum(axis=1) + 1
     top = min(options.top, len(names) - 1)  # the first is "not said", which no cell is
     cells = []
-    for order_Y, sorted_Y, n_likely in zip(order_CY, sorted_CY, n_likely_C, strict=True):
+    for order_Y, sorted_Y, n_likely, novelty in zip(order_CY, sorted_CY, n_likely_C, novelty_C, strict=True):
         types = [
             TypeProbability(cell_type=names[code], cell_type_id=type_id(names[code]), probability=float(value))
             for code, value in zip(order_Y[:top], sorted_Y[:top], strict=True)
         ]
-        known = types[0].probability >= options.min_probability
+        known = types[0].probability >= options.min_probability and not novelty < options.min_novelty_p
         above = covering_type(frozenset(names[code] for code in order_Y[:n_likely]))
         cells.append(
             Annotation(
@@ -131,6 +132,7 @@ def annotate_reply(
                 types=types,
                 covering=above,
                 covering_id=type_id(above),
+                novelty_p=None if np.isnan(novelty) else float(novelty),
             )
         )
     return AnnotateReply.model_construct(

@@ -36,6 +36,7 @@ class Predictor(Protocol):
     def embed(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
     def perturb(self, cells: Any, perturbation: list[str]) -> Any: ...  # noqa: D102
     def annotate(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
+    def novelty(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
     def shares(self, cells: Any, measurement: str) -> NDArray[np.float32]: ...  # noqa: D102
     def forecast(self, cells: Any, elapsed: float) -> Any: ...  # noqa: D102
     def draw(self, cells: Any, measurement: str, depth: float, seed: Sequence[int]) -> csr_matrix: ...  # noqa: D102
@@ -112,7 +113,7 @@ class Held:
                 found_CX = predictor.shares(cells, measurement)
                 found_CX = found_CX if columns is None else found_CX[:, list(columns)]
             case Annotate():
-                found_CX = predictor.annotate(cells)
+                found_CX = np.column_stack([predictor.novelty(cells), predictor.annotate(cells)])
             case _:
                 found_CX = predictor.embed(cells)
         return np.split(found_CX, np.cumsum([task.n_cells for task in tasks])[:-1])

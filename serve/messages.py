@@ -150,6 +150,12 @@ class AnnotateOptions(Request):
     min_probability: float = Field(
         default=0.0, ge=0, le=1, description="A cell whose likeliest type is less likely is called `unknown`."
     )
+    min_novelty_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="A cell whose `novelty_p` is smaller is called `unknown`; so is this share of known kinds.",
+    )
     min_coverage: float | None = Field(default=None, ge=0, le=1)
 
 
@@ -305,6 +311,11 @@ class Annotation(Reply):
     types: list[TypeProbability]
     covering: str = Field(description="The ontology's nearest type above those that are likely; empty if none is.")
     covering_id: str
+    novelty_p: float | None = Field(
+        default=None,
+        description="How likely a cell of a known kind is to be at least as far from the training cells in the model's "
+        "space; small for cells of kinds that it never saw. Left out where the checkpoint cannot tell.",
+    )
 
 
 class AnnotateReply(Reply):

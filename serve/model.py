@@ -59,7 +59,11 @@ class Embed:
 
 @dataclass(frozen=True)
 class Annotate:
-    """Of which types are they? Answered with probability_CY, in the order of the prompts' cell types."""
+    """Of which types are they? Answered with [C, 1 + Y].
+
+    First the p value of being of a known kind, NaN where the checkpoint cannot tell, then the probabilities of types in
+    the order of the prompts' cell types.
+    """
 
 
 @dataclass(frozen=True)

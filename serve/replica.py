@@ -8,6 +8,7 @@ it. Nothing here knows of Ray or HTTP: the same class answers in a test's proces
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -28,7 +29,7 @@ from serve.held import Held, Predictor, Task, load_predictor
 from serve.model import Annotate, Description, Embed, Forecast, Generate, Perturb, Question, Shift, Swap, Translate
 from serve.settings import ServeSettings
 from store.errors import SomaflowError
-from train.checkpoint import read_manifest
+from train.checkpoint import MANIFEST
 
 log = logging.getLogger("somaflow.serve")
 
@@ -152,9 +153,9 @@ class Replica:
         seen = self._now.sha256
         while not self._closed.wait(self._settings.watch_s):
             folder = Path(self._settings.checkpoint)
-            try:
-                found = str(read_manifest(folder)["model_sha256"])
-            except (SomaflowError, KeyError, OSError):
+            try:  # the files themselves are compared with it when it is loaded
+                found = str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["model_sha256"])
+            except (ValueError, KeyError, TypeError, OSError):
                 continue  # it is being written, or gone: the one in memory answers
             if found not in (seen, self._now.sha256):
                 self.swap(str(folder))

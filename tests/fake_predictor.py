@@ -105,6 +105,10 @@ class FakePredictor:
         only = (counts[:, 0] > 0) & (counts[:, 1:].sum(1) == 0)
         return np.where(only[:, None], [[0, 1.0, 0, 0]], [[0, 0.1, 0.3, 0.6]]).astype(np.float32)
 
+    def novelty(self, cells: FakeCells) -> np.ndarray:
+        depth = np.asarray(cells.counts["RNA"].sum(axis=1)).ravel()
+        return np.where(depth > 100, 0.001, 0.5).astype(np.float32)
+
     def shares(self, cells: FakeCells, measurement: str) -> np.ndarray:
         first = cells.counts["RNA"][:, [0]].toarray()
         values = np.arange(len(self.vocabulary[measurement].feature_id))[None, :] + np.zeros_like(first)

@@ -109,6 +109,14 @@ def test_annotate_lists_types_names_what_covers_them_and_may_not_know(client: Te
     assert (second["covering"], second["covering_id"]) == ("mature alpha-beta T cell", "CL:0000791")
 
 
+def test_a_cell_of_no_known_kind_is_called_unknown(client: TestClient) -> None:
+    cells = {"RNA": [{"G0": 3}, {"G0": 300}]}
+    for least, expected in ((0.0, ["B cell", "B cell"]), (0.01, ["B cell", "unknown"])):
+        reply = client.post("/v1/annotate", json={"counts": cells, "options": {"min_novelty_p": least}}).json()
+        assert [cell["cell_type"] for cell in reply["cells"]] == expected
+        assert [round(cell["novelty_p"], 4) for cell in reply["cells"]] == [0.5, 0.001]
+
+
 def test_translate_gives_the_features_that_were_asked_for(client: TestClient) -> None:
     cells = {"RNA": [{"G0": n + 1, "G1": 1} for n in range(40)]}
     request = {"counts": cells, "measurement": "protein", "options": {"features": ["CD8", "P0"]}}

@@ -67,7 +67,14 @@ def test_a_run_learns_and_leaves_metrics_a_card_and_a_checkpoint(lake: str, tmp_
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert {"data_wait_s", "forward_backward_s", "optimizer_s", "tokens", "grad_norm"} <= set(rows[0])
-    assert Predictor.load(summary.checkpoint).manifest["global_step"] == 60
+    predictor = Predictor.load(summary.checkpoint)
+    assert predictor.manifest["global_step"] == 60
+    assert predictor.reference is not None
+    n_cells = open_snapshot(lake, "s").manifest["splits"]
+    assert (len(predictor.reference.embedding_RD), len(predictor.reference.distance_N)) == (
+        n_cells["train"],
+        n_cells["test"],
+    )
     card = (tmp_path / "run/checkpoint/README.md").read_text()
     assert f"{summary.loss_test:.4f}" in card
     assert json.loads((tmp_path / "run/settings.json").read_text())["steps"] == 60

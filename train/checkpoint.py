@@ -25,11 +25,13 @@ from store.errors import InputRefused, MissingError
 from store.lake import utc_now
 from train.config import ModelConfig
 from train.model import CellModel
+from train.novelty import Reference
 from train.tokens import TokenSettings
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 EXPORTED = ("README.md", "config.json", "model.safetensors", "vocabulary.json")
+REFERENCE = "reference.safetensors"
 VERSIONED = ("torch", "accelerate", "ray", "numpy", "safetensors", "tiledbsoma")
 
 
@@ -51,6 +53,7 @@ class Checkpoint:
     vocabulary: dict[str, Vocabulary]
     prompts: dict[str, list[str]]
     manifest: dict[str, Any]
+    reference: Reference | None = None
 
 
 def sha256(path: Path) -> str:
@@ -112,6 +115,7 @@ def export(
     prompts: dict[str, list[str]],
     provenance: dict[str, Any],
     card: str,
+    reference: Reference | None = None,
 ) -> Path:
     """Write what is served: safetensors, JSON, a card, and the manifest last; one that stands there is replaced whole.
 
@@ -123,6 +127,7 @@ def export(
         prompts: Prompt field to values, code by code, to ``vocabulary.json``.
         provenance: Snapshot, steps, seed and figures for the manifest.
         card: ``README.md``.
+        reference: What is known, to tell novel cells by: to ``reference.safetensors``.
     """
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
@@ -131,6 +136,9 @@ def export(
     words = {"features": {name: asdict(part) for name, part in vocabulary.items()}, "prompts": prompts}
     _write_json(temporary / "vocabulary.json", words)
     (temporary / "README.md").write_text(card, encoding="utf-8")
+    if reference is not None:
+        parts = {name: part.contiguous() for name, part in vars(reference).items()}
+        save_file(parts, temporary / REFERENCE)
     manifest = {
         **provenance,
         "model_sha256": sha256(temporary / "model.safetensors"),
@@ -199,9 +207,11 @@ def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
         model = CellModel(_in_order(sizes, manifest))
         model.load_state_dict(load_file(folder / "model.safetensors", device=device))
         tokens = TokenSettings(**config["tokens"])
+        reference = Reference(**load_file(folder / REFERENCE)) if REFERENCE in manifest["files"] else None
     except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(f"{folder}: not a checkpoint of this version: {error}") from error
-    return Checkpoint(model.to(torch.device(device)).eval(), tokens, ordered, dict(words["prompts"]), manifest)
+    model = model.to(torch.device(device)).eval()
+    return Checkpoint(model, tokens, ordered, dict(words["prompts"]), manifest, reference)
 
 
 def _in_order(config: ModelConfig, manifest: dict[str, Any]) -> ModelConfig:

@@ -39,7 +39,9 @@ from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
 from train.labels import Labels, read_labels
 from train.model import CellModel
+from train.novelty import HELD_OUT_CELLS, REFERENCE_CELLS, Reference, first_cells, make_reference
 from train.objective import Objective
+from train.predictor import Predictor
 from train.record import PARTS, Metrics, Summary, number_or_nan, read_metrics, read_summary, write_json
 from train.schedule import learning_rate
 from train.settings import RunSettings
@@ -492,16 +494,31 @@ class Run:
             return
         model = CellModel(self.plain.config)
         model.load_state_dict(weights)
+        words = {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")}
         provenance["data"] = describe(self.snapshot, self.settings.data.split)
         checkpoint.export(
             self.folder / name,
             model,
             self.objective.settings,
             self.vocabulary,
-            {name: self.labels.values[name] for name in (*PROMPTS, "perturbation")},
+            words,
             provenance,
             write_card(self.snapshot, self.settings, provenance | {"figures": figures}),
+            self._reference(Checkpoint(model.eval(), self.objective.settings, self.vocabulary, words, {})),
         )
+
+    def _reference(self, trained: Checkpoint) -> Reference | None:
+        """Embed cells that the model learned from, and others, so that novel cells can be told; None without others."""
+        data, model = self.settings.data, Predictor(trained, str(self.device))
+        model.model.to(self.device)
+        embedded = []
+        for split, n_cells in ((data.split, REFERENCE_CELLS), (data.test_split, HELD_OUT_CELLS)):
+            if not self.snapshot.manifest["splits"].get(split):
+                return None
+            stream = self._stream(split)
+            batches = stream.steps(0, stream.plan.steps_per_epoch)
+            embedded.append(np.concatenate([model.embed(cells) for cells in first_cells(batches, n_cells)]))
+        return make_reference(*(torch.from_numpy(part) for part in embedded))
 
 
 def with_absent(cells: Cells, names: Iterable[str]) -> Cells:

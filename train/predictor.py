@@ -27,6 +27,7 @@ from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
 from train.checkpoint import Vocabulary
 from train.likelihood import COUNTS, log_rates
 from train.niche import Company
+from train.novelty import unsaid
 from train.objective import company_of
 from train.tokens import SCALE, Tokens, make_tokens
 
@@ -56,6 +57,7 @@ class Predictor:
         self.vocabulary: dict[str, Vocabulary] = loaded.vocabulary
         self.prompts: dict[str, list[str]] = loaded.prompts
         self.manifest: dict[str, Any] = loaded.manifest
+        self.reference = loaded.reference
         self.device = torch.device(device)
         self._code = {name: {value: code for code, value in enumerate(values)} for name, values in self.prompts.items()}
         self._organism_G = {name: np.array(part.organism, dtype=object) for name, part in self.vocabulary.items()}
@@ -171,6 +173,15 @@ class Predictor:
                 for rows, tokens in self._batches(cells)
             ]
         return np.concatenate(parts) if parts else np.zeros((0, self.model.config.width), dtype=np.float32)
+
+    def novelty(self, cells: Cells) -> NDArray[np.float32]:
+        """Return p_C: how likely a cell of a known kind is to be at least as far from what is known.
+
+        What is said of the cells does not count. NaN where the checkpoint keeps no cells to compare with.
+        """
+        if self.reference is None:
+            return np.full(cells.n_cells, np.nan, np.float32)
+        return self.reference.p_values(torch.from_numpy(self.embed(unsaid(cells))))
 
     def annotate(self, cells: Cells) -> NDArray[np.float32]:
         """Return probability_CY of cell types, in the order of ``prompts["cell_type"]``; "" has none.

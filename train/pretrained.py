@@ -20,7 +20,7 @@ from store.errors import ConflictError, InputRefused, MissingError, StorageError
 from train import checkpoint
 from train.adapter import DEFAULT, WEIGHTS, attach, attached, chosen, merged, use
 from train.card import card_of
-from train.checkpoint import EXPORTED, MANIFEST
+from train.checkpoint import EXPORTED, MANIFEST, REFERENCE
 from train.predictor import Predictor
 
 SCHEME = "hf://"
@@ -64,14 +64,14 @@ def from_pretrained(
         StorageError: The hub cannot be reached, or lets nobody in, and the cache does not hold all files.
         InputRefused: A file differs from the manifest, or the adapter belongs to another checkpoint.
     """
-    with _folder(where, revision, cache, EXPORTED) as folder:
+    with _folder(where, revision, cache, (*EXPORTED, REFERENCE)) as folder:
         loaded = checkpoint.load(folder, device)
     if adapter is not None:
         with _folder(adapter, None, cache, (WEIGHTS,)) as folder:
             model = attach(loaded.model, {DEFAULT: folder}, loaded.manifest)
             used = {"adapter_sha256": checkpoint.sha256(folder / WEIGHTS)}
         use(model, DEFAULT)
-        loaded = replace(loaded, model=model, manifest=loaded.manifest | used)
+        loaded = replace(loaded, model=model, manifest=loaded.manifest | used, reference=None)  # it moves cells
     return Predictor(loaded, device)
 
 
@@ -97,7 +97,7 @@ def save_pretrained(predictor: Predictor, folder: str | Path) -> Path:
         kept["merged"] = {key: str(known.get(own, "")) for key, own in MERGED.items()}
     plain = merged(model) if attached(model) else model
     parts = (predictor.tokens, predictor.vocabulary, predictor.prompts)
-    return checkpoint.export(folder, plain, *parts, kept, card_of(kept))
+    return checkpoint.export(folder, plain, *parts, kept, card_of(kept), predictor.reference)
 
 
 @contextmanager
