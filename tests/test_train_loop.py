@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from ingest.simulate import SimulationSettings, simulate
-from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
+from store.errors import ConflictError, MissingError, SettingsError, StorageError, UsageError, VerificationError
 from store.schema import DatasetPlan, Features
 from store.settings import load_settings, parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
@@ -220,6 +220,25 @@ def test_two_workers_take_the_same_steps_as_one_and_a_finished_run_is_not_run_ag
         launch(settings(lake, tmp_path / "three", data={"split": "validation"}))
     with pytest.raises(MissingError, match=r"no snapshot 'none'"):
         launch(settings(lake, tmp_path / "three", snapshot="none"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # ray, at its imports and stop
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # ray, announcing its next version
+def test_a_cluster_without_room_is_said_and_ends_the_run(
+    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train import launch
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "4")
+    monkeypatch.setattr(launch, "STALLED_S", 1.0)
+    said: list[str] = []
+    words = "the cluster has 2 CPUs and the run needs 3: start more nodes"
+    with pytest.raises(StorageError, match=f"could not be started within 8 s: {words}"):
+        launch.launch(settings(lake, tmp_path, workers=3, patience_s=8), tell=said.append)
+    assert said
+    assert all(one.startswith(words) for one in said)
 
 
 @pytest.mark.ray

@@ -56,7 +56,11 @@ def train(
     )
     with Progress(*columns, console=console) as bars:
         bar = bars.add_task(f"{settings.name} on {settings.workers} workers", total=settings.steps, loss=float("nan"))
-        summary = launch(settings, lambda step, loss: bars.update(bar, completed=step, loss=loss))
+        summary = launch(
+            settings,
+            lambda step, loss: bars.update(bar, completed=step, loss=loss),
+            lambda words: bars.console.print(f"waiting: {words}"),
+        )
     if json:
         answer("train-run/v1", **as_json(summary))
     table = Table("steps", "train loss", "test loss", "cells/s", "data wait", "weights")

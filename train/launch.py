@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+import ray.train.v2.api.exceptions
 
 from store.cluster import ray_cluster
-from store.errors import InputRefused, MissingError, SomaflowError, UsageError
+from store.errors import InputRefused, MissingError, SomaflowError, StorageError, UsageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.gauges import Gauges
@@ -26,6 +29,10 @@ from train.state import valid_states
 POLL_S = 0.5
 RESIZE_S = 300.0
 """Seconds between looks for more workers; each change goes back to the last saved state."""
+START_S = "60"
+"""Seconds after which Ray Train gives up one attempt to start the workers, unless the environment says otherwise."""
+STALLED_S = 60.0
+"""Seconds without a step after which is said whether nodes are missing, and again after as many."""
 Progress = Callable[[int, float], None]
 """Called with the last finished step and its loss."""
 
@@ -45,10 +52,20 @@ def _leaving() -> bool:
     return ray.train.get_preemption_info() is not None
 
 
-def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) -> Summary:
+def launch(
+    settings: RunSettings,
+    progress: Progress = lambda step, loss: None,
+    tell: Callable[[str], object] = lambda words: None,
+) -> Summary:
     """Train on ``settings.workers`` workers and return what came of it; the same run again goes on or is done.
 
+    Args:
+        settings: The run's.
+        progress: Told of steps.
+        tell: Told, in words, when nothing goes on for want of nodes.
+
     Raises:
+        StorageError: The cluster has no room for the workers, and had none for ``settings.patience_s``.
         MissingError: No lake, snapshot or file of knowledge.
         ConflictError: The run's folder belongs to other settings.
         UsageError: The snapshot has no cell in the split to train on.
@@ -76,8 +93,14 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress), daemon=True)
     use_gpu = bool(_gpus())
+
+    def missing() -> None:
+        if words := _missing(settings, use_gpu):
+            tell(words)
+
+    watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress, missing), daemon=True)
+    start_s = float(os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S))
     cpus = max(settings.workers, os.cpu_count() or 1)
     with ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
         watcher.start()
@@ -96,18 +119,38 @@ def launch(settings: RunSettings, progress: Progress = lambda step, loss: None) 
             run_config=ray.train.RunConfig(
                 name=f"{settings.name}-{wanted[:12]}",
                 storage_path=str(folder / "ray"),
-                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=settings.max_failures,
+                    controller_failure_limit=math.ceil(settings.patience_s / start_s) - 1,
+                ),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(settings.threads)}},
             ),
         )
         try:
             trainer.fit()
+        except ray.train.v2.api.exceptions.ControllerError as error:
+            raise StorageError(
+                f"the workers could not be started within {settings.patience_s:g} s: "
+                f"{_missing(settings, use_gpu) or error.controller_failure}; the same command goes on with the run"
+            ) from error
         except Exception as error:
             raise _cause(error) from error
         finally:
             done.set()
             watcher.join(5)
     return read_summary(folder)
+
+
+def _missing(settings: RunSettings, use_gpu: bool) -> str:
+    """Say what the cluster lacks; "" where it has enough."""
+    kind, needed = "GPU" if use_gpu else "CPU", settings.workers_min or settings.workers
+    have = ray.cluster_resources().get(kind, 0.0)
+    if have >= needed:
+        return ""
+    remedy = (
+        "start more nodes" if settings.workers_min else "start more nodes, or let it go on with fewer (workers_min)"
+    )
+    return f"the cluster has {have:g} {kind}s and the run needs {needed}: {remedy}"
 
 
 def _check_split(settings: RunSettings, snapshot: Snapshot) -> None:
@@ -160,8 +203,9 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _watch(path: Path, done: threading.Event, progress: Progress) -> None:
-    """Follow the metrics file and tell of the newest step."""
+def _watch(path: Path, done: threading.Event, progress: Progress, stalled: Callable[[], None]) -> None:
+    """Follow the metrics file and tell of the newest step; say so where none comes."""
+    newest, since = -1, time.monotonic()
     while True:
         last = done.wait(POLL_S)
         try:
@@ -169,11 +213,17 @@ def _watch(path: Path, done: threading.Event, progress: Progress) -> None:
                 file.seek(max(0, path.stat().st_size - 4096))
                 lines = file.read().decode().splitlines()
             row = json.loads(lines[-1])
-            progress(int(row["step"]), float(row["loss"]))
+            step = int(row["step"])
+            progress(step, float(row["loss"]))
         except (OSError, IndexError, ValueError, KeyError):
-            pass
+            step = newest
+        if step != newest:
+            newest, since = step, time.monotonic()
         if last:
             return
+        if time.monotonic() - since > STALLED_S:
+            stalled()
+            since = time.monotonic()
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

@@ -54,7 +54,7 @@ BASELINE_CELLS = 16384
 EVALUATION_STEPS = 20
 WARNED_EVERY = 10
 RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
-MEANS = ("parallel", "recompute", "compile", "collective_timeout_s")
+MEANS = ("parallel", "recompute", "compile", "collective_timeout_s", "patience_s")
 KEPT = ("keep_last", "keep_best", "evaluate_every", "trackers")
 FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS, *KEPT), True) | {
     "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},

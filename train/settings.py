@@ -170,6 +170,9 @@ class RunSettings(Settings):
     """How often lost workers are replaced and the run goes on from its last state; -1 for ever."""
     collective_timeout_s: float = Field(default=600, gt=0)
     """Seconds that a worker waits for the others in an exchange; then the workers are taken for lost and replaced."""
+    patience_s: float = Field(default=1800, gt=0)
+    """Seconds that are waited in all for workers that cannot be started, for want of nodes; then the run ends with an
+    error, and the same command goes on with it."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """"ddp": each worker holds the model; "fsdp": each holds a part of it, of its gradients and moments (FSDP2)."""
     precision: Literal["no", "bf16", "fp16", "fp8"] = "no"
