@@ -1,14 +1,19 @@
 """What each part of the model is worth: one thing changed at a time, held-out loss and a linear probe of types.
 
-usage: make bench-ablation BENCH='--data ../shared/data --seeds 3'; writes docs/benchmarks/ablations.md.
+usage: make bench-ablation BENCH='--data ../shared/data --seeds 3 [--only WORD ...] [--again]'; writes
+docs/benchmarks/ablations.md from what is kept in docs/benchmarks/cases/ablation.json: what was measured already is not
+measured anew unless ``--again`` says so, so that an hour of it can be had in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +22,15 @@ from bench_floor import ROOT, kang, knowledge
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
+from train.checkpoint import code_commit
 from train.evaluation.cellfloor import Annotator, PrincipalComponents
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.ours import ModelEmbedder
 from train.evaluation.scratch import ScratchSettings, held_out_loss, train_on
 from train.evaluation.study import Study
 from train.tokens import TokenSettings
+
+LABELS = (5, 20)
 
 
 def variants(members: dict[str, list[str]]) -> dict[str, ScratchSettings]:
@@ -42,7 +50,7 @@ def variants(members: dict[str, list[str]]) -> dict[str, ScratchSettings]:
     }
 
 
-def measured(train: Study, test: Study, settings: ScratchSettings, seed: int) -> tuple[float, float, float]:
+def measured(train: Study, test: Study, settings: ScratchSettings, seed: int) -> dict[str, float]:
     """Return held-out loss, macro F1 and milliseconds a step."""
     begin = time.monotonic()
     model = train_on(train, settings, seed)
@@ -50,7 +58,7 @@ def measured(train: Study, test: Study, settings: ScratchSettings, seed: int) ->
     probe = Annotator("ours", ModelEmbedder(model), LogisticRegression(max_iter=2000)).fit(train)
     true = test.label("cell_type").astype(str)
     macro = f1_score(true, probe.predict(test), labels=sorted(set(true)), average="macro")
-    return held_out_loss(model, test, settings), float(macro), step_ms
+    return {"loss": held_out_loss(model, test, settings), "macro_f1": float(macro), "step_ms": step_ms}
 
 
 def few_labels(train: Study, test: Study, labels: int, seed: int) -> dict[str, float]:
@@ -74,39 +82,76 @@ def few_labels(train: Study, test: Study, labels: int, seed: int) -> dict[str, f
     return found
 
 
+class Kept:
+    """What was measured, by what, seed and figure; written after each."""
+
+    def __init__(self, path: Path, *, again: bool) -> None:
+        self.path = path
+        self.found = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not again else {}
+
+    def measure(self, what: str, seed: int, work: Callable[[], dict[str, float]]) -> None:
+        """Do the work unless it was done."""
+        mine = self.found.setdefault(what, {})
+        if str(seed) not in mine:
+            mine[str(seed)] = work() | {"commit": code_commit()}
+            self.path.write_text(json.dumps(self.found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            print(what, seed, mine[str(seed)], flush=True)
+
+    def lines(self, what: str, figures: Sequence[str], digits: str) -> list[str]:
+        """Return the figures' means and ranges over seeds."""
+        told = []
+        for figure in figures:
+            values = np.array([one[figure] for one in self.found[what].values()])
+            told.append(f"{values.mean():{digits}} ({values.min():{digits}} to {values.max():{digits}})")
+        return told
+
+
+def page(kept: Kept, names: Sequence[str]) -> str:
+    """Write what is kept."""
+    lines = [(ROOT / "tests/bench/ablation_intro.md").read_text(encoding="utf-8").rstrip()]
+    for name in names:
+        if name in kept.found:
+            ms = np.median([one["step_ms"] for one in kept.found[name].values()])
+            loss, told = *kept.lines(name, ["loss"], ".4f"), *kept.lines(name, ["macro_f1"], ".3f")
+            lines.append(f"| {name} | {len(kept.found[name])} | {loss} | {told} | {ms:.0f} |")
+    lines += ["", "## Pretrained or from scratch: few labels of each type", ""]
+    lines += ["| | labels of a type | seeds | macro F1 of types |", "|---|---|---|---|"]
+    for labels in LABELS:
+        rows = kept.found.get(few(labels), {})
+        for name in [figure for figure in next(iter(rows.values()), {}) if figure != "commit"]:
+            (told,) = kept.lines(few(labels), [name], ".3f")
+            lines.append(f"| {name} | {labels} | {len(rows)} | {told} |")
+    return "\n".join([*lines, ""])
+
+
+def few(labels: int) -> str:
+    """Name the comparison on so many labels of a type."""
+    return f"few labels ({labels})"
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[""], help="words of what is measured")
+    parser.add_argument("--again", action="store_true", help="forget what was measured")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    study = kang(options.data)
+    study, every = kang(options.data), variants(knowledge(options.data))
     fold = make_folds(study, FoldSettings(by="donor_id"))[0]
     train, test = study.take(fold.train_C), study.take(np.flatnonzero(fold.test_C)[:1500])
-    lines = [(ROOT / "tests/bench/ablation_intro.md").read_text(encoding="utf-8").rstrip()]
-    for name, settings in variants(knowledge(options.data)).items():
-        rows = np.array([measured(train, test, settings, seed) for seed in range(options.seeds)])
-        mean, low, high = rows.mean(axis=0), rows.min(axis=0), rows.max(axis=0)
-        loss, told = (f"{mean[k]:.4f} ({low[k]:.4f} to {high[k]:.4f})" for k in range(2))
-        lines.append(f"| {name} | {options.seeds} | {loss} | {told} | {np.median(rows[:, 2]):.0f} |")
-        print(lines[-1], flush=True)
-        (ROOT / "docs/benchmarks/ablations.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    lines += [
-        "",
-        "## Pretrained or from scratch: few labels of each type",
-        "",
-        "| | labels of a type | macro F1 of types |",
-        "|---|---|---|",
-    ]
-    for labels in (5, 20):
-        many = [few_labels(train, test, labels, seed) for seed in range(options.seeds)]
-        for name in many[0]:
-            values = np.array([one[name] for one in many])
-            lines.append(f"| {name} | {labels} | {values.mean():.3f} ({values.min():.3f} to {values.max():.3f}) |")
-            print(lines[-1], flush=True)
-        (ROOT / "docs/benchmarks/ablations.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    kept = Kept(ROOT / "docs/benchmarks/cases/ablation.json", again=options.again)
+    jobs: dict[str, Callable[[int], dict[str, float]]] = {
+        name: partial(measured, train, test, settings) for name, settings in every.items()
+    }
+    jobs |= {few(labels): partial(few_labels, train, test, labels) for labels in LABELS}
+    for name, job in jobs.items():
+        for seed in range(options.seeds):
+            if any(word in name for word in options.only):
+                kept.measure(name, seed, partial(job, seed))
+                (ROOT / "docs/benchmarks/ablations.md").write_text(page(kept, list(every)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 usage: make bench-step BENCH='--sizes small,base,large --tokens 2048,8192 --attention full,hybrid', or, with torch and
 numpy only, as on a bare GPU machine: PYTHONPATH=. python tests/bench/bench_step.py ... The last line of output is one
-JSON object. Arithmetic is counted as in ``train.arithmetic``; the device's is what its maker says (dense).
+JSON object; ``--page`` keeps the rows in docs/benchmarks/cases/step.json and writes docs/benchmarks/step.md from all.
+Arithmetic is counted as in ``train.arithmetic``; the device's is what its maker says (dense).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from train.model import CellModel
 from train.objective import Objective
 from train.tokens import TokenSettings
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
     "toy": {"width": 64, "layers": 4, "query_layers": 1, "heads": 4},
     "small": {"width": 256, "layers": 8, "query_layers": 2, "heads": 8},
@@ -108,6 +111,36 @@ def step_time(size: str, attention: str, budget: int, options: argparse.Namespac
     }
 
 
+INTRO = """# A training step
+
+Written by `make bench-step BENCH='--page ...'`: the median of a step's time (tokens, forward, backward, AdamW) over
+made-up cells of 20,000 genes and 200 proteins. Arithmetic is counted as in `train/arithmetic.py`; MFU is its share of
+what the device's maker says that it can do, in bf16.
+
+| device | size | weights | attention | tokens of a cell | cells | compiled | ms | tokens/s | MFU | memory |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def write_page(rows: list[dict[str, object]]) -> None:
+    """Put rows beside those that are kept, in place of those of the same kind, and write the page."""
+    kept = ROOT / "docs/benchmarks/cases/step.json"
+    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    same = ("device", "size", "attention", "tokens_of_a_cell", "cells", "compiled")
+    known |= {" ".join(str(row[key]) for key in same): row for row in rows}
+    kept.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    lines = []
+    for _, row in sorted(known.items()):
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        memory = "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f} GiB"
+        lines.append(
+            f"| {row['device']} | {row['size']} | {row['parameters']:,} | {row['attention']} | "
+            f"{row['tokens_of_a_cell']:,} | {row['cells']} | {'yes' if row['compiled'] else 'no'} | {row['ms']:.0f} | "
+            f"{row['tokens_s']:,.0f} | {mfu} | {memory} |"
+        )
+    (ROOT / "docs/benchmarks/step.md").write_text(INTRO + "\n".join([*lines, ""]), encoding="utf-8")
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,6 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--page", action="store_true", help="keep the rows and write docs/benchmarks/step.md")
     options = parser.parse_args()
     rows = []
     for size in options.sizes.split(","):
@@ -126,6 +160,8 @@ def main() -> None:
             for attention in options.attention.split(","):
                 rows.append(step_time(size, attention, budget, options))
                 print(json.dumps(rows[-1]), flush=True)
+    if options.page:
+        write_page(rows)
     print(json.dumps({"steps": rows}))
 
 
