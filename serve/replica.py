@@ -145,8 +145,8 @@ class Replica:
         return asked[0].held.run([one.task for one in asked])
 
     def _forget(self, old: Held) -> None:
-        if self._now.sha256 != old.sha256:
-            self._held.pop(old.sha256, None)
+        if self._held.get(old.sha256) is old and self._now is not old:
+            del self._held[old.sha256]
 
     def _watch(self) -> None:
         """Take what is written where the checkpoint lies, once for each manifest."""
