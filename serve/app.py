@@ -10,14 +10,15 @@ import asyncio
 import datetime as dt
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -51,12 +52,15 @@ from serve.messages import (
     TranslateRequest,
 )
 from serve.model import Annotate, Description, Embed, Forecast, Generate, Model, Perturb, Translate
+from serve.npz import NPZ, REPLY, write_npz
+from serve.payload import read_request
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
 
 log = logging.getLogger("somaflow.serve")
 T = TypeVar("T")
 R = TypeVar("R")
+Q = TypeVar("Q", EmbedRequest, TranslateRequest)
 
 STATUS: dict[type[Exception], int] = {
     Overloaded: 429,
@@ -87,7 +91,7 @@ _TITLES = {
     408: "The request came too slowly",
     409: "Somebody else changed what this needs",
     413: "The request is too large",
-    415: "The request is not JSON",
+    415: "The request is neither JSON nor npz",
     422: "The request cannot be used",
     429: "The server is busy",
     500: "The server made a mistake",
@@ -258,36 +262,88 @@ def make_app(model: Model, limits: Limits, purses: dict[str, Purse] | None = Non
     return app
 
 
-def _add_questions(app: FastAPI, desk: Desk) -> None:
-    @app.post("/v1/embed", response_model=EmbedReply, tags=["ask the model"])
-    async def embed(request: EmbedRequest) -> Response:
-        """Embed cells: one vector per cell, in the order of the request."""
-        return _json(await desk.again(desk.embed, request))
+class Forms(APIRoute):
+    """A route that takes its message as npz too."""
 
-    @app.post("/v1/annotate", response_model=AnnotateReply, tags=["ask the model"])
-    async def annotate(request: AnnotateRequest) -> Response:
+    limits = Limits()
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers: as FastAPI does, but for bodies that are no JSON."""
+        plain = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            if _media(request) != NPZ:
+                return await plain(request)
+            message = get_type_hints(self.endpoint)["request"]
+            read = await asyncio.to_thread(read_request, await request.body(), message, self.limits)
+            response: Response = await self.endpoint(read, request.headers.get("accept", ""))
+            return response
+
+        return answer
+
+
+def _media(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+Accept = Annotated[str, Header(description=f"`{NPZ}` gives the large array of the reply as one, beside `reply`.")]
+_BINARY: dict[str, Any] = {NPZ: {"schema": {"type": "string", "format": "binary"}}}
+_NPZ_BODY: dict[str, Any] = {"requestBody": {"content": _BINARY}}
+_NPZ_REPLY: dict[int | str, dict[str, Any]] = {200: {"content": _BINARY}}
+
+
+def _add_questions(app: FastAPI, desk: Desk) -> None:
+    """Add what is asked about cells; all take JSON or npz, and answer in JSON, or npz where there is a large array."""
+    forms = type("Forms", (Forms,), {"limits": desk.limits})
+    router = APIRouter(route_class=forms, tags=["ask the model"])
+
+    @router.post("/v1/embed", response_model=EmbedReply, openapi_extra=_NPZ_BODY, responses=_NPZ_REPLY)
+    async def embed(request: EmbedRequest, accept: Accept = "") -> Response:
+        """Embed cells: one vector per cell, in the order of the request."""
+        return _reply(await desk.again(desk.embed, _packed(request, accept)), accept, "embeddings")
+
+    @router.post("/v1/annotate", response_model=AnnotateReply, openapi_extra=_NPZ_BODY)
+    async def annotate(request: AnnotateRequest, accept: Accept = "") -> Response:
         """Tell the type of each cell, how likely it is, and the ontology's type above those that are likely."""
         return _json(await desk.again(desk.annotate, request))
 
-    @app.post("/v1/translate", response_model=TranslateReply, tags=["ask the model"])
-    async def translate(request: TranslateRequest) -> Response:
+    @router.post("/v1/translate", response_model=TranslateReply, openapi_extra=_NPZ_BODY, responses=_NPZ_REPLY)
+    async def translate(request: TranslateRequest, accept: Accept = "") -> Response:
         """Predict what a measurement that the cells do not have, or have in part, would show of each of them."""
-        return _json(await desk.again(desk.translate, request))
+        return _reply(await desk.again(desk.translate, _packed(request, accept)), accept, "values")
 
-    @app.post("/v1/forecast", response_model=ForecastReply, tags=["ask the model"])
-    async def forecast(request: ForecastRequest) -> Response:
+    @router.post("/v1/forecast", response_model=ForecastReply, openapi_extra=_NPZ_BODY)
+    async def forecast(request: ForecastRequest, accept: Accept = "") -> Response:
         """Predict the mean expression of the cells after a while, beside the present one."""
         return _json(await desk.again(desk.forecast, request))
+
+    @router.post("/v1/perturb", response_model=PerturbReply, openapi_extra=_NPZ_BODY)
+    async def perturb(request: PerturbRequest, accept: Accept = "") -> Response:
+        """Predict the mean expression of control cells with and without each perturbation."""
+        return _json(await desk.again(desk.perturb, request))
 
     @app.post("/v1/generate", response_model=GenerateReply, tags=["ask the model"])
     async def generate(request: GenerateRequest) -> Response:
         """Draw counts of cells of which nothing is known but what is said."""
         return _json(await desk.again(desk.generate, request))
 
-    @app.post("/v1/perturb", response_model=PerturbReply, tags=["ask the model"])
-    async def perturb(request: PerturbRequest) -> Response:
-        """Predict the mean expression of control cells with and without each perturbation."""
-        return _json(await desk.again(desk.perturb, request))
+    app.include_router(router)
+
+
+def _packed(request: Q, accept: str) -> Q:
+    """Return the request with its array in bytes, where the reply is npz."""
+    if NPZ not in accept:
+        return request
+    return request.model_copy(update={"options": request.options.model_copy(update={"encoding": "base64"})})
+
+
+def _reply(reply: BaseModel, accept: str, field: str) -> Response:
+    """Write a reply: all of it as JSON, or its array beside the rest."""
+    if NPZ not in accept:
+        return _json(reply)
+    array = encode.array(getattr(reply, field))
+    rest = reply.model_dump_json(exclude_none=True, exclude={field}).encode()
+    return Response(write_npz({field: array, REPLY: rest}), media_type=NPZ)
 
 
 def _add_catalog(app: FastAPI, desk: Desk) -> None:
@@ -383,9 +439,9 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if request.method == "POST" and media != "application/json":
-            return problem(415, f"send Content-Type: application/json (got {media[:80] or 'none'!r})")
+        media = _media(request)
+        if request.method == "POST" and media not in ("application/json", NPZ):
+            return problem(415, f"send Content-Type: application/json or {NPZ} (got {media[:80] or 'none'!r})")
         fields = [_field(item) for item in error.errors()[:MAX_PROBLEMS]]
         return problem(422, "; ".join(f"{item.field}: {item.message}" for item in fields), fields)
 

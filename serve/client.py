@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import base64
+import io
+import json
 import os
 import random
 import time
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from serve.errors import Overloaded, Unavailable
+from serve.npz import NPZ, REPLY, REQUEST, write_npz
 from store.errors import InputRefused, MissingError, SomaflowError
 
 RETRIED = frozenset({429, 503})
@@ -156,10 +159,10 @@ class Client:
             Overloaded: The server stays busy.
             Unavailable: Nobody answers, or no model is ready.
         """
-        options = {"encoding": "base64", "normalize": normalize, "dtype": dtype}
+        options = {"normalize": normalize, "dtype": dtype}
         replies = self._in_chunks("/v1/embed", cells, prompts, {"options": options})
         first = next((reply for reply in replies if reply["warnings"]), replies[0])
-        values = np.concatenate([_array(reply["embeddings"]) for reply in replies])
+        values = np.concatenate([reply["embeddings"] for reply in replies])
         return Embeddings(values, first["coverage"], first["warnings"], first["provenance"])
 
     def perturb(
@@ -185,9 +188,11 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         measurements = as_measurements(cells)
-        body = _body(measurements, prompts, slice(0, _n_cells(measurements)))
-        body["perturbations"] = [item if isinstance(item, str) else list(item) for item in perturbations]
-        body["options"] = {"vectors": True, "encoding": "base64", "top": top}
+        asked = {
+            "perturbations": [item if isinstance(item, str) else list(item) for item in perturbations],
+            "options": {"vectors": True, "encoding": "base64", "top": top},
+        }
+        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked)
         reply = self._ask("POST", "/v1/perturb", body)
         return [
             _effect(item["perturbation"], name, part, reply["features"])
@@ -243,10 +248,10 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        options = {"encoding": "base64"} | ({} if features is None else {"features": list(features)})
+        options = {} if features is None else {"features": list(features)}
         asked = {"measurement": measurement, "options": options}
         replies = self._in_chunks("/v1/translate", cells, prompts, asked)
-        values = np.concatenate([_array(reply["values"]) for reply in replies])
+        values = np.concatenate([reply["values"] for reply in replies])
         return Predicted(measurement, replies[0]["features"], values, replies[0]["unit"])
 
     def forecast(
@@ -264,8 +269,8 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         measurements = as_measurements(cells)
-        body = _body(measurements, prompts, slice(0, _n_cells(measurements)))
-        body |= {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
+        asked = {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
+        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked)
         reply = self._ask("POST", "/v1/forecast", body)
         return {name: _effect("", name, part, reply["features"]) for name, part in reply["effects"].items()}
 
@@ -304,16 +309,19 @@ class Client:
     ) -> list[dict[str, Any]]:
         """Ask about cells in chunks that the server accepts."""
         measurements = as_measurements(cells)
-        bodies = (_body(measurements, prompts, rows) for rows in chunks(measurements))
-        return [self._ask("POST", path, body | dict(asked)) for body in bodies]
+        bodies = (_body(measurements, prompts, rows, asked) for rows in chunks(measurements))
+        return [self._ask("POST", path, body) for body in bodies]
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, body: dict[str, Any] | bytes | None = None) -> dict[str, Any]:
+        """Send a message, as JSON or as the npz that it is; return the reply, with its array if there is one."""
         last: SomaflowError = Unavailable(f"{self._http.base_url}: not asked")
+        headers = {"Content-Type": NPZ, "Accept": f"{NPZ}, application/json"} if isinstance(body, bytes) else {}
+        sent: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
         for attempt in range(self._tries):
             if attempt:
                 self._sleep(_pause_s(attempt, last))
             try:
-                response = self._http.request(method, path, json=body)
+                response = self._http.request(method, path, headers=headers, **sent)
             except httpx.TransportError as error:
                 last = Unavailable(
                     f"{self._http.base_url} does not answer ({type(error).__name__}); is the server running? "
@@ -321,11 +329,19 @@ class Client:
                 )
                 continue
             if response.status_code == 200:
-                return cast("dict[str, Any]", response.json())
+                return _reply(response)
             last = _error(response)
             if response.status_code not in RETRIED:
                 break
         raise last
+
+
+def _reply(response: httpx.Response) -> dict[str, Any]:
+    if response.headers.get("content-type", "") != NPZ:
+        return cast("dict[str, Any]", response.json())
+    with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
+        reply: dict[str, Any] = json.loads(arrays[REPLY].tobytes())
+        return reply | {name: arrays[name] for name in arrays.files if name != REPLY}
 
 
 def _effect(perturbation: str, name: str, part: dict[str, Any], features: dict[str, list[str]]) -> Effect:
@@ -416,20 +432,25 @@ def chunks(measurements: Measurements) -> Iterator[slice]:
         start = stop
 
 
-def _body(measurements: Measurements, prompts: Mapping[str, Said] | None, rows: slice) -> dict[str, Any]:
-    counts = {}
+def _body(
+    measurements: Measurements, prompts: Mapping[str, Said] | None, rows: slice, asked: Mapping[str, Any]
+) -> bytes:
+    """Write some cells and what is asked of them as npz."""
+    message = {"prompts": _said(prompts, rows), **asked}
+    arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: json.dumps(message).encode()}
     for name, (matrix, features) in measurements.items():
         part = matrix[rows]
         if not np.all(np.isfinite(part.data)):
             raise InputRefused(f"counts.{name}: holds values that are not finite; send raw counts")
         used, indices = np.unique(part.indices, return_inverse=True)
-        counts[name] = {
-            "features": [features[column] for column in used] or features[:1],
-            "indptr": part.indptr.tolist(),
-            "indices": indices.tolist(),
-            "data": part.data.tolist(),
+        names = [features[column] for column in used] or features[:1]
+        arrays |= {
+            f"{name}/features": np.array([one.encode() for one in names]),
+            f"{name}/indptr": part.indptr,
+            f"{name}/indices": indices.astype(np.int32),
+            f"{name}/data": part.data,
         }
-    return {"counts": counts, "prompts": _said(prompts, rows)}
+    return write_npz(arrays)
 
 
 def _said(prompts: Mapping[str, Said] | None, rows: slice) -> dict[str, Any]:

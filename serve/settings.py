@@ -12,6 +12,8 @@ class Limits(Settings):
 
     body_bytes: int = Field(default=32 * 2**20, gt=0)
     """Largest request body; a larger one is answered 413 before it is read."""
+    unpacked_bytes: int = Field(default=256 * 2**20, gt=0)
+    """Most bytes that an npz body may have once it is unpacked."""
     cells: int = Field(default=10_000, gt=0)
     """Most cells in a request."""
     nonzeros: int = Field(default=4_000_000, gt=0)

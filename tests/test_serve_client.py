@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -18,6 +19,7 @@ from serve import client as client_module
 from serve.app import make_app
 from serve.client import Client, as_measurements, chunks
 from serve.errors import Overloaded, Unavailable
+from serve.npz import NPZ
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import InputRefused, MissingError
@@ -42,6 +44,21 @@ def busy(retry_after: str = "3") -> httpx.Response:
     return httpx.Response(429, json={"detail": "full"}, headers={"Retry-After": retry_after})
 
 
+def body_of(media: str, content: bytes) -> dict[str, Any]:
+    """Read what the client sent."""
+    if media != NPZ:
+        return json.loads(content)
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        counts: dict[str, Any] = {}
+        for name in arrays.files:
+            if name != "request":
+                measurement, part = name.split("/")
+                counts.setdefault(measurement, {})[part] = (
+                    arrays[name].astype(str if part == "features" else None).tolist()
+                )
+        return json.loads(arrays["request"].tobytes()) | {"counts": counts}
+
+
 class InProcess(httpx.BaseTransport):
     """Carries requests to an app in this process."""
 
@@ -52,7 +69,7 @@ class InProcess(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         content = request.read()
         if content:
-            self.bodies.append(json.loads(content))
+            self.bodies.append(body_of(request.headers["content-type"], content))
         answer = self.test_client.request(
             request.method, request.url.raw_path.decode(), content=content, headers=dict(request.headers)
         )

@@ -1,0 +1,31 @@
+"""This module writes bodies as npz, which both sides of the HTTP interface may send in place of JSON.
+
+An npz is a zip of ``.npy`` members. A request holds ``request``, the message without its counts as JSON in bytes, and
+each measurement's counts as ``RNA/indptr``, ``RNA/indices``, ``RNA/data`` and ``RNA/features``. A reply holds
+``reply``, the same as JSON but for its large array, and the array.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+NPZ = "application/x-npz"
+REQUEST, REPLY = "request", "reply"
+
+
+def write_npz(arrays: Mapping[str, NDArray[Any] | bytes]) -> bytes:
+    """Write arrays, and bytes as arrays of them; not compressed, since counts are sent over short ways."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, values in arrays.items():
+            array = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.ascontiguousarray(values)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                npy.write_array(member, array, allow_pickle=False)
+    return file.getvalue()

@@ -1,0 +1,139 @@
+"""This module reads requests as npz: the same messages, with counts as arrays in place of text (``serve.npz``).
+
+Nothing in a request is believed: sizes are compared with limits and with each other before anything is allocated, and
+nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi.exceptions import RequestValidationError
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from serve.errors import FieldRefused
+from serve.messages import CsrCounts
+from serve.npz import REQUEST
+from serve.settings import Limits
+
+PARTS = {"indptr": "iu", "indices": "iu", "data": "iuf", "features": "US"}
+"""What a measurement's counts are made of, and which kinds of numpy's types each may be."""
+MEASUREMENTS = 16
+LONGEST_NAME = 256
+_PLACEHOLDER: dict[str, Any] = {"RNA": [{}]}
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_request(body: bytes, message: type[M], limits: Limits) -> M:
+    """Return the message that an npz body holds; its counts hold arrays where JSON has lists.
+
+    Raises:
+        FieldRefused: The body is no such npz, or claims more than it is.
+        RequestValidationError: The message in it is wrong.
+    """
+    arrays = read_npz(body, limits)
+    said = arrays.pop(REQUEST, None)
+    try:
+        values = json.loads(said.tobytes()) if said is not None else None
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or "counts" in values:
+        raise FieldRefused(REQUEST, "must hold the message without its counts, a JSON object as bytes (uint8)")
+    counts = _counts(arrays, limits)
+    try:
+        plain = message.model_validate(values | {"counts": _PLACEHOLDER})
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+    return plain.model_copy(update={"counts": counts})
+
+
+def read_npz(body: bytes, limits: Limits) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an npz, all of one dimension.
+
+    Raises:
+        FieldRefused: It is damaged, holds something else, or is larger than it may be once it is unpacked.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            members = archive.infolist()
+            if len(members) > MEASUREMENTS * len(PARTS) + 1:
+                raise FieldRefused("body", f"{len(members):,} members; an npz of {MEASUREMENTS} measurements has fewer")
+            if sum(member.file_size for member in members) > limits.unpacked_bytes:
+                raise FieldRefused("body", f"more than {limits.unpacked_bytes:,} bytes once unpacked; send fewer cells")
+            found = {}
+            for member in members:
+                name = member.filename.removesuffix(".npy")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise FieldRefused("body", "send an npz as numpy.savez or numpy.savez_compressed writes it")
+                if name in found or name == member.filename:
+                    raise FieldRefused("body", f"member {member.filename[:80]!r}: send each array once, as NAME.npy")
+                found[name] = _array(archive.read(member), name)
+            return found
+    except FieldRefused:
+        raise
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+        raise FieldRefused("body", f"no npz: {str(error)[:200]}") from None
+    except (zipfile.zlib.error, ValueError) as error:  # type: ignore[attr-defined]
+        raise FieldRefused("body", f"damaged: {str(error)[:200]}") from None
+
+
+def _array(data: bytes, name: str) -> NDArray[Any]:
+    """Read a ``.npy``; its header is compared with what there is."""
+    file = io.BytesIO(data)
+    try:
+        major = npy.read_magic(file)[0]
+        read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+    except Exception as error:  # noqa: BLE001 - numpy's parser of headers raises what Python's parser does
+        raise FieldRefused(name[:80], f"no .npy array: {str(error)[:200]}") from None
+    left = len(data) - file.tell()
+    if dtype.hasobject or dtype.fields is not None or len(shape) != 1:
+        raise FieldRefused(name[:80], "send one dimension of numbers or texts")
+    if dtype.itemsize == 0 or shape[0] * dtype.itemsize != left:
+        raise FieldRefused(name[:80], f"its header says {shape[0]:,} values of {dtype}, and {left:,} bytes follow")
+    return np.frombuffer(data, dtype, offset=file.tell())
+
+
+def _counts(arrays: Mapping[str, NDArray[Any]], limits: Limits) -> dict[str, CsrCounts]:
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, values in arrays.items():
+        measurement, _, part = name.rpartition("/")
+        if not measurement or part not in PARTS or len(measurement) > LONGEST_NAME:
+            raise FieldRefused(name[:80], f"no part of counts; send MEASUREMENT/{{{', '.join(PARTS)}}}")
+        if values.dtype.kind not in PARTS[part]:
+            raise FieldRefused(f"counts.{name.replace('/', '.')}", f"holds {values.dtype}; it cannot be used here")
+        parts.setdefault(measurement, {})[part] = values
+    if not parts or len(parts) > MEASUREMENTS:
+        raise FieldRefused("counts", f"send 1 to {MEASUREMENTS} measurements")
+    found = {}
+    for measurement, own in parts.items():
+        where = f"counts.{measurement}"
+        lacking = [name for name in PARTS if name not in own]
+        if lacking:
+            raise FieldRefused(f"{where}.{lacking[0]}", "is missing")
+        if own["indptr"].dtype == np.uint64 or own["indices"].dtype == np.uint64:
+            raise FieldRefused(where, "send indptr and indices as int64 or smaller")
+        found[measurement] = CsrCounts.model_construct(
+            features=_names(own["features"], f"{where}.features", limits),
+            indptr=own["indptr"],
+            indices=own["indices"],
+            data=own["data"],
+        )
+    return found
+
+
+def _names(values: NDArray[Any], where: str, limits: Limits) -> list[str]:
+    width = values.dtype.itemsize // (4 if values.dtype.kind == "U" else 1)
+    if not 0 < len(values) <= limits.features or width > LONGEST_NAME:
+        raise FieldRefused(where, f"send 1 to {limits.features:,} names of at most {LONGEST_NAME} characters")
+    try:
+        return [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in values.tolist()]
+    except (UnicodeDecodeError, ValueError):
+        raise FieldRefused(where, "holds what is no text") from None

@@ -1,0 +1,142 @@
+"""Requests and replies as npz: the same answers as JSON; what lies about itself is refused before it is believed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_predictor import FakePredictor
+from starlette.testclient import TestClient
+from test_serve_app import check_problem
+
+from serve.app import make_app
+from serve.npz import NPZ, write_npz
+from serve.replica import Replica
+from serve.settings import Limits, ServeSettings
+
+FUZZED = int(os.environ.get("SOMAFLOW_FUZZ", "400"))
+"""Damaged bodies that are sent."""
+COUNTS = {
+    "RNA/features": np.array([b"G0", b"G1", b"NOPE"]),
+    "RNA/indptr": np.array([0, 2, 4]),
+    "RNA/indices": np.array([0, 1, 0, 2], np.int32),
+    "RNA/data": np.array([1, 4, 2, 1], np.float32),
+}
+PLAIN = {"RNA": {"features": ["G0", "G1", "NOPE"], "indptr": [0, 2, 4], "indices": [0, 1, 0, 2], "data": [1, 4, 2, 1]}}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
+    limits = Limits(cells=100, unpacked_bytes=100_000)
+    with TestClient(make_app(replica, limits), raise_server_exceptions=False) as client:
+        yield client
+    replica.close()
+
+
+def body(message: dict[str, Any] | bytes = b"{}", **changes: Any) -> bytes:
+    said = message if isinstance(message, bytes) else json.dumps(message).encode()
+    arrays = {"request": said, **COUNTS} | {name.replace("__", "/"): value for name, value in changes.items()}
+    return write_npz({name: value for name, value in arrays.items() if value is not None})
+
+
+def sent(client: TestClient, content: bytes, path: str = "embed", accept: str = "*/*") -> Any:
+    return client.post(f"/v1/{path}", content=content, headers={"Content-Type": NPZ, "Accept": accept})
+
+
+def test_every_question_takes_npz_and_answers_as_to_json(client: TestClient) -> None:
+    for path, asked in {
+        "embed": {"prompts": {"tissue": ["", "lung"]}, "options": {"normalize": True}},
+        "annotate": {"options": {"top": 1}},
+        "translate": {"measurement": "protein"},
+        "forecast": {"elapsed": 1.5},
+        "perturb": {"perturbations": ["G1"]},
+    }.items():
+        plain = client.post(f"/v1/{path}", json={"counts": PLAIN, **asked})
+        assert plain.status_code == 200, plain.text
+        assert sent(client, body(asked), path).json() == plain.json()
+
+
+@pytest.mark.parametrize(("path", "field"), [("embed", "embeddings"), ("translate", "values")])
+def test_arrays_come_back_as_arrays_where_they_are_accepted(client: TestClient, path: str, field: str) -> None:
+    asked = {"measurement": "protein"} if path == "translate" else {}
+    reply = sent(client, body(asked), path, accept=NPZ)
+    assert reply.headers["content-type"] == NPZ
+    plain = client.post(f"/v1/{path}", json={"counts": PLAIN, **asked}).json()
+    with np.load(io.BytesIO(reply.content), allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays[field], np.array(plain.pop(field), np.float32))
+        assert json.loads(arrays["reply"].tobytes()) == plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"message": b"[]"}, "request"),
+        ({"message": b"{"}, "request"),
+        ({"message": {"counts": {}}}, "request"),
+        ({"message": {"options": {"dtype": "int8"}}}, "options.dtype"),
+        ({"message": {"more": 1}}, "more"),
+        ({"RNA__data": None}, "counts.RNA.data"),
+        ({"RNA__data": np.array(["x"])}, "counts.RNA.data"),
+        ({"RNA__data": np.array([1.0, np.nan, 1, 1])}, "counts.RNA.data.1"),
+        ({"RNA__data": np.array([1.0])}, "counts.RNA.data"),
+        ({"RNA__indptr": np.array([0, 9, 4])}, "counts.RNA.indptr.2"),
+        ({"RNA__indptr": np.array([[0, 2, 4]])}, "RNA/indptr"),
+        ({"RNA__indices": np.array([0, 1, 0, 3])}, "counts.RNA.indices.3"),
+        ({"RNA__indices": np.array([0, 1, 0, 2], np.uint64)}, "counts.RNA"),
+        ({"RNA__features": np.array([], "S3")}, "counts.RNA.features"),
+        ({"RNA__features": np.array([b"\xff", b"a", b"b"])}, "counts.RNA.features"),
+        ({"RNA__more": np.array([1])}, "RNA/more"),
+        ({"ATAC__data": np.array([1.0])}, "counts.ATAC.features"),
+    ],
+)
+def test_what_is_wrong_is_named(client: TestClient, changes: dict[str, Any], field: str) -> None:
+    report = check_problem(sent(client, body(**changes)), 422)
+    assert report["errors"][0]["field"] in (field, "counts.ATAC.indptr")
+
+
+def test_sizes_are_compared_before_they_are_believed(client: TestClient) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**40,)})
+    huge = io.BytesIO()
+    with zipfile.ZipFile(huge, "w") as archive:
+        archive.writestr("request.npy", header.getvalue() + b"12345678")
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("RNA/data.npy", bytes(50_000_000))
+    pickled = io.BytesIO()
+    np.savez(pickled, request=np.array([{}], dtype=object))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("request.npy", b"x")
+    tracemalloc.start()
+    for content in (huge.getvalue(), bomb.getvalue(), pickled.getvalue(), packed.getvalue(), b"", b"PK\x03\x04"):
+        check_problem(sent(client, content), 422)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_damaged_bodies_never_break_the_server(client: TestClient) -> None:
+    random, good = np.random.default_rng(0), body({"options": {"normalize": True}})
+    for _ in range(FUZZED):
+        bad = bytearray(good)
+        for _ in range(int(random.integers(1, 6))):
+            at = int(random.integers(len(bad)))
+            match random.integers(4):
+                case 0:
+                    bad[at] ^= 1 << int(random.integers(8))
+                case 1:
+                    bad[at : at + 4] = random.bytes(4)
+                case 2:
+                    del bad[at : at + int(random.integers(1, 40))]
+                case _:
+                    bad[at:at] = random.bytes(int(random.integers(1, 40)))
+        assert sent(client, bytes(bad)).status_code in (200, 422)
+    assert sent(client, good).status_code == 200
