@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 
 KINDS = ("500", "503", "reset", "lost reply", "half body")
+LATE_S = {"slow": 0.2, "stalled": 3.0}
+"""Kinds of a reply that comes late, and how late."""
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -66,6 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, {}, json.dumps(self.server.faults).encode())
             return
         kind = self.server.fault()
+        time.sleep(LATE_S.get(kind, 0))
         if kind in ("500", "503"):
             code = "SlowDown" if kind == "503" else "InternalError"
             self._answer(int(kind), {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())

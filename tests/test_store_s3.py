@@ -27,10 +27,14 @@ from ingest.job import SourceSettings
 from store import context, records
 from store.errors import ConflictError, MissingError, StorageError
 from store.lake import open_lake
+from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
 from store.upkeep import collect, consolidate, vacuum
 from store.validate import validate
 from store.writer import LakeWriter
+from train.loop import Run
+from train.record import read_metrics
+from train.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -122,6 +126,39 @@ def test_a_store_that_fails_now_and_then_changes_nothing(bucket: str, monkeypatc
             _forget_endpoint()
     assert sum(faults.values()) >= 4, faults
     assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
+def test_training_from_a_slow_store_takes_the_same_steps_and_says_that_it_waited(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{bucket}/slow"
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 600, {"RNA": 40, "protein": 6})
+    create_snapshot(uri, "s", SnapshotSettings(seed=2))
+
+    def trained(name: str) -> list[dict[str, float]]:
+        told = {"snapshot": "s", "lake": uri, "output": str(tmp_path), "name": name, "steps": 24, "trackers": []}
+        model = {"width": 16, "layers": 1, "heads": 2}
+        data = {"global_batch": 24, "block": 32, "window": 1, "tokens": 32, "test_split": ""}
+        values = told | {"model": model, "data": data, "optim": {"warmup_steps": 2}}
+        Run(parse_settings(RunSettings, values, where="test"), 1).train()
+        return read_metrics(tmp_path / name / "metrics.jsonl")
+
+    quick = trained("quick")
+    kinds = ("slow",) * 99 + ("stalled",)
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"], 1.0, kinds=kinds, seed=1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        _forget_endpoint()
+        try:
+            slow = trained("slow")
+            late = httpx.get(f"{proxy}/faults").json()
+        finally:
+            monkeypatch.undo()
+            _forget_endpoint()
+    assert late["slow"] > 20, late
+    assert [row["loss"] for row in slow] == [row["loss"] for row in quick]
+    waited = [sum(row["data_wait_s"] for row in rows) for rows in (quick, slow)]
+    assert waited[1] > waited[0] + 0.2, waited
 
 
 def test_a_store_that_refuses_says_so_at_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

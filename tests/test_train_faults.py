@@ -29,6 +29,23 @@ STEPS = 60
 LIMIT_S = 200
 RECOVERED_S = 120
 """Seconds that a run may take from a cut link to its end."""
+CHAOS = {
+    "RAY_testing_asio_delay_us": ",".join(
+        f"{call}=0:20000"
+        for call in ("NodeManagerService.grpc_server.RequestWorkerLease", "CoreWorkerService.grpc_server.PushTask")
+    ),
+    "RAY_testing_rpc_failure": json.dumps(
+        {
+            f"ray::rpc::NodeManagerService.grpc_client.{call}": {
+                "num_failures": 3,
+                "req_failure_prob": 30,
+                "resp_failure_prob": 30,
+            }
+            for call in ("RequestWorkerLease", "PrepareBundleResources", "CommitBundleResources")
+        }
+    ),
+}
+"""Lets calls that place workers and ask them come up to 20 ms late, and some of them be lost, or their replies."""
 SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
 """Lets Ray miss a node after some 10 s in place of a minute."""
 
@@ -155,8 +172,15 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(lake: str, tmp_path:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # ray, of its own sockets and processes
-def test_two_nodes_train_together_and_one_that_dies_is_replaced(lake: str, tmp_path: Path) -> None:  # noqa: F811
+def test_two_nodes_whose_calls_are_late_and_fail_train_together_and_one_that_dies_is_replaced(
+    lake: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from ray.cluster_utils import Cluster
+
+    for key, value in CHAOS.items():
+        monkeypatch.setenv(key, value)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     together(2, [settings(lake, whole, steps=STEPS, workers=2, checkpoint_every=5, deterministic=True)])

@@ -122,7 +122,7 @@ class Run:
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if settings.precision == "fp8" else settings.precision,
-            log_with=list(settings.trackers),
+            log_with=list(settings.trackers) or None,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # knowledge does not change
             project_dir=str(self.folder / "tensorboard"),
         )
