@@ -27,7 +27,7 @@ from torch import nn
 
 from store.errors import UsageError
 from store.schema import measured_column
-from store.snapshot import open_snapshot
+from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.arithmetic import DEVICES, Seen, linear, operations, rounds
 from train.assembly import AdaptedParts, Parts, adapted_parts, gather_parts
@@ -38,6 +38,7 @@ from train.labels import Labels, read_labels
 from train.likelihood import Likelihood
 from train.loop import n_parts
 from train.model import CellModel, Decoder
+from train.novelty import FEWEST, HELD_OUT_CELLS, REFERENCE_CELLS
 from train.objective import Objective
 from train.settings import RunSettings
 from train.sources import Source, find_sources
@@ -221,7 +222,11 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
         seconds_per_step=seconds,
         hours=seconds * settings.steps / 3600,
         mfu=None if timed else mfu or MFU,
-        checkpoint_bytes=sum(values) + _words(parts, labels) if base is None else BYTES * count_parameters(model).learn,
+        checkpoint_bytes=(
+            sum(values) + _words(parts, labels) + _reference(settings, snapshot, share.epoch, config.width)
+            if base is None
+            else BYTES * count_parameters(model).learn
+        ),
         state_bytes=_state_bytes(model),
         states_kept=settings.keep_last + settings.keep_best,
         assumptions=(*_assumptions(settings, sample, share), *how),
@@ -266,6 +271,13 @@ def count_parameters(model: CellModel) -> Parameters:
 
 def _numel(modules: Sequence[nn.Module]) -> int:
     return sum(part.numel() for module in modules for part in module.parameters())
+
+
+def _reference(settings: RunSettings, snapshot: Snapshot, n_cells: int, width: int) -> int:
+    """Return the bytes of the cells that a checkpoint keeps to tell novel ones by."""
+    held_out = min(HELD_OUT_CELLS, snapshot.manifest["splits"].get(settings.data.test_split, 0))
+    kept = min(REFERENCE_CELLS, n_cells)
+    return BYTES * (kept * width + held_out) if min(kept, held_out) >= FEWEST else 0
 
 
 def _words(parts: Parts | AdaptedParts, labels: Labels) -> int:
