@@ -52,7 +52,7 @@ from serve.messages import (
     TranslateRequest,
 )
 from serve.model import Annotate, Description, Embed, Forecast, Generate, Model, Perturb, Translate
-from serve.npz import NPZ, REPLY, write_npz
+from serve.npz import NPZ, REPLY, unpacked, write_npz
 from serve.payload import read_request
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
@@ -341,7 +341,7 @@ def _reply(reply: BaseModel, accept: str, field: str) -> Response:
     """Write a reply: all of it as JSON, or its array beside the rest."""
     if NPZ not in accept:
         return _json(reply)
-    array = encode.array(getattr(reply, field))
+    array = unpacked(getattr(reply, field).model_dump())
     rest = reply.model_dump_json(exclude_none=True, exclude={field}).encode()
     return Response(write_npz({field: array, REPLY: rest}), media_type=NPZ)
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from serve.errors import Overloaded, Unavailable
-from serve.npz import NPZ, REPLY, REQUEST, write_npz
+from serve.npz import NPZ, REPLY, REQUEST, unpacked, write_npz
 from store.errors import InputRefused, MissingError, SomaflowError
 
 RETRIED = frozenset({429, 503})
@@ -345,7 +344,7 @@ def _reply(response: httpx.Response) -> dict[str, Any]:
 
 
 def _effect(perturbation: str, name: str, part: dict[str, Any], features: dict[str, list[str]]) -> Effect:
-    control, perturbed, delta = (_array(part[which]) for which in ("control", "perturbed", "delta"))
+    control, perturbed, delta = (unpacked(part[which]) for which in ("control", "perturbed", "delta"))
     return Effect(perturbation, name, features[name], control, perturbed, delta, part["top"])
 
 
@@ -458,9 +457,3 @@ def _said(prompts: Mapping[str, Said] | None, rows: slice) -> dict[str, Any]:
         name: value if isinstance(value, str | float | int) else list(value)[rows]
         for name, value in (prompts or {}).items()
     }
-
-
-def _array(tensor: dict[str, Any]) -> NDArray[Any]:
-    dtype = np.dtype(tensor["dtype"]).newbyteorder("<")
-    flat = np.frombuffer(base64.b64decode(tensor["base64"]), dtype=dtype)
-    return flat.reshape(tensor["shape"]).astype(tensor["dtype"])

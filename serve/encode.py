@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,13 +59,6 @@ def tensor(values: NDArray[np.floating]) -> Tensor:
     """Write an array as base64."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     return Tensor(dtype=values.dtype.name, shape=list(values.shape), base64=base64.b64encode(little.tobytes()).decode())
-
-
-def array(written: Tensor) -> NDArray[Any]:
-    """Read an array that :func:`tensor` wrote."""
-    return np.frombuffer(base64.b64decode(written.base64), np.dtype(written.dtype).newbyteorder("<")).reshape(
-        written.shape
-    )
 
 
 def unit_length(embedding_CD: NDArray[np.float32]) -> NDArray[np.float32]:

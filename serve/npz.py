@@ -7,6 +7,7 @@ each measurement's counts as ``RNA/indptr``, ``RNA/indices``, ``RNA/data`` and `
 
 from __future__ import annotations
 
+import base64
 import io
 import zipfile
 from collections.abc import Mapping
@@ -29,3 +30,10 @@ def write_npz(arrays: Mapping[str, NDArray[Any] | bytes]) -> bytes:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 npy.write_array(member, array, allow_pickle=False)
     return file.getvalue()
+
+
+def unpacked(tensor: Mapping[str, Any]) -> NDArray[Any]:
+    """Read an array that JSON has as ``dtype``, ``shape`` and ``base64`` of its little-endian bytes."""
+    dtype = np.dtype(tensor["dtype"]).newbyteorder("<")
+    flat = np.frombuffer(base64.b64decode(tensor["base64"]), dtype=dtype)
+    return flat.reshape(tensor["shape"]).astype(tensor["dtype"])

@@ -10,9 +10,10 @@ from studies import FEATURES, study
 from store.errors import InputRefused
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.judge import by_seed
-from train.evaluation.novelty import NOVELTY, novelty_floor, novelty_suite, p_values
+from train.evaluation.novelty import NOVELTY, novelty_floor, novelty_suite
 from train.evaluation.score import REPLICATE, score
 from train.evaluation.study import Study
+from train.novelty import p_values
 
 
 def four_types(spread: float, n_cells: int = 480) -> Study:

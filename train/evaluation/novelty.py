@@ -90,22 +90,6 @@ def novelty_floor(measurement: str, column: str = "cell_type", seed: int = 0) ->
     ]
 
 
-def p_values(calibration_C: Vector, score_C: Vector) -> Vector:
-    """Return conformal p values: how often a known cell, exchangeable with the calibration cells, is at least as new.
-
-    Flagging cells with p <= 0.1 flags at most a tenth of known cells, on average over calibration sets (Vovk,
-    Gammerman and Shafer 2005).
-
-    Args:
-        calibration_C: Scores of known cells that training did not have.
-        score_C: Scores of the cells in question.
-    """
-    ascending = np.sort(calibration_C)
-    at_least = len(ascending) - np.searchsorted(ascending, score_C, side="left")
-    p_C: Vector = (1 + at_least) / (1 + len(ascending))
-    return p_C
-
-
 def novelty_suite(
     study: Study,
     folds: Sequence[Fold],
