@@ -375,7 +375,7 @@ def page(answer: dict[str, Any], steps: int) -> str:
         "![Tokens a second of each contender](../images/train.png)",
         "",
         "The barest loop has no clipping, no schedule, no metrics and no check that the loss is a number. The default "
-        "optimizer of the Trainer is the fused AdamW; ours and the first bare loop take PyTorch's default.",
+        "optimizer of the Trainer is the fused AdamW, as ours is; the first bare loop takes PyTorch's default.",
         "",
         f"- Waiting for data: {answer['data_wait_share']:.2%} of our step ({answer['two_workers_data_wait_share']:.2%} "
         "with two workers on two cores, each of which also decodes).",
