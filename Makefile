@@ -7,7 +7,7 @@ BENCH ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-train test-quick check format lock clean
+.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-serve bench-train test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -51,6 +51,9 @@ bench-step: setup  ## milliseconds of a training step by size, tokens and attent
 
 bench-train: setup  ## speed of the training loop against the barest loop and Hugging Face's Trainer (half an hour)
 	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_train.py $(BENCH)
+
+bench-serve: setup  ## cells a second and latency of a server against the bare model and @serve.batch (10 minutes)
+	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_serve.py $(BENCH)
 
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"

@@ -11,21 +11,23 @@ import datetime as dt
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from serve import encode
 from serve.access import Gate, Purse
 from serve.body import BodyLimit
-from serve.decode import Decoded, Decoder, Features
+from serve.decode import Cells, Decoded, Decoder, Features
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.messages import (
     AnnotateReply,
@@ -51,6 +53,7 @@ from serve.messages import (
     TranslateReply,
     TranslateRequest,
 )
+from serve.metrics import Metered, Metrics
 from serve.model import Annotate, Description, Embed, Forecast, Generate, Model, Perturb, Translate
 from serve.npz import NPZ, REPLY, unpacked, write_npz
 from serve.payload import read_request
@@ -83,6 +86,7 @@ GENERATED_AT_ONCE = 10
 """Drawn values (most of them zeros, which are not sent) for one that may be predicted in a reply."""
 Asking = EmbedRequest | AnnotateRequest | TranslateRequest | PerturbRequest | ForecastRequest
 """Requests that hold cells."""
+_PROBLEM = "application/problem+json"
 _TITLES = {
     400: "The request is not valid JSON",
     401: "The request carries no known token",
@@ -107,6 +111,23 @@ class Loaded:
     description: Description
     decoder: Decoder
 
+    def under(self, adapter: str) -> Description:
+        """Return what a reply that was made with an adapter says of its origin.
+
+        Raises:
+            FieldRefused: There is no such adapter, or it cannot be used.
+        """
+        if adapter and adapter not in self.description.adapters:
+            why = self.description.adapters_refused.get(adapter)
+            known = ", ".join(sorted(self.description.adapters)) or "none"
+            raise FieldRefused("adapter", f"{adapter} cannot be used: {why}" if why else f"this server knows {known}")
+        return replace(self.description, adapter=adapter)
+
+    def asked_of(self, cells: Cells, adapter: str) -> Cells:
+        """Say with which adapter cells are to be answered."""
+        self.under(adapter)
+        return replace(cells, adapter=(adapter, self.description.adapters[adapter])) if adapter else cells
+
     @property
     def sha256(self) -> str:
         """The digest of its weights."""
@@ -119,6 +140,7 @@ class Desk:
     def __init__(self, model: Model, limits: Limits) -> None:
         self.model = model
         self.limits = limits
+        self.metrics = Metrics()
         self._loaded: Loaded | None = None
         self._asked = time.monotonic()
 
@@ -158,13 +180,17 @@ class Desk:
         """Answer an embedding request."""
         loaded, decoded = await self._read(request)
         embedding_CD = await self.model.ask(decoded.cells, Embed())
-        return await asyncio.to_thread(encode.embed_reply, embedding_CD, request.options, decoded, loaded.description)
+        return await asyncio.to_thread(
+            encode.embed_reply, embedding_CD, request.options, decoded, loaded.under(request.adapter)
+        )
 
     async def annotate(self, request: AnnotateRequest) -> AnnotateReply:
         """Answer which types cells are."""
         loaded, decoded = await self._read(request)
         told = await self.model.ask(decoded.cells, Annotate())
-        return await asyncio.to_thread(encode.annotate_reply, told, request.options, decoded, loaded.description)
+        return await asyncio.to_thread(
+            encode.annotate_reply, told, request.options, decoded, loaded.under(request.adapter)
+        )
 
     async def translate(self, request: TranslateRequest) -> TranslateReply:
         """Answer what another measurement would have shown."""
@@ -182,7 +208,7 @@ class Desk:
         asked = Translate(name, columns)
         found = await self.model.ask(decoded.cells, asked)
         return await asyncio.to_thread(
-            encode.translate_reply, found, asked, request.options, decoded, loaded.description
+            encode.translate_reply, found, asked, request.options, decoded, loaded.under(request.adapter)
         )
 
     async def perturb(self, request: PerturbRequest) -> PerturbReply:
@@ -196,14 +222,16 @@ class Desk:
         loaded, decoded = await self._read(request)
         shifts = await self.model.ask(decoded.cells, Perturb(asked))
         return await asyncio.to_thread(
-            encode.perturb_reply, asked, shifts, request.options, decoded, loaded.description
+            encode.perturb_reply, asked, shifts, request.options, decoded, loaded.under(request.adapter)
         )
 
     async def forecast(self, request: ForecastRequest) -> ForecastReply:
         """Answer what becomes of cells."""
         loaded, decoded = await self._read(request)
         shifts = await self.model.ask(decoded.cells, Forecast(request.elapsed))
-        return await asyncio.to_thread(encode.forecast_reply, shifts, request.options, decoded, loaded.description)
+        return await asyncio.to_thread(
+            encode.forecast_reply, shifts, request.options, decoded, loaded.under(request.adapter)
+        )
 
     async def generate(self, request: GenerateRequest) -> GenerateReply:
         """Draw cells."""
@@ -212,15 +240,19 @@ class Desk:
         n_values = request.cells * len(vocabulary.feature_id)
         if n_values > GENERATED_AT_ONCE * self.limits.values:
             raise FieldRefused("cells", f"{request.cells:,} cells are too many at a time; ask several times")
-        cells = loaded.decoder.said(request.prompts, request.cells)
+        cells = loaded.asked_of(loaded.decoder.said(request.prompts, request.cells), request.adapter)
         counts_CG = await self.model.ask(cells, Generate(request.measurement, request.depth, request.seed))
-        return await asyncio.to_thread(encode.generate_reply, counts_CG, request.measurement, loaded.description)
+        return await asyncio.to_thread(
+            encode.generate_reply, counts_CG, request.measurement, loaded.under(request.adapter)
+        )
 
     async def _read(self, request: Asking) -> tuple[Loaded, Decoded]:
         loaded = await self.loaded()
         least = request.options.min_coverage
         decode = partial(loaded.decoder.decode, request.counts, request.prompts, min_coverage=least)
-        return loaded, await asyncio.to_thread(decode)
+        decoded = await asyncio.to_thread(decode)
+        self.metrics.read(decoded)
+        return loaded, replace(decoded, cells=loaded.asked_of(decoded.cells, request.adapter))
 
     def measurement(self, loaded: Loaded, name: str) -> Features:
         """Return the features of a measurement; one that the model does not know is refused."""
@@ -250,16 +282,29 @@ def make_app(model: Model, limits: Limits, purses: dict[str, Purse] | None = Non
         version="1",
         docs_url=None,
         redoc_url=None,
-        responses={code: {"model": Problem, "description": _TITLES[code]} for code in (413, 415, 422, 429, 503, 504)},
+        responses={code: {"model": Problem, "description": title} for code, title in _TITLES.items()},
     )
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, timeout_s=limits.timeout_s, problem=problem)
     if purses:  # outermost: a stranger's body is not read
         app.add_middleware(Gate, purses=purses, problem=lambda status, said, wait: problem(status, said, (), wait))
     desk = Desk(model, limits)
+    app.add_middleware(Metered, metrics=desk.metrics)
     _add_problems(app, desk)
     _add_questions(app, desk)
     _add_catalog(app, desk)
+    described = app.openapi
+    app.openapi = lambda: _as_problems(described())  # type: ignore[method-assign]
     return app
+
+
+def _as_problems(description: dict[str, Any]) -> dict[str, Any]:
+    """Say in the API's description that errors come as problem details."""
+    for path in description["paths"].values():
+        for operation in path.values():
+            for status, reply in operation["responses"].items():
+                if status >= "400" and "application/json" in reply.get("content", {}):
+                    reply["content"][_PROBLEM] = reply["content"].pop("application/json")
+    return description
 
 
 class Forms(APIRoute):
@@ -386,6 +431,13 @@ def _add_catalog(app: FastAPI, desk: Desk) -> None:
             vocabulary_hash=description.manifest["vocabulary_hash"],
         )
 
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Tell Prometheus what was done here."""
+        with suppress(SomaflowError):  # no model is ready: its gauges stay as they were, and are forgotten
+            desk.metrics.hear(await desk.model.load())
+        return Response(desk.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
     @app.get("/v1/health/live", tags=["health"])
     async def live() -> Health:
         """Say that the server runs."""
@@ -416,6 +468,8 @@ def _card(description: Description, limits: Limits) -> ModelCard:
         swap=None
         if swap is None
         else SwapReport(when=_day(swap.when), model_sha256=swap.model_sha256, error=swap.error),
+        adapters=description.adapters,
+        adapters_refused=description.adapters_refused,
     )
 
 
@@ -478,6 +532,4 @@ def problem(
         retry_after_s=retry_after_s,
     )
     extra = dict(headers or {}) | ({"Retry-After": str(retry_after_s)} if retry_after_s is not None else {})
-    return JSONResponse(
-        body.model_dump(exclude_none=True), status, headers=extra, media_type="application/problem+json"
-    )
+    return JSONResponse(body.model_dump(exclude_none=True), status, headers=extra, media_type=_PROBLEM)

@@ -62,6 +62,11 @@ class Load:
     batches: int
     done_pieces: int
     tokens_per_s: float
+    fill: float = 0.0
+    """Padded tokens of a batch as a share of the budget, on average."""
+    replica: str = ""
+    swaps: int = 0
+    swaps_refused: int = 0
 
 
 def cut(tokens_C: NDArray[np.integer], piece_tokens: int) -> list[NDArray[np.int64]]:
@@ -86,16 +91,26 @@ class Batcher(Generic[P, R]):
         run: Takes payloads of one key, gives one result each; called from the worker thread only.
         budget_tokens: Bound of a batch; a piece beyond it still runs, alone.
         queue_tokens: Bound of what waits; a job beyond it is refused unless nothing else waits.
+        queue_s: Bound of the seconds that what waits takes, at the speed of the last batches; as above.
     """
 
-    def __init__(self, run: Callable[[list[P]], Sequence[R]], *, budget_tokens: int, queue_tokens: int) -> None:
+    def __init__(
+        self,
+        run: Callable[[list[P]], Sequence[R]],
+        *,
+        budget_tokens: int,
+        queue_tokens: int,
+        queue_s: float = math.inf,
+    ) -> None:
         self._run = run
         self._budget_tokens = budget_tokens
         self._queue_tokens = queue_tokens
+        self._queue_s = queue_s
         self._jobs: deque[_Job[P, R]] = deque()
         self._waiting_tokens = 0
         self._batches = 0
         self._done_pieces = 0
+        self._done_tokens = 0
         self._tokens_per_s = 0.0
         self._closed = False
         self._changed = threading.Condition()
@@ -130,7 +145,12 @@ class Batcher(Generic[P, R]):
         """Return the present state."""
         with self._changed:
             return Load(
-                self._waiting_tokens, len(self._jobs), self._batches, self._done_pieces, round(self._tokens_per_s, 1)
+                self._waiting_tokens,
+                len(self._jobs),
+                self._batches,
+                self._done_pieces,
+                round(self._tokens_per_s, 1),
+                self._done_tokens / (self._budget_tokens * max(1, self._batches)),
             )
 
     @property
@@ -156,10 +176,12 @@ class Batcher(Generic[P, R]):
         with self._changed:
             if not self.alive:
                 raise Unavailable("the server is stopping; try again")
-            if self._waiting_tokens and self._waiting_tokens + tokens > self._queue_tokens:
+            in_time = self._queue_s * self._tokens_per_s if self._tokens_per_s else math.inf
+            allowed = min(self._queue_tokens, in_time)
+            if self._waiting_tokens and self._waiting_tokens + tokens > allowed:
                 raise Overloaded(
                     f"{self._waiting_tokens:,} tokens wait already and this request adds {tokens:,}, beyond the "
-                    f"{self._queue_tokens:,} allowed; try again later",
+                    f"{int(allowed):,} allowed now; try again later",
                     self._retry_after_s(),
                 )
             self._jobs.append(job)
@@ -183,10 +205,12 @@ class Batcher(Generic[P, R]):
             started = monotonic()
             self._run_batch(batch)
             tokens = sum(piece.tokens for _, _, piece in batch)
+            padded = sum(piece.rows for _, _, piece in batch) * max(piece.longest for _, _, piece in batch)
             rate = tokens / max(1e-6, monotonic() - started)
             with self._changed:
                 self._batches += 1
                 self._done_pieces += len(batch)
+                self._done_tokens += padded
                 self._tokens_per_s = rate if not self._tokens_per_s else 0.8 * self._tokens_per_s + 0.2 * rate
 
     def _next_batch(self) -> list[tuple[_Job[P, R], int, Piece[P]]]:

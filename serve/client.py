@@ -71,6 +71,7 @@ class Client:
     Args:
         url: Where the server listens, as in ``http://127.0.0.1:8000``.
         token: What lets in; where it is left out, that of the environment's ``SOMAFLOW_TOKEN``.
+        adapter: The adapter that is to answer, by its name at the server; empty is none.
         timeout_s: Longest wait for one answer.
         tries: How often a request is sent before a busy or absent server becomes an error.
         transport: For tests.
@@ -82,6 +83,7 @@ class Client:
         url: str,
         *,
         token: str | None = None,
+        adapter: str = "",
         timeout_s: float = 120.0,
         tries: int = 6,
         transport: httpx.BaseTransport | None = None,
@@ -92,6 +94,7 @@ class Client:
         self._http = httpx.Client(
             base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
         )
+        self._adapter = {"adapter": adapter} if adapter else {}
         self._tries = tries
         self._sleep = sleep
 
@@ -191,7 +194,7 @@ class Client:
             "perturbations": [item if isinstance(item, str) else list(item) for item in perturbations],
             "options": {"vectors": True, "encoding": "base64", "top": top},
         }
-        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked)
+        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked | self._adapter)
         reply = self._ask("POST", "/v1/perturb", body)
         return [
             _effect(item["perturbation"], name, part, reply["features"])
@@ -269,7 +272,7 @@ class Client:
         """
         measurements = as_measurements(cells)
         asked = {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
-        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked)
+        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked | self._adapter)
         reply = self._ask("POST", "/v1/forecast", body)
         return {name: _effect("", name, part, reply["features"]) for name, part in reply["effects"].items()}
 
@@ -299,6 +302,7 @@ class Client:
             for name, value in (prompts or {}).items()
         }
         body = {"cells": n_cells, "measurement": measurement, "prompts": said, "depth": depth, "seed": seed}
+        body |= self._adapter
         counts = self._ask("POST", "/v1/generate", body)["counts"]
         shape = (n_cells, len(counts["features"]))
         return csr_matrix((counts["data"], counts["indices"], counts["indptr"]), shape=shape), counts["features"]
@@ -308,6 +312,7 @@ class Client:
     ) -> list[dict[str, Any]]:
         """Ask about cells in chunks that the server accepts."""
         measurements = as_measurements(cells)
+        asked = dict(asked) | self._adapter
         bodies = (_body(measurements, prompts, rows, asked) for rows in chunks(measurements))
         return [self._ask("POST", path, body) for body in bodies]
 

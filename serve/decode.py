@@ -95,12 +95,14 @@ class Cells:
         counts: Measurement to counts_CG, float32, columns in vocabulary order.
         prompts: Prompt field to one value per cell.
         model_sha256: The checkpoint that they were decoded for: columns follow its vocabulary.
+        adapter: Name and SHA-256 of the adapter that is to answer; empty is none.
     """
 
     counts: dict[str, csr_matrix]
     prompts: dict[str, list[str]]
     n_cells: int
     model_sha256: str
+    adapter: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,8 +82,9 @@ class ModelReplica:
         return await _outcome(self._replica.ask(cells, question))
 
     async def load(self) -> Load:
-        """Return what waits and what was done."""
-        return self._replica.load()
+        """See :class:`Replica`."""
+        replica = ray.serve.get_replica_context().replica_id.unique_id
+        return replace(await self._replica.load(), replica=replica)
 
     def check_health(self) -> None:
         """Tell Serve to replace this replica when its worker is gone."""
@@ -110,6 +112,10 @@ class RemoteModel:
     async def ready(self) -> str:
         """See :class:`Replica`."""
         return await _value(self._handle.ready.remote())
+
+    async def load(self) -> Load:
+        """See :class:`Replica`."""
+        return await _value(self._handle.load.remote())
 
     async def describe(self) -> Description:
         """See :class:`Replica`."""
@@ -156,10 +162,22 @@ def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.s
         max_constructor_retry_count=1,
         graceful_shutdown_wait_loop_s=0.2,
     )
+    scaling = settings.scaling
+    copies: dict[str, Any] = {"num_replicas": settings.replicas}
+    if scaling.most > settings.replicas:
+        copies = {
+            "autoscaling_config": {
+                "min_replicas": settings.replicas,
+                "max_replicas": scaling.most,
+                "target_ongoing_requests": scaling.requests,
+                "upscale_delay_s": scaling.up_s,
+                "downscale_delay_s": scaling.down_s,
+            }
+        }
     n_gpus = 1 if settings.device.startswith("cuda") else 0
     model = deployment(
         ModelReplica,
-        num_replicas=settings.replicas,
+        **copies,
         user_config={"checkpoint": settings.checkpoint},
         ray_actor_options={"num_cpus": settings.threads, "num_gpus": n_gpus},
     )
@@ -202,7 +220,7 @@ def serving(settings: ServeSettings, load: Loader = load_predictor) -> Iterator[
 def _start_ray(settings: ServeSettings) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not settings.address:
-        n_cpus = max(os.cpu_count() or 1, settings.replicas * settings.threads)
+        n_cpus = max(os.cpu_count() or 1, max(settings.replicas, settings.scaling.most) * settings.threads)
         ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
         return
     _check_address(settings.address)

@@ -52,6 +52,8 @@ def provenance(description: Description) -> Provenance:
         snapshot_name=str(snapshot.get("name", "")),
         snapshot_id=str(snapshot.get("id", "")),
         commit_id=str(snapshot.get("commit_id", "")),
+        adapter=description.adapter or None,
+        adapter_sha256=description.adapters.get(description.adapter),
     )
 
 

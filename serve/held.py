@@ -7,7 +7,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 
 import train.predictor
+from serve.adapters import Adapters
 from serve.batcher import Piece, cut
 from serve.decode import Cells, Features, Vocabulary
+from serve.errors import StaleModel
 from serve.model import Annotate, Description, Embed, Forecast, Generate, Perturb, Question, Shift, Translate
 from serve.settings import ServeSettings
 
@@ -51,6 +53,7 @@ class Task:
     counts: dict[str, csr_matrix]
     prompts: dict[str, list[str]]
     n_cells: int
+    predictor: Predictor
     question: Question = Embed()  # noqa: RUF009 - frozen, and equal to any other
 
 
@@ -62,9 +65,18 @@ def load_predictor(settings: ServeSettings) -> Predictor:
 class Held:
     """A checkpoint that is ready to answer."""
 
-    def __init__(self, predictor: Predictor) -> None:
-        """Warm it up: what goes wrong here goes wrong before anybody is answered."""
+    def __init__(self, predictor: Predictor, adapters: Mapping[str, str] | None = None, at_most: int = 1) -> None:
+        """Warm it up: what goes wrong here goes wrong before anybody is answered.
+
+        Args:
+            predictor: The loaded checkpoint.
+            adapters: Name to folder.
+            at_most: How many of them stay in memory.
+        """
         self.predictor = predictor
+        self._adapters = None
+        if adapters and isinstance(predictor, train.predictor.Predictor):
+            self._adapters = Adapters(predictor, adapters, at_most)
         embedding_size = self._warm_up()
         self.description = Description(
             manifest=dict(predictor.manifest),
@@ -74,6 +86,24 @@ class Held:
             units={name: predictor.unit(name) for name in predictor.vocabulary},
         )
 
+    def described(self) -> Description:
+        """Return the description, with the adapters that lie there now."""
+        found, refused = ({}, {}) if self._adapters is None else self._adapters.digests()
+        return replace(self.description, adapters=found, adapters_refused=refused)
+
+    def under(self, adapter: tuple[str, str]) -> Predictor:
+        """Return what answers with an adapter, by name and SHA-256; read from disk unless it is in memory.
+
+        Raises:
+            StaleModel: It is not there, or no longer.
+            FieldRefused: It cannot be used.
+        """
+        if not adapter[0]:
+            return self.predictor
+        if self._adapters is None:
+            raise StaleModel("the adapters were changed meanwhile; send the request again")
+        return self._adapters.get(*adapter)
+
     @property
     def sha256(self) -> str:
         """The digest of its weights, by which requests name it."""
@@ -81,7 +111,8 @@ class Held:
 
     def cut(self, cells: Cells, piece_tokens: int) -> tuple[list[Piece[Task]], list[NDArray[np.int64]]]:
         """Cut a request into pieces; also say which cells each piece holds."""
-        tokens_C = np.asarray(self.predictor.n_tokens(self.predictor.cells(cells.counts, cells.prompts)))
+        predictor = self.under(cells.adapter)
+        tokens_C = np.asarray(predictor.n_tokens(predictor.cells(cells.counts, cells.prompts)))
         rows = cut(tokens_C, piece_tokens)
         pieces = [
             Piece(
@@ -89,6 +120,7 @@ class Held:
                     {name: counts_CG[where] for name, counts_CG in cells.counts.items()},
                     {name: [values[cell] for cell in where] for name, values in cells.prompts.items()},
                     len(where),
+                    predictor,
                 ),
                 rows=len(where),
                 longest=int(tokens_C[where].max()),
@@ -98,10 +130,11 @@ class Held:
         return pieces, rows
 
     def run(self, tasks: list[Task]) -> list[Any]:
-        """One forward pass, in the batcher's thread: tasks of the same question, or one of any."""
+        """One forward pass, in the batcher's thread: tasks of the same question and adapter, or one of any."""
         counts = {name: vstack([task.counts[name] for task in tasks], format="csr") for name in tasks[0].counts}
         prompts = {name: [x for task in tasks for x in task.prompts[name]] for name in tasks[0].prompts}
-        cells, predictor = self.predictor.cells(counts, prompts), self.predictor
+        predictor = tasks[0].predictor
+        cells = predictor.cells(counts, prompts)
         match tasks[0].question:
             case Perturb(((*targets,),)):
                 return [_shifts(predictor.perturb(cells, targets))]
@@ -128,7 +161,7 @@ class Held:
                 columns = np.arange(min(per_cell, n_features))
                 ones = np.ones(len(columns), dtype=np.float32)
                 counts[name] = csr_matrix((ones, columns, [0, len(columns)]), shape=(1, n_features))
-            size = self.run([Task(counts, {}, 1)])[0].shape[1]
+            size = self.run([Task(counts, {}, 1, self.predictor)])[0].shape[1]
         return size
 
 

@@ -78,6 +78,12 @@ _CSR_EXAMPLE: JsonDict = {
 }
 
 
+class Question(Request):
+    """What every question may say."""
+
+    adapter: Name = Field(default="", description="An adapter from GET /v1/models that is to answer; empty is none.")
+
+
 class EmbedOptions(Request):
     """How embeddings are written."""
 
@@ -91,7 +97,7 @@ class EmbedOptions(Request):
     )
 
 
-class EmbedRequest(Request):
+class EmbedRequest(Question):
     """Cells to embed."""
 
     model_config = ConfigDict(
@@ -119,7 +125,7 @@ class PerturbOptions(Request):
     min_coverage: float | None = Field(default=None, ge=0, le=1)
 
 
-class PerturbRequest(Request):
+class PerturbRequest(Question):
     """Control cells and the perturbations whose effect on them is asked."""
 
     model_config = ConfigDict(
@@ -159,7 +165,7 @@ class AnnotateOptions(Request):
     min_coverage: float | None = Field(default=None, ge=0, le=1)
 
 
-class AnnotateRequest(Request):
+class AnnotateRequest(Question):
     """Cells whose types are asked."""
 
     model_config = ConfigDict(
@@ -181,7 +187,7 @@ class TranslateOptions(Request):
     min_coverage: float | None = Field(default=None, ge=0, le=1)
 
 
-class TranslateRequest(Request):
+class TranslateRequest(Question):
     """Cells of which another measurement is predicted."""
 
     model_config = ConfigDict(
@@ -196,7 +202,7 @@ class TranslateRequest(Request):
     options: TranslateOptions = TranslateOptions()
 
 
-class ForecastRequest(Request):
+class ForecastRequest(Question):
     """Cells whose future is asked."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"counts": _CELLS_EXAMPLE, "elapsed": 2.0}]})
@@ -207,7 +213,7 @@ class ForecastRequest(Request):
     options: PerturbOptions = PerturbOptions()
 
 
-class GenerateRequest(Request):
+class GenerateRequest(Question):
     """What is said of cells that are drawn from the model."""
 
     model_config = ConfigDict(
@@ -230,6 +236,8 @@ class Provenance(Reply):
     snapshot_name: str
     snapshot_id: str
     commit_id: str
+    adapter: str | None = Field(default=None, description="The adapter that answered.")
+    adapter_sha256: str | None = None
 
 
 class Coverage(Reply):
@@ -378,6 +386,8 @@ class ModelCard(Reply):
     prompts: list[str]
     limits: dict[str, int | float]
     swap: SwapReport | None = None
+    adapters: dict[str, str] = Field(default_factory=dict, description="Adapter to the SHA-256 of its weights.")
+    adapters_refused: dict[str, str] = Field(default_factory=dict, description="Adapter to why it cannot be used.")
 
 
 class ModelsReply(Reply):

@@ -6,12 +6,13 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.batcher import Load
 from serve.decode import Cells, Features
 
 
@@ -41,6 +42,12 @@ class Description:
     units: dict[str, str]
     """Measurement to what its expected values are."""
     swap: Swap | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Adapter to the SHA-256 of its weights."""
+    adapters_refused: dict[str, str] = field(default_factory=dict)
+    """Adapter to why it cannot be used."""
+    adapter: str = ""
+    """The one with which a reply was made; empty is none."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,10 @@ class Model(Protocol):
 
     async def ready(self) -> str:
         """Return the model_sha256 of the loaded checkpoint; Unavailable while there is none."""
+        ...
+
+    async def load(self) -> Load:
+        """Return what waits for the model, and what it did; Unavailable while there is none."""
         ...
 
     async def describe(self) -> Description:

@@ -56,12 +56,16 @@ class Replica:
         """
         torch.set_num_threads(settings.threads)
         self._settings, self._load = settings, load
-        self._now = Held(load(settings))
+        self._now = self._take(settings)
         self._held = {self._now.sha256: self._now}
         self._swap: Swap | None = None
+        self._swaps = [0, 0]
         self._swapping, self._closed = threading.Lock(), threading.Event()
         self._batcher: Batcher[_Asked, Any] = Batcher(
-            self._run, budget_tokens=settings.batching.budget_tokens, queue_tokens=settings.batching.queue_tokens
+            self._run,
+            budget_tokens=settings.batching.budget_tokens,
+            queue_tokens=settings.batching.queue_tokens,
+            queue_s=settings.batching.queue_s,
         )
         if settings.watch_s:
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -74,7 +78,7 @@ class Replica:
     async def describe(self) -> Description:
         """Return what an ingress needs to know; megabytes for a large vocabulary, so ask when the model changed."""
         self.check()
-        return replace(self._now.description, swap=self._swap)
+        return replace(await asyncio.to_thread(self._now.described), swap=self._swap)
 
     async def ask(self, cells: Cells, question: Question) -> Any:
         """Answer a question about cells; see :mod:`serve.model` for what each is answered with.
@@ -95,7 +99,9 @@ class Replica:
             for piece, part in zip(pieces, each, strict=True)
         ]
         together = isinstance(question, Embed | Annotate | Translate)
-        key = (held.sha256, question, *sorted(cells.counts), *sorted(cells.prompts)) if together else None
+        key = (
+            (held.sha256, cells.adapter, question, *sorted(cells.counts), *sorted(cells.prompts)) if together else None
+        )
         parts = await self._batcher.submit(asked, key=key, timeout_s=self._settings.limits.timeout_s)
         if not isinstance(question, Perturb | Forecast):
             return _in_order(parts, rows)
@@ -111,25 +117,27 @@ class Replica:
         with self._swapping:
             begin = time.time()
             try:
-                new = Held(self._load(self._settings.model_copy(update={"checkpoint": checkpoint})))
+                new = self._take(self._settings.model_copy(update={"checkpoint": checkpoint}))
             except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the old one answers
                 why = str(error) if isinstance(error, SomaflowError) else type(error).__name__
                 log.error("%s was not taken: %s", checkpoint, why)
                 self._swap = Swap(begin, "", why)
+                self._swaps[1] += 1
                 return self._swap
             old, self._now = self._now, new
             self._held[new.sha256] = new
             self._settings = self._settings.model_copy(update={"checkpoint": checkpoint})
             self._swap = Swap(begin, new.sha256, "")
+            self._swaps[0] += 1
             if old.sha256 != new.sha256:
                 leaving = threading.Timer(2 * self._settings.limits.timeout_s, self._forget, [old])
                 leaving.daemon = True
                 leaving.start()
             return self._swap
 
-    def load(self) -> Load:
+    async def load(self) -> Load:
         """Return what waits and what was done."""
-        return self._batcher.load()
+        return replace(self._batcher.load(), swaps=self._swaps[0], swaps_refused=self._swaps[1])
 
     def check(self) -> None:
         """Raise Unavailable unless requests can be answered."""
@@ -140,6 +148,9 @@ class Replica:
         """Finish what waits, then stop."""
         self._closed.set()
         self._batcher.close()
+
+    def _take(self, settings: ServeSettings) -> Held:
+        return Held(self._load(settings), settings.adapters, settings.adapters_loaded)
 
     def _run(self, asked: list[_Asked]) -> list[Any]:
         return asked[0].held.run([one.task for one in asked])

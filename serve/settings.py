@@ -39,6 +39,21 @@ class Batching(Settings):
     """Size of the pieces into which a large request is cut, so that small requests find room beside it."""
     queue_tokens: int = Field(default=2_097_152, gt=0)
     """Most tokens that wait for the model; more are answered 429."""
+    queue_s: float = Field(default=30.0, gt=0)
+    """Longest that a request may have to wait for the model, as its speed of late goes; else it is answered 429."""
+
+
+class Scaling(Settings):
+    """How the number of copies follows the work; only where ``most`` is more than the ``replicas`` to begin with."""
+
+    most: int = Field(default=0, ge=0)
+    """Most copies of the model; 0 keeps their number as it is."""
+    requests: float = Field(default=4, gt=0)
+    """Requests inside, for each copy, at which there are as many copies as there should be."""
+    up_s: float = Field(default=10, ge=0)
+    """Seconds that there must be too much work before a copy is added."""
+    down_s: float = Field(default=300, ge=0)
+    """Seconds that there must be too little before one is taken away."""
 
 
 class ServeSettings(Settings):
@@ -62,5 +77,10 @@ class ServeSettings(Settings):
     """Ray cluster to join; empty starts one on this machine that ends with the command."""
     tokens_file: str = ""
     """TOML file of who may ask (``serve.access``), on every machine with an ingress; empty lets everybody in."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Name to folder of adapters of the checkpoint (``<run>/adapter``); requests choose one by name."""
+    adapters_loaded: int = Field(default=8, gt=0)
+    """Adapters that a copy of the model keeps in memory."""
+    scaling: Scaling = Scaling()
     limits: Limits = Limits()
     batching: Batching = Batching()

@@ -20,15 +20,16 @@ PROTEINS = [f"P{i}" for i in range(5)]
 
 
 def write_checkpoint(
-    folder: Path, *, width: int = 16, tokens: int = 24, seed: int = 0, backwards: bool = False
+    folder: Path, *, width: int = 16, tokens: int = 24, seed: int = 0, backwards: bool = False, n_genes: int = 40
 ) -> Path:
-    """Write ``folder``: 40 genes with symbols G0 .., 5 proteins, two tissues, perturbations of G1 and G2.
+    """Write ``folder``: genes with symbols G0 .., 5 proteins, two tissues, perturbations of G1 and G2.
 
     ``backwards`` turns the order of the genes around: another vocabulary.
     """
-    order = range(39, -1, -1) if backwards else range(40)
+    order = range(n_genes - 1, -1, -1) if backwards else range(n_genes)
+    genes = [f"ENSG{i:011d}" for i in range(n_genes)]
     vocabulary = {
-        "RNA": Vocabulary([GENES[i] for i in order], [f"G{i}" for i in order], ["homo_sapiens"] * 40),
+        "RNA": Vocabulary([genes[i] for i in order], [f"G{i}" for i in order], ["homo_sapiens"] * n_genes),
         "protein": Vocabulary(PROTEINS, [f"CD{i}" for i in range(5)], ["homo_sapiens"] * 5),
     }
     prompts = {name: [""] for name in PROMPTS} | {

@@ -165,9 +165,7 @@ class Run:
         self.model = self._spread()
         learns = [weight for weight in self.plain.parameters() if weight.requires_grad]
         told = settings.optim
-        optimizer = torch.optim.AdamW(
-            learns, lr=told.lr, betas=(0.9, 0.98), weight_decay=told.weight_decay, fused=True
-        )
+        optimizer = torch.optim.AdamW(learns, lr=told.lr, betas=(0.9, 0.98), weight_decay=told.weight_decay, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.states = States(
             self.folder / "state",

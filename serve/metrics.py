@@ -1,0 +1,125 @@
+"""This module counts what an ingress does, and tells it to Prometheus at ``/metrics``, beside what its models say.
+
+Names begin with ``somaflow_serve_``. An ingress counts for itself; of the copies of the model it tells what each said
+when it last answered a scrape, so with several copies each is heard of every few scrapes. No label comes from a
+client: routes are those of the app, other addresses are "other".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.batcher import Load
+from serve.decode import Decoded
+
+FORGOTTEN_S = 120
+"""Seconds after which a copy of the model that no scrape hears of is told no more."""
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+class Metrics:
+    """The counters of one ingress."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "somaflow_serve_requests", "Requests by route and status.", ("route", "status"), registry=registry
+        )
+        self.seconds = Histogram(
+            "somaflow_serve_request_seconds",
+            "From a request's first byte to its reply's last.",
+            ("route",),
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.inside = Gauge("somaflow_serve_requests_inside", "Requests that wait for their answer.", registry=registry)
+        self.cells = Counter("somaflow_serve_cells", "Cells that were read from requests.", registry=registry)
+        self.coverage = Histogram(
+            "somaflow_serve_coverage",
+            "Share of a request's counts that the model knows.",
+            ("measurement",),
+            registry=registry,
+            buckets=_SHARES,
+        )
+        told = ("replica",)
+        self._waiting = Gauge("somaflow_serve_queue_tokens", "Tokens that wait.", told, registry=registry)
+        self._jobs = Gauge("somaflow_serve_queue_requests", "Requests that wait.", told, registry=registry)
+        self._rate = Gauge("somaflow_serve_tokens_per_second", "Speed of the last batches.", told, registry=registry)
+        self._batches = Gauge("somaflow_serve_batches", "Batches since the copy began.", told, registry=registry)
+        self._fill = Gauge("somaflow_serve_batch_fill", "Mean share of a batch's budget.", told, registry=registry)
+        self._swaps = Gauge("somaflow_serve_swaps", "Checkpoints that took over.", told, registry=registry)
+        self._refused = Gauge("somaflow_serve_swaps_refused", "Checkpoints that did not.", told, registry=registry)
+        self._gauges = (
+            self._waiting,
+            self._jobs,
+            self._rate,
+            self._batches,
+            self._fill,
+            self._swaps,
+            self._refused,
+        )
+        self._heard: dict[str, float] = {}
+
+    def read(self, decoded: Decoded) -> None:
+        """Count cells that a request brought."""
+        self.cells.inc(decoded.cells.n_cells)
+        for name, part in decoded.coverage.items():
+            self.coverage.labels(name).observe(part.share_of_counts)
+
+    def hear(self, load: Load) -> None:
+        """Take down what a copy of the model says of itself."""
+        values = (
+            load.waiting_tokens,
+            load.waiting_jobs,
+            load.tokens_per_s,
+            load.batches,
+            load.fill,
+            load.swaps,
+            load.swaps_refused,
+        )
+        for gauge, value in zip(self._gauges, values, strict=True):
+            gauge.labels(load.replica).set(value)
+        now = time.monotonic()
+        self._heard[load.replica] = now
+        for replica in [name for name, when in self._heard.items() if now - when > FORGOTTEN_S]:
+            del self._heard[replica]
+            for gauge in self._gauges:
+                gauge.remove(replica)
+
+    def text(self) -> bytes:
+        """Write all in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+class Metered:
+    """ASGI middleware that counts each request with its status and time."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._app, self._metrics, self._clock = app, metrics, clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status, begin = 499, self._clock()  # the client left before it was answered
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._metrics.inside.inc()
+        try:
+            await self._app(scope, receive, counted)
+        finally:
+            self._metrics.inside.dec()
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(self._clock() - begin)
