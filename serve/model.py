@@ -41,6 +41,8 @@ class Description:
     units: dict[str, str]
     """Measurement to what its expected values are."""
     swap: Swap | None = None
+    checkpoint: str = ""
+    """Where it was loaded from, for jobs that load it elsewhere; no reply says it."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from store.settings import Settings
@@ -41,6 +43,18 @@ class Batching(Settings):
     """Most tokens that wait for the model; more are answered 429."""
 
 
+class JobSettings(Settings):
+    """What bulk jobs may take from the machines that serve; their workers have low priority besides."""
+
+    workers: int = Field(default=1, gt=0)
+    """Processes that embed, for each job."""
+    cpus: float = Field(default=1, gt=0)
+    """CPUs of each, which Ray must have free; threads too."""
+
+
+LakeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
 class ServeSettings(Settings):
     """Everything that ``python -m serve run`` can be told."""
 
@@ -62,5 +76,8 @@ class ServeSettings(Settings):
     """Ray cluster to join; empty starts one on this machine that ends with the command."""
     tokens_file: str = ""
     """TOML file of who may ask (``serve.access``), on every machine with an ingress; empty lets everybody in."""
+    lakes: dict[LakeName, str] = Field(default_factory=dict)
+    """Lakes that can be asked about, name to place; requests say names only. Every ingress and worker sees them."""
+    jobs: JobSettings = JobSettings()
     limits: Limits = Limits()
     batching: Batching = Batching()
