@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from known_cells import add_cells, known_counts, make_lake
+from known_cells import known_counts, make_lake
 from small_checkpoint import GENES, write_checkpoint
 from starlette.testclient import TestClient
 
@@ -24,9 +27,9 @@ from serve.lake_routes import vote
 from serve.replica import Replica
 from serve.settings import JobSettings, Limits, ServeSettings
 from store import embeddings
+from store.embeddings import open_embeddings
 from store.errors import ConflictError, InputRefused, MissingError, SettingsError
 from store.settings import load_settings
-from store.writer import LakeWriter
 
 HUMAN = "homo_sapiens"
 
@@ -193,70 +196,118 @@ def wait(client: Client, job: str, *states: str) -> Any:
     return found
 
 
+class ThreadJobs:
+    """Jobs in threads of this process, where those of Ray are actors."""
+
+    def __init__(self) -> None:
+        self.stops: dict[str, threading.Event] = {}
+        self.threads: list[threading.Thread] = []
+
+    async def start(self, asked: Asked, record: jobs.Record) -> None:
+        stack, stop = ExitStack(), threading.Event()
+        run = stack.enter_context(Bulk(asked))
+
+        def work() -> None:
+            done = record
+            try:
+                with stack:
+                    run.run(in_this_process, lambda done, total: None, stop.is_set)
+                done = record.now(state="done", done=900, total=900)
+            finally:
+                jobs.write(asked.lake, done)
+                self.stops.pop(record.id)
+
+        self.stops[record.id] = stop
+        jobs.write(asked.lake, record)
+        self.threads.append(threading.Thread(target=work))
+        self.threads[-1].start()
+
+    async def alive(self, job: str) -> bool:
+        return job in self.stops
+
+    async def cancel(self, job: str) -> None:
+        self.stops[job].set()
+
+
+def test_what_is_asked_of_jobs_over_http(
+    checkpoint: str, lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atlas_module, "FRESH_S", 0.0)
+    lake = str(shutil.copytree(lake, tmp_path / "lake"))
+    runner = ThreadJobs()
+    server = Served(checkpoint, {"atlas": lake}, runner)
+    client = server.client
+    try:
+        with held(lake), pytest.raises(ConflictError, match="lake atlas: an embedding is being written"):
+            client.job("atlas")
+        wrong = ({"where": "tisue == 'x'"}, "columns: soma_joinid"), ({"organism": "mus_musculus"}, "organisms here")
+        for words, match in wrong:
+            with pytest.raises(InputRefused, match=match) as refused:
+                client.job("atlas", **words)
+            assert lake not in str(refused.value)
+        response = server.http.post("/v1/jobs", json={"lake": "atlas"})
+        started = response.json()
+        assert (response.status_code, response.headers["location"]) == (202, f"/v1/jobs/{started['id']}")
+        found = wait(client, started["id"], "done", "interrupted")
+        assert (found.state, found.done, found.name[:9]) == ("done", 900, "somaflow_")
+        near = client.neighbors(of_lake([4]), index=f"atlas/homo_sapiens/{found.name}")
+        assert near.joinid[0, 0] == 4
+        assert client.job("atlas").id == started["id"]
+        for thread in runner.threads:
+            thread.join()
+        jobs.write(lake, jobs.Record(**{**vars(jobs.read(lake, started["id"])), "state": "running"}))
+        assert client.cancel_job(started["id"]).state == "interrupted", "nobody works on it"
+        assert [one.state for one in client.jobs()] == ["interrupted"]
+        with pytest.raises(MissingError, match="no job"):
+            client.job_state("0" * 16)
+        assert server.http.get("/v1/jobs/etc").status_code == 422
+    finally:
+        server.close()
+
+
 @pytest.mark.ray
-def test_a_job_embeds_a_lake_once_however_often_it_is_asked_for(
-    checkpoint: str, tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+def test_a_job_outlives_the_request_and_is_done_once_however_often_it_is_asked_for(
+    checkpoint: str, lake: str, tmp_path: Path, ray_cluster: None
 ) -> None:
     import ray
 
     from serve.workers import NAMESPACE, RayJobs
 
-    monkeypatch.setattr(atlas_module, "FRESH_S", 0.0)
-    lake = make_lake(tmp_path / "lake", 900)
+    lake = str(shutil.copytree(lake, tmp_path / "lake"))
     server = Served(checkpoint, {"atlas": lake}, RayJobs(JobSettings()))
     client = server.client
     try:
-        with embeddings_lock(lake), pytest.raises(ConflictError, match="lake atlas: an embedding is being written"):
+        with held(lake), pytest.raises(ConflictError, match="lake atlas: an embedding is being written"):
             client.job("atlas")
-        for wrong, match in (
-            ({"where": "tisue == 'x'"}, "columns: soma_joinid"),
-            ({"organism": "mus_musculus"}, "no cells"),
-        ):
-            with pytest.raises(InputRefused, match=match) as refused:
-                client.job("atlas", **wrong)
-            assert lake not in str(refused.value)
-        response = server.http.post("/v1/jobs", json={"lake": "atlas"})
-        started = response.json()
-        assert (response.status_code, response.headers["location"]) == (202, f"/v1/jobs/{started['id']}")
-        assert client.job("atlas").id == started["id"]
-        found = wait(client, started["id"], "done", "failed")
-        assert (found.state, found.done, found.total) == ("done", 900, 900), found
-        assert found.message == "900 embedded, 0 taken over"
-        assert client.neighbors(of_lake([4])).joinid[0, 0] == 4
-        assert client.job("atlas").id == started["id"]
-        assert wait(client, started["id"], "done", "failed").message == "0 embedded, 0 taken over"
-        assert [one.id for one in client.jobs()] == [started["id"]]
+        job = client.job("atlas").id
+        assert client.job("atlas").id == job
+        found = wait(client, job, "done", "failed", "interrupted")
+        assert (found.state, found.done, found.message) == ("done", 900, "900 embedded, 0 taken over"), found
+        assert client.job("atlas").id == job
+        found = wait(client, job, "done", "failed", "interrupted")
+        assert found.message == "0 embedded, 0 taken over"
+        assert open_embeddings(lake, HUMAN, found.name).manifest is not None
 
-        with LakeWriter(lake) as writer:
-            add_cells(writer, "third", 50, seed=2)
-        client.job("atlas", name="cells2", where="tissue == 'blood'")
-        job = client.jobs()[-1].id
-        assert job != started["id"]
-        ray.kill(ray.get_actor(f"somaflow-job-{job}", NAMESPACE))
-        assert wait(client, job, "interrupted", "done").state == "interrupted"
-        assert client.job("atlas", name="cells2", where="tissue == 'blood'").id == job
-        assert client.cancel_job(job).id == job
-        assert wait(client, job, "cancelled", "done").state in ("cancelled", "done")
-        with pytest.raises(MissingError, match="no job"):
-            client.job_state("0" * 16)
+        other = client.job("atlas", name="lungs", where="tissue == 'lung'").id
+        assert other != job
+        ray.kill(ray.get_actor(f"somaflow-job-{other}", NAMESPACE))
+        assert wait(client, other, "interrupted", "done").state == "interrupted"
+        assert client.job("atlas", name="lungs", where="tissue == 'lung'").id == other
+        assert client.cancel_job(other).id == other
+        assert wait(client, other, "cancelled", "done").state in ("cancelled", "done")
     finally:
         server.close()
 
 
-def embeddings_lock(lake: str) -> Any:
+@contextmanager
+def held(lake: str) -> Iterator[None]:
     """Hold a lake's lock on embeddings as another driver would."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def held() -> Iterator[None]:
-        lock = embeddings.writer_lock(lake)
-        lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-    return held()
+    lock = embeddings.writer_lock(lake)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def test_a_job_is_the_same_for_the_same_question_and_its_record_survives(tmp_path: Path) -> None:
