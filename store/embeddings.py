@@ -219,7 +219,8 @@ def _taken(lake: Lake, standing: Generation, wanted: Mapping[str, Any]) -> str:
         why = f"are of model {plan['model_sha256'][:12]}, and this is model {wanted['model_sha256'][:12]}"
     else:
         why = f"are of the cells where {plan['where'] or 'nothing is asked'!r}, not where {wanted['where'] or 'all'!r}"
-    return f"{lake.uri}: embeddings {standing.name} {why}; choose another name, or say that these replace them (--replace)"
+    way = "choose another name, or say that these replace them (--replace)"
+    return f"{lake.uri}: embeddings {standing.name} {why}; {way}"
 
 
 def previous(generation: Generation) -> Generation | None:
