@@ -9,17 +9,23 @@ import socket
 import sys
 import threading
 import tomllib
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serve.access import read_tokens
 from serve.client import Client
 from serve.settings import ServeSettings
 from store import command
+from store.cluster import ray_cluster
 from store.errors import ConflictError, MissingError, UsageError
+from store.lake import open_lake
 from store.settings import load_settings
 
 app = typer.Typer(
@@ -65,9 +71,61 @@ def run(
     check_checkpoint(settings.checkpoint)
     token = _own_token(settings)
     settings = settings.model_copy(
-        update={"port": free_port(settings.host, settings.port), "checkpoint": str(Path(settings.checkpoint).resolve())}
+        update={
+            "port": free_port(settings.host, settings.port),
+            "checkpoint": str(Path(settings.checkpoint).resolve()),
+            "lakes": {name: open_lake(uri).uri for name, uri in settings.lakes.items()},
+        }
     )
     _serve(settings, token, as_json=as_json)
+
+
+@app.command("embed-lake")
+def embed_lake(
+    checkpoint: Annotated[str, typer.Argument(help="Directory of the checkpoint, on every machine with a worker.")],
+    lake: Annotated[str, typer.Option(help="The lake: a folder or an s3:// URI.")] = "lake",
+    where: Annotated[str, typer.Option(help="Value filter on obs, as in SOMA; all cells when left out.")] = "",
+    organism: Annotated[str, typer.Option(help="Whose cells; may be left out where the lake holds one.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the embeddings; taken from the model when left out.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes that embed.", min=1)] = 2,
+    device: Annotated[str, typer.Option(help="Torch device of each, as in cpu or cuda.")] = "cpu",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join; left out, one is started here.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name over from another model or filter.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")] = False,
+) -> None:
+    """Embed a lake's cells with CHECKPOINT, into its obsm, and index them for `/v1/neighbors`.
+
+    Stopped or killed, the same command goes on; when the lake has grown, it embeds what came since.
+
+    Example: `python -m serve embed-lake runs/demo/checkpoint --lake ./lake --where "tissue == 'blood'"`
+    """
+    from serve.bulk import Asked, Bulk  # here, so that --help need not wait for torch
+    from serve.workers import ray_crew
+
+    check_checkpoint(checkpoint)
+    asked = Asked(str(Path(checkpoint).resolve()), lake, where, organism, name, replace, device)
+    cluster = ray_cluster(address, cpus=workers, packages=("serve", "store", "train"))
+    with Bulk(asked) as bulk, cluster, _progress() as progress:
+        outcome = bulk.run(partial(ray_crew, workers=workers, cpus=1), progress)
+    if as_json:
+        command.answer("serve-embed-lake/v1", **asdict(outcome))
+    command.console.print(
+        f"[bold green]{outcome.n_cells:,} cells[/] of {outcome.organism} are embedded as [bold]{outcome.key}[/] "
+        f"({outcome.n_embedded:,} by this run, {outcome.n_taken_over:,} taken over) and indexed\n"
+        f"ask for neighbours: python -m serve run {checkpoint} --set lakes.NAME={lake}",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Show how many cells are done; yield what is told of it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=command.console, transient=True) as shown:
+        task = shown.add_task("cells", total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def _own_token(settings: ServeSettings) -> str:

@@ -26,9 +26,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from serve import encode
 from serve.access import Gate, Purse
+from serve.atlas import Atlas
 from serve.body import BodyLimit
 from serve.decode import Cells, Decoded, Decoder, Features
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
+from serve.jobs import Jobs
+from serve.lake_routes import add_lakes, add_neighbors
 from serve.messages import (
     AnnotateReply,
     AnnotateRequest,
@@ -274,8 +277,17 @@ def _targets(item: str | list[str], position: int, loaded: Loaded) -> list[str]:
     return targets
 
 
-def make_app(model: Model, limits: Limits, purses: dict[str, Purse] | None = None) -> FastAPI:
-    """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only."""
+def make_app(
+    model: Model,
+    limits: Limits,
+    purses: dict[str, Purse] | None = None,
+    atlas: Atlas | None = None,
+    jobs: Jobs | None = None,
+) -> FastAPI:
+    """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only.
+
+    ``atlas`` holds the lakes that can be asked about, and ``jobs`` embeds them.
+    """
     app = FastAPI(
         title="somaflow",
         summary="Questions about cells, answered by a multimodal cell foundation model.",
@@ -290,7 +302,11 @@ def make_app(model: Model, limits: Limits, purses: dict[str, Purse] | None = Non
     desk = Desk(model, limits)
     app.add_middleware(Metered, metrics=desk.metrics)
     _add_problems(app, desk)
-    _add_questions(app, desk)
+    atlas = atlas or Atlas({})
+    _add_questions(app, desk, atlas)
+    lakes = APIRouter(tags=["lakes"])
+    add_lakes(lakes, desk, atlas, jobs)
+    app.include_router(lakes)
     _add_catalog(app, desk)
     described = app.openapi
     app.openapi = lambda: _as_problems(described())  # type: ignore[method-assign]
@@ -337,7 +353,7 @@ _NPZ_BODY: dict[str, Any] = {"requestBody": {"content": _BINARY}}
 _NPZ_REPLY: dict[int | str, dict[str, Any]] = {200: {"content": _BINARY}}
 
 
-def _add_questions(app: FastAPI, desk: Desk) -> None:
+def _add_questions(app: FastAPI, desk: Desk, atlas: Atlas) -> None:
     """Add what is asked about cells; all take JSON or npz, and answer in JSON, or npz where there is a large array."""
     forms = type("Forms", (Forms,), {"limits": desk.limits})
     router = APIRouter(route_class=forms, tags=["ask the model"])
@@ -372,6 +388,7 @@ def _add_questions(app: FastAPI, desk: Desk) -> None:
         """Draw counts of cells of which nothing is known but what is said."""
         return _json(await desk.again(desk.generate, request))
 
+    add_neighbors(router, desk, atlas, _NPZ_BODY)
     app.include_router(router)
 
 

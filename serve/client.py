@@ -22,7 +22,7 @@ from scipy.sparse import csr_matrix
 
 from serve.errors import Overloaded, Unavailable
 from serve.npz import NPZ, REPLY, REQUEST, unpacked, write_npz
-from store.errors import InputRefused, MissingError, SomaflowError
+from store.errors import ConflictError, InputRefused, MissingError, SomaflowError
 
 RETRIED = frozenset({429, 503})
 CHUNK_CELLS = 1_000
@@ -63,6 +63,43 @@ class Predicted:
     feature_id: list[str]
     values: NDArray[np.float32]
     unit: str
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The nearest cells of a lake, [cells, k], nearest first.
+
+    Attributes:
+        index: Which index was searched.
+        joinid: The neighbours' soma_joinid.
+        distance: Euclidean, between embeddings.
+        obs: Of each neighbour, what the lake says of it.
+        types: Of each cell, its neighbours' types with their shares, largest first.
+    """
+
+    index: str
+    joinid: NDArray[np.int64]
+    distance: NDArray[np.float32]
+    obs: list[list[dict[str, Any]]]
+    types: list[list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A bulk job; ``state`` is running, done, failed, cancelled or interrupted (ask again to go on)."""
+
+    id: str
+    lake: str
+    organism: str
+    name: str
+    where: str
+    model_sha256: str
+    state: str
+    done: int
+    total: int
+    message: str
+    created: str
+    updated: str
 
 
 class Client:
@@ -307,6 +344,71 @@ class Client:
         shape = (n_cells, len(counts["features"]))
         return csr_matrix((counts["data"], counts["indices"], counts["indptr"]), shape=shape), counts["features"]
 
+    def neighbors(
+        self,
+        cells: Any,
+        k: int = 10,
+        *,
+        index: str = "",
+        columns: Sequence[str] | None = None,
+        prompts: Mapping[str, Said] | None = None,
+    ) -> Neighbors:
+        """Find the cells of a lake that are nearest in the model's space, and what most of them are.
+
+        Args:
+            cells: As for :meth:`embed`.
+            k: Neighbours of each cell.
+            index: ``LAKE/ORGANISM/NAME`` or the beginning of it; may be left out where there is one of the model's.
+            columns: Of the lake's obs, to be told of each neighbour; the usual ones when left out.
+            prompts: As for :meth:`embed`; only the organism counts.
+
+        Raises:
+            MissingError: There is no such index.
+            ConflictError: Another model made it.
+            InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
+        """
+        options = {} if columns is None else {"columns": list(columns)}
+        replies = self._in_chunks("/v1/neighbors", cells, prompts, {"k": k, "index": index, "options": options})
+        found = [cell for reply in replies for cell in reply["cells"]]
+        rows = [cell["neighbors"] for cell in found]
+        return Neighbors(
+            index=replies[0]["index"],
+            joinid=np.array([[one["soma_joinid"] for one in row] for row in rows], np.int64),
+            distance=np.array([[one["distance"] for one in row] for row in rows], np.float32),
+            obs=[[one["obs"] for one in row] for row in rows],
+            types=[cell["types"] for cell in found],
+        )
+
+    def job(self, lake: str, *, where: str = "", organism: str = "", name: str = "", replace: bool = False) -> Job:
+        """Have a lake embedded with the model that answers, and indexed; the same question resumes.
+
+        Args:
+            lake: Its name at the server.
+            where: A value filter on obs; empty takes all cells.
+            organism: Whose cells; may be left out where the lake holds one.
+            name: Of the embeddings.
+            replace: Take the name over from another model or filter.
+
+        Raises:
+            MissingError: The server knows no such lake.
+            InputRefused: Something is wrong with the question.
+            ConflictError: Somebody else embeds the lake now, or the name is another model's.
+        """
+        body = {"lake": lake, "where": where, "organism": organism, "name": name, "replace": replace}
+        return Job(**self._ask("POST", "/v1/jobs", body))
+
+    def jobs(self) -> list[Job]:
+        """List all jobs."""
+        return [Job(**job) for job in self._ask("GET", "/v1/jobs")["jobs"]]
+
+    def job_state(self, job: str) -> Job:
+        """Say how far a job is."""
+        return Job(**self._ask("GET", f"/v1/jobs/{job}"))
+
+    def cancel_job(self, job: str) -> Job:
+        """End a job; what is done stays done."""
+        return Job(**self._ask("DELETE", f"/v1/jobs/{job}"))
+
     def _in_chunks(
         self, path: str, cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
@@ -332,7 +434,7 @@ class Client:
                     "start one with: python -m serve run CHECKPOINT"
                 )
                 continue
-            if response.status_code == 200:
+            if response.is_success:
                 return _reply(response)
             last = _error(response)
             if response.status_code not in RETRIED:
@@ -374,6 +476,8 @@ def _error(response: httpx.Response) -> SomaflowError:
         return Unavailable(where)
     if status == 404:
         return MissingError(where)
+    if status == 409:
+        return ConflictError(where)
     return InputRefused(where) if 400 <= status < 500 else SomaflowError(where)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import math
 import os
 import socket
 from collections.abc import Awaitable, Iterator
@@ -32,6 +33,7 @@ import store
 import train
 from serve.access import read_tokens
 from serve.app import make_app
+from serve.atlas import Atlas
 from serve.batcher import Load
 from serve.decode import Cells
 from serve.errors import Unavailable
@@ -39,6 +41,7 @@ from serve.held import load_predictor
 from serve.model import Description, Question
 from serve.replica import Loader, Replica
 from serve.settings import ServeSettings
+from serve.workers import RayJobs
 from store.errors import InputRefused, MissingError, SomaflowError
 from store.settings import parse_settings
 
@@ -149,8 +152,10 @@ class Ingress:
         self._model = model
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        tokens = self._settings.tokens_file
-        return make_app(RemoteModel(self._model), self._settings.limits, read_tokens(tokens) if tokens else None)
+        settings = self._settings
+        purses = read_tokens(settings.tokens_file) if settings.tokens_file else None
+        jobs = RayJobs(settings.jobs) if settings.lakes else None
+        return make_app(RemoteModel(self._model), settings.limits, purses, Atlas(settings.lakes), jobs)
 
 
 def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.serve.Application:
@@ -220,7 +225,8 @@ def serving(settings: ServeSettings, load: Loader = load_predictor) -> Iterator[
 def _start_ray(settings: ServeSettings) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not settings.address:
-        n_cpus = max(os.cpu_count() or 1, max(settings.replicas, settings.scaling.most) * settings.threads)
+        copies = max(settings.replicas, settings.scaling.most)
+        n_cpus = max(os.cpu_count() or 1, copies * settings.threads + _for_jobs(settings))
         ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
         return
     _check_address(settings.address)
@@ -230,6 +236,11 @@ def _start_ray(settings: ServeSettings) -> None:
     except (ConnectionError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise MissingError(f"no Ray cluster answers at {settings.address!r} ({reason}); check --address") from None
+
+
+def _for_jobs(settings: ServeSettings) -> int:
+    """Return the CPUs that Ray is told of for a bulk job: of low priority, so that it may share the model's."""
+    return math.ceil(settings.jobs.workers * settings.jobs.cpus) if settings.lakes else 0
 
 
 def _check_address(address: str) -> None:

@@ -48,6 +48,8 @@ class Description:
     """Adapter to why it cannot be used."""
     adapter: str = ""
     """The one with which a reply was made; empty is none."""
+    checkpoint: str = ""
+    """Where it was loaded from, for jobs that load it elsewhere; no reply says it."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ class Replica:
     async def describe(self) -> Description:
         """Return what an ingress needs to know; megabytes for a large vocabulary, so ask when the model changed."""
         self.check()
-        return replace(await asyncio.to_thread(self._now.described), swap=self._swap)
+        described = await asyncio.to_thread(self._now.described)
+        return replace(described, swap=self._swap, checkpoint=self._settings.checkpoint)
 
     async def ask(self, cells: Cells, question: Question) -> Any:
         """Answer a question about cells; see :mod:`serve.model` for what each is answered with.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from store.settings import Settings
@@ -56,6 +58,18 @@ class Scaling(Settings):
     """Seconds that there must be too little before one is taken away."""
 
 
+class JobSettings(Settings):
+    """What bulk jobs may take from the machines that serve; their workers have low priority besides."""
+
+    workers: int = Field(default=1, gt=0)
+    """Processes that embed, for each job."""
+    cpus: float = Field(default=1, gt=0)
+    """CPUs of each, which Ray must have free; threads too."""
+
+
+LakeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+
+
 class ServeSettings(Settings):
     """Everything that ``python -m serve run`` can be told."""
 
@@ -82,5 +96,8 @@ class ServeSettings(Settings):
     adapters_loaded: int = Field(default=8, gt=0)
     """Adapters that a copy of the model keeps in memory."""
     scaling: Scaling = Scaling()
+    lakes: dict[LakeName, str] = Field(default_factory=dict)
+    """Lakes that can be asked about, name to place; requests say names only. Every ingress and worker sees them."""
+    jobs: JobSettings = JobSettings()
     limits: Limits = Limits()
     batching: Batching = Batching()

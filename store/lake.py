@@ -256,13 +256,20 @@ class Lake:
         ]
         return np.array(sorted(ranges), dtype=np.int64).reshape(-1, 2)
 
-    def obs(self, organism: str, where: str | None = None, columns: list[str] | None = None) -> pa.Table:
+    def obs(
+        self,
+        organism: str,
+        where: str | None = None,
+        columns: list[str] | None = None,
+        span: tuple[int, int] | None = None,
+    ) -> pa.Table:
         """Return the obs rows that ``where`` selects, in joinid order.
 
         Args:
             organism: One of ``organisms``.
             where: A SOMA value filter, such as ``"tissue == 'blood' and is_primary_data == True"``.
             columns: Columns wanted (none: all); ``soma_joinid`` is always among them.
+            span: First and last joinid to look at (none: all).
 
         Raises:
             UsageError: Unknown organism, a column that obs does not have, or a filter that does not parse.
@@ -273,7 +280,8 @@ class Lake:
             raise UsageError(f"obs has no column {unknown[0]!r}; columns: {', '.join(obs.schema.names)}")
         wanted = None if columns is None else ["soma_joinid", *(name for name in columns if name != "soma_joinid")]
         try:
-            table = obs.read(value_filter=where, column_names=wanted).concat()
+            rows = () if span is None else (slice(*span),)
+            table = obs.read(rows, value_filter=where, column_names=wanted).concat()
         except (tiledbsoma.SOMAError, ValueError, SyntaxError, KeyError) as error:
             raise UsageError(
                 f"where = {where!r}: {str(error).strip().splitlines()[0]}; columns: {', '.join(obs.schema.names)}"
