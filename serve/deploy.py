@@ -20,9 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import ray.serve
 import ray.serve.exceptions
 import ray.serve.schema
+from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
@@ -35,7 +37,7 @@ from serve.batcher import Load
 from serve.decode import Cells
 from serve.errors import Unavailable
 from serve.held import load_predictor
-from serve.model import Description, Question
+from serve.model import Columns, Description, Question
 from serve.replica import Loader, Replica
 from serve.settings import ServeSettings
 from store.errors import InputRefused, MissingError, SomaflowError
@@ -80,6 +82,10 @@ class ModelReplica:
         """See :class:`Replica`."""
         return await _outcome(self._replica.ask(cells, question))
 
+    async def vectors(self, model_sha256: str, columns: Columns) -> Any:
+        """See :class:`Replica`."""
+        return await _outcome(self._replica.vectors(model_sha256, columns))
+
     async def load(self) -> Load:
         """Return what waits and what was done."""
         return self._replica.load()
@@ -118,6 +124,10 @@ class RemoteModel:
     async def ask(self, cells: Cells, question: Question) -> Any:
         """See :class:`Replica`."""
         return await _value(self._handle.ask.remote(cells, question))
+
+    async def vectors(self, model_sha256: str, columns: Columns) -> dict[str, NDArray[np.float32]]:
+        """See :class:`Replica`."""
+        return await _value(self._handle.vectors.remote(model_sha256, columns))
 
 
 async def _value(response: Any) -> Any:
