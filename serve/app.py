@@ -10,11 +10,12 @@ import asyncio
 import datetime as dt
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_type_hints
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -26,10 +27,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from serve import encode
 from serve.access import Gate, Purse
+from serve.arrow import ARROW
 from serve.atlas import Atlas
 from serve.body import BodyLimit
 from serve.decode import Cells, Decoded, Decoder, Features
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
+from serve.foreign import FOREIGN, Readers
+from serve.forms import FORM_SCHEMA, FORMS, form_of, write
+from serve.h5ad import FORM
 from serve.jobs import Jobs
 from serve.lake_routes import add_lakes, add_neighbors
 from serve.messages import (
@@ -57,8 +62,8 @@ from serve.messages import (
     TranslateRequest,
 )
 from serve.metrics import Metered, Metrics
-from serve.model import Annotate, Description, Embed, Forecast, Generate, Model, Perturb, Translate
-from serve.npz import NPZ, REPLY, unpacked, write_npz
+from serve.model import Annotate, Columns, Description, Embed, Forecast, Generate, Model, Perturb, Translate
+from serve.npz import NPZ
 from serve.payload import read_request
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
@@ -98,7 +103,7 @@ _TITLES = {
     408: "The request came too slowly",
     409: "Somebody else changed what this needs",
     413: "The request is too large",
-    415: "The request is neither JSON nor npz",
+    415: "The request is in no form that is read here",
     422: "The request cannot be used",
     429: "The server is busy",
     500: "The server made a mistake",
@@ -144,8 +149,15 @@ class Desk:
         self.model = model
         self.limits = limits
         self.metrics = Metrics()
+        self.readers = Readers(limits)
         self._loaded: Loaded | None = None
         self._asked = time.monotonic()
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """End what reads foreign bodies with the app."""
+        yield
+        await asyncio.to_thread(self.readers.close)
 
     async def loaded(self) -> Loaded:
         """Return the present checkpoint, asking the model the first time."""
@@ -181,11 +193,28 @@ class Desk:
 
     async def embed(self, request: EmbedRequest) -> EmbedReply:
         """Answer an embedding request."""
+        columns = self._features(await self.loaded(), request)
         loaded, decoded = await self._read(request)
         embedding_CD = await self.model.ask(decoded.cells, Embed())
-        return await asyncio.to_thread(
-            encode.embed_reply, embedding_CD, request.options, decoded, loaded.under(request.adapter)
-        )
+        features = None
+        if columns:
+            found = await self.model.vectors(loaded.sha256, columns)
+            features = {name: (these, found[name]) for name, these in columns.items()}
+        told = loaded.under(request.adapter)
+        reply = partial(encode.embed_reply, embedding_CD, features, request.options, decoded, told)
+        return await asyncio.to_thread(reply)
+
+    def _features(self, loaded: Loaded, request: EmbedRequest) -> Columns:
+        """Return where the features are whose own vectors are asked for."""
+        asked, where = request.options.feature_embeddings or {}, "options.feature_embeddings"
+        n_values = sum(map(len, asked.values())) * loaded.description.embedding_size
+        if n_values > self.limits.values:
+            raise FieldRefused(where, f"{n_values:,} values; at most {self.limits.values:,} go into a reply")
+        for name in asked:
+            if name not in loaded.description.vocabulary:
+                known = ", ".join(sorted(loaded.description.vocabulary))
+                raise FieldRefused(f"{where}.{name}", f"this model does not know this measurement; it knows {known}")
+        return {name: loaded.decoder.columns(name, names, f"{where}.{name}") for name, names in asked.items()}
 
     async def annotate(self, request: AnnotateRequest) -> AnnotateReply:
         """Answer which types cells are."""
@@ -288,10 +317,12 @@ def make_app(
 
     ``atlas`` holds the lakes that can be asked about, and ``jobs`` embeds them.
     """
+    desk = Desk(model, limits)
     app = FastAPI(
         title="somaflow",
         summary="Questions about cells, answered by a multimodal cell foundation model.",
         version="1",
+        lifespan=desk.lifespan,
         docs_url=None,
         redoc_url=None,
         responses={code: {"model": Problem, "description": title} for code, title in _TITLES.items()},
@@ -299,8 +330,8 @@ def make_app(
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, timeout_s=limits.timeout_s, problem=problem)
     if purses:  # outermost: a stranger's body is not read
         app.add_middleware(Gate, purses=purses, problem=lambda status, said, wait: problem(status, said, (), wait))
-    desk = Desk(model, limits)
     app.add_middleware(Metered, metrics=desk.metrics)
+    app.state.readers = desk.readers
     _add_problems(app, desk)
     atlas = atlas or Atlas({})
     _add_questions(app, desk, atlas)
@@ -324,20 +355,28 @@ def _as_problems(description: dict[str, Any]) -> dict[str, Any]:
 
 
 class Forms(APIRoute):
-    """A route that takes its message as npz too."""
+    """A route that takes its message in other forms too."""
 
-    limits = Limits()
+    desk: Desk
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers: as FastAPI does, but for bodies that are no JSON."""
         plain = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
-            if _media(request) != NPZ:
+            media, body, chosen = _media(request), b"", ""
+            if media in FOREIGN:
+                foreign = await self.desk.readers.read(request.headers["content-type"], await request.body())
+                body, chosen = foreign.npz, foreign.chosen
+            elif media == NPZ:
+                body = await request.body()
+            else:
                 return await plain(request)
             message = get_type_hints(self.endpoint)["request"]
-            read = await asyncio.to_thread(read_request, await request.body(), message, self.limits)
+            read = await asyncio.to_thread(read_request, body, message, self.desk.limits)
             response: Response = await self.endpoint(read, request.headers.get("accept", ""))
+            if chosen:
+                response.headers[COUNTS_FROM] = quote(chosen)
             return response
 
         return answer
@@ -347,15 +386,19 @@ def _media(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-Accept = Annotated[str, Header(description=f"`{NPZ}` gives the large array of the reply as one, beside `reply`.")]
-_BINARY: dict[str, Any] = {NPZ: {"schema": {"type": "string", "format": "binary"}}}
-_NPZ_BODY: dict[str, Any] = {"requestBody": {"content": _BINARY}}
-_NPZ_REPLY: dict[int | str, dict[str, Any]] = {200: {"content": _BINARY}}
+Accept = Annotated[
+    str, Header(description=f"`{NPZ}` or `{ARROW}` gives the large array of the reply as one, beside the rest.")
+]
+COUNTS_FROM = "Somaflow-Counts-From"
+"""Header that says which matrix of an h5ad file was read."""
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+_NPZ_BODY: dict[str, Any] = {"requestBody": {"content": {NPZ: _BINARY, ARROW: _BINARY, FORM: FORM_SCHEMA}}}
+_NPZ_REPLY: dict[int | str, dict[str, Any]] = {200: {"content": {NPZ: _BINARY, ARROW: _BINARY}}}
 
 
 def _add_questions(app: FastAPI, desk: Desk, atlas: Atlas) -> None:
-    """Add what is asked about cells; all take JSON or npz, and answer in JSON, or npz where there is a large array."""
-    forms = type("Forms", (Forms,), {"limits": desk.limits})
+    """Add what is asked about cells; in every form; answers are JSON, or arrays where there is a large one."""
+    forms = type("Forms", (Forms,), {"desk": desk})
     router = APIRouter(route_class=forms, tags=["ask the model"])
 
     @router.post("/v1/embed", response_model=EmbedReply, openapi_extra=_NPZ_BODY, responses=_NPZ_REPLY)
@@ -393,19 +436,16 @@ def _add_questions(app: FastAPI, desk: Desk, atlas: Atlas) -> None:
 
 
 def _packed(request: Q, accept: str) -> Q:
-    """Return the request with its array in bytes, where the reply is npz."""
-    if NPZ not in accept:
+    """Return the request with its array in bytes, where the reply is npz or Arrow."""
+    if not form_of(accept):
         return request
     return request.model_copy(update={"options": request.options.model_copy(update={"encoding": "base64"})})
 
 
 def _reply(reply: BaseModel, accept: str, field: str) -> Response:
     """Write a reply: all of it as JSON, or its array beside the rest."""
-    if NPZ not in accept:
-        return _json(reply)
-    array = unpacked(getattr(reply, field).model_dump())
-    rest = reply.model_dump_json(exclude_none=True, exclude={field}).encode()
-    return Response(write_npz({field: array, REPLY: rest}), media_type=NPZ)
+    form = form_of(accept)
+    return Response(write(reply, form, field), media_type=form) if form else _json(reply)
 
 
 def _add_catalog(app: FastAPI, desk: Desk) -> None:
@@ -511,8 +551,8 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         media = _media(request)
-        if request.method == "POST" and media not in ("application/json", NPZ):
-            return problem(415, f"send Content-Type: application/json or {NPZ} (got {media[:80] or 'none'!r})")
+        if request.method == "POST" and media not in FORMS:
+            return problem(415, f"send Content-Type: {' or '.join(FORMS)} (got {media[:80] or 'none'!r})")
         fields = [_field(item) for item in error.errors()[:MAX_PROBLEMS]]
         return problem(422, "; ".join(f"{item.field}: {item.message}" for item in fields), fields)
 

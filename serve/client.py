@@ -12,7 +12,8 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -20,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from serve.arrow import ARROW, read_reply, write_request
 from serve.errors import Overloaded, Unavailable
+from serve.h5ad import FORM
 from serve.npz import NPZ, REPLY, REQUEST, unpacked, write_npz
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError
 
@@ -40,6 +43,17 @@ class Embeddings:
     coverage: dict[str, Any]
     warnings: list[str]
     provenance: dict[str, Any]
+    features: dict[str, tuple[list[str], NDArray[np.floating]]] = field(default_factory=dict)
+    """Measurement to the ids of features and their vectors, where they were asked for."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A body that is no JSON, and its content type; of a form, its other part."""
+
+    media: str
+    content: bytes
+    request: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,26 +197,40 @@ class Client:
         prompts: Mapping[str, Said] | None = None,
         normalize: bool = False,
         dtype: str = "float32",
+        encoding: str = "npz",
+        features: Mapping[str, Sequence[str]] | None = None,
     ) -> Embeddings:
         """Embed cells, sent in chunks that the server accepts.
 
         Args:
             cells: AnnData, MuData or {measurement: AnnData} with raw counts in ``X``; {measurement: (csr, features)};
-                or a list of {feature: count}, taken as RNA.
+                or a list of {feature: count}, taken as RNA. The path of an h5ad file is sent as the file that it is, in
+                one request; the server finds the raw counts in it.
             prompts: What is known about the cells, one value for all or one per cell.
             normalize: Scale each embedding to length 1.
             dtype: ``float32`` or ``float16``.
+            encoding: How bodies are sent: ``npz``, or ``arrow`` (a stream); the answer is the same.
+            features: Measurement to features whose own vectors are wanted too.
 
         Raises:
             InputRefused: The server cannot use the request; the message names the field.
             Overloaded: The server stays busy.
             Unavailable: Nobody answers, or no model is ready.
         """
-        options = {"normalize": normalize, "dtype": dtype}
-        replies = self._in_chunks("/v1/embed", cells, prompts, {"options": options})
+        if encoding not in ("npz", "arrow"):
+            raise InputRefused(f"encoding: {encoding!r} is not known; bodies are sent as npz or arrow")
+        options: dict[str, Any] = {"normalize": normalize, "dtype": dtype}
+        if features:
+            options["feature_embeddings"] = {name: list(names) for name, names in features.items()}
+        media = ARROW if encoding == "arrow" else NPZ
+        replies = self._in_chunks("/v1/embed", cells, prompts, {"options": options}, media)
         first = next((reply for reply in replies if reply["warnings"]), replies[0])
         values = np.concatenate([reply["embeddings"] for reply in replies])
-        return Embeddings(values, first["coverage"], first["warnings"], first["provenance"])
+        named = {
+            name: (part["features"], _vectors(replies[0], name))
+            for name, part in replies[0].get("feature_embeddings", {}).items()
+        }
+        return Embeddings(values, first["coverage"], first["warnings"], first["provenance"], named)
 
     def perturb(
         self,
@@ -226,13 +254,11 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        measurements = as_measurements(cells)
         asked = {
             "perturbations": [item if isinstance(item, str) else list(item) for item in perturbations],
             "options": {"vectors": True, "encoding": "base64", "top": top},
         }
-        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked | self._adapter)
-        reply = self._ask("POST", "/v1/perturb", body)
+        reply = self._ask("POST", "/v1/perturb", _whole(cells, prompts, asked | self._adapter))
         return [
             _effect(item["perturbation"], name, part, reply["features"])
             for item in reply["perturbations"]
@@ -307,10 +333,8 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        measurements = as_measurements(cells)
         asked = {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
-        body = _body(measurements, prompts, slice(0, _n_cells(measurements)), asked | self._adapter)
-        reply = self._ask("POST", "/v1/forecast", body)
+        reply = self._ask("POST", "/v1/forecast", _whole(cells, prompts, asked | self._adapter))
         return {name: _effect("", name, part, reply["features"]) for name, part in reply["effects"].items()}
 
     def generate(
@@ -410,19 +434,25 @@ class Client:
         return Job(**self._ask("DELETE", f"/v1/jobs/{job}"))
 
     def _in_chunks(
-        self, path: str, cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]
+        self,
+        path: str,
+        cells: Any,
+        prompts: Mapping[str, Said] | None,
+        asked: Mapping[str, Any],
+        media: str = NPZ,
     ) -> list[dict[str, Any]]:
         """Ask about cells in chunks that the server accepts."""
-        measurements = as_measurements(cells)
         asked = dict(asked) | self._adapter
-        bodies = (_body(measurements, prompts, rows, asked) for rows in chunks(measurements))
+        if isinstance(cells, str | os.PathLike):
+            return [self._ask("POST", path, _file(cells, prompts, asked))]
+        measurements = as_measurements(cells)
+        bodies = (_body(measurements, prompts, rows, asked, media) for rows in chunks(measurements))
         return [self._ask("POST", path, body) for body in bodies]
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | bytes | None = None) -> dict[str, Any]:
-        """Send a message, as JSON or as the npz that it is; return the reply, with its array if there is one."""
+    def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
+        """Send a message, as JSON or in the form that it has; return the reply, with its array if there is one."""
         last: SomaflowError = Unavailable(f"{self._http.base_url}: not asked")
-        headers = {"Content-Type": NPZ, "Accept": f"{NPZ}, application/json"} if isinstance(body, bytes) else {}
-        sent: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
+        headers, sent = _sent(body)
         for attempt in range(self._tries):
             if attempt:
                 self._sleep(_pause_s(attempt, last))
@@ -442,12 +472,30 @@ class Client:
         raise last
 
 
+def _sent(body: dict[str, Any] | Body | None) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the headers of a request and what httpx is told to send."""
+    if not isinstance(body, Body):
+        return {}, {"json": body}
+    if body.media == FORM:
+        parts = {"file": ("cells.h5ad", body.content, "application/x-hdf5"), "request": (None, body.request)}
+        return {"Accept": f"{NPZ}, application/json"}, {"files": parts}
+    return {"Content-Type": body.media, "Accept": f"{body.media}, application/json"}, {"content": body.content}
+
+
 def _reply(response: httpx.Response) -> dict[str, Any]:
+    if response.headers.get("content-type", "") == ARROW:
+        return read_reply(response.content)
     if response.headers.get("content-type", "") != NPZ:
         return cast("dict[str, Any]", response.json())
     with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
         reply: dict[str, Any] = json.loads(arrays[REPLY].tobytes())
         return reply | {name: arrays[name] for name in arrays.files if name != REPLY}
+
+
+def _vectors(reply: dict[str, Any], name: str) -> NDArray[np.floating]:
+    """Return features' own vectors, which an npz has as arrays and other replies as they can."""
+    found = reply.get(f"feature_embeddings/{name}")
+    return unpacked(reply["feature_embeddings"][name]["embeddings"]) if found is None else found
 
 
 def _effect(perturbation: str, name: str, part: dict[str, Any], features: dict[str, list[str]]) -> Effect:
@@ -540,11 +588,24 @@ def chunks(measurements: Measurements) -> Iterator[slice]:
         start = stop
 
 
+def _whole(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]) -> Body:
+    """Write all cells and what is asked of them."""
+    if isinstance(cells, str | os.PathLike):
+        return _file(cells, prompts, asked)
+    measurements = as_measurements(cells)
+    return _body(measurements, prompts, slice(0, _n_cells(measurements)), asked)
+
+
 def _body(
-    measurements: Measurements, prompts: Mapping[str, Said] | None, rows: slice, asked: Mapping[str, Any]
-) -> bytes:
-    """Write some cells and what is asked of them as npz."""
+    measurements: Measurements,
+    prompts: Mapping[str, Said] | None,
+    rows: slice,
+    asked: Mapping[str, Any],
+    media: str = NPZ,
+) -> Body:
+    """Write some cells and what is asked of them."""
     message = {"prompts": _said(prompts, rows), **asked}
+    parts: Measurements = {}
     arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: json.dumps(message).encode()}
     for name, (matrix, features) in measurements.items():
         part = matrix[rows]
@@ -552,13 +613,24 @@ def _body(
             raise InputRefused(f"counts.{name}: holds values that are not finite; send raw counts")
         used, indices = np.unique(part.indices, return_inverse=True)
         names = [features[column] for column in used] or features[:1]
+        parts[name] = csr_matrix((part.data, indices, part.indptr), shape=(part.shape[0], len(names))), names
         arrays |= {
             f"{name}/features": np.array([one.encode() for one in names]),
             f"{name}/indptr": part.indptr,
             f"{name}/indices": indices.astype(np.int32),
             f"{name}/data": part.data,
         }
-    return write_npz(arrays)
+    return Body(media, write_request(message, parts) if media == ARROW else write_npz(arrays))
+
+
+def _file(path: str | os.PathLike[str], prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]) -> Body:
+    """Write what is asked of an h5ad file's cells, beside the file."""
+    message = {"prompts": _said(prompts, slice(None)), **asked}
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise MissingError(f"{path}: cannot be read: {error.strerror}; give the path of an h5ad file") from None
+    return Body(FORM, content, json.dumps(message))
 
 
 def _said(prompts: Mapping[str, Said] | None, rows: slice) -> dict[str, Any]:

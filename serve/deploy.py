@@ -22,9 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import ray.serve
 import ray.serve.exceptions
 import ray.serve.schema
+from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
@@ -38,7 +40,7 @@ from serve.batcher import Load
 from serve.decode import Cells
 from serve.errors import Unavailable
 from serve.held import load_predictor
-from serve.model import Description, Question
+from serve.model import Columns, Description, Question
 from serve.replica import Loader, Replica
 from serve.settings import ServeSettings
 from serve.workers import RayJobs
@@ -84,6 +86,10 @@ class ModelReplica:
         """See :class:`Replica`."""
         return await _outcome(self._replica.ask(cells, question))
 
+    async def vectors(self, model_sha256: str, columns: Columns) -> Any:
+        """See :class:`Replica`."""
+        return await _outcome(self._replica.vectors(model_sha256, columns))
+
     async def load(self) -> Load:
         """See :class:`Replica`."""
         replica = ray.serve.get_replica_context().replica_id.unique_id
@@ -127,6 +133,10 @@ class RemoteModel:
     async def ask(self, cells: Cells, question: Question) -> Any:
         """See :class:`Replica`."""
         return await _value(self._handle.ask.remote(cells, question))
+
+    async def vectors(self, model_sha256: str, columns: Columns) -> dict[str, NDArray[np.float32]]:
+        """See :class:`Replica`."""
+        return await _value(self._handle.vectors.remote(model_sha256, columns))
 
 
 async def _value(response: Any) -> Any:

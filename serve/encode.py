@@ -7,7 +7,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from serve.messages import (
     EmbedReply,
     Encoding,
     FeatureEffect,
+    FeatureEmbeddings,
     ForecastReply,
     GenerateReply,
     MeasurementEffect,
@@ -70,12 +71,36 @@ def unit_length(embedding_CD: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def embed_reply(
-    embedding_CD: NDArray[np.float32], options: EmbedOptions, decoded: Decoded, description: Description
+    embedding_CD: NDArray[np.float32],
+    features: Mapping[str, tuple[Sequence[int], NDArray[np.float32]]] | None,
+    options: EmbedOptions,
+    decoded: Decoded,
+    description: Description,
 ) -> EmbedReply:
-    """Write embeddings in the form that the request asks for."""
-    values = (unit_length(embedding_CD) if options.normalize else embedding_CD).astype(options.dtype)
+    """Write embeddings in the form that the request asks for.
+
+    Args:
+        embedding_CD: Of cells.
+        features: Measurement to the columns of features and their vectors_XD, where they were asked for.
+        options: The form.
+        decoded: The cells.
+        description: The checkpoint.
+    """
+
+    def written(values_XD: NDArray[np.float32]) -> Tensor | list[list[float]]:
+        values = (unit_length(values_XD) if options.normalize else values_XD).astype(options.dtype)
+        return tensor(values) if options.encoding == "base64" else values.tolist()
+
+    named = {
+        name: FeatureEmbeddings.model_construct(
+            features=[description.vocabulary[name].feature_id[column] for column in columns],
+            embeddings=written(vector_XD),
+        )
+        for name, (columns, vector_XD) in (features or {}).items()
+    }
     return EmbedReply.model_construct(
-        embeddings=tensor(values) if options.encoding == "base64" else values.tolist(),
+        embeddings=written(embedding_CD),
+        feature_embeddings=named or None,
         coverage=decoded.coverage,
         warnings=decoded.warnings,
         provenance=provenance(description),

@@ -38,6 +38,7 @@ class Predictor(Protocol):
     def embed(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
     def perturb(self, cells: Any, perturbation: list[str]) -> Any: ...  # noqa: D102
     def annotate(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
+    def vectors(self, measurement: str, columns: Sequence[int]) -> NDArray[np.float32]: ...  # noqa: D102
     def novelty(self, cells: Any) -> NDArray[np.float32]: ...  # noqa: D102
     def shares(self, cells: Any, measurement: str) -> NDArray[np.float32]: ...  # noqa: D102
     def forecast(self, cells: Any, elapsed: float) -> Any: ...  # noqa: D102

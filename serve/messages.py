@@ -95,6 +95,14 @@ class EmbedOptions(Request):
     min_coverage: float | None = Field(
         default=None, ge=0, le=1, description="Refuse when a smaller share of the counts is known to the model."
     )
+    feature_embeddings: dict[Name, Names] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=16,
+        description="Measurement to ids or symbols of features whose own vectors are wanted too: what the model takes "
+        "them for, whatever the cells.",
+        examples=[{"RNA": ["CD3D", "ENSG00000156738"]}],
+    )
 
 
 class EmbedRequest(Question):
@@ -258,10 +266,22 @@ class Tensor(Reply):
     base64: str
 
 
+class FeatureEmbeddings(Reply):
+    """What the model takes features for, in the order of the request."""
+
+    features: list[str] = Field(description="Their ids.")
+    embeddings: list[list[float]] | Tensor | None = Field(
+        default=None, description="One vector for each; in an npz it is the array `feature_embeddings/MEASUREMENT`."
+    )
+
+
 class EmbedReply(Reply):
     """One embedding per cell, in the order of the request."""
 
     embeddings: list[list[float]] | Tensor
+    feature_embeddings: dict[str, FeatureEmbeddings] | None = Field(
+        default=None, description="By measurement, where they were asked for."
+    )
     coverage: dict[str, Coverage]
     warnings: list[str]
     provenance: Provenance

@@ -2,6 +2,7 @@
 
 Shape letters used in this module:
     C  cells      D  size of an embedding      G  features of a measurement      Y  cell types
+    X  features that are asked for
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Generate:
 
 
 Question = Embed | Annotate | Translate | Perturb | Forecast | Generate
+Columns = dict[str, tuple[int, ...]]
+"""Measurement to positions of some of its features."""
 Shifts = dict[str, Shift]
 """Measurement to shift."""
 
@@ -141,4 +144,8 @@ class Model(Protocol):
 
     async def ask(self, cells: Cells, question: Question) -> Any:
         """Return what the question says that it is answered with."""
+        ...
+
+    async def vectors(self, model_sha256: str, columns: Columns) -> dict[str, NDArray[np.float32]]:
+        """Return what a checkpoint takes features for: measurement to vector_XD."""
         ...

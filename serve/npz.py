@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 NPZ = "application/x-npz"
 REQUEST, REPLY = "request", "reply"
+MEASUREMENTS = 16
+"""Most measurements of a request."""
+LONGEST_NAME = 256
 
 
 def write_npz(arrays: Mapping[str, NDArray[Any] | bytes]) -> bytes:

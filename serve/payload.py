@@ -20,13 +20,11 @@ from pydantic import BaseModel, ValidationError
 
 from serve.errors import FieldRefused
 from serve.messages import CsrCounts
-from serve.npz import REQUEST
+from serve.npz import LONGEST_NAME, MEASUREMENTS, REQUEST
 from serve.settings import Limits
 
 PARTS = {"indptr": "iu", "indices": "iu", "data": "iuf", "features": "US"}
 """What a measurement's counts are made of, and which kinds of numpy's types each may be."""
-MEASUREMENTS = 16
-LONGEST_NAME = 256
 _PLACEHOLDER: dict[str, Any] = {"RNA": [{}]}
 M = TypeVar("M", bound=BaseModel)
 

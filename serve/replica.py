@@ -26,7 +26,19 @@ from serve.batcher import Batcher, Load, Piece
 from serve.decode import Cells
 from serve.errors import StaleModel, Unavailable
 from serve.held import Held, Predictor, Task, load_predictor
-from serve.model import Annotate, Description, Embed, Forecast, Generate, Perturb, Question, Shift, Swap, Translate
+from serve.model import (
+    Annotate,
+    Columns,
+    Description,
+    Embed,
+    Forecast,
+    Generate,
+    Perturb,
+    Question,
+    Shift,
+    Swap,
+    Translate,
+)
 from serve.settings import ServeSettings
 from store.errors import SomaflowError
 from train.checkpoint import MANIFEST
@@ -90,9 +102,7 @@ class Replica:
             Overloaded: Too much is waiting.
             DeadlineExceeded: The time allowed went by.
         """
-        held = self._held.get(cells.model_sha256)
-        if held is None:
-            raise StaleModel("the checkpoint was changed meanwhile; send the request again")
+        held = self._of(cells.model_sha256)
         pieces, rows = await asyncio.to_thread(held.cut, cells, self._settings.batching.piece_tokens)
         asked = [
             Piece(_Asked(held, replace(piece.payload, question=part)), piece.rows, piece.longest)
@@ -109,6 +119,21 @@ class Replica:
         weights = np.array([len(where) for where in rows], dtype=np.float64) / cells.n_cells
         means = [_average(parts[start : start + len(rows)], weights) for start in range(0, len(parts), len(rows))]
         return means[0] if isinstance(question, Forecast) else means
+
+    async def vectors(self, model_sha256: str, columns: Columns) -> dict[str, NDArray[np.float32]]:
+        """Return what a checkpoint takes features for: measurement to vector_XD, in the order of ``columns``.
+
+        Raises:
+            StaleModel: The checkpoint is not here.
+        """
+        predictor = self._of(model_sha256).predictor
+        return {name: await asyncio.to_thread(predictor.vectors, name, these) for name, these in columns.items()}
+
+    def _of(self, model_sha256: str) -> Held:
+        held = self._held.get(model_sha256)
+        if held is None:
+            raise StaleModel("the checkpoint was changed meanwhile; send the request again")
+        return held
 
     def swap(self, checkpoint: str) -> Swap:
         """Let another checkpoint answer from now on; return what came of it, which :meth:`describe` tells too.

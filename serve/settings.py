@@ -30,6 +30,10 @@ class Limits(Settings):
     """Least share of a measurement's counts that must belong to features of the model; less is refused."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from acceptance to answer."""
+    reader_bytes: int = Field(default=2**30, ge=2**28)
+    """Memory of each of the processes that read Arrow streams and h5ad files."""
+    reader_s: float = Field(default=10.0, gt=0)
+    """Longest time that reading one of these may take."""
 
 
 class Batching(Settings):

@@ -87,6 +87,9 @@ class FakePredictor:
         columns = [total.get("RNA", zeros), total.get("protein", zeros), cells.tissue, first]
         return np.stack(columns, axis=1).astype(np.float32)
 
+    def vectors(self, measurement: str, columns: Sequence[int]) -> np.ndarray:
+        return np.array([[column, len(measurement), 3, 4] for column in columns], np.float32).reshape(-1, 4)
+
     def perturb(self, cells: FakeCells, perturbation: list[str]) -> dict[str, FakeEffect]:
         time.sleep(self.delay_s)
         effects = {}

@@ -15,11 +15,12 @@ import scipy.sparse
 from hostile_files import CANARY, CORRUPTIONS, corrupt, honest, hostile_archives
 
 from ingest.job import JobSettings, SourceSettings
-from ingest.preflight import check_hdf5, members
+from ingest.preflight import members
 from ingest.run import run
 from ingest.sandbox import Reader
 from ingest.turn import turned
 from store.errors import InputRefused, StorageError
+from store.hdf5 import check_hdf5
 from store.lake import open_lake
 
 

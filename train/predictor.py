@@ -3,7 +3,7 @@
 A task is what is seen, said and asked of cells (``train.asked``): the model is the same for all.
 
 Shape letters used in this module:
-    C  cells      D  width      G  features of a measurement
+    C  cells      D  width      G  features of a measurement      X  features that are asked for
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from train.objective import company_of
 from train.tokens import SCALE, Tokens, make_tokens
 
 Asks = Callable[[Tokens], Asked]
-BATCH_CELLS = 256
+BATCH_CELLS, BATCH_FEATURES = 256, 4_096
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,19 @@ class Predictor:
                 for rows, tokens in self._batches(cells)
             ]
         return np.concatenate(parts) if parts else np.zeros((0, self.model.config.width), dtype=np.float32)
+
+    def vectors(self, measurement: str, columns: Sequence[int]) -> NDArray[np.float32]:
+        """Return what the model takes features for, vector_XD: their identity, before any cell has a value of them.
+
+        Args:
+            measurement: Of the features.
+            columns: Their positions in the vocabulary.
+        """
+        first = self.model.config.offsets[measurement]
+        number_X = torch.tensor(columns, dtype=torch.int32, device=self.device) + first
+        with torch.inference_mode():
+            parts = [self.model.identity(part).float().cpu().numpy() for part in torch.split(number_X, BATCH_FEATURES)]
+        return np.concatenate(parts) if len(columns) else np.zeros((0, self.model.config.width), np.float32)
 
     def novelty(self, cells: Cells) -> NDArray[np.float32]:
         """Return p_C: how likely a cell of a known kind is to be at least as far from what is known.

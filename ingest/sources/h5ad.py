@@ -15,7 +15,6 @@ import pandas as pd
 import scipy.sparse
 
 from ingest.job import SourceSettings
-from ingest.preflight import check_hdf5
 from ingest.sources.form import (
     Part,
     Rows,
@@ -30,6 +29,7 @@ from ingest.sources.form import (
 )
 from ingest.turn import PART, Coordinates, turned
 from store.errors import InputRefused
+from store.hdf5 import check_hdf5
 from store.records import is_local
 from store.schema import ORGANISMS
 
