@@ -1,7 +1,7 @@
 """This module is the HTTP interface: routes, statuses and problem reports around something that answers like a replica.
 
 The model is any :class:`serve.model.Model`, so the same app runs over a model in this process or over a Ray Serve
-deployment. OpenAPI is at ``/openapi.json``; there are no pages that load scripts from elsewhere.
+deployment. OpenAPI is at ``/openapi.json``; no page loads anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from serve.access import Gate, Purse
 from serve.body import BodyLimit
 from serve.decode import Decoded, Decoder, Features
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
+from serve.explore import Offer, add_explore
 from serve.messages import (
     AnnotateReply,
     AnnotateRequest,
@@ -53,6 +54,7 @@ from serve.messages import (
 )
 from serve.model import Annotate, Description, Embed, Forecast, Generate, Model, Perturb, Translate
 from serve.npz import NPZ, REPLY, unpacked, write_npz
+from serve.page import add_page
 from serve.payload import read_request
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
@@ -91,7 +93,7 @@ _TITLES = {
     408: "The request came too slowly",
     409: "Somebody else changed what this needs",
     413: "The request is too large",
-    415: "The request is neither JSON nor npz",
+    415: "The request is of a kind that is not read here",
     422: "The request cannot be used",
     429: "The server is busy",
     500: "The server made a mistake",
@@ -187,17 +189,21 @@ class Desk:
 
     async def perturb(self, request: PerturbRequest) -> PerturbReply:
         """Answer a perturbation request."""
-        loaded = await self.loaded()
-        if len(request.perturbations) > self.limits.perturbations:
-            raise FieldRefused("perturbations", f"send at most {self.limits.perturbations} in a request")
         if "perturbation" in request.prompts:
             raise FieldRefused("prompts.perturbation", "name perturbations in 'perturbations'; the cells are controls")
-        asked = tuple(tuple(_targets(item, position, loaded)) for position, item in enumerate(request.perturbations))
+        asked = await self.targets(request.perturbations)
         loaded, decoded = await self._read(request)
         shifts = await self.model.ask(decoded.cells, Perturb(asked))
         return await asyncio.to_thread(
             encode.perturb_reply, asked, shifts, request.options, decoded, loaded.description
         )
+
+    async def targets(self, perturbations: Sequence[str | list[str]]) -> tuple[tuple[str, ...], ...]:
+        """Check the names of perturbations; return the targets of each."""
+        loaded = await self.loaded()
+        if len(perturbations) > self.limits.perturbations:
+            raise FieldRefused("perturbations", f"send at most {self.limits.perturbations} in a request")
+        return tuple(tuple(_targets(item, position, loaded)) for position, item in enumerate(perturbations))
 
     async def forecast(self, request: ForecastRequest) -> ForecastReply:
         """Answer what becomes of cells."""
@@ -242,8 +248,13 @@ def _targets(item: str | list[str], position: int, loaded: Loaded) -> list[str]:
     return targets
 
 
-def make_app(model: Model, limits: Limits, purses: dict[str, Purse] | None = None) -> FastAPI:
-    """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only."""
+def make_app(
+    model: Model, limits: Limits, purses: dict[str, Purse] | None = None, offer: Offer | None = None
+) -> FastAPI:
+    """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only.
+
+    ``offer`` says which cells the page at ``/`` has to show.
+    """
     app = FastAPI(
         title="somaflow",
         summary="Questions about cells, answered by a multimodal cell foundation model.",
@@ -259,6 +270,8 @@ def make_app(model: Model, limits: Limits, purses: dict[str, Purse] | None = Non
     _add_problems(app, desk)
     _add_questions(app, desk)
     _add_catalog(app, desk)
+    add_explore(app, desk, offer or Offer(), Forms)
+    add_page(app)
     return app
 
 
@@ -404,6 +417,7 @@ def _json(reply: BaseModel) -> Response:
 
 def _card(description: Description, limits: Limits) -> ModelCard:
     provenance, swap = encode.provenance(description), description.swap
+    figures: dict[str, Any] = description.manifest.get("figures", {})
     return ModelCard(
         id=f"{provenance.snapshot_name}-{provenance.model_sha256[:12]}",
         ready=True,
@@ -413,6 +427,7 @@ def _card(description: Description, limits: Limits) -> ModelCard:
         embedding_size=description.embedding_size,
         prompts=sorted(description.prompts),
         limits=limits.model_dump(),
+        figures={name: value for name, value in figures.items() if isinstance(value, int | float)},
         swap=None
         if swap is None
         else SwapReport(when=_day(swap.when), model_sha256=swap.model_sha256, error=swap.error),

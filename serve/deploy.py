@@ -34,6 +34,7 @@ from serve.app import make_app
 from serve.batcher import Load
 from serve.decode import Cells
 from serve.errors import Unavailable
+from serve.explore import Offer
 from serve.held import load_predictor
 from serve.model import Description, Question
 from serve.replica import Loader, Replica
@@ -144,7 +145,8 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         tokens = self._settings.tokens_file
-        return make_app(RemoteModel(self._model), self._settings.limits, read_tokens(tokens) if tokens else None)
+        purses = read_tokens(tokens) if tokens else None
+        return make_app(RemoteModel(self._model), self._settings.limits, purses, Offer.of(self._settings))
 
 
 def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.serve.Application:

@@ -377,6 +377,7 @@ class ModelCard(Reply):
     embedding_size: int
     prompts: list[str]
     limits: dict[str, int | float]
+    figures: dict[str, int | float] = Field(default_factory=dict, description="What its training measured.")
     swap: SwapReport | None = None
 
 
