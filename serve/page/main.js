@@ -339,6 +339,7 @@ function hover(cell, event) {
 
 let annotating = null;
 async function select(cells) {
+  if (state.selected.length && !cells.length && state.view) say("No cells are selected.");
   state.selected = cells;
   map.choose(cells);
   annotating?.abort();
@@ -370,7 +371,7 @@ function annotation(reply) {
   const verdict = one ? one.cell_type : reply.called[0].cell_type;
   const share = one ? "" : ` · ${percent(reply.called[0].cells / reply.cells)} of them`;
   const under = reply.covering ? `${reply.covering} (${reply.covering_id})` : "none";
-  const novelty = reply.novelty_p === undefined ? "not told by this model" : `${figure(reply.novelty_p)}${reply.novelty_p < 0.05 ? ": unlike what it was trained on" : ""}`;
+  const novelty = reply.novelty_p == null ? "not told by this model" : `${figure(reply.novelty_p)}${reply.novelty_p < 0.05 ? ": unlike what it was trained on" : ""}`;
   const unknown = reply.called.find((called) => called.cell_type === UNKNOWN)?.cells ?? 0;
   const parts = [
     make("p", { class: "verdict" }, make("strong", {}, verdict), make("span", { class: "quiet" }, share)),
@@ -391,7 +392,7 @@ function annotation(reply) {
   const rows = reply.each.map((cell) => make("tr", {},
     make("td", {}, cell.name), make("td", {}, cell.cell_type === UNKNOWN ? `unknown (${cell.types[0].cell_type}?)` : cell.cell_type),
     make("td", { class: "number" }, cell.types[0].probability.toFixed(2)),
-    make("td", { class: "number" }, cell.novelty_p === undefined ? "" : figure(Number(cell.novelty_p.toPrecision(2))))));
+    make("td", { class: "number" }, cell.novelty_p == null ? "" : figure(Number(cell.novelty_p.toPrecision(2))))));
   parts.push(make("details", {}, make("summary", {}, `The first ${reply.each.length}, one by one`), make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows))));
   return parts;
 }
