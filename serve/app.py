@@ -471,7 +471,9 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
 
 
 def _field(item: Any) -> FieldProblem:
-    path = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "csr", "cells"))
+    whole = enumerate(item["loc"])  # after the first two, "csr" and "cells" are forms of counts, not names of fields
+    skipped = (("body", "query"), (), ("csr", "cells"))
+    path = ".".join(str(part) for place, part in whole if part not in skipped[min(place, 2)])
     return FieldProblem(field=path[:200] or "body", message=str(item["msg"])[:300])
 
 

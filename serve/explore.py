@@ -10,7 +10,8 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,7 +84,13 @@ class Offer:
 def add_explore(app: FastAPI, desk: Desk, offer: Offer, forms: type[APIRoute]) -> None:
     """Add the routes; ``forms`` is a route that takes its message as npz too."""
     sessions = Sessions(desk, offer.explore)
-    router = APIRouter(tags=["look at cells"])
+
+    @contextlib.asynccontextmanager
+    async def closing(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(sessions.close)
+
+    router = APIRouter(tags=["look at cells"], lifespan=closing)
     _add_openings(router, forms, desk, sessions, offer)
     _add_questions(router, desk, sessions, offer)
     app.include_router(router)
@@ -98,6 +105,7 @@ def _add_openings(router: APIRouter, forms: type[APIRoute], desk: Desk, sessions
     @router.get("/v1/datasets")
     async def datasets() -> DatasetsReply:
         """List the cells that the server offers to look at."""
+        sessions.warm()  # who asks will open some
         files = [Dataset(name=name, form="h5ad") for name in offer.cells]
         snapshots = [Dataset(name=name, form="snapshot") for name in offer.snapshots if name not in offer.cells]
         return DatasetsReply(

@@ -12,7 +12,6 @@ from serve.messages import (
     Counts,
     Coverage,
     FeatureEffect,
-    Integers,
     Name,
     Names,
     Numbers,
@@ -25,8 +24,8 @@ from serve.messages import (
 )
 
 Positions = Annotated[
-    Integers | None,
-    Field(description="Positions of cells, the first is 0; all when left out.", min_length=1),
+    Annotated[list[int], Field(fail_fast=True, min_length=1)] | None,
+    Field(description="Positions of cells, the first is 0; all when left out."),
 ]
 
 

@@ -1,7 +1,7 @@
 """This module lays cells out on a plane by UMAP of their embeddings, in a process of its own.
 
-UMAP's libraries take seconds to load and hold the interpreter while they work. The child (``python -m
-serve.projection``) is started before it is needed, loads them meanwhile, and then waits for the embeddings.
+UMAP's libraries take seconds to load and compile, and hold the interpreter while they work. The child (``python -m
+serve.projection``) can be started before it is needed, and stays for a while.
 
 Shape letters used in this module:
     C  cells      D  size of an embedding      S  cells that UMAP is fitted to
@@ -10,12 +10,14 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import select
+import struct
 import subprocess
 import sys
+import threading
 import warnings
-from typing import Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,20 +31,25 @@ NEIGHBOURS, MIN_DIST, PARTS = 15, 0.3, 30
 
 
 class Projector:
-    """A child that waits for embeddings; give it some once, or close it.
+    """A child that lays cells out, one set after the other; started when it is first needed, or before.
 
     Args:
         fitted: Most cells that UMAP is fitted to; the others are placed among them.
+        idle_s: A child that nobody needed for so long ends; the next set starts another.
     """
 
-    def __init__(self, fitted: int) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "serve.projection", str(fitted)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+    def __init__(self, fitted: int, idle_s: float) -> None:
+        self._fitted, self._idle_s = fitted, idle_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._turn = threading.Lock()
+
+    def warm(self) -> None:
+        """Start the child, unless it runs: it is ready some ten seconds later, and nobody waits for it."""
+        if self._turn.acquire(blocking=False):
+            try:
+                self._running()
+            finally:
+                self._turn.release()
 
     def place(self, embedding_CD: NDArray[np.float32], timeout_s: float) -> NDArray[np.float32]:
         """Return position_C2; waits for it, so call it in a thread.
@@ -51,26 +58,73 @@ class Projector:
             DeadlineExceeded: It took too long.
             Unavailable: The child died.
         """
-        file = io.BytesIO()
-        np.save(file, embedding_CD, allow_pickle=False)
-        try:
-            answer, _ = self._child.communicate(file.getvalue(), timeout_s)
-        except subprocess.TimeoutExpired:
-            self.close()
-            raise DeadlineExceeded(f"the cells could not be laid out within {timeout_s:g} s") from None
-        if self._child.returncode or not answer:
-            raise Unavailable("the process that lays cells out has died; try again, with fewer cells")
-        return np.asarray(np.load(io.BytesIO(answer), allow_pickle=False))
+        late = threading.Event()
+        with self._turn:
+            child = self._running()
+            assert child.stdin is not None
+            assert child.stdout is not None
+
+            def end() -> None:
+                late.set()
+                child.kill()
+
+            clock = threading.Timer(timeout_s, end)
+            clock.start()
+            try:
+                _write(child.stdin, embedding_CD)
+                return _read(child.stdout)
+            except (OSError, EOFError, ValueError):
+                self._stop()
+                if late.is_set():
+                    raise DeadlineExceeded(f"the cells could not be laid out within {timeout_s:g} s") from None
+                raise Unavailable("the process that lays cells out has died; try again, with fewer cells") from None
+            finally:
+                clock.cancel()
 
     def close(self) -> None:
         """End the child, whatever it does."""
-        if self._child.poll() is None:
+        if self._child is not None:
             self._child.kill()
-        self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
+        with self._turn:
+            self._stop()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._child is not None and self._child.poll() is not None:
+            self._stop()
+        if self._child is None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "serve.projection", str(self._fitted), str(self._idle_s)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        return self._child
+
+    def _stop(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _write(pipe: IO[bytes], values: NDArray[np.float32]) -> None:
+    pipe.write(struct.pack("<qq", *values.shape))
+    pipe.write(values.astype("<f4").tobytes())
+    pipe.flush()
+
+
+def _read(pipe: IO[bytes]) -> NDArray[np.float32]:
+    head = pipe.read(16)
+    if len(head) < 16:
+        raise EOFError
+    n_rows, n_columns = struct.unpack("<qq", head)
+    return np.frombuffer(pipe.read(4 * n_rows * n_columns), "<f4").reshape(n_rows, n_columns)
 
 
 def project(embedding_CD: NDArray[np.float32], *, fitted: int) -> NDArray[np.float32]:
@@ -81,22 +135,27 @@ def project(embedding_CD: NDArray[np.float32], *, fitted: int) -> NDArray[np.flo
     """
     if len(embedding_CD) < FEWEST:
         return principal(embedding_CD, 2)
-    import umap
+    from sklearn.neighbors import NearestNeighbors
+    from umap import UMAP
 
     reduced_CD = principal(embedding_CD, PARTS) if embedding_CD.shape[1] > PARTS else embedding_CD
     chosen_S = np.arange(len(reduced_CD))
     if len(reduced_CD) > fitted:
         chosen_S = np.sort(np.random.default_rng(SEED).choice(len(reduced_CD), fitted, replace=False))
-    model = umap.UMAP(n_neighbors=min(NEIGHBOURS, len(chosen_S) - 1), min_dist=MIN_DIST, init="pca", random_state=SEED)
+    fitted_SD = reduced_CD[chosen_S]
+    neighbours = min(NEIGHBOURS, len(chosen_S))
+    distance_SK, nearest_SK = NearestNeighbors(n_neighbors=neighbours).fit(fitted_SD).kneighbors(fitted_SD)
+    known = (nearest_SK, distance_SK.astype(np.float32))
+    model = UMAP(n_neighbors=neighbours, min_dist=MIN_DIST, init="pca", random_state=SEED, precomputed_knn=known)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a seed means one thread
-        placed_S2 = model.fit_transform(reduced_CD[chosen_S])
-        position_C2 = np.empty((len(reduced_CD), 2), np.float32)
-        position_C2[chosen_S] = placed_S2
-        others = np.ones(len(reduced_CD), dtype=bool)
-        others[chosen_S] = False
-        if others.any():
-            position_C2[others] = _among(reduced_CD[others], reduced_CD[chosen_S], placed_S2)
+        warnings.simplefilter("ignore", UserWarning)  # that a seed means one thread, and neighbours no transform
+        placed_S2 = model.fit_transform(fitted_SD).astype(np.float32)
+    position_C2 = np.empty((len(reduced_CD), 2), np.float32)
+    position_C2[chosen_S] = placed_S2
+    others = np.ones(len(reduced_CD), dtype=bool)
+    others[chosen_S] = False
+    if others.any():
+        position_C2[others] = _among(reduced_CD[others], fitted_SD, placed_S2)
     return position_C2
 
 
@@ -125,17 +184,17 @@ def principal(embedding_CD: NDArray[np.float32], parts: int) -> NDArray[np.float
 
 
 def main(words: list[str]) -> None:
-    """Load the libraries, read embeddings from stdin, write positions to stdout."""
-    out: Any = os.fdopen(os.dup(1), "wb")
+    """Load and compile what is needed, then lay out what comes by stdin, until nothing comes for a while."""
+    fitted, idle_s = int(words[0]), float(words[1])
+    out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
-    import sklearn.neighbors  # noqa: F401 - loaded while nobody waits
-    import umap  # noqa: F401
-
-    body = sys.stdin.buffer.read()
-    if not body:
-        return  # nobody needs it any more
-    np.save(out, project(np.load(io.BytesIO(body), allow_pickle=False), fitted=int(words[0])), allow_pickle=False)
-    out.close()
+    project(np.random.default_rng(SEED).normal(size=(64, 8)).astype(np.float32), fitted=32)
+    while select.select([sys.stdin.buffer], [], [], idle_s)[0]:
+        try:
+            embedding_CD = _read(sys.stdin.buffer)
+        except EOFError:
+            return
+        _write(out, project(embedding_CD, fitted=fitted))
 
 
 if __name__ == "__main__":

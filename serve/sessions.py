@@ -10,10 +10,9 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -139,6 +138,17 @@ class Sessions:
     def __init__(self, desk: Checkpoints, settings: Explore) -> None:
         self._desk, self._settings = desk, settings
         self._kept: dict[str, Session] = {}
+        self._projector = Projector(settings.fitted_cells, settings.idle_s)
+
+    def warm(self) -> None:
+        """Expect that cells will be laid out soon."""
+        self._projector.warm()
+
+    def close(self) -> None:
+        """Let everything go."""
+        for number in list(self._kept):
+            self.drop(number)
+        self._projector.close()
 
     def begin(self, name: str, read: Reader, prompts: Prompts | None = None) -> Session:
         """Start to read a set of cells; ask for it until it is ready.
@@ -152,6 +162,7 @@ class Sessions:
             raise Overloaded(f"{preparing} sets of cells are being prepared; try again soon", 5)
         session = Session(secrets.token_urlsafe(18), name)
         self._kept[session.id] = session
+        self.warm()
         session.task = asyncio.get_running_loop().create_task(self._guarded(session, read, prompts or {}))
         return session
 
@@ -216,33 +227,32 @@ class Sessions:
     async def _prepare(self, session: Session, read: Reader, prompts: Prompts) -> None:
         loaded = await self._desk.fresh()
         description: Description = loaded.description
-        with _projector(self._settings.fitted_cells) as projector:
-            found = await read()
-            known = {name: part for name, part in found.counts.items() if name in description.vocabulary}
-            if not known:
-                there, here = ", ".join(found.counts), ", ".join(description.vocabulary)
-                raise InputRefused(f"these cells have {there or 'no counts'}; the model knows {here}")
-            decoder = Decoder(
-                description.vocabulary,
-                description.prompts,
-                str(description.manifest["model_sha256"]),
-                explored(self._desk.limits, self._settings),
-            )
-            decoded = await asyncio.to_thread(decoder.decode, known, prompts)
-            session.description, session.cells, session.obs = description, decoded.cells, found.obs
-            session.coverage = decoded.coverage
-            session.notes += [*found.notes, *decoded.warnings]
-            session.notes += [f"{name}: the model does not know this" for name in found.counts if name not in known]
-            session.state = "embedding"
-            embedding_CD = await self._embed(session, decoded.cells)
-            session.state, session.share = "placing", 0.0
-            if decoded.cells.n_cells < FEWEST:
-                session.position_C2 = principal(embedding_CD, 2)
-                session.fitted = decoded.cells.n_cells
-            else:
-                place = asyncio.to_thread(projector.place, embedding_CD, self._settings.prepare_s)
-                session.position_C2 = await place
-                session.fitted = min(decoded.cells.n_cells, self._settings.fitted_cells)
+        found = await read()
+        known = {name: part for name, part in found.counts.items() if name in description.vocabulary}
+        if not known:
+            there, here = ", ".join(found.counts), ", ".join(description.vocabulary)
+            raise InputRefused(f"these cells have {there or 'no counts'}; the model knows {here}")
+        decoder = Decoder(
+            description.vocabulary,
+            description.prompts,
+            str(description.manifest["model_sha256"]),
+            explored(self._desk.limits, self._settings),
+        )
+        decoded = await asyncio.to_thread(decoder.decode, known, prompts)
+        session.description, session.cells, session.obs = description, decoded.cells, found.obs
+        session.coverage = decoded.coverage
+        session.notes += [*found.notes, *decoded.warnings]
+        session.notes += [f"{name}: the model does not know this" for name in found.counts if name not in known]
+        session.state = "embedding"
+        embedding_CD = await self._embed(session, decoded.cells)
+        session.state, session.share = "placing", 0.0
+        if decoded.cells.n_cells < FEWEST:
+            session.position_C2 = principal(embedding_CD, 2)
+            session.fitted = decoded.cells.n_cells
+        else:
+            place = asyncio.to_thread(self._projector.place, embedding_CD, self._settings.prepare_s)
+            session.position_C2 = await place
+            session.fitted = min(decoded.cells.n_cells, self._settings.fitted_cells)
         session.state, session.share = "ready", 1.0
 
     async def _embed(self, session: Session, cells: Cells) -> NDArray[np.float32]:
@@ -269,12 +279,3 @@ class Sessions:
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
         return await self.ask(cells, question)
-
-
-@contextlib.contextmanager
-def _projector(fitted: int) -> Iterator[Projector]:
-    projector = Projector(fitted)
-    try:
-        yield projector
-    finally:
-        projector.close()

@@ -148,7 +148,7 @@ def _believed(body: bytes, where: str, limits: Limits) -> Read:
 def main(words: list[str]) -> None:
     """Read what the words name; write it to stdout as npz, or why it is refused."""
     form, place, name, memory_mb, *numbers = words
-    _limit(int(memory_mb))
+    _limit(int(memory_mb) * 2**20 if form == "h5ad" else resource.RLIM_INFINITY)  # a lake is no stranger
     most_cells, most_counts, most_features = map(int, numbers)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -161,7 +161,7 @@ def main(words: list[str]) -> None:
         arrays = _refusal(str(error), "missing")
     except StorageError as error:
         arrays = _refusal(str(error), "storage")
-    except (SomaflowError, MemoryError) as error:
+    except (SomaflowError, MemoryError, ImportError) as error:  # libraries that find no memory cannot be loaded
         text = str(error) if isinstance(error, SomaflowError) else f"{name}: needs more than {memory_mb} MB of memory"
         arrays = _refusal(text, "input")
     except Exception as error:  # noqa: BLE001 - whatever a library finds wrong with a foreign file, it is refused
@@ -170,8 +170,8 @@ def main(words: list[str]) -> None:
     out.close()
 
 
-def _limit(memory_mb: int) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_mb * 2**20, memory_mb * 2**20))
+def _limit(n_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server
