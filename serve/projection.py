@@ -144,7 +144,9 @@ def project(embedding_CD: NDArray[np.float32], *, fitted: int) -> NDArray[np.flo
         chosen_S = np.sort(np.random.default_rng(SEED).choice(len(reduced_CD), fitted, replace=False))
     fitted_SD = reduced_CD[chosen_S]
     neighbours = min(NEIGHBOURS, len(chosen_S))
-    distance_SK, nearest_SK = NearestNeighbors(n_neighbors=neighbours).fit(fitted_SD).kneighbors(fitted_SD)
+    distance_SK, nearest_SK = (
+        NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(fitted_SD).kneighbors(fitted_SD)
+    )
     known = (nearest_SK, distance_SK.astype(np.float32))
     model = UMAP(n_neighbors=neighbours, min_dist=MIN_DIST, init="pca", random_state=SEED, precomputed_knn=known)
     with warnings.catch_warnings():
@@ -165,7 +167,7 @@ def _among(
     """Place cells at the weighted mean of their nearest fitted cells; weights fall with distance."""
     from sklearn.neighbors import NearestNeighbors
 
-    distance_CK, nearest_CK = NearestNeighbors(n_neighbors=5).fit(fitted_SD).kneighbors(embedding_CD)
+    distance_CK, nearest_CK = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(fitted_SD).kneighbors(embedding_CD)
     scale_C1 = np.maximum(distance_CK.mean(axis=1, keepdims=True), 1e-12)
     weight_CK = np.exp(-4 * distance_CK / scale_C1)
     weight_CK /= weight_CK.sum(axis=1, keepdims=True)

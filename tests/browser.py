@@ -44,7 +44,7 @@ class Tab:
         self._last += 1
         self._socket.send(json.dumps({"id": self._last, "method": method, "params": words}))
         while True:
-            message = json.loads(self._socket.recv(timeout=60))
+            message = json.loads(self._socket.recv(timeout=120))
             if message.get("id") == self._last:
                 assert "error" not in message, f"{method}: {message['error']}"
                 return dict(message["result"])
@@ -56,7 +56,7 @@ class Tab:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, script: str, timeout_s: float = 30) -> Any:
+    def wait(self, script: str, timeout_s: float = 100) -> Any:
         """Return the expression's value once it is true."""
         end = time.monotonic() + timeout_s
         whole = f"((found) => found instanceof Node ? true : found)({script})"

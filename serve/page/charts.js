@@ -51,8 +51,8 @@ export function changes(up, down) {
     class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `Genes that go up: ${list(up)}. Genes that go down: ${list(down)}.`,
   });
-  const room = (width - name - 46) / 2;
-  const middle = name + 23 + room;
+  const room = (width - name - 84) / 2; // the values stand beside the bars
+  const middle = name + 42 + room;
   rows.forEach((row, i) => {
     const y = i * line + 3;
     const length = Math.max(1, (Math.abs(row.delta) / most) * room);
@@ -77,19 +77,22 @@ function short(text, most) {
 // All genes: mean without the perturbation across, change upwards.
 export function shiftPlot(control, delta, named) {
   const [width, height, left, right, top, bottom] = [360, 230, 44, 12, 10, 34];
-  let [most, far] = [1e-9, 1e-9];
+  let [most, low, high] = [1e-9, -1e-9, 1e-9];
   for (let i = 0; i < control.length; i++) {
     most = Math.max(most, control[i]);
-    far = Math.max(far, Math.abs(delta[i]));
+    low = Math.min(low, delta[i]);
+    high = Math.max(high, delta[i]);
   }
-  far *= 1.12;
+  const far = Math.max(-low, high);
+  const pad = 0.07 * (high - low);
+  [low, high] = [low - pad, high + pad];
   const x = (value) => left + (value / most) * (width - left - right);
-  const y = (value) => top + ((far - value) / (2 * far)) * (height - top - bottom);
+  const y = (value) => top + ((high - value) / (high - low)) * (height - top - bottom);
   const picture = svg("svg", {
     class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img",
-    "aria-label": `Predicted change of ${number(control.length)} features against their mean; the largest is ${(far / 1.12).toFixed(2)}.`,
+    "aria-label": `Predicted change of ${number(control.length)} features against their mean; the largest is ${far.toFixed(2)}.`,
   });
-  for (const value of ticks(-far, far)) {
+  for (const value of ticks(low, high)) {
     picture.append(
       svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value) }),
       svg("text", { x: left - 5, y: y(value) + 4, "text-anchor": "end", class: "quiet" }, plain(value)),

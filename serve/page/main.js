@@ -7,6 +7,7 @@ import { Scatter } from "./scatter.js";
 
 const $ = (id) => document.getElementById(id);
 const PAUSE_MS = 400;
+const LONGEST_PAUSE_MS = 3000;
 const UNKNOWN = "unknown";
 const state = { model: null, limits: null, session: null, view: null, selected: [], targets: [], known: new Set(), opening: 0 };
 
@@ -113,6 +114,7 @@ async function open(send, name) {
   try {
     if (before) ask("DELETE", `/v1/explore/${before}`).catch(() => {});
     let reply = await send();
+    let pause = PAUSE_MS;
     while (reply.state !== "ready") {
       if (mine !== state.opening) return void ask("DELETE", `/v1/explore/${reply.session}`).catch(() => {});
       const doing = {
@@ -121,8 +123,9 @@ async function open(send, name) {
         placing: `Laying out ${number(reply.cells)} cells …`,
       }[reply.state];
       busy(doing, reply.state === "embedding" ? reply.share : null);
-      await new Promise((done) => setTimeout(done, PAUSE_MS));
-      reply = await ask("GET", `/v1/explore/${reply.session}`);
+      await sleep(pause);
+      pause = Math.min(1.2 * pause, LONGEST_PAUSE_MS); // an owner of a token may have few requests
+      reply = await patiently(() => ask("GET", `/v1/explore/${reply.session}`));
     }
     if (mine !== state.opening) return;
     show(reply);
@@ -132,6 +135,22 @@ async function open(send, name) {
     $("busy").hidden = true;
     $("empty").hidden = false;
     warn(error);
+  }
+}
+
+function sleep(ms) {
+  return new Promise((done) => setTimeout(done, ms));
+}
+
+// Asks again as long as the server says that it is only busy.
+async function patiently(call) {
+  for (;;) {
+    try {
+      return await call();
+    } catch (error) {
+      if (error.status !== 429) throw error;
+      await sleep(1000 * (error.retryAfterS ?? 1));
+    }
   }
 }
 
@@ -149,7 +168,7 @@ function busy(text, share) {
 function forget() {
   state.session = state.view = null;
   for (const id of ["colour", "gene"]) $(id).disabled = true;
-  for (const id of ["tools", "legend", "tip"]) $(id).hidden = true;
+  for (const id of ["tools", "legend", "about", "tip"]) $(id).hidden = true;
   $("shift").replaceChildren();
   map.show(new Float32Array(0));
   select([]);
@@ -174,7 +193,7 @@ function show(reply) {
     labels: view.labels.map((label) => ({ ...label, codes: array(label.codes), numbers: array(label.numbers) })),
   };
   $("busy").hidden = true;
-  for (const id of ["tools", "legend"]) $(id).hidden = false;
+  for (const id of ["tools", "legend", "about"]) $(id).hidden = false;
   const told = view.types.length
     ? [["annotation", "annotation (model)"], ["probability", "its probability"], ...(view.novelty_p ? [["novelty", "novelty p"]] : [])] : [];
   const group = (label, options) => options.length
@@ -193,11 +212,9 @@ function show(reply) {
   const fitted = view.fitted < reply.cells ? `, fitted to ${number(view.fitted)} of them` : "";
   const known = Object.entries(view.coverage).map(([name, c]) => `${percent(c.share_of_counts)} of the ${name} counts are known to the model`);
   $("map").setAttribute("aria-label", `Map of ${number(reply.cells)} cells of ${reply.name}`);
-  $("keys").textContent = [`${reply.name}: ${number(reply.cells)} cells. ${how}${fitted}`, ...known, ...reply.notes].join("; ") + ". " + keys;
+  $("about").textContent = `${[`${reply.name}: ${number(reply.cells)} cells. ${how}${fitted}`, ...known, ...reply.notes].join("; ")}.`;
   say(`${number(reply.cells)} cells are shown.`);
 }
-
-const keys = $("keys").textContent.trim().replace(/\s+/g, " ");
 
 // ---------------------------------------------------------------- colours and legend
 function least(id) {
@@ -321,7 +338,7 @@ let looking = 0;
 async function suggest() {
   const mine = ++looking;
   const session = state.session;
-  await new Promise((done) => setTimeout(done, 150));
+  await sleep(150);
   if (mine !== looking || !session) return;
   const like = new URLSearchParams({ like: $("gene").value.trim(), measurement: measured(), limit: "12" });
   const found = await ask("GET", `/v1/explore/${session}/features?${like}`).catch(() => ({ features: [] }));
@@ -369,7 +386,7 @@ async function select(cells) {
 function annotation(reply) {
   const one = reply.cells === 1 ? reply.each[0] : null;
   const verdict = one ? one.cell_type : reply.called[0].cell_type;
-  const share = one ? "" : ` · ${percent(reply.called[0].cells / reply.cells)} of them`;
+  const share = one ? (verdict === UNKNOWN ? ` · perhaps ${one.types[0].cell_type}` : "") : ` · ${percent(reply.called[0].cells / reply.cells)} of them`;
   const under = reply.covering ? `${reply.covering} (${reply.covering_id})` : "none";
   const novelty = reply.novelty_p == null ? "not told by this model" : `${figure(reply.novelty_p)}${reply.novelty_p < 0.05 ? ": unlike what it was trained on" : ""}`;
   const unknown = reply.called.find((called) => called.cell_type === UNKNOWN)?.cells ?? 0;

@@ -3,12 +3,12 @@
 
 const VERTEX = `#version 300 es
 in vec2 position; in vec3 colour; in float chosen;
-uniform vec2 centre, scale; uniform float size, pass, fade;
+uniform vec2 centre, scale; uniform float size, pass, fade, larger;
 out vec4 tint;
 void main() {
   bool drawn = pass < 0.5 ? true : chosen > 0.5;
   gl_Position = drawn ? vec4((position - centre) * scale, 0.0, 1.0) : vec4(9.0, 9.0, 0.0, 1.0);
-  gl_PointSize = size * (pass < 0.5 ? 1.0 : 1.35);
+  gl_PointSize = size * (pass < 0.5 ? 1.0 : larger);
   tint = vec4(colour, pass < 0.5 ? fade : 1.0);
 }`;
 const FRAGMENT = `#version 300 es
@@ -20,6 +20,11 @@ void main() {
   if (alpha < 0.01) discard;
   shown = vec4(tint.rgb * alpha, alpha);
 }`;
+const SLOW_MS = 45; // a frame that takes longer draws fewer cells, while the map moves
+const FAST_MS = 35;
+const FEWEST = 10000;
+const REST_MS = 160;
+const HEAD = 46; // CSS pixels at the top, where the buttons are
 const REACH = 14; // CSS pixels between a click and the cell that it takes
 
 export class Scatter {
@@ -31,8 +36,10 @@ export class Scatter {
     this.lassoing = false;
     this.path = null;
     this.labels = [];
-    this.frames = []; // what each frame took, for those who measure
+    this.few = [];
     this.asked = false;
+    this.moving = false;
+    this.before = 0;
     this.start();
     canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
     canvas.addEventListener("webglcontextrestored", () => { this.start(); this.upload(); this.draw(); });
@@ -57,8 +64,8 @@ export class Scatter {
     gl.enable(gl.BLEND);
     gl.blendFunc(gl.ONE, gl.ONE_MINUS_SRC_ALPHA);
     this.at = {};
-    for (const name of ["centre", "scale", "size", "pass", "fade"]) this.at[name] = gl.getUniformLocation(program, name);
-    this.buffers = [0, 1, 2].map(() => gl.createBuffer());
+    for (const name of ["centre", "scale", "size", "pass", "fade", "larger"]) this.at[name] = gl.getUniformLocation(program, name);
+    this.buffers = [0, 1, 2, 3].map(() => gl.createBuffer());
     [[2, gl.FLOAT, false], [3, gl.UNSIGNED_BYTE, true], [1, gl.UNSIGNED_BYTE, false]].forEach(([size, kind, unit], i) => {
       gl.bindBuffer(gl.ARRAY_BUFFER, this.buffers[i]);
       gl.enableVertexAttribArray(i);
@@ -73,14 +80,30 @@ export class Scatter {
     this.colours = new Uint8Array(4 * this.n).fill(128);
     this.chosen = new Uint8Array(this.n);
     this.nChosen = 0;
+    this.few = [];
     this.labels = [];
+    this.part = this.n;
     this.index();
+    this.mix();
     this.upload();
     this.reset();
   }
 
+  // An order of chance, always the same: no group lies over all others, and the first cells are a fair part of all.
+  mix() {
+    this.mixed = Uint32Array.from({ length: this.n }, (_, i) => i);
+    let seed = 1;
+    for (let i = this.n - 1; i > 0; i--) {
+      seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
+      const j = seed % (i + 1);
+      [this.mixed[i], this.mixed[j]] = [this.mixed[j], this.mixed[i]];
+    }
+  }
+
   upload() {
-    [this.positions, this.colours, this.chosen].forEach((_, i) => this.fill(i));
+    [0, 1, 2].forEach((i) => this.fill(i));
+    this.gl.bindBuffer(this.gl.ELEMENT_ARRAY_BUFFER, this.buffers[3]);
+    if (this.n) this.gl.bufferData(this.gl.ELEMENT_ARRAY_BUFFER, this.mixed, this.gl.STATIC_DRAW);
   }
 
   fill(i) {
@@ -101,6 +124,7 @@ export class Scatter {
     this.chosen.fill(0);
     for (const cell of cells) this.chosen[cell] = 1;
     this.nChosen = cells.length;
+    this.few = cells.length < 20 ? [...cells] : [];
     this.fill(2);
     this.ask();
   }
@@ -215,8 +239,9 @@ export class Scatter {
     if (!this.n || !this.width) return;
     const { low, high } = this.box;
     const span = [0, 1].map((axis) => Math.max(high[axis] - low[axis], 1e-6));
+    this.zoom = Math.min((0.92 * this.width) / span[0], (0.94 * (this.height - HEAD)) / span[1]);
     this.centre = [0, 1].map((axis) => (low[axis] + high[axis]) / 2);
-    this.zoom = 0.9 * Math.min(this.width / span[0], this.height / span[1]);
+    this.centre[1] += HEAD / 2 / this.zoom;
     this.whole = { zoom: this.zoom };
     this.ask();
   }
@@ -226,12 +251,33 @@ export class Scatter {
     const [x, y] = this.world(px, py);
     this.zoom = Math.min(Math.max(this.zoom * factor, this.whole.zoom / 4), this.whole.zoom * 400);
     this.centre = [x - (px - this.width / 2) / this.zoom, y + (py - this.height / 2) / this.zoom];
-    this.ask();
+    this.move();
   }
 
   moveBy(px, py) {
     this.centre = [this.centre[0] - px / this.zoom, this.centre[1] + py / this.zoom];
+    this.move();
+  }
+
+  // Where drawing is slow, the map shows a part of the cells while it moves, and all of them when it rests.
+  move() {
+    this.moving = true;
+    clearTimeout(this.rest);
+    this.rest = setTimeout(() => {
+      this.moving = false;
+      this.ask();
+    }, REST_MS);
     this.ask();
+  }
+
+  pace() {
+    const now = performance.now();
+    const gap = now - this.before;
+    this.before = now;
+    if (!this.moving || gap > 2000) return this.moving ? this.part : this.n;
+    if (gap > SLOW_MS) this.part = Math.max(Math.min(FEWEST, this.n), Math.floor(0.6 * this.part));
+    else if (gap < FAST_MS) this.part = Math.min(this.n, Math.ceil(1.15 * this.part));
+    return this.part;
   }
 
   ask() {
@@ -253,16 +299,18 @@ export class Scatter {
     const { gl, at } = this;
     gl.clearColor(0, 0, 0, 0);
     gl.clear(gl.COLOR_BUFFER_BIT);
+    const shown = this.pace();
     if (this.n) {
       gl.uniform2f(at.centre, ...this.centre);
       gl.uniform2f(at.scale, (2 * this.zoom) / this.width, (2 * this.zoom) / this.height);
       gl.uniform1f(at.size, this.size());
-      gl.uniform1f(at.fade, this.nChosen ? 0.22 : 0.85);
+      gl.uniform1f(at.fade, this.nChosen ? 0.28 : 0.85);
+      gl.uniform1f(at.larger, this.nChosen < 20 ? 2.2 : 1.3);
       gl.uniform1f(at.pass, 0);
-      gl.drawArrays(gl.POINTS, 0, this.n);
+      gl.drawElements(gl.POINTS, shown, gl.UNSIGNED_INT, 0);
       if (this.nChosen) {
         gl.uniform1f(at.pass, 1);
-        gl.drawArrays(gl.POINTS, 0, this.n);
+        gl.drawElements(gl.POINTS, shown, gl.UNSIGNED_INT, 0);
       }
     }
     this.drawOver();
@@ -295,6 +343,13 @@ export class Scatter {
       pen.strokeText(text, left, py);
       pen.fillStyle = ink;
       pen.fillText(text, left, py);
+    }
+    for (const cell of this.few) {
+      pen.beginPath();
+      pen.arc(...this.screen(this.positions[2 * cell], this.positions[2 * cell + 1]), 9, 0, 2 * Math.PI);
+      pen.lineWidth = 2.5;
+      pen.strokeStyle = ink;
+      pen.stroke();
     }
     if (this.path) {
       pen.beginPath();
