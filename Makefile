@@ -7,7 +7,7 @@ BENCH ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-serve bench-train test-quick check format lock clean
+.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -49,6 +49,9 @@ bench-ablation: setup  ## one part of the model changed at a time (half an hour)
 
 bench-step: setup  ## milliseconds of a training step by size, tokens and attention, and MFU on a GPU
 	PYTHONPATH=. $(BIN)/python tests/bench/bench_step.py $(BENCH)
+
+bench-page: setup  ## smoothness of the page's map at 100,000 cells, and how long UMAP takes (3 minutes)
+	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_page.py $(BENCH)
 
 bench-train: setup  ## speed of the training loop against the barest loop and Hugging Face's Trainer (half an hour)
 	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_train.py $(BENCH)

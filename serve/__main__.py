@@ -69,6 +69,7 @@ def run(
     asked = [f"checkpoint={checkpoint!r}", *(f"{key}={value!r}" for key, value in words.items())]
     settings = load_settings(ServeSettings, overrides=[*asked, *(overrides or [])])
     check_checkpoint(settings.checkpoint)
+    settings = settings.model_copy(update=resolved(settings))
     token = _own_token(settings)
     settings = settings.model_copy(
         update={
@@ -78,6 +79,21 @@ def run(
         }
     )
     _serve(settings, token, as_json=as_json)
+
+
+def resolved(settings: ServeSettings) -> dict[str, dict[str, str]]:
+    """Return where the cells lie that the page offers, wherever the ingress runs from.
+
+    Raises:
+        MissingError: Some are not there.
+    """
+    if not settings.cells and not settings.snapshots:
+        return {}
+    from serve.sources import check_sources  # here, so that --help need not wait for pandas
+
+    check_sources(settings.cells, settings.snapshots)
+    lakes = {name: lake if "://" in lake else str(Path(lake).resolve()) for name, lake in settings.snapshots.items()}
+    return {"cells": {name: str(Path(path).resolve()) for name, path in settings.cells.items()}, "snapshots": lakes}
 
 
 @app.command("embed-lake")
@@ -214,7 +230,7 @@ def _announce(url: str, token: str, *, as_json: bool) -> None:
     said = " -H 'Authorization: Bearer TOKEN'" if token else ""
     command.console.print(
         f"[bold green]ready[/] at [bold]{url}[/] with model {model['id']} (knows {known})\n"
-        f"stop with Ctrl-C; everything it can be asked: {url}/openapi.json\n"
+        f"look at cells: [bold]{url}/[/]; everything it can be asked: {url}/openapi.json; stop with Ctrl-C\n"
         f"try:\n  curl -s {url}/v1/embed -H 'Content-Type: application/json'{said} \\\n"
         f"    -d '{json.dumps({'counts': {measurement: [dict.fromkeys(features, 3)]}})}'",
         soft_wrap=True,

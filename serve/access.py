@@ -7,7 +7,7 @@ The file that holds them is TOML, a table for each owner::
     requests_per_minute = 600
 
 Tokens are compared in constant time, as digests, and every one of them each time, so that the time tells nothing.
-Health and metrics are open, for those who watch the server.
+Health and metrics are open, for those who watch the server; so is the page at ``/``, which knows nothing by itself.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from store.settings import Settings, parse_settings
 
 SHORTEST = 24
 """Characters of a token."""
-OPEN = ("/v1/health/", "/metrics")
+OPEN = ("/v1/health/", "/metrics", "/page/")
 """Paths that need no token begin so."""
+HOME = "/"
+"""Needs none either: the page, on which a person types one."""
 
 
 class Owner(Settings):
@@ -110,7 +112,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI has it."""
-        if scope["type"] != "http" or scope["path"].startswith(OPEN):
+        if scope["type"] != "http" or scope["path"] == HOME or scope["path"].startswith(OPEN):
             await self._app(scope, receive, send)
             return
         kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")

@@ -1,7 +1,7 @@
 """This module is the HTTP interface: routes, statuses and problem reports around something that answers like a replica.
 
 The model is any :class:`serve.model.Model`, so the same app runs over a model in this process or over a Ray Serve
-deployment. OpenAPI is at ``/openapi.json``; there are no pages that load scripts from elsewhere.
+deployment. OpenAPI is at ``/openapi.json``; no page loads anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from serve.atlas import Atlas
 from serve.body import BodyLimit
 from serve.decode import Cells, Decoded, Decoder, Features
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
+from serve.explore import Offer, add_explore
 from serve.foreign import FOREIGN, Readers
 from serve.forms import FORM_SCHEMA, FORMS, form_of, write
 from serve.h5ad import FORM
@@ -64,6 +65,7 @@ from serve.messages import (
 from serve.metrics import Metered, Metrics
 from serve.model import Annotate, Columns, Description, Embed, Forecast, Generate, Model, Perturb, Translate
 from serve.npz import NPZ
+from serve.page import add_page
 from serve.payload import read_request
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
@@ -245,17 +247,21 @@ class Desk:
 
     async def perturb(self, request: PerturbRequest) -> PerturbReply:
         """Answer a perturbation request."""
-        loaded = await self.loaded()
-        if len(request.perturbations) > self.limits.perturbations:
-            raise FieldRefused("perturbations", f"send at most {self.limits.perturbations} in a request")
         if "perturbation" in request.prompts:
             raise FieldRefused("prompts.perturbation", "name perturbations in 'perturbations'; the cells are controls")
-        asked = tuple(tuple(_targets(item, position, loaded)) for position, item in enumerate(request.perturbations))
+        asked = await self.targets(request.perturbations)
         loaded, decoded = await self._read(request)
         shifts = await self.model.ask(decoded.cells, Perturb(asked))
         return await asyncio.to_thread(
             encode.perturb_reply, asked, shifts, request.options, decoded, loaded.under(request.adapter)
         )
+
+    async def targets(self, perturbations: Sequence[str | list[str]]) -> tuple[tuple[str, ...], ...]:
+        """Check the names of perturbations; return the targets of each."""
+        loaded = await self.loaded()
+        if len(perturbations) > self.limits.perturbations:
+            raise FieldRefused("perturbations", f"send at most {self.limits.perturbations} in a request")
+        return tuple(tuple(_targets(item, position, loaded)) for position, item in enumerate(perturbations))
 
     async def forecast(self, request: ForecastRequest) -> ForecastReply:
         """Answer what becomes of cells."""
@@ -312,10 +318,12 @@ def make_app(
     purses: dict[str, Purse] | None = None,
     atlas: Atlas | None = None,
     jobs: Jobs | None = None,
+    offer: Offer | None = None,
 ) -> FastAPI:
     """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only.
 
-    ``atlas`` holds the lakes that can be asked about, and ``jobs`` embeds them.
+    ``atlas`` holds the lakes that can be asked about, and ``jobs`` embeds them;
+    ``offer`` says which cells the page at ``/`` has to show.
     """
     desk = Desk(model, limits)
     app = FastAPI(
@@ -339,6 +347,8 @@ def make_app(
     add_lakes(lakes, desk, atlas, jobs)
     app.include_router(lakes)
     _add_catalog(app, desk)
+    add_explore(app, desk, offer or Offer(), type("Forms", (Forms,), {"desk": desk}))
+    add_page(app)
     described = app.openapi
     app.openapi = lambda: _as_problems(described())  # type: ignore[method-assign]
     return app
@@ -358,6 +368,7 @@ class Forms(APIRoute):
     """A route that takes its message in other forms too."""
 
     desk: Desk
+    limits = Limits()
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers: as FastAPI does, but for bodies that are no JSON."""
@@ -373,7 +384,7 @@ class Forms(APIRoute):
             else:
                 return await plain(request)
             message = get_type_hints(self.endpoint)["request"]
-            read = await asyncio.to_thread(read_request, body, message, self.desk.limits)
+            read = await asyncio.to_thread(read_request, body, message, self.limits)
             response: Response = await self.endpoint(read, request.headers.get("accept", ""))
             if chosen:
                 response.headers[COUNTS_FROM] = quote(chosen)
@@ -398,7 +409,7 @@ _NPZ_REPLY: dict[int | str, dict[str, Any]] = {200: {"content": {NPZ: _BINARY, A
 
 def _add_questions(app: FastAPI, desk: Desk, atlas: Atlas) -> None:
     """Add what is asked about cells; in every form; answers are JSON, or arrays where there is a large one."""
-    forms = type("Forms", (Forms,), {"desk": desk})
+    forms = type("Forms", (Forms,), {"desk": desk, "limits": desk.limits})
     router = APIRouter(route_class=forms, tags=["ask the model"])
 
     @router.post("/v1/embed", response_model=EmbedReply, openapi_extra=_NPZ_BODY, responses=_NPZ_REPLY)
@@ -513,6 +524,7 @@ def _json(reply: BaseModel) -> Response:
 
 def _card(description: Description, limits: Limits) -> ModelCard:
     provenance, swap = encode.provenance(description), description.swap
+    figures: dict[str, Any] = description.manifest.get("figures", {})
     return ModelCard(
         id=f"{provenance.snapshot_name}-{provenance.model_sha256[:12]}",
         ready=True,
@@ -522,6 +534,7 @@ def _card(description: Description, limits: Limits) -> ModelCard:
         embedding_size=description.embedding_size,
         prompts=sorted(description.prompts),
         limits=limits.model_dump(),
+        figures={name: value for name, value in figures.items() if isinstance(value, int | float)},
         swap=None
         if swap is None
         else SwapReport(when=_day(swap.when), model_sha256=swap.model_sha256, error=swap.error),
@@ -567,7 +580,9 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
 
 
 def _field(item: Any) -> FieldProblem:
-    path = ".".join(str(part) for part in item["loc"] if part not in ("body", "query", "csr", "cells"))
+    whole = enumerate(item["loc"])  # after the first two, "csr" and "cells" are forms of counts, not names of fields
+    skipped = (("body", "query"), (), ("csr", "cells"))
+    path = ".".join(str(part) for place, part in whole if part not in skipped[min(place, 2)])
     return FieldProblem(field=path[:200] or "body", message=str(item["msg"])[:300])
 
 

@@ -39,6 +39,7 @@ from serve.atlas import Atlas
 from serve.batcher import Load
 from serve.decode import Cells
 from serve.errors import Unavailable
+from serve.explore import Offer
 from serve.held import load_predictor
 from serve.model import Columns, Description, Question
 from serve.replica import Loader, Replica
@@ -165,7 +166,8 @@ class Ingress:
         settings = self._settings
         purses = read_tokens(settings.tokens_file) if settings.tokens_file else None
         jobs = RayJobs(settings.jobs) if settings.lakes else None
-        return make_app(RemoteModel(self._model), settings.limits, purses, Atlas(settings.lakes), jobs)
+        model, atlas = RemoteModel(self._model), Atlas(settings.lakes)
+        return make_app(model, settings.limits, purses, atlas, jobs, Offer.of(settings))
 
 
 def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.serve.Application:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def provenance(description: Description) -> Provenance:
     )
 
 
-def tensor(values: NDArray[np.floating]) -> Tensor:
+def tensor(values: NDArray[Any]) -> Tensor:
     """Write an array as base64."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     return Tensor(dtype=values.dtype.name, shape=list(values.shape), base64=base64.b64encode(little.tobytes()).decode())
@@ -139,6 +140,16 @@ def annotate_reply(
     told: NDArray[np.float32], options: AnnotateOptions, decoded: Decoded, description: Description
 ) -> AnnotateReply:
     """Write which types cells are, the type above those that are likely, and how likely a known kind is."""
+    return AnnotateReply.model_construct(
+        cells=what_each_is(told, options, description),
+        coverage=decoded.coverage,
+        warnings=decoded.warnings,
+        provenance=provenance(description),
+    )
+
+
+def what_each_is(told: NDArray[np.float32], options: AnnotateOptions, description: Description) -> list[Annotation]:
+    """Write what each cell is."""
     novelty_C, probability_CY = told[:, 0], told[:, 1:]
     names = description.prompts["cell_type"]
     order_CY = np.argsort(-probability_CY, axis=1, kind="stable")
@@ -162,9 +173,7 @@ def annotate_reply(
                 novelty_p=None if np.isnan(novelty) else float(novelty),
             )
         )
-    return AnnotateReply.model_construct(
-        cells=cells, coverage=decoded.coverage, warnings=decoded.warnings, provenance=provenance(description)
-    )
+    return cells
 
 
 def translate_reply(

@@ -405,6 +405,7 @@ class ModelCard(Reply):
     embedding_size: int
     prompts: list[str]
     limits: dict[str, int | float]
+    figures: dict[str, int | float] = Field(default_factory=dict, description="What its training measured.")
     swap: SwapReport | None = None
     adapters: dict[str, str] = Field(default_factory=dict, description="Adapter to the SHA-256 of its weights.")
     adapters_refused: dict[str, str] = Field(default_factory=dict, description="Adapter to why it cannot be used.")

@@ -44,7 +44,7 @@ def read_request(body: bytes, message: type[M], limits: Limits) -> M:
         values = None
     if not isinstance(values, dict) or "counts" in values:
         raise FieldRefused(REQUEST, "must hold the message without its counts, a JSON object as bytes (uint8)")
-    counts = _counts(arrays, limits)
+    counts = counts_of(arrays, limits)
     try:
         plain = message.model_validate(values | {"counts": _PLACEHOLDER})
     except ValidationError as error:
@@ -99,7 +99,12 @@ def _array(data: bytes, name: str) -> NDArray[Any]:
     return np.frombuffer(data, dtype, offset=file.tell())
 
 
-def _counts(arrays: Mapping[str, NDArray[Any]], limits: Limits) -> dict[str, CsrCounts]:
+def counts_of(arrays: Mapping[str, NDArray[Any]], limits: Limits) -> dict[str, CsrCounts]:
+    """Put the arrays of each measurement together.
+
+    Raises:
+        FieldRefused: One is missing, is of another kind, or there are too many.
+    """
     parts: dict[str, dict[str, NDArray[Any]]] = {}
     for name, values in arrays.items():
         measurement, _, part = name.rpartition("/")

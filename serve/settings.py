@@ -74,11 +74,40 @@ class JobSettings(Settings):
 LakeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
+class Explore(Settings):
+    """What the page at ``/`` may take: cells that are looked at together stay in the ingress for a while."""
+
+    cells: int = Field(default=100_000, gt=0)
+    """Most cells that are looked at together; of a larger snapshot so many are drawn."""
+    nonzeros: int = Field(default=60_000_000, gt=0)
+    """Most stored counts of them."""
+    sessions: int = Field(default=16, gt=0)
+    """Most sets of cells that are kept; the one that was longest not asked for goes first."""
+    memory_mb: int = Field(default=2_048, gt=0)
+    """Most memory of all that are kept, and of a process that reads a file."""
+    idle_s: float = Field(default=1_800, gt=0)
+    """A set that nobody asked for so long is let go."""
+    preparing: int = Field(default=2, gt=0)
+    """Sets that are read and embedded at a time; who wants another meanwhile is answered 429."""
+    prepare_s: float = Field(default=1_800, gt=0)
+    """Longest time to read, embed and place a set."""
+    read_s: float = Field(default=120, gt=0)
+    """Longest time to read a file."""
+    fitted_cells: int = Field(default=20_000, ge=15)
+    """UMAP is fitted to so many cells at most, drawn at random; the others are placed among them."""
+    perturbed_cells: int = Field(default=500, gt=0)
+    """The effect on a larger selection is averaged over so many of its cells, drawn at random."""
+
+
 class ServeSettings(Settings):
     """Everything that ``python -m serve run`` can be told."""
 
     checkpoint: str
     """Directory of the checkpoint (safetensors, vocabulary, manifest)."""
+    cells: dict[str, str] = Field(default_factory=dict)
+    """Name to h5ad file, of the cells that the page offers."""
+    snapshots: dict[str, str] = Field(default_factory=dict)
+    """Name of a snapshot to the lake that holds it, of those that the page offers."""
     watch_s: float = Field(default=0, ge=0)
     """Seconds between looks for another checkpoint written at the same place, which then answers; 0 never looks."""
     host: str = "127.0.0.1"
@@ -104,4 +133,5 @@ class ServeSettings(Settings):
     """Lakes that can be asked about, name to place; requests say names only. Every ingress and worker sees them."""
     jobs: JobSettings = JobSettings()
     limits: Limits = Limits()
+    explore: Explore = Explore()
     batching: Batching = Batching()

@@ -1,0 +1,417 @@
+"""This module reads cells from files and snapshots in a process of their own, with limits on memory and time.
+
+Foreign files crash and deceive their readers, and reading holds the interpreter: neither may be felt by those who ask
+the server meanwhile. The child (``python -m serve.sources``) writes an npz as ``serve.npz`` has it, which is read like
+any request: nothing in it is believed. Sizes are compared with the limits before anything is allocated for them.
+
+Shape letters used in this module:
+    C  cells      G  features of a file      N  stored counts
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from serve.errors import DeadlineExceeded, FieldRefused
+from serve.messages import CsrCounts
+from serve.npz import write_npz
+from serve.payload import counts_of, read_npz
+from serve.settings import Explore, Limits
+from store.errors import InputRefused, MissingError, SomaflowError, StorageError
+
+NAMES = "cell"
+"""The column of ``obs`` that holds the cells' names."""
+COLUMNS, VALUES = 32, 256
+"""Columns of ``obs`` that are read, and the most values of one of words."""
+LONGEST = 256
+"""Characters of a name or a value."""
+OBJECTS = 20_000
+"""Groups and datasets of an h5ad file."""
+_OBS = "obs"
+
+
+@dataclass(frozen=True)
+class Read:
+    """Cells as they were found.
+
+    Attributes:
+        counts: Measurement to counts, as requests have them.
+        obs: What the source says of each cell; the column ``cell`` names it.
+        notes: What a person should know of the reading.
+    """
+
+    counts: dict[str, CsrCounts]
+    obs: pd.DataFrame
+    notes: list[str]
+
+
+def read_h5ad_cells(body: bytes, settings: Explore, limits: Limits) -> Read:
+    """Read an h5ad file that somebody sent.
+
+    Raises:
+        InputRefused: It is no such file, or holds too much.
+        DeadlineExceeded: It took too long.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".h5ad") as file:
+        file.write(body)
+        file.flush()
+        return _in_child(["h5ad", file.name, "the file"], settings, limits)
+
+
+def read_h5ad_file(path: str, name: str, settings: Explore, limits: Limits) -> Read:
+    """Read an h5ad file of this machine, which messages call by ``name``; errors as above."""
+    return _in_child(["h5ad", path, name], settings, limits)
+
+
+def read_snapshot_cells(lake: str, name: str, settings: Explore, limits: Limits) -> Read:
+    """Read a snapshot of a lake, or so many of its cells, drawn at random, as may be looked at; errors as above."""
+    return _in_child(["snapshot", lake, name], settings, limits)
+
+
+def explored(limits: Limits, settings: Explore) -> Limits:
+    """Return the limits of cells that are looked at together."""
+    return limits.model_copy(
+        update={
+            "cells": settings.cells,
+            "nonzeros": settings.nonzeros,
+            "unpacked_bytes": 16 * settings.nonzeros + 2**20 * 64,
+        }
+    )
+
+
+def _in_child(words: list[str], settings: Explore, limits: Limits) -> Read:
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "SOMAFLOW_TILEDB_THREADS"), "1")
+    kept = {name: os.environ[name] for name in os.environ if name.startswith(("PATH", "LANG", "LC_", "AWS_", "HOME"))}
+    if words[0] == "h5ad":
+        kept = {name: value for name, value in kept.items() if not name.startswith("AWS_")}
+    asked = [*words, str(settings.memory_mb), str(settings.cells), str(settings.nonzeros), str(limits.features)]
+    with tempfile.TemporaryFile() as answer:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "serve.sources", *asked],
+                stdin=subprocess.DEVNULL,
+                stdout=answer,
+                stderr=subprocess.DEVNULL,
+                env={**kept, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                timeout=settings.read_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            said = f"{words[2]}: was not read within {settings.read_s:g} s; send fewer cells"
+            raise DeadlineExceeded(said) from None
+        answer.seek(0)
+        body = answer.read()
+    if done.returncode:
+        raise InputRefused(
+            f"{words[2]}: its reader ended without an answer (status {done.returncode}); the file is damaged, or needs "
+            f"more than {settings.memory_mb:,} MB"
+        )
+    return _believed(body, words[2], explored(limits, settings))
+
+
+def _believed(body: bytes, where: str, limits: Limits) -> Read:
+    """Check what the child wrote, as if a stranger had sent it."""
+    arrays = dict(read_npz(body, limits))
+    try:
+        said = json.loads(arrays.pop("said").tobytes())
+        if "refused" in said:
+            raise {"missing": MissingError, "storage": StorageError}.get(said["kind"], InputRefused)(said["refused"])
+        obs = {}
+        for number, (name, values) in enumerate(said["columns"]):
+            column = arrays.pop(f"{_OBS}{number}")
+            obs[name] = column if values is None else pd.Categorical.from_codes(column, categories=values)
+        counts = counts_of(arrays, limits)
+        return Read(counts, pd.DataFrame(obs), [str(note) for note in said["notes"]])
+    except (KeyError, ValueError, TypeError) as error:
+        if isinstance(error, SomaflowError):
+            raise
+        raise InputRefused(f"{where}: its reader gave an answer that cannot be used; the file is damaged") from None
+
+
+# ---------------------------------------------------------------------------------------------- in the child
+def main(words: list[str]) -> None:
+    """Read what the words name; write it to stdout as npz, or why it is refused."""
+    form, place, name, memory_mb, *numbers = words
+    _limit(int(memory_mb) * 2**20 if form == "h5ad" else resource.RLIM_INFINITY)  # a lake is no stranger
+    most_cells, most_counts, most_features = map(int, numbers)
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+    try:
+        if form == "h5ad":
+            arrays = _read_h5ad(place, name, most_cells, most_counts, most_features)
+        else:
+            arrays = _read_snapshot(place, name, most_cells, most_counts)
+    except MissingError as error:
+        arrays = _refusal(str(error), "missing")
+    except StorageError as error:
+        arrays = _refusal(str(error), "storage")
+    except (SomaflowError, MemoryError, ImportError) as error:  # libraries that find no memory cannot be loaded
+        text = str(error) if isinstance(error, SomaflowError) else f"{name}: needs more than {memory_mb} MB of memory"
+        arrays = _refusal(text, "input")
+    except Exception as error:  # noqa: BLE001 - whatever a library finds wrong with a foreign file, it is refused
+        arrays = _refusal(f"{name}: cannot be read as {form} ({type(error).__name__}); is it damaged?", "input")
+    out.write(write_npz(arrays))
+    out.close()
+
+
+def _limit(n_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, n_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server
+
+
+def _refusal(text: str, kind: str) -> dict[str, NDArray[Any] | bytes]:
+    return {"said": json.dumps({"refused": text, "kind": kind}).encode()}
+
+
+def _answer(
+    counts: Mapping[str, tuple[csr_matrix, list[str]]], obs: pd.DataFrame, notes: list[str]
+) -> dict[str, NDArray[Any] | bytes]:
+    arrays: dict[str, NDArray[Any] | bytes] = {}
+    columns: list[tuple[str, list[str] | None]] = []
+    for number, name in enumerate(obs):
+        column = obs[name]
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            columns.append((str(name), [str(value) for value in column.cat.categories]))
+            arrays[f"{_OBS}{number}"] = column.cat.codes.to_numpy(np.int32)
+        else:
+            columns.append((str(name), None))
+            arrays[f"{_OBS}{number}"] = column.to_numpy(np.float32)
+    for name, (counts_CG, features) in counts.items():
+        arrays[f"{name}/indptr"] = counts_CG.indptr.astype(np.int64)
+        arrays[f"{name}/indices"] = counts_CG.indices.astype(np.int32)
+        arrays[f"{name}/data"] = counts_CG.data.astype(np.float32)
+        arrays[f"{name}/features"] = np.array([feature.encode()[:LONGEST] for feature in features])
+    return arrays | {"said": json.dumps({"columns": columns, "notes": notes}).encode()}
+
+
+def _labels(obs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Choose the columns that a person can look at: numbers, and words of which there are not too many."""
+    found: dict[str, Any] = {NAMES: pd.Categorical([name[:LONGEST] for name in names])}
+    for name in obs.columns:
+        if len(found) > COLUMNS:
+            break
+        column, key = obs[name], str(name)[:LONGEST]
+        if key == NAMES:
+            continue
+        if pd.api.types.is_bool_dtype(column.dtype):
+            column = column.astype(str)
+        if pd.api.types.is_numeric_dtype(column.dtype):
+            found[key] = column.to_numpy(np.float64, na_value=np.nan).astype(np.float32)
+            continue
+        words = column.astype("string").str.slice(0, LONGEST)
+        if words.nunique() <= VALUES:
+            found[key] = pd.Categorical(words)
+    return pd.DataFrame(found)
+
+
+def _read_h5ad(
+    path: str, where: str, most_cells: int, most_counts: int, most_features: int
+) -> dict[str, NDArray[Any] | bytes]:
+    import h5py
+    from anndata.io import read_elem
+
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError:
+        raise MissingError(f"{where}: the file is not there any more") from None
+    except OSError:
+        raise InputRefused(f"{where}: is no HDF5 file; send cells as AnnData writes them (.h5ad)") from None
+    with file:
+        _check_reach(file, where)
+        missing = [name for name in ("obs", "var") if name not in file]
+        if missing or not {"X", "raw", "layers"} & set(file):
+            raise InputRefused(f"{where}: holds no {', '.join(missing) or 'X'}; send cells as AnnData writes them")
+        n_cells = _length(file["obs"], where)
+        if not 0 < n_cells <= most_cells:
+            raise InputRefused(f"{where}: holds {n_cells:,} cells; 1 to {most_cells:,} can be looked at together")
+        values, var, found = _raw(file, where)
+        counts_CG = _matrix(values, n_cells, _length(var, where), where, most_counts, most_features)
+        var_frame, obs = read_elem(var), read_elem(file["obs"])
+    features = [str(name) for name in var_frame.get("feature_id", var_frame.index)]
+    notes = [f"counts are those of {found}"]
+    return _answer({"RNA": (counts_CG, features)}, _labels(obs, [str(name) for name in obs.index]), notes)
+
+
+def _check_reach(file: Any, where: str) -> None:
+    """Refuse a file that names other files: whoever follows the name reads them."""
+    import h5py
+
+    waiting, seen = [file], 0
+    while waiting:
+        group = waiting.pop()
+        for name in group:
+            seen += 1
+            link = group.get(name, getlink=True)
+            if seen > OBJECTS or not isinstance(link, h5py.HardLink):
+                raise InputRefused(f"{where}: {group.name}/{name}: the file must hold its data itself, without links")
+            element = group[name]
+            if isinstance(element, h5py.Group):
+                waiting.append(element)
+                continue
+            creation = element.id.get_create_plist()
+            if creation.get_external_count() or creation.get_layout() == h5py.h5d.VIRTUAL:
+                raise InputRefused(f"{where}: {element.name}: its data lies in another file; send it whole")
+
+
+def _length(frame: Any, where: str) -> int:
+    index = frame.attrs.get("_index", "_index")
+    if index not in frame:
+        raise InputRefused(f"{where}: {frame.name} has no index; send cells as AnnData writes them")
+    return int(frame[index].shape[0])
+
+
+def _raw(file: Any, where: str) -> tuple[Any, Any, str]:
+    """Find the raw counts: whole numbers, the place where they usually lie first."""
+    places = [
+        ("layers/counts", "var"),
+        ("layers/raw_counts", "var"),
+        ("raw/X", "raw/var"),
+        ("X", "var"),
+    ]
+    for values, var in places:
+        if values in file and var in file and _whole(file[values]):
+            return file[values], file[var], values
+    raise InputRefused(
+        f"{where}: holds no raw counts (whole numbers) in layers/counts, raw/X or X; the model needs them"
+    )
+
+
+def _sparse(element: Any) -> bool:
+    return hasattr(element, "keys") and {"data", "indices", "indptr"} <= set(element)
+
+
+def _whole(element: Any) -> bool:
+    data = element["data"] if _sparse(element) else element
+    if getattr(data, "shape", ()) == () or not data.size:
+        return False
+    some = data[: 2**16] if data.ndim == 1 else data[: max(1, 2**16 // max(data.shape[1], 1))]
+    return bool(np.issubdtype(some.dtype, np.number) and (some >= 0).all() and (some == np.floor(some)).all())
+
+
+def _matrix(
+    element: Any, n_cells: int, n_features: int, where: str, most_counts: int, most_features: int
+) -> csr_matrix:
+    from anndata.io import read_elem
+
+    if n_features > most_features:
+        raise InputRefused(f"{where}: holds {n_features:,} features; send at most {most_features:,}")
+    sparse = _sparse(element)
+    shape = tuple(int(n) for n in (element.attrs["shape"] if sparse else element.shape))
+    if shape != (n_cells, n_features):
+        raise InputRefused(f"{where}: {element.name} has shape {shape}, and {n_cells} cells and {n_features} features")
+    stored = element["data"].size if sparse else element.size
+    if not sparse and element.dtype.kind not in "iufb":
+        raise InputRefused(f"{where}: {element.name} holds {element.dtype}; send numbers")
+    if stored > most_counts:
+        raise InputRefused(f"{where}: {element.name} holds {stored:,} values; send at most {most_counts:,}")
+    if sparse:
+        _check_pointers(element, where)
+    counts_CG = csr_matrix(read_elem(element))
+    if counts_CG.nnz and not (counts_CG.data >= 0).all():
+        raise InputRefused(f"{where}: {element.name} holds values below 0, or none; send raw counts")
+    return counts_CG
+
+
+def _check_pointers(element: Any, where: str) -> None:
+    """Compare a sparse matrix's positions with its shape: libraries believe them and write where they say."""
+    indptr, size = element["indptr"][:], element["data"].size
+    by_row = str(element.attrs.get("encoding-type", "csr_matrix")).startswith("csr")
+    lines, across = element.attrs["shape"] if by_row else element.attrs["shape"][::-1]
+    sound = len(indptr) == lines + 1 and indptr[0] == 0 and indptr[-1] == size and bool((np.diff(indptr) >= 0).all())
+    sound = sound and element["indices"].size == size
+    for start in range(0, size if sound else 0, 2**22):
+        part = element["indices"][start : start + 2**22]
+        sound = sound and bool((part >= 0).all() and (part < across).all())
+    if not sound:
+        raise InputRefused(f"{where}: {element.name} is no sparse matrix of its shape; the file is damaged")
+
+
+def _read_snapshot(lake: str, name: str, most_cells: int, most_counts: int) -> dict[str, NDArray[Any] | bytes]:
+    from store.snapshot import open_snapshot
+
+    snapshot = open_snapshot(lake, name)
+    spans, rows = _spans(snapshot, most_cells)
+    counts = {}
+    for measurement in snapshot.measurements:
+        vocabulary = snapshot.vocabulary(measurement)["feature_id"].to_pylist()
+        parts = list(_blocks(snapshot, measurement, spans, len(vocabulary), most_counts))
+        data, indices, indptr = (np.concatenate([part[which] for part in parts]) for which in range(3))
+        ends = np.concatenate([[0], np.cumsum(indptr)])
+        counts[measurement] = (csr_matrix((data, indices, ends), shape=(len(rows), len(vocabulary))), vocabulary)
+    alive = ~np.isin(rows, snapshot.dead)
+    table = snapshot.cells().take(rows[alive]).to_pandas()
+    names = [str(value) for value in table.pop("cell_id")] if "cell_id" in table else [str(row) for row in rows[alive]]
+    obs = table.drop(columns=[column for column in table if column in ("row", "soma_joinid")])
+    whole = int(alive.sum()) == snapshot.n_cells
+    notes = [] if whole else [f"{int(alive.sum()):,} of {snapshot.n_cells:,} cells, drawn at random from every split"]
+    kept = {key: (counts_CG[alive], features) for key, (counts_CG, features) in counts.items() if counts_CG.nnz}
+    return _answer(kept, _labels(obs.loc[:, obs.nunique() > 1], names), notes)
+
+
+def _spans(snapshot: Any, most_cells: int) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
+    """Choose the first rows of each part's splits, in proportion: their order is random already."""
+    share = min(1.0, most_cells / max(snapshot.n_rows, 1))
+    spans = []
+    for part in snapshot.parts:
+        for first, stop in part.split_rows.values():
+            wanted = int((stop - first) * share)
+            if wanted:
+                spans.append((part.first_row + first, part.first_row + first + wanted))
+    if not spans:
+        raise InputRefused(f"{snapshot.name}: has no cells")
+    return spans, np.concatenate([np.arange(*span) for span in spans])
+
+
+def _blocks(
+    snapshot: Any, measurement: str, spans: list[tuple[int, int]], n_features: int, most_counts: int
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]]]:
+    """Read spans in pieces as (counts, features, number of counts of each cell)."""
+    total = 0
+    for first, stop in spans:
+        for start in range(first, stop, 4_096):
+            block = snapshot.block(measurement, start, min(start + 4_096, stop))
+            total += len(block.counts)
+            if total > most_counts:
+                raise FieldRefused(
+                    "explore.nonzeros", f"{snapshot.name} has more than {most_counts:,} counts; set explore.cells lower"
+                )
+            yield block.counts.astype(np.float32), block.features.astype(np.int32), np.diff(block.indptr)
+
+
+def check_sources(cells: Mapping[str, str], snapshots: Mapping[str, str]) -> None:
+    """Refuse names of cells that cannot be offered, before anything is started.
+
+    Raises:
+        MissingError: A file is not there, or a lake has no such snapshot.
+    """
+    for name, path in cells.items():
+        if not Path(path).is_file():
+            raise MissingError(f"cells.{name}: {path}: no such file")
+    if snapshots:
+        from store.snapshot import list_snapshots
+
+        for name, lake in snapshots.items():
+            if name not in list_snapshots(lake):
+                raise MissingError(f"snapshots.{name}: {lake}: holds no snapshot of that name")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,201 @@
+"""The page at ``/`` in a real browser: open cells, select some, see what they are, perturb them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import uvicorn
+from browser import CHROMIUM, Tab, browser
+from small_checkpoint import GENES, write_checkpoint
+from starlette.testclient import TestClient
+
+from serve.access import Purse, read_tokens
+from serve.app import make_app
+from serve.explore import Offer
+from serve.page import HEADERS
+from serve.replica import Replica
+from serve.settings import Limits, ServeSettings
+
+TOKEN = "person-" + "z" * 30
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the PATH")
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("page") / "checkpoint")
+    replica = Replica(ServeSettings(checkpoint=str(checkpoint)))
+    yield replica
+    replica.close()
+
+
+@pytest.fixture(scope="module")
+def purses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Purse]:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.toml"
+    path.write_text(f'[person]\ntoken = "{TOKEN}"\n')
+    return read_tokens(str(path))
+
+
+def cells_of_two_kinds(path: Path, n_cells: int = 12) -> Path:
+    """Fewer cells than UMAP needs, in two kinds, one of them named so that it would be markup."""
+    counts = np.ones((n_cells, len(GENES)), np.float32)
+    counts[::2, :20] = 30
+    adata = anndata.AnnData(counts)
+    adata.var_names, adata.obs_names = GENES, [f"cell-{i}" for i in range(n_cells)]
+    adata.obs["kind"] = ["<b>one</b>", "two"] * (n_cells // 2)
+    adata.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(replica: Replica, purses: dict[str, Purse], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    cells = cells_of_two_kinds(tmp_path_factory.mktemp("cells") / "cells.h5ad")
+    app = make_app(replica, Limits(), purses, Offer({"twelve": str(cells)}))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def tab(url: str) -> Iterator[Tab]:
+    with browser() as tab:
+        tab.size(1280, 800)
+        tab.go(url + "/")
+        yield tab
+
+
+def test_the_page_is_open_and_may_run_only_its_own_scripts(replica: Replica, purses: dict[str, Purse]) -> None:
+    with TestClient(make_app(replica, Limits(), purses)) as client:
+        home = client.get("/")
+        assert home.status_code == 200
+        assert home.headers["Content-Security-Policy"] == HEADERS["Content-Security-Policy"]
+        assert "unsafe" not in HEADERS["Content-Security-Policy"]
+        for place in ("main.js", "scatter.js", "charts.js", "colours.js", "api.js", "page.css", "icon.svg"):
+            found = client.get(f"/page/{place}")
+            assert found.status_code == 200, place
+            assert "://" not in found.text.replace("http://www.w3.org/", ""), f"{place} names another server"
+        assert client.get("/page/main.js", headers={"If-None-Match": found.headers["ETag"]}).status_code == 200
+        assert client.get("/page/icon.svg", headers={"If-None-Match": found.headers["ETag"]}).status_code == 304
+        for strange in ("/page/__init__.py", "/page/..%2Faccess.py", "/page/%2e%2e/v1/models", "/v1/datasets"):
+            assert client.get(strange).status_code in (401, 404), strange
+
+
+@needs_browser
+@pytest.mark.browser
+def test_a_person_opens_cells_selects_some_and_perturbs_them(tab: Tab) -> None:
+    tab.wait("!document.querySelector('#tokenForm').hidden")  # the server asks for a token
+    tab.click("#token")
+    tab.type(TOKEN)
+    tab.key("Enter")
+    tab.wait("document.querySelector('#served').textContent.startsWith('model small-')")
+    assert "protein (5)" in tab.run("document.querySelector('#card').textContent")
+
+    tab.choose("#dataset", "twelve")
+    tab.wait("!document.querySelector('#legend').hidden && window.somaflow.state.view")
+    assert tab.run("[...document.querySelector('#colour').options].map((one) => one.textContent)") == [
+        "annotation (model)",
+        "its probability",
+        "kind",
+        "a gene",
+    ]
+    tab.choose("#colour", "label 0")
+    assert "<b>one</b> 6" in tab.run("document.querySelector('#legend').textContent")  # a text, not markup
+
+    tab.click("#legend button")
+    tab.wait("document.querySelector('#annotation .bars')")
+    assert "6 of 12" in tab.run("document.querySelector('#count').textContent")
+    assert "covering type" in tab.run("document.querySelector('#annotation').textContent")
+
+    tab.click("#target")
+    tab.type("G1")
+    tab.key("Enter")
+    tab.type("G2")
+    tab.key("Enter")
+    tab.click("#predict")
+    tab.wait("document.querySelector('#shift svg.plot')")
+    assert "G1+G2" in tab.run("document.querySelector('#shift .verdict').textContent")
+    assert tab.run("document.querySelectorAll('#shift svg.plot').length") >= 2
+
+
+@needs_browser
+@pytest.mark.browser
+def test_the_map_is_clicked_drawn_around_and_moved_by_keys(tab: Tab) -> None:
+    tab.run("document.querySelector('#map').scrollIntoView()")
+    x, y = tab.run(
+        "(() => { const { map } = window.somaflow; const box = map.canvas.getBoundingClientRect();"
+        "const at = map.screen(map.positions[6], map.positions[7]); return [box.x + at[0], box.y + at[1]]; })()"
+    )
+    tab.mouse("mousePressed", x, y)
+    tab.mouse("mouseReleased", x, y)
+    (clicked,) = tab.wait("window.somaflow.state.selected.length === 1 && window.somaflow.state.selected")
+    tab.wait("document.querySelector('#annotation .bars')")
+    assert f"cell-{clicked}" in tab.run("document.querySelector('#annotation').textContent")
+
+    tab.click("#lasso")
+    left, top, right, bottom = tab.run(
+        "(() => { const b = document.querySelector('#map').getBoundingClientRect();"
+        "return [b.left + 2, b.top + 2, b.right - 2, b.bottom - 2]; })()"
+    )
+    tab.mouse("mousePressed", left, bottom)
+    for corner in ((left, top + 60), (right, top + 60), (right, bottom)):
+        tab.mouse("mouseMoved", *corner)
+    tab.mouse("mouseReleased", right, bottom)
+    tab.wait("window.somaflow.state.selected.length === 12")
+    tab.click("#lasso")
+
+    tab.run("document.querySelector('#map').focus()")
+    tab.key("Escape")
+    tab.wait("window.somaflow.state.selected.length === 0")
+    before = tab.run("window.somaflow.map.zoom")
+    tab.key("+")
+    assert tab.run("window.somaflow.map.zoom") > before
+    tab.key("a")
+    assert tab.run("window.somaflow.state.selected") == []  # both kinds lie at the map's edges, out of sight now
+    tab.key("0")
+    tab.key("a")
+    tab.wait("window.somaflow.state.selected.length === 12")
+
+
+@needs_browser
+@pytest.mark.browser
+def test_a_dropped_file_is_sent_and_a_wrong_one_is_explained(tab: Tab, tmp_path: Path) -> None:
+    root = tab.call("DOM.getDocument")["root"]["nodeId"]
+    field = tab.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    tab.call("DOM.setFileInputFiles", nodeId=field, files=[str(cells_of_two_kinds(tmp_path / "mine.h5ad", 8))])
+    tab.wait("window.somaflow.state.view && window.somaflow.state.view.n === 8")
+    (tmp_path / "no.h5ad").write_text("no cells")
+    tab.call("DOM.setFileInputFiles", nodeId=field, files=[str(tmp_path / "no.h5ad")])
+    tab.wait("!document.querySelector('#alert').hidden")
+    assert "is no HDF5 file" in tab.run("document.querySelector('#alert').textContent")
+    assert tab.run("document.querySelector('#alert').getAttribute('role')") == "alert"
+
+
+@needs_browser
+@pytest.mark.browser
+def test_every_field_has_a_name_and_nothing_is_wider_than_a_phone(tab: Tab) -> None:
+    nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
+    asked = {"button", "combobox", "textbox", "spinbutton", "application", "checkbox"}
+    fields = [one for one in nodes if one.get("role", {}).get("value") in asked and not one.get("ignored")]
+    assert len(fields) >= 8
+    assert [one["role"]["value"] for one in fields if not one.get("name", {}).get("value")] == []
+    tab.size(390, 844, mobile=True)
+    assert tab.run("document.documentElement.scrollWidth") <= 390
+
+
+@needs_browser
+@pytest.mark.browser
+def test_the_browser_has_nothing_against_the_page(tab: Tab, url: str) -> None:
+    expected = ("401", "422")  # before the token was typed, and the file that was no file
+    assert [one for one in tab.complaints() if not any(status in one for status in expected)] == []
+    asked = [e["params"]["request"]["url"] for e in tab.events if e.get("method") == "Network.requestWillBeSent"]
+    assert len(asked) > 10
+    assert [one for one in asked if not one.startswith(url)] == []
