@@ -324,3 +324,17 @@ def test_the_client_sends_arrow_and_files(client: TestClient, tmp_path: Path) ->
         path = str(tmp_path / "cells.h5ad")
         np.testing.assert_array_equal(asker.embed(path, prompts={"tissue": "lung"}).values, plain.values)
         assert asker.perturb(path, ["G1"])[0].delta.tolist() == asker.perturb(counted(), ["G1"])[0].delta.tolist()
+
+
+def test_the_examples_of_the_manual_are_answered_alike() -> None:
+    section = (Path(__file__).parent.parent / "docs" / "serve.md").read_text().split("## Bodies")[1]
+    made: dict[str, Any] = {"io": io, "json": json, "np": np, "pa": pa}
+    exec(section.split("```python")[1].split("```")[0].replace("CD3D", "G0"), made)
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
+    with TestClient(make_app(replica, Limits())) as client:
+        plain = client.post("/v1/embed", json={"counts": {"RNA": [{"G0": 4}]}, **made["message"]}).json()
+        assert plain["embeddings"] == [[4, 0, 1, 4]]
+        for media, content in ((NPZ, made["npz"]), (ARROW, made["arrow"])):
+            reply = client.post("/v1/embed", content=content.getvalue(), headers={"Content-Type": media})
+            assert reply.json() == plain
+    replica.close()
