@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,26 @@ def test_a_reader_that_takes_too_long_is_stopped(client: TestClient) -> None:
     report = check_problem(sent(client, stream(table({}))), 422)
     assert "longer than 3 s" in report["detail"]
     assert readers.crashes == crashes + 1
+    assert sent(client, stream(table({}))).status_code == 200
+
+
+def test_a_reader_that_crashes_on_a_body_refuses_that_body(client: TestClient) -> None:
+    readers = _readers(client)
+    sent(client, stream(table({})))
+    pid = readers.pids[-1]
+    os.kill(pid, signal.SIGSTOP)  # so that it has the body, and not read it
+
+    def crash() -> None:
+        os.kill(pid, signal.SIGSEGV)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    going_on = threading.Timer(0.3, crash)
+    going_on.start()
+    report = check_problem(sent(client, stream(table({}))), 422)
+    going_on.join()
+    assert (report["errors"][0]["field"], pid in readers.pids) == ("body", False)
+    assert "crashed" in report["detail"]
     assert sent(client, stream(table({}))).status_code == 200
 
 
