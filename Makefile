@@ -7,7 +7,7 @@ BENCH ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train test-quick check format lock clean
+.PHONY: help setup demo test faults fuzz bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,9 @@ test: setup  ## run all tests
 
 faults: setup  ## kill workers, readers and drivers at 300 random moments (an hour)
 	SOMAFLOW_FAULTS=300 $(BIN)/python -m pytest tests/test_ingest_faults.py
+
+fuzz: setup  ## send the server 100,000 damaged bodies of every form (an hour)
+	SOMAFLOW_FUZZ=$(or $(SOMAFLOW_FUZZ),100000) $(BIN)/python -m pytest -s --timeout 0 -o faulthandler_timeout=0 tests/test_serve_fuzz.py
 
 bench-ingest: setup  ## speed and memory of an ingestion against tiledbsoma.io.from_h5ad (20 minutes, 10 GB in build/)
 	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_ingest.py $(BENCH)

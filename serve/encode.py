@@ -67,8 +67,9 @@ def tensor(values: NDArray[Any]) -> Tensor:
 
 def unit_length(embedding_CD: NDArray[np.float32]) -> NDArray[np.float32]:
     """Scale each row to length 1; a row of zeros stays."""
-    length_C1 = np.linalg.norm(embedding_CD, axis=1, keepdims=True)
-    return np.divide(embedding_CD, np.where(length_C1 > 0, length_C1, 1), dtype=np.float32)
+    exact_CD = embedding_CD.astype(np.float64)  # squares of large numbers leave float32
+    length_C1 = np.linalg.norm(exact_CD, axis=1, keepdims=True)
+    return (exact_CD / np.where(length_C1 > 0, length_C1, 1)).astype(np.float32)
 
 
 def embed_reply(

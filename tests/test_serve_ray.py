@@ -46,6 +46,9 @@ def test_the_client_gets_embeddings_and_effects(url: str) -> None:
         answer = client.embed([{"G0": 1, "G1": 4}, {"G2": 2}], prompts={"tissue": ["", "lung"]})
         assert answer.values.tolist() == [[5, 0, 0, 1], [2, 0, 2, 0]]
         assert answer.provenance["snapshot_name"] == "tiny"
+        arrow = client.embed([{"G0": 1, "G1": 4}], encoding="arrow", features={"RNA": ["G3"]})  # a reader of its own
+        assert arrow.values.tolist() == [[5, 0, 0, 1]]
+        assert arrow.features["RNA"][1].tolist() == [[3, 3, 3, 4]]
         (effect,) = client.perturb([{"G0": 1, "G1": 4}], ["G1"])
         assert effect.delta[1] == -4
         assert client.perturbations() == ["G1", "G2"]
