@@ -65,7 +65,11 @@ def run(
     check_checkpoint(settings.checkpoint)
     token = _own_token(settings)
     settings = settings.model_copy(
-        update={"port": free_port(settings.host, settings.port), "checkpoint": str(Path(settings.checkpoint).resolve())}
+        update={
+            "port": free_port(settings.host, settings.port),
+            "checkpoint": str(Path(settings.checkpoint).resolve()),
+            "adapters": {name: str(Path(folder).resolve()) for name, folder in settings.adapters.items()},
+        }
     )
     _serve(settings, token, as_json=as_json)
 
