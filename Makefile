@@ -26,8 +26,7 @@ demo: setup  ## run the whole road on this machine: ingest, snapshot, train, ser
 	$(BIN)/python infra/demo.py $(DEMO)
 
 test: setup  ## run all tests
-	$(BIN)/python -m pytest -m "not ray and not s3 and not road" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "ray or s3 or road"
+	$(BIN)/python -m pytest
 
 faults: setup  ## kill workers, readers and drivers at 300 random moments (an hour)
 	SOMAFLOW_FAULTS=300 $(BIN)/python -m pytest tests/test_ingest_faults.py

@@ -18,6 +18,16 @@ from serve.decode import Decoded
 
 FORGOTTEN_S = 120
 """Seconds after which a copy of the model that no scrape hears of is told no more."""
+_TOLD = {
+    "waiting_tokens": ("queue_tokens", "Tokens that wait."),
+    "waiting_jobs": ("queue_requests", "Requests that wait."),
+    "tokens_per_s": ("tokens_per_second", "Speed of the last batches."),
+    "batches": ("batches", "Batches since the copy began."),
+    "fill": ("batch_fill", "Mean share of a batch's budget."),
+    "swaps": ("swaps", "Checkpoints that took over."),
+    "swaps_refused": ("swaps_refused", "Checkpoints that did not."),
+}
+"""What a copy of the model says of itself: field of ``Load`` to the metric's name and help."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -46,23 +56,10 @@ class Metrics:
             registry=registry,
             buckets=_SHARES,
         )
-        told = ("replica",)
-        self._waiting = Gauge("somaflow_serve_queue_tokens", "Tokens that wait.", told, registry=registry)
-        self._jobs = Gauge("somaflow_serve_queue_requests", "Requests that wait.", told, registry=registry)
-        self._rate = Gauge("somaflow_serve_tokens_per_second", "Speed of the last batches.", told, registry=registry)
-        self._batches = Gauge("somaflow_serve_batches", "Batches since the copy began.", told, registry=registry)
-        self._fill = Gauge("somaflow_serve_batch_fill", "Mean share of a batch's budget.", told, registry=registry)
-        self._swaps = Gauge("somaflow_serve_swaps", "Checkpoints that took over.", told, registry=registry)
-        self._refused = Gauge("somaflow_serve_swaps_refused", "Checkpoints that did not.", told, registry=registry)
-        self._gauges = (
-            self._waiting,
-            self._jobs,
-            self._rate,
-            self._batches,
-            self._fill,
-            self._swaps,
-            self._refused,
-        )
+        self._gauges = {
+            told: Gauge(f"somaflow_serve_{name}", what, ("replica",), registry=registry)
+            for told, (name, what) in _TOLD.items()
+        }
         self._heard: dict[str, float] = {}
 
     def read(self, decoded: Decoded) -> None:
@@ -73,22 +70,13 @@ class Metrics:
 
     def hear(self, load: Load) -> None:
         """Take down what a copy of the model says of itself."""
-        values = (
-            load.waiting_tokens,
-            load.waiting_jobs,
-            load.tokens_per_s,
-            load.batches,
-            load.fill,
-            load.swaps,
-            load.swaps_refused,
-        )
-        for gauge, value in zip(self._gauges, values, strict=True):
-            gauge.labels(load.replica).set(value)
+        for told, gauge in self._gauges.items():
+            gauge.labels(load.replica).set(getattr(load, told))
         now = time.monotonic()
         self._heard[load.replica] = now
         for replica in [name for name, when in self._heard.items() if now - when > FORGOTTEN_S]:
             del self._heard[replica]
-            for gauge in self._gauges:
+            for gauge in self._gauges.values():
                 gauge.remove(replica)
 
     def text(self) -> bytes:
