@@ -31,6 +31,7 @@ from serve.arrow import ARROW
 from serve.atlas import Atlas
 from serve.body import BodyLimit
 from serve.decode import Cells, Decoded, Decoder, Features
+from serve.door import Door, Porter
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.explore import Offer, add_explore
 from serve.foreign import FOREIGN, Readers
@@ -89,6 +90,10 @@ STATUS: dict[type[Exception], int] = {
 """The HTTP status of each error; the first class that fits decides, so subclasses stand before their parents."""
 
 RETRY_AFTER_S = {503: 1}
+QUESTIONS = frozenset(
+    f"/v1/{what}" for what in ("embed", "annotate", "translate", "forecast", "perturb", "generate", "neighbors")
+)
+"""Where requests go that the model answers."""
 MAX_PROBLEMS = 10
 FRESH_S = 1.0
 """Seconds for which nobody asks whether another checkpoint answers now; the one before still answers meanwhile."""
@@ -152,6 +157,7 @@ class Desk:
         self.limits = limits
         self.metrics = Metrics()
         self.readers = Readers(limits)
+        self.door = Door(limits.inside_bytes)
         self._loaded: Loaded | None = None
         self._asked = time.monotonic()
 
@@ -192,6 +198,9 @@ class Desk:
         except StaleModel:
             self.forget()
             return await answer(request)
+        except Overloaded as error:
+            self.door.shut(error)
+            raise
 
     async def embed(self, request: EmbedRequest) -> EmbedReply:
         """Answer an embedding request."""
@@ -288,7 +297,8 @@ class Desk:
         loaded = await self.loaded()
         least = request.options.min_coverage
         decode = partial(loaded.decoder.decode, request.counts, request.prompts, min_coverage=least)
-        decoded = await asyncio.to_thread(decode)
+        async with self.door.reading():
+            decoded = await asyncio.to_thread(decode)
         self.metrics.read(decoded)
         return loaded, replace(decoded, cells=loaded.asked_of(decoded.cells, request.adapter))
 
@@ -336,9 +346,10 @@ def make_app(
         responses={code: {"model": Problem, "description": title} for code, title in _TITLES.items()},
     )
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, timeout_s=limits.timeout_s, problem=problem)
+    app.add_middleware(Porter, door=desk.door, paths=QUESTIONS, undeclared=limits.body_bytes, problem=_briefly)
     if purses:  # outermost: a stranger's body is not read
-        app.add_middleware(Gate, purses=purses, problem=lambda status, said, wait: problem(status, said, (), wait))
-    app.add_middleware(Metered, metrics=desk.metrics)
+        app.add_middleware(Gate, purses=purses, problem=_briefly)
+    app.add_middleware(Metered, metrics=desk.metrics, known=QUESTIONS)
     app.state.readers = desk.readers
     _add_problems(app, desk)
     atlas = atlas or Atlas({})
@@ -384,7 +395,8 @@ class Forms(APIRoute):
             else:
                 return await plain(request)
             message = get_type_hints(self.endpoint)["request"]
-            read = await asyncio.to_thread(read_request, body, message, self.limits)
+            async with self.desk.door.reading():
+                read = await asyncio.to_thread(read_request, body, message, self.limits)
             response: Response = await self.endpoint(read, request.headers.get("accept", ""))
             if chosen:
                 response.headers[COUNTS_FROM] = quote(chosen)
@@ -584,6 +596,10 @@ def _field(item: Any) -> FieldProblem:
     skipped = (("body", "query"), (), ("csr", "cells"))
     path = ".".join(str(part) for place, part in whole if part not in skipped[min(place, 2)])
     return FieldProblem(field=path[:200] or "body", message=str(item["msg"])[:300])
+
+
+def _briefly(status: int, detail: str, retry_after_s: int | None) -> Response:
+    return problem(status, detail, (), retry_after_s)
 
 
 def problem(

@@ -183,10 +183,17 @@ class Batcher(Generic[P, R]):
                     f"{self._waiting_tokens:,} tokens wait already and this request adds {tokens:,}, beyond the "
                     f"{int(allowed):,} allowed now; try again later",
                     self._retry_after_s(),
+                    self._full_s(tokens, allowed),
                 )
             self._jobs.append(job)
             self._waiting_tokens += tokens
             self._changed.notify_all()
+
+    def _full_s(self, tokens: int, allowed: float) -> float:
+        """Return the seconds until a refused request would have fitted; 0 for one that says little about others."""
+        if self._tokens_per_s <= 0 or tokens > allowed / 2:
+            return 0.0
+        return (self._waiting_tokens + tokens - allowed) / self._tokens_per_s
 
     def _retry_after_s(self) -> int:
         if self._tokens_per_s <= 0:

@@ -34,12 +34,16 @@ class CoverageTooLow(FieldRefused):
 
 
 class Overloaded(ConflictError):
-    """More work is waiting than the server allows; try again after ``retry_after_s`` seconds."""
+    """More work is waiting than the server allows; try again after ``retry_after_s`` seconds.
 
-    def __init__(self, message: str, retry_after_s: int) -> None:
-        super().__init__(message, retry_after_s)
+    ``full_s`` is how long there will be no room for other requests of this size either, 0 where that is not known.
+    """
+
+    def __init__(self, message: str, retry_after_s: int, full_s: float = 0.0) -> None:
+        super().__init__(message, retry_after_s, full_s)
         self.message = message
         self.retry_after_s = retry_after_s
+        self.full_s = full_s
 
     def __str__(self) -> str:
         return self.message

@@ -159,7 +159,8 @@ class Readers:
     def __init__(self, limits: Limits, children: int = CHILDREN) -> None:
         self._limits = limits
         self._free: deque[Child] = deque()
-        self._threads = ThreadPoolExecutor(children, thread_name_prefix="foreign")
+        self._children = children
+        self._threads = self._pool()
         self._waiting = 0
         self.crashes = 0
 
@@ -184,10 +185,14 @@ class Readers:
             self._waiting -= 1
 
     def close(self) -> None:
-        """End the children."""
+        """End the children; who asks afterwards gets new ones, as an app that is started again."""
         self._threads.shutdown(cancel_futures=True)
+        self._threads = self._pool()
         while self._free:
             self._free.pop().close()
+
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._children, thread_name_prefix="foreign")
 
     @property
     def pids(self) -> list[int]:

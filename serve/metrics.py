@@ -8,7 +8,7 @@ client: routes are those of the app, other addresses are "other".
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,10 +85,24 @@ class Metrics:
 
 
 class Metered:
-    """ASGI middleware that counts each request with its status and time."""
+    """ASGI middleware that counts each request with its status and time.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._app, self._metrics, self._clock = app, metrics, clock
+    Args:
+        app: What gets the requests.
+        metrics: What counts.
+        known: Paths that are told by name also where a request is refused on its way to them.
+        clock: Tells seconds.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        known: Collection[str] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._app, self._metrics, self._known, self._clock = app, metrics, known, clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI has it."""
@@ -108,6 +122,6 @@ class Metered:
             await self._app(scope, receive, counted)
         finally:
             self._metrics.inside.dec()
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self._known else "other")
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(self._clock() - begin)

@@ -14,6 +14,8 @@ class Limits(Settings):
 
     body_bytes: int = Field(default=32 * 2**20, gt=0)
     """Largest request body; a larger one is answered 413 before it is read."""
+    inside_bytes: int = Field(default=512 * 2**20, gt=0)
+    """Most bytes of all bodies that one ingress holds; a body that does not tell its size counts as the largest."""
     unpacked_bytes: int = Field(default=256 * 2**20, gt=0)
     """Most bytes that an npz body may have once it is unpacked."""
     cells: int = Field(default=10_000, gt=0)

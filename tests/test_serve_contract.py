@@ -15,6 +15,7 @@ from serve.settings import Limits, ServeSettings
 
 REPLICA = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
 schema = schemathesis.openapi.from_asgi("/openapi.json", make_app(REPLICA, Limits(cells=50, values=10_000)))
+schema = schema.exclude(path="/v1/explore/h5ad")  # takes nothing but files, which are mangled elsewhere
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +26,6 @@ def _closed_afterwards() -> object:
 
 @pytest.mark.filterwarnings("ignore:Skipped test cases with unsupported payload")  # other bodies are mangled elsewhere
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_what_the_description_allows_gets_no_server_error(case: schemathesis.Case) -> None:
     case.call_and_validate(checks=[not_a_server_error, status_code_conformance, content_type_conformance])

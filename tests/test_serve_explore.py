@@ -83,7 +83,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(replica: Replica, cells: Path) -> Iterator[TestClient]:
-    with TestClient(make_app(replica, Limits(body_bytes=200_000), None, Offer({"six": str(cells)}))) as client:
+    with TestClient(make_app(replica, Limits(body_bytes=200_000), offer=Offer({"six": str(cells)}))) as client:
         yield client
 
 
@@ -168,7 +168,7 @@ def test_the_shift_of_selected_cells_is_that_of_a_perturb_request(client: TestCl
 
 
 def test_a_large_selection_is_averaged_over_some_of_it(replica: Replica) -> None:
-    with TestClient(make_app(replica, Limits(), None, Offer(explore=Explore(perturbed_cells=5)))) as client:
+    with TestClient(make_app(replica, Limits(), offer=Offer(explore=Explore(perturbed_cells=5)))) as client:
         session = until_ready(client, client.post("/v1/explore", json=TWELVE).json())["session"]
         replies = [client.post(f"/v1/explore/{session}/perturb", json={"perturbations": ["G1"]}).json() for _ in "ab"]
         assert (replies[0]["cells"], replies[0]["averaged"]) == (12, 5)
@@ -328,7 +328,7 @@ def test_names_of_cells_that_are_not_there_are_refused_before_anything_starts(la
 # ------------------------------------------------------------------ what is kept, and how long
 def test_sets_of_cells_are_let_go_when_idle_or_when_others_need_the_room(replica: Replica) -> None:
     def opened_by(explore: Explore) -> list[int]:
-        with TestClient(make_app(replica, Limits(), None, Offer(explore=explore))) as client:
+        with TestClient(make_app(replica, Limits(), offer=Offer(explore=explore))) as client:
             sessions = [until_ready(client, client.post("/v1/explore", json=TWELVE).json()) for _ in range(3)]
             time.sleep(0.06)
             return [client.get(f"/v1/explore/{session['session']}").status_code for session in sessions]
@@ -348,7 +348,7 @@ def test_a_set_that_is_gone_says_what_to_do(client: TestClient) -> None:
 
 def test_too_many_at_a_time_are_asked_to_wait_and_unready_ones_answer_nothing() -> None:
     slow = replica_of(FakePredictor(delay_s=0.5))
-    with TestClient(make_app(slow, Limits(), None, Offer(explore=Explore(preparing=1)))) as client:
+    with TestClient(make_app(slow, Limits(), offer=Offer(explore=Explore(preparing=1)))) as client:
         first = client.post("/v1/explore", json=TWELVE).json()
         check_problem(client.post("/v1/explore", json=TWELVE), 429)
         check_problem(client.post(f"/v1/explore/{first['session']}/annotate", json={}), 409)
@@ -391,7 +391,7 @@ def two_kinds(n_cells: int) -> np.ndarray:
 
 def test_two_kinds_lie_apart_fitted_or_not_and_health_answers_meanwhile(replica: Replica) -> None:
     counts = [{"G0": 500.0 if i % 2 else 1.0, f"G{i % 7 + 1}": float(i % 13)} for i in range(90)]
-    with TestClient(make_app(replica, Limits(), None, Offer(explore=Explore(fitted_cells=60)))) as client:
+    with TestClient(make_app(replica, Limits(), offer=Offer(explore=Explore(fitted_cells=60)))) as client:
         session = client.post("/v1/explore", json={"counts": {"RNA": counts}}).json()
         slowest = 0.0
         while session["state"] != "ready":

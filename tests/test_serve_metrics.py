@@ -61,7 +61,7 @@ def test_a_stranger_may_scrape_but_not_ask_and_is_counted(replica: Replica) -> N
     with TestClient(make_app(replica, Limits(), purses)) as client:
         assert client.post("/v1/embed", json={"counts": CELLS}).status_code == 401
         found = told(client.get("/metrics").text)
-    assert found["somaflow_serve_requests_total", "other", "401"] == 1
+    assert found["somaflow_serve_requests_total", "/v1/embed", "401"] == 1
 
 
 def test_swaps_are_counted_and_a_model_that_is_gone_hides_nothing_else(replica: Replica) -> None:

@@ -54,7 +54,7 @@ def cells_of_two_kinds(path: Path, n_cells: int = 12) -> Path:
 @pytest.fixture(scope="module")
 def url(replica: Replica, purses: dict[str, Purse], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     cells = cells_of_two_kinds(tmp_path_factory.mktemp("cells") / "cells.h5ad")
-    app = make_app(replica, Limits(), purses, Offer({"twelve": str(cells)}))
+    app = make_app(replica, Limits(), purses, offer=Offer({"twelve": str(cells)}))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
