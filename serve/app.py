@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -31,7 +31,7 @@ from serve.arrow import ARROW
 from serve.atlas import Atlas
 from serve.body import BodyLimit
 from serve.decode import Cells, Decoded, Decoder, Features
-from serve.door import Door, Porter
+from serve.door import BURST, FULL, QUESTIONS, Door, Porter
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.explore import Offer, add_explore
 from serve.foreign import FOREIGN, Readers
@@ -68,6 +68,7 @@ from serve.model import Annotate, Columns, Description, Embed, Forecast, Generat
 from serve.npz import NPZ
 from serve.page import add_page
 from serve.payload import read_request
+from serve.problems import PROBLEM, TITLES, briefly, problem
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
 
@@ -90,10 +91,6 @@ STATUS: dict[type[Exception], int] = {
 """The HTTP status of each error; the first class that fits decides, so subclasses stand before their parents."""
 
 RETRY_AFTER_S = {503: 1}
-QUESTIONS = frozenset(
-    f"/v1/{what}" for what in ("embed", "annotate", "translate", "forecast", "perturb", "generate", "neighbors")
-)
-"""Where requests go that the model answers."""
 MAX_PROBLEMS = 10
 FRESH_S = 1.0
 """Seconds for which nobody asks whether another checkpoint answers now; the one before still answers meanwhile."""
@@ -101,22 +98,6 @@ GENERATED_AT_ONCE = 10
 """Drawn values (most of them zeros, which are not sent) for one that may be predicted in a reply."""
 Asking = EmbedRequest | AnnotateRequest | TranslateRequest | PerturbRequest | ForecastRequest
 """Requests that hold cells."""
-_PROBLEM = "application/problem+json"
-_TITLES = {
-    400: "The request is not valid JSON",
-    401: "The request carries no known token",
-    404: "There is nothing at this address",
-    405: "This address does not take this method",
-    408: "The request came too slowly",
-    409: "Somebody else changed what this needs",
-    413: "The request is too large",
-    415: "The request is in no form that is read here",
-    422: "The request cannot be used",
-    429: "The server is busy",
-    500: "The server made a mistake",
-    503: "The server is not ready",
-    504: "The answer took too long",
-}
 
 
 @dataclass(frozen=True)
@@ -157,7 +138,7 @@ class Desk:
         self.limits = limits
         self.metrics = Metrics()
         self.readers = Readers(limits)
-        self.door = Door(limits.inside_bytes)
+        self.door = Door(limits.inside_bytes, BURST)
         self._loaded: Loaded | None = None
         self._asked = time.monotonic()
 
@@ -198,9 +179,6 @@ class Desk:
         except StaleModel:
             self.forget()
             return await answer(request)
-        except Overloaded as error:
-            self.door.shut(error)
-            raise
 
     async def embed(self, request: EmbedRequest) -> EmbedReply:
         """Answer an embedding request."""
@@ -343,12 +321,12 @@ def make_app(
         lifespan=desk.lifespan,
         docs_url=None,
         redoc_url=None,
-        responses={code: {"model": Problem, "description": title} for code, title in _TITLES.items()},
+        responses={code: {"model": Problem, "description": title} for code, title in TITLES.items()},
     )
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, timeout_s=limits.timeout_s, problem=problem)
-    app.add_middleware(Porter, door=desk.door, paths=QUESTIONS, undeclared=limits.body_bytes, problem=_briefly)
+    app.add_middleware(Porter, door=desk.door, undeclared=limits.body_bytes)
     if purses:  # outermost: a stranger's body is not read
-        app.add_middleware(Gate, purses=purses, problem=_briefly)
+        app.add_middleware(Gate, purses=purses, problem=briefly)
     app.add_middleware(Metered, metrics=desk.metrics, known=QUESTIONS)
     app.state.readers = desk.readers
     _add_problems(app, desk)
@@ -371,7 +349,7 @@ def _as_problems(description: dict[str, Any]) -> dict[str, Any]:
         for operation in path.values():
             for status, reply in operation["responses"].items():
                 if status >= "400" and "application/json" in reply.get("content", {}):
-                    reply["content"][_PROBLEM] = reply["content"].pop("application/json")
+                    reply["content"][PROBLEM] = reply["content"].pop("application/json")
     return description
 
 
@@ -571,7 +549,10 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
             log.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
             return problem(500, "internal error")
         fields = [FieldProblem(field=error.field, message=error.message)] if isinstance(error, FieldRefused) else []
-        return problem(status, str(error), fields, getattr(error, "retry_after_s", RETRY_AFTER_S.get(status)))
+        response = problem(status, str(error), fields, getattr(error, "retry_after_s", RETRY_AFTER_S.get(status)))
+        if isinstance(error, Overloaded) and error.full_s:
+            response.headers[FULL] = f"{error.full_s:.3f}"
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -596,28 +577,3 @@ def _field(item: Any) -> FieldProblem:
     skipped = (("body", "query"), (), ("csr", "cells"))
     path = ".".join(str(part) for place, part in whole if part not in skipped[min(place, 2)])
     return FieldProblem(field=path[:200] or "body", message=str(item["msg"])[:300])
-
-
-def _briefly(status: int, detail: str, retry_after_s: int | None) -> Response:
-    return problem(status, detail, (), retry_after_s)
-
-
-def problem(
-    status: int,
-    detail: str,
-    errors: Sequence[FieldProblem] = (),
-    retry_after_s: int | None = None,
-    headers: Any = None,
-) -> Response:
-    """Write one problem report."""
-    title = _TITLES.get(status, "The request failed")
-    body = Problem(
-        type=f"urn:somaflow:problem:{status}",
-        title=title,
-        status=status,
-        detail=detail,
-        errors=list(errors),
-        retry_after_s=retry_after_s,
-    )
-    extra = dict(headers or {}) | ({"Retry-After": str(retry_after_s)} if retry_after_s is not None else {})
-    return JSONResponse(body.model_dump(exclude_none=True), status, headers=extra, media_type=_PROBLEM)

@@ -190,10 +190,8 @@ class Batcher(Generic[P, R]):
             self._changed.notify_all()
 
     def _full_s(self, tokens: int, allowed: float) -> float:
-        """Return the seconds until a refused request would have fitted; 0 for one that says little about others."""
-        if self._tokens_per_s <= 0 or tokens > allowed / 2:
-            return 0.0
-        return (self._waiting_tokens + tokens - allowed) / self._tokens_per_s
+        """Return the seconds in which room for one more comes up; 0 where a refusal says little about others."""
+        return tokens / self._tokens_per_s if self._tokens_per_s and tokens <= allowed / 2 else 0.0
 
     def _retry_after_s(self) -> int:
         if self._tokens_per_s <= 0:

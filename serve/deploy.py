@@ -239,6 +239,7 @@ def _start_ray(settings: ServeSettings) -> None:
     if not settings.address:
         copies = max(settings.replicas, settings.scaling.most)
         n_cpus = max(os.cpu_count() or 1, copies * settings.threads + _for_jobs(settings))
+        os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.door.at_proxy")
         ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
         return
     _check_address(settings.address)

@@ -36,7 +36,7 @@ class CoverageTooLow(FieldRefused):
 class Overloaded(ConflictError):
     """More work is waiting than the server allows; try again after ``retry_after_s`` seconds.
 
-    ``full_s`` is how long there will be no room for other requests of this size either, 0 where that is not known.
+    ``full_s`` is in how many seconds room for one more of this size comes up, 0 where that is not known.
     """
 
     def __init__(self, message: str, retry_after_s: int, full_s: float = 0.0) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import pytest
 from fake_predictor import FakePredictor
+from starlette.datastructures import Headers
 
 from serve.app import make_app
 from serve.batcher import Batcher, Piece
-from serve.door import LONGEST_S, READ_AT_ONCE, Door
+from serve.door import FASTER, FULL, LONGEST_S, READ_AT_ONCE, RECENT_S, Door, Porter, at_proxy
 from serve.errors import Overloaded
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
@@ -29,27 +30,52 @@ class Clock:
         return self.now
 
 
-def test_a_refusal_shuts_the_door_until_there_is_room() -> None:
+def refusal(full_s: float, retry_after_s: int = 1) -> Headers:
+    return Headers({FULL: str(full_s), "Retry-After": str(retry_after_s)})
+
+
+def let_in(door: Door, clock: Clock, seconds: float, every_s: float = 0.01) -> int:
+    """Count who gets in of those that come every so often."""
+    n = 0
+    for _ in range(round(seconds / every_s)):
+        clock.now += every_s
+        try:
+            door.enter(1)
+        except Overloaded:
+            continue
+        n += 1
+        door.leave(1)
+    return n
+
+
+def test_after_a_refusal_requests_come_in_as_room_comes_up() -> None:
     clock = Clock()
-    door = Door(1_000, clock)
-    door.shut(Overloaded("full", 7, 0.1))
+    door = Door(1_000, 1, clock)
+    assert let_in(door, clock, 1) == 100
+    door.hear(refusal(0.1, 7))
     with pytest.raises(Overloaded, match="no room") as refused:
         door.enter(10)
     assert refused.value.retry_after_s == 7
-    clock.now += 0.11
-    door.enter(10)
+    assert let_in(door, clock, 0.8) == pytest.approx(0.8 / 0.1 * FASTER, abs=2)
+    door.hear(refusal(0.2))
+    assert let_in(door, clock, 0.8) == pytest.approx(0.8 / 0.2 * FASTER, abs=2)
 
 
-def test_no_refusal_shuts_it_for_long_and_a_shorter_one_does_not_open_it() -> None:
+def test_no_refusal_counts_for_long() -> None:
     clock = Clock()
-    door = Door(1_000, clock)
-    door.shut(Overloaded("full", 30, 1_000))
-    door.shut(Overloaded("full", 1, 0.01))
-    clock.now += LONGEST_S - 0.01
-    with pytest.raises(Overloaded):
-        door.check()
-    clock.now += 0.02
-    door.check()
+    door = Door(1_000, 1, clock)
+    door.hear(refusal(1_000))
+    assert let_in(door, clock, RECENT_S - 0.1) == pytest.approx(0.9 / LONGEST_S * FASTER, abs=1)
+    clock.now += 0.2
+    assert let_in(door, clock, 1) == 100
+
+
+@pytest.mark.parametrize("said", [{}, {FULL: "0"}, {FULL: "-1"}, {FULL: "soon"}, {FULL: "nan"}])
+def test_a_refusal_that_says_nothing_of_others_keeps_nobody_out(said: dict[str, str]) -> None:
+    clock = Clock()
+    door = Door(1_000, 1, clock)
+    door.hear(Headers(said))
+    assert let_in(door, clock, 1) == 100
 
 
 def test_bytes_inside_are_bounded_but_one_body_alone_comes_in() -> None:
@@ -76,7 +102,7 @@ def test_who_waited_for_a_turn_is_not_read_once_the_door_is_shut() -> None:
 
         tasks = [asyncio.create_task(read()) for _ in range(READ_AT_ONCE + 3)]
         await asyncio.sleep(0)
-        door.shut(Overloaded("full", 1, 60))
+        door.hear(refusal(60))
         go.set()
         await asyncio.gather(*tasks)
         return told
@@ -115,6 +141,7 @@ def test_only_a_request_for_little_says_that_there_is_no_room_for_others() -> No
 
 def test_a_request_at_a_shut_door_is_answered_before_its_body_came(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.door.LONGEST_S", 60)
+    monkeypatch.setattr("serve.door.RECENT_S", 60)
     replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
     app = make_app(replica, Limits())
 
@@ -169,3 +196,27 @@ def test_a_body_of_unknown_size_takes_the_room_of_the_largest() -> None:
 
     assert asyncio.run(run()) == [200, 429, 200]
     replica.close()
+
+
+def test_a_proxy_refuses_by_itself_what_the_app_behind_it_just_refused() -> None:
+    (middleware,) = at_proxy()
+    assert middleware.cls is Porter
+    asked: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["path"])
+        headers = [(FULL.lower().encode(), b"0.2"), (b"retry-after", b"4")]
+        await send({"type": "http.response.start", "status": 429, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    refused = []
+    proxy = Porter(app, door=middleware.kwargs["door"], count=lambda: refused.append(1))
+
+    async def run() -> list[int]:
+        transport = httpx.ASGITransport(proxy)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            paths = ["/v1/embed", "/v1/embed", "/v1/models", "/v1/annotate", "/v1/jobs"]
+            return [(await http.post(path, content=b"x")).status_code for path in paths]
+
+    assert asyncio.run(run()) == [429] * 5
+    assert (asked, len(refused)) == (["/v1/embed", "/v1/models", "/v1/jobs"], 2)
