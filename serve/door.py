@@ -149,7 +149,7 @@ def at_proxy() -> list[Middleware]:
     """Return what a proxy of Ray Serve asks before it passes a request on.
 
     Ray calls this in each proxy where the environment says
-    ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.door.at_proxy``. To refuse there costs a tenth of what it costs
+    ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.door.at_proxy``. To refuse there costs much less than
     to bring a request to an ingress. Ray's own metrics tell how many: ``ray_somaflow_serve_refused_at_proxy``.
     """
     from ray.util.metrics import Counter
