@@ -1,0 +1,296 @@
+"""Check the Kubernetes manifests without a cluster: ``python infra/kubernetes/check.py [FOLDER]``.
+
+Ray's own objects are compared with the schemas of KubeRay's definitions (``schemas/``, made by ``make_schemas.py`` from
+KubeRay 1.7.0, Apache-2.0), ``serveConfigV2`` with Serve's schema key by key, ``runtimeEnvYAML`` with Ray's
+``RuntimeEnv``, and all of them with each other: image, Ray's version and the lock; names of volumes, ports, config
+files and claims; the import path of the server. Overlays are applied, with the patches of RFC 6902 that they hold, and
+checked like the rest; so is ``infra/cluster.yaml``, with the schema of Ray's launcher.
+Prints what is wrong, a line each, and ends with 1; or with 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonpatch
+import jsonschema
+import ray
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+from ray.serve.schema import ServeDeploySchema
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PART_OF = {"app.kubernetes.io/part-of": "somaflow"}
+CLUSTERS = {
+    "RayJob": ("spec", "rayClusterSpec"),
+    "RayService": ("spec", "rayClusterConfig"),
+    "RayCluster": ("spec",),
+}
+PLAIN = {"PersistentVolumeClaim", "ConfigMap", "NetworkPolicy", "PodMonitor"}
+Objects = list[tuple[str, dict[str, Any]]]
+"""File and object."""
+
+
+def read(folder: Path) -> Objects:
+    """Read the objects of every manifest in a folder; kustomizations are no objects."""
+    read = ((path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml")))
+    found = ((name, item) for name, text in read for item in yaml.safe_load_all(text))
+    return [(name, item) for name, item in found if item and item.get("kind") != "Kustomization"]
+
+
+def overlaid(folder: Path, base: Objects) -> Objects:
+    """Apply an overlay's patches to the base.
+
+    Raises:
+        ValueError: A patch finds nothing to change.
+    """
+    made = json.loads(json.dumps(base))
+    told = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
+    for patch in told.get("patches", []):
+        target, hit = patch["target"], False
+        for position, (name, item) in enumerate(made):
+            if item["kind"] == target["kind"] and item["metadata"]["name"] == target["name"]:
+                hit = True
+                try:
+                    changed = jsonpatch.apply_patch(item, yaml.safe_load(patch["patch"]))
+                except (jsonpatch.JsonPatchException, jsonpatch.JsonPointerException) as error:
+                    raise ValueError(f"{folder.name}: a patch of {target['name']} finds nothing: {error}") from None
+                made[position] = (f"{folder.name}/{name}", changed)
+        if not hit:
+            raise ValueError(f"{folder.name}: there is no {target['kind']} {target['name']} to patch")
+    return [(name, item) for name, item in made]
+
+
+def check(objects: Objects) -> Iterator[str]:
+    """Tell what is wrong with these objects, alone and together."""
+    for name, item in objects:
+        where = f"{name}: {item.get('kind')} {item.get('metadata', {}).get('name')}"
+        yield from (f"{where}: {what}" for what in _alone(item))
+    yield from _together(objects)
+
+
+def _alone(item: dict[str, Any]) -> Iterator[str]:
+    kind = item.get("kind", "")
+    if kind not in CLUSTERS:
+        if kind not in PLAIN:
+            yield f"no kind that is known here; known: {', '.join(sorted({*CLUSTERS, *PLAIN}))}"
+        return
+    schema = json.loads((HERE / "schemas" / f"{kind.lower()}.json").read_text(encoding="utf-8"))
+    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(item), key=lambda error: list(error.path))
+    yield from (f"{'.'.join(map(str, error.path))}: {error.message[:200]}" for error in errors)
+    if errors:
+        return
+    spec = item["spec"]
+    if "serveConfigV2" in spec:
+        yield from _serve(spec["serveConfigV2"])
+    if "runtimeEnvYAML" in spec:
+        yield from _runtime(spec["runtimeEnvYAML"])
+    if "entrypoint" in spec:
+        yield from _entrypoint(spec["entrypoint"])
+    yield from _cluster(_cluster_of(item))
+
+
+def _serve(text: str) -> Iterator[str]:
+    config = yaml.safe_load(text)
+    try:
+        ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        for one in error.errors():
+            yield f"serveConfigV2.{'.'.join(map(str, one['loc']))}: {one['msg']}"
+        return
+    yield from (f"serveConfigV2.{what}" for what in _unknown(config, ServeDeploySchema, ""))
+    for app in config["applications"]:
+        module, _, attribute = app["import_path"].partition(":")
+        try:
+            built = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            yield f"serveConfigV2: import_path {app['import_path']}: {error}"
+            continue
+        try:
+            application = built(app.get("args", {}))
+        except Exception as error:  # noqa: BLE001 - whatever the builder says of its arguments
+            yield f"serveConfigV2: args: {error}"
+            continue
+        named = {one["name"] for one in app.get("deployments", [])}
+        known = set(_deployments(application))
+        yield from (f"serveConfigV2: there is no deployment {name}; there are {known}" for name in named - known)
+
+
+def _deployments(application: Any) -> Iterator[str]:
+    deployment = application._bound_deployment  # Serve tells the names nowhere else before it runs
+    yield deployment.name
+    for part in [*deployment.init_args, *deployment.init_kwargs.values()]:
+        if hasattr(part, "_bound_deployment"):
+            yield from _deployments(part)
+
+
+def _unknown(value: Any, model: type[BaseModel], where: str) -> Iterator[str]:
+    """Find keys that Serve's schema would drop in silence."""
+    if isinstance(value, list):
+        for position, part in enumerate(value):
+            yield from _unknown(part, model, f"{where}{position}.")
+        return
+    if not isinstance(value, dict):
+        return
+    for key, part in value.items():
+        if key not in model.model_fields:
+            yield f"{where}{key}: Serve knows no such key"
+            continue
+        inner = _model_in(model.model_fields[key].annotation)
+        if inner is not None:
+            yield from _unknown(part, inner, f"{where}{key}.")
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
+def _runtime(text: str) -> Iterator[str]:
+    try:
+        RuntimeEnv(**yaml.safe_load(text), _validate=True)
+    except (TypeError, ValueError) as error:
+        yield f"runtimeEnvYAML: {error}"
+        return
+    known = {"env_vars", "working_dir", "py_modules", "pip", "uv", "conda", "config", "image_uri", "excludes"}
+    yield from (f"runtimeEnvYAML: {key}: Ray knows no such key" for key in yaml.safe_load(text) if key not in known)
+
+
+def _entrypoint(command: str) -> Iterator[str]:
+    words = shlex.split(command)
+    if words[:2] != ["python", "-m"] or words[2] not in ("ingest", "train", "serve"):
+        yield f"entrypoint: {command!r} is no command of this project"
+    elif "--address" not in words:
+        yield "entrypoint: without --address auto the job starts a Ray of its own on the head"
+
+
+def _cluster_of(item: dict[str, Any]) -> dict[str, Any]:
+    found: Any = item
+    for key in CLUSTERS[item["kind"]]:
+        found = found[key]
+    return dict(found)
+
+
+def _groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "head", cluster["headGroupSpec"]["template"]
+    for group in cluster.get("workerGroupSpecs", []):
+        yield group["groupName"], group["template"]
+
+
+def _cluster(cluster: dict[str, Any]) -> Iterator[str]:
+    lock = re.search(r"(?m)^ray==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    project = re.search(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    ray_version = lock[1] if lock else ""
+    wanted = f"somaflow:{project[1] if project else ''}-ray{ray_version}-"
+    if cluster.get("rayVersion") != ray_version:
+        yield f"rayVersion {cluster.get('rayVersion')} is not the lock's {ray_version}"
+    for name, template in _groups(cluster):
+        labels, spec = template.get("metadata", {}).get("labels", {}), template["spec"]
+        if not PART_OF.items() <= labels.items():
+            yield f"{name}: its pods lack the label {PART_OF}, by which network policy and monitor find them"
+        if not spec.get("securityContext", {}).get("runAsNonRoot"):
+            yield f"{name}: may run as root"
+        volumes = {volume["name"] for volume in spec.get("volumes", [])}
+        for container in spec["containers"]:
+            image = container["image"]
+            if not image.startswith(wanted) or image.removeprefix(wanted) not in ("cpu", "gpu"):
+                yield f"{name}: image {image} is not {wanted}cpu or {wanted}gpu"
+            resources = container.get("resources", {})
+            if resources.get("requests", {}).get("memory") != resources.get("limits", {}).get("memory"):
+                yield f"{name}: memory asked for and its limit differ; Ray believes the limit"
+            mounts = container.get("volumeMounts", [])
+            yield from (f"{name}: there is no volume {m['name']}" for m in mounts if m["name"] not in volumes)
+            if "/dev/shm" not in {mount["mountPath"] for mount in mounts}:  # noqa: S108 - a path in a pod
+                yield f"{name}: no memory at /dev/shm for Ray's objects"
+
+
+def launcher(path: Path) -> Iterator[str]:
+    """Compare a file of Ray's own launcher with Ray's schema; keys that it knows too."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8"))
+    known = schema["properties"]
+    yield from (f"{path.name}: {key}: Ray's launcher knows no such key" for key in config if key not in known)
+    wrong = list(jsonschema.Draft7Validator(schema).iter_errors(config))
+    yield from (f"{path.name}: {'.'.join(map(str, one.path))}: {one.message[:200]}" for one in wrong)
+    if wrong:
+        return
+    try:
+        validate_config(prepare_config(config))
+    except Exception as error:  # noqa: BLE001 - whatever Ray says of it
+        yield f"{path.name}: {str(error).splitlines()[0][:200]}"
+
+
+def _together(objects: Objects) -> Iterator[str]:
+    by_kind: dict[str, dict[str, dict[str, Any]]] = {}
+    for _, item in objects:
+        by_kind.setdefault(item["kind"], {})[item["metadata"]["name"]] = item
+    clusters = [(file, item) for file, item in objects if item["kind"] in CLUSTERS]
+    names = [item["metadata"]["name"] for _, item in clusters]
+    yield from (f"{name}: two objects have this name" for name in sorted({n for n in names if names.count(n) > 1}))
+    for file, item in clusters:
+        where = f"{file}: {item['kind']} {item['metadata']['name']}"
+        yield from (f"{where}: {what}" for what in _named(item, by_kind))
+    yield from _ports([item for _, item in clusters], by_kind)
+
+
+def _named(item: dict[str, Any], by_kind: dict[str, dict[str, dict[str, Any]]]) -> Iterator[str]:
+    """Tell what an object names that is not there."""
+    claims, configs = by_kind.get("PersistentVolumeClaim", {}), by_kind.get("ConfigMap", {})
+    files = {f"/config/{name}" for config in configs.values() for name in config["data"]}
+    for word in shlex.split(item["spec"].get("entrypoint", "")):
+        if word.startswith("/config/") and word not in files:
+            yield f"{word} is in no ConfigMap; there are {', '.join(sorted(files)) or 'none'}"
+    volumes = [one for _, template in _groups(_cluster_of(item)) for one in template["spec"].get("volumes", [])]
+    for volume in volumes:
+        claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+        config = volume.get("configMap", {}).get("name")
+        if claim and claim not in claims:
+            yield f"there is no PersistentVolumeClaim {claim}"
+        if config and config not in configs:
+            yield f"there is no ConfigMap {config}"
+
+
+def _ports(items: list[dict[str, Any]], by_kind: dict[str, dict[str, dict[str, Any]]]) -> Iterator[str]:
+    """Tell which ports are asked for that no pod has."""
+    templates = [template for item in items for _, template in _groups(_cluster_of(item))]
+    containers = [container for template in templates for container in template["spec"]["containers"]]
+    ports = {port.get("name", ""): port["containerPort"] for one in containers for port in one.get("ports", [])}
+    for name, monitor in by_kind.get("PodMonitor", {}).items():
+        asked = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+        yield from (f"PodMonitor {name}: no pod has a port {port}" for port in sorted(asked - set(ports)))
+    for name, policy in by_kind.get("NetworkPolicy", {}).items():
+        rules = policy["spec"].get("ingress", [])
+        open_to = {port["port"] for rule in rules for port in rule.get("ports", [])}
+        yield from (f"NetworkPolicy {name}: no pod listens at {port}" for port in sorted(open_to - set(ports.values())))
+
+
+def main(folder: Path = HERE) -> int:
+    """Check the base and each overlay; return the status to end with."""
+    base = read(folder / "base")
+    wrong = [*check(base), *launcher(ROOT / "infra" / "cluster.yaml")]
+    for overlay in sorted((folder / "overlays").iterdir()):
+        try:
+            wrong += check(overlaid(overlay, base))
+        except ValueError as error:
+            wrong.append(str(error))
+    for line in dict.fromkeys(wrong):
+        print(line)
+    if not wrong:
+        print(f"{len(base)} objects and {len(list((folder / 'overlays').iterdir()))} overlay are as they should be")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(*map(Path, sys.argv[1:])))
