@@ -222,8 +222,18 @@ def generate_reply(counts_CG: csr_matrix, measurement: str, description: Descrip
 
 
 def _measurement_effect(shift: Shift, features: Features, options: PerturbOptions) -> MeasurementEffect:
-    strongest = np.argsort(-np.abs(shift.delta_G), kind="stable")[: options.top]
-    top = [
+    top = feature_effects(shift, features, np.argsort(-np.abs(shift.delta_G), kind="stable")[: options.top])
+    if not options.vectors:
+        return MeasurementEffect(top=top)
+    control, perturbed, delta = (
+        _vector(vector_G, options.encoding) for vector_G in (shift.control_G, shift.perturbed_G, shift.delta_G)
+    )
+    return MeasurementEffect.model_construct(top=top, control=control, perturbed=perturbed, delta=delta)
+
+
+def feature_effects(shift: Shift, features: Features, positions: NDArray[np.int64]) -> list[FeatureEffect]:
+    """Write what happens to some features, in the order given."""
+    return [
         FeatureEffect(
             feature_id=features.feature_id[position],
             feature_name=features.feature_name[position],
@@ -231,14 +241,8 @@ def _measurement_effect(shift: Shift, features: Features, options: PerturbOption
             perturbed=float(shift.perturbed_G[position]),
             delta=float(shift.delta_G[position]),
         )
-        for position in strongest
+        for position in positions
     ]
-    if not options.vectors:
-        return MeasurementEffect(top=top)
-    control, perturbed, delta = (
-        _vector(vector_G, options.encoding) for vector_G in (shift.control_G, shift.perturbed_G, shift.delta_G)
-    )
-    return MeasurementEffect.model_construct(top=top, control=control, perturbed=perturbed, delta=delta)
 
 
 def _vector(vector_G: NDArray[np.float32], encoding: Encoding) -> list[float] | Tensor:

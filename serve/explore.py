@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from serve import encode
-from serve.decode import Cells
+from serve.decode import Cells, Features
 from serve.errors import FieldRefused
 from serve.explored import (
     H5AD_BODY,
@@ -47,7 +47,7 @@ from serve.explored import (
     ShiftRequest,
     View,
 )
-from serve.messages import AnnotateOptions, FeatureEffect, Name, TypeProbability
+from serve.messages import AnnotateOptions, Name, TypeProbability
 from serve.model import Description, Perturb, Shift
 from serve.projection import FEWEST
 from serve.sessions import Session, Sessions, take
@@ -318,25 +318,13 @@ def _shifts(
     }
 
 
-def _shift(shift: Shift, features: Any, top: int) -> MeasurementShift:
-    def listed(order_G: NDArray[np.int64]) -> list[FeatureEffect]:
-        return [
-            FeatureEffect(
-                feature_id=features.feature_id[position],
-                feature_name=features.feature_name[position],
-                control=float(shift.control_G[position]),
-                perturbed=float(shift.perturbed_G[position]),
-                delta=float(shift.delta_G[position]),
-            )
-            for position in order_G[:top]
-        ]
-
+def _shift(shift: Shift, features: Features, top: int) -> MeasurementShift:
     order_G = np.argsort(shift.delta_G, kind="stable")
     falling_G = order_G[shift.delta_G[order_G] < 0]
     rising_G = order_G[::-1][shift.delta_G[order_G[::-1]] > 0]
     return MeasurementShift(
-        up=listed(rising_G),
-        down=listed(falling_G),
+        up=encode.feature_effects(shift, features, rising_G[:top]),
+        down=encode.feature_effects(shift, features, falling_G[:top]),
         size=float(np.sqrt(np.mean(np.square(shift.delta_G, dtype=np.float64)))),
         control=encode.tensor(shift.control_G),
         delta=encode.tensor(shift.delta_G),

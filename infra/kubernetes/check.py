@@ -43,8 +43,8 @@ Objects = list[tuple[str, dict[str, Any]]]
 
 def read(folder: Path) -> Objects:
     """Read the objects of every manifest in a folder; kustomizations are no objects."""
-    read = ((path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml")))
-    found = ((name, item) for name, text in read for item in yaml.safe_load_all(text))
+    texts = ((path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml")))
+    found = ((name, item) for name, text in texts for item in yaml.safe_load_all(text))
     return [(name, item) for name, item in found if item and item.get("kind") != "Kustomization"]
 
 
@@ -54,7 +54,7 @@ def overlaid(folder: Path, base: Objects) -> Objects:
     Raises:
         ValueError: A patch finds nothing to change.
     """
-    made = json.loads(json.dumps(base))
+    made = list(base)
     told = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
     for patch in told.get("patches", []):
         target, hit = patch["target"], False
@@ -68,7 +68,7 @@ def overlaid(folder: Path, base: Objects) -> Objects:
                 made[position] = (f"{folder.name}/{name}", changed)
         if not hit:
             raise ValueError(f"{folder.name}: there is no {target['kind']} {target['name']} to patch")
-    return [(name, item) for name, item in made]
+    return made
 
 
 def check(objects: Objects) -> Iterator[str]:
