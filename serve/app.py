@@ -31,7 +31,7 @@ from serve.arrow import ARROW
 from serve.atlas import Atlas
 from serve.body import BodyLimit
 from serve.decode import Cells, Decoded, Decoder, Features
-from serve.door import BURST, FULL, QUESTIONS, Door, Porter
+from serve.door import BURST, FULL, QUESTIONS, Door, Porter, waited_s
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.explore import Offer, add_explore
 from serve.foreign import FOREIGN, Readers
@@ -120,9 +120,10 @@ class Loaded:
         return replace(self.description, adapter=adapter)
 
     def asked_of(self, cells: Cells, adapter: str) -> Cells:
-        """Say with which adapter cells are to be answered."""
+        """Say with which adapter cells are to be answered, and how long they waited."""
         self.under(adapter)
-        return replace(cells, adapter=(adapter, self.description.adapters[adapter])) if adapter else cells
+        named = (adapter, self.description.adapters[adapter]) if adapter else ("", "")
+        return replace(cells, adapter=named, waited_s=waited_s())
 
     @property
     def sha256(self) -> str:

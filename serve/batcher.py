@@ -91,7 +91,9 @@ class Batcher(Generic[P, R]):
         run: Takes payloads of one key, gives one result each; called from the worker thread only.
         budget_tokens: Bound of a batch; a piece beyond it still runs, alone.
         queue_tokens: Bound of what waits; a job beyond it is refused unless nothing else waits.
-        queue_s: Bound of the seconds that what waits takes, at the speed of the last batches; as above.
+        queue_s: Bound of the seconds until a job is done, at the speed of the last batches, with those that it waited
+            before it came; as above.
+        clock: Tells seconds.
     """
 
     def __init__(
@@ -101,13 +103,15 @@ class Batcher(Generic[P, R]):
         budget_tokens: int,
         queue_tokens: int,
         queue_s: float = math.inf,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._run = run
         self._budget_tokens = budget_tokens
         self._queue_tokens = queue_tokens
-        self._queue_s = queue_s
+        self._queue_s, self._clock = queue_s, clock
         self._jobs: deque[_Job[P, R]] = deque()
         self._waiting_tokens = 0
+        self._running_tokens, self._running_since = 0, 0.0
         self._batches = 0
         self._done_pieces = 0
         self._done_tokens = 0
@@ -117,13 +121,16 @@ class Batcher(Generic[P, R]):
         self._worker = threading.Thread(target=self._work, name="model", daemon=True)
         self._worker.start()
 
-    async def submit(self, pieces: Sequence[Piece[P]], *, key: Hashable | None, timeout_s: float) -> list[R]:
+    async def submit(
+        self, pieces: Sequence[Piece[P]], *, key: Hashable | None, timeout_s: float, waited_s: float = 0.0
+    ) -> list[R]:
         """Run all pieces of a request; return their results in the same order.
 
         Args:
             pieces: What to run; jobs of the same key may share a batch.
             key: None keeps every piece alone in its batch.
             timeout_s: After this the job is dropped.
+            waited_s: How long it was on its way already.
 
         Raises:
             Overloaded: Too much is waiting.
@@ -133,7 +140,7 @@ class Batcher(Generic[P, R]):
         job: _Job[P, R] = _Job(key, deque(enumerate(pieces)), {}, len(pieces))
         if not job.waiting:
             return []
-        self._admit(job)
+        self._admit(job, waited_s)
         job.future.add_done_callback(lambda future: self._forget(job) if future.cancelled() else None)
         try:
             async with asyncio.timeout(timeout_s):
@@ -171,27 +178,37 @@ class Batcher(Generic[P, R]):
         for job in abandoned:
             _finish(job, Unavailable("the server is stopping; try again"))
 
-    def _admit(self, job: _Job[P, R]) -> None:
+    def _admit(self, job: _Job[P, R], waited_s: float) -> None:
         tokens = sum(piece.tokens for _, piece in job.waiting)
         with self._changed:
             if not self.alive:
                 raise Unavailable("the server is stopping; try again")
-            in_time = self._queue_s * self._tokens_per_s if self._tokens_per_s else math.inf
+            in_time = math.inf
+            if self._tokens_per_s:
+                left_s = self._queue_s - waited_s + min(0.0, self._clock() - self._free_at())
+                in_time = max(0.0, left_s * self._tokens_per_s)
             allowed = min(self._queue_tokens, in_time)
             if self._waiting_tokens and self._waiting_tokens + tokens > allowed:
                 raise Overloaded(
                     f"{self._waiting_tokens:,} tokens wait already and this request adds {tokens:,}, beyond the "
                     f"{int(allowed):,} allowed now; try again later",
                     self._retry_after_s(),
-                    self._full_s(tokens, allowed),
+                    self._full_s(tokens),
                 )
             self._jobs.append(job)
             self._waiting_tokens += tokens
             self._changed.notify_all()
 
-    def _full_s(self, tokens: int, allowed: float) -> float:
+    def _free_at(self) -> float:
+        """Return when the batch that runs will be done, at the speed of the last ones."""
+        return self._running_since + self._running_tokens / self._tokens_per_s
+
+    def _full_s(self, tokens: int) -> float:
         """Return the seconds in which room for one more comes up; 0 where a refusal says little about others."""
-        return tokens / self._tokens_per_s if self._tokens_per_s and tokens <= allowed / 2 else 0.0
+        if not self._tokens_per_s:
+            return 0.0
+        room = min(self._queue_tokens, self._queue_s * self._tokens_per_s)
+        return tokens / self._tokens_per_s if tokens <= room / 2 else 0.0
 
     def _retry_after_s(self) -> int:
         if self._tokens_per_s <= 0:
@@ -207,12 +224,14 @@ class Batcher(Generic[P, R]):
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            started = monotonic()
-            self._run_batch(batch)
-            tokens = sum(piece.tokens for _, _, piece in batch)
-            padded = sum(piece.rows for _, _, piece in batch) * max(piece.longest for _, _, piece in batch)
-            rate = tokens / max(1e-6, monotonic() - started)
+            started, tokens = self._clock(), sum(piece.tokens for _, _, piece in batch)
             with self._changed:
+                self._running_tokens, self._running_since = tokens, started
+            self._run_batch(batch)
+            padded = sum(piece.rows for _, _, piece in batch) * max(piece.longest for _, _, piece in batch)
+            rate = tokens / max(1e-6, self._clock() - started)
+            with self._changed:
+                self._running_tokens = 0
                 self._batches += 1
                 self._done_pieces += len(batch)
                 self._done_tokens += padded

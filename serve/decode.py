@@ -96,6 +96,7 @@ class Cells:
         prompts: Prompt field to one value per cell.
         model_sha256: The checkpoint that they were decoded for: columns follow its vocabulary.
         adapter: Name and SHA-256 of the adapter that is to answer; empty is none.
+        waited_s: Seconds since the request came in.
     """
 
     counts: dict[str, csr_matrix]
@@ -103,6 +104,7 @@ class Cells:
     n_cells: int
     model_sha256: str
     adapter: tuple[str, str] = ("", "")
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -37,6 +38,15 @@ BURST = 8
 """Requests that an ingress lets in at once: those that several proxies let in one by one may come together."""
 READ_AT_ONCE = 4
 """Requests that are read and decoded side by side; the others wait as bytes."""
+
+
+_came: ContextVar[float] = ContextVar("came")
+
+
+def waited_s() -> float:
+    """Return the seconds since the request that is being answered came to this process; 0 outside of one."""
+    now = time.monotonic()
+    return now - _came.get(now)
 
 
 class Door:
@@ -125,6 +135,7 @@ class Porter:
         if scope["type"] != "http" or scope["method"] != "POST" or path not in QUESTIONS:
             await self._app(scope, receive, send)
             return
+        _came.set(time.monotonic())
         declared = Headers(scope=scope).get("content-length", "")
         n_bytes = min(int(declared[:18]), self._undeclared) if declared.isdecimal() else self._undeclared
         try:

@@ -102,6 +102,7 @@ class Replica:
             Overloaded: Too much is waiting.
             DeadlineExceeded: The time allowed went by.
         """
+        begin = time.monotonic()
         held = self._of(cells.model_sha256)
         pieces, rows = await asyncio.to_thread(held.cut, cells, self._settings.batching.piece_tokens)
         asked = [
@@ -113,7 +114,8 @@ class Replica:
         key = (
             (held.sha256, cells.adapter, question, *sorted(cells.counts), *sorted(cells.prompts)) if together else None
         )
-        parts = await self._batcher.submit(asked, key=key, timeout_s=self._settings.limits.timeout_s)
+        waited_s = cells.waited_s + time.monotonic() - begin
+        parts = await self._batcher.submit(asked, key=key, timeout_s=self._settings.limits.timeout_s, waited_s=waited_s)
         if not isinstance(question, Perturb | Forecast):
             return _in_order(parts, rows)
         weights = np.array([len(where) for where in rows], dtype=np.float64) / cells.n_cells

@@ -48,7 +48,7 @@ class Batching(Settings):
     queue_tokens: int = Field(default=2_097_152, gt=0)
     """Most tokens that wait for the model; more are answered 429."""
     queue_s: float = Field(default=30.0, gt=0)
-    """Longest that a request may have to wait for the model, as its speed of late goes; else it is answered 429."""
+    """Longest from a request's coming in to the model's answer, as its speed of late goes; else it is answered 429."""
 
 
 class Scaling(Settings):

@@ -39,6 +39,15 @@ class Recorder:
         self.go.clear()
 
 
+class Clock:
+    """Tells the seconds that it is told."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
 @contextmanager
 def running(model: Callable[[list[int]], list[int]], budget: int = 100, queue: int = 1_000) -> Iterator[Batcher]:
     batcher: Batcher[int, int] = Batcher(model, budget_tokens=budget, queue_tokens=queue)
@@ -48,9 +57,17 @@ def running(model: Callable[[list[int]], list[int]], budget: int = 100, queue: i
         batcher.close(5)
 
 
-def ask(batcher: Batcher, *payloads: int, rows: int = 1, longest: int = 10, key: str | None = "embed", timeout_s=5.0):
+def ask(
+    batcher: Batcher,
+    *payloads: int,
+    rows: int = 1,
+    longest: int = 10,
+    key: str | None = "embed",
+    timeout_s: float = 5.0,
+    waited_s: float = 0.0,
+):
     pieces = [Piece(payload, rows, longest) for payload in payloads]
-    return asyncio.ensure_future(batcher.submit(pieces, key=key, timeout_s=timeout_s))
+    return asyncio.ensure_future(batcher.submit(pieces, key=key, timeout_s=timeout_s, waited_s=waited_s))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -174,6 +191,39 @@ def test_what_waits_is_bounded_in_tokens_and_the_refusal_says_when_to_come_back(
             model.go.set()
             await asyncio.gather(first, accepted)
             assert await ask(batcher, 6) == [12]
+
+    asyncio.run(scenario())
+
+
+def test_the_bound_in_seconds_counts_the_batch_that_runs_and_the_way_here() -> None:
+    async def scenario() -> None:
+        model, now = Recorder(), Clock()
+        batcher: Batcher[int, int] = Batcher(model, budget_tokens=40, queue_tokens=10_000, queue_s=10, clock=now)
+        try:
+            model.hold()
+            first = ask(batcher, 1, longest=40)
+            await until(model.started.is_set)
+            now.seconds = 4  # so that the speed is 10 tokens a second
+            model.go.set()
+            assert await first == [2]
+            model.hold()
+            running = ask(batcher, 1, longest=40)  # 4 s
+            await until(model.started.is_set)
+            waiting = [ask(batcher, 1), ask(batcher, 2, longest=40)]  # 5 s: the last is done after 9
+            with pytest.raises(Overloaded, match="this request adds 20, beyond the 60 allowed now"):
+                await ask(batcher, 3, longest=20)
+            waiting.append(ask(batcher, 4))  # 10 s
+            await asyncio.sleep(0)
+            now.seconds += 2
+            with pytest.raises(Overloaded) as refused:
+                await ask(batcher, 5, waited_s=2)  # it would be done 12 s after it came
+            assert refused.value.full_s == 1
+            waiting.append(ask(batcher, 5, waited_s=1))
+            model.go.set()
+            assert await asyncio.gather(running, *waiting) == [[2], [2], [4], [8], [10]]
+        finally:
+            model.go.set()
+            batcher.close(5)
 
     asyncio.run(scenario())
 
