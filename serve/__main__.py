@@ -76,6 +76,7 @@ def run(
             "port": free_port(settings.host, settings.port),
             "checkpoint": str(Path(settings.checkpoint).resolve()),
             "lakes": {name: open_lake(uri).uri for name, uri in settings.lakes.items()},
+            "heads": {name: str(Path(folder).resolve()) for name, folder in settings.heads.items()},
             "adapters": {name: str(Path(folder).resolve()) for name, folder in settings.adapters.items()},
         }
     )

@@ -37,6 +37,7 @@ from serve.explore import Offer, add_explore
 from serve.foreign import FOREIGN, Readers
 from serve.forms import FORM_SCHEMA, FORMS, form_of, write
 from serve.h5ad import FORM
+from serve.head_cards import HeadCard
 from serve.jobs import Jobs
 from serve.lake_routes import add_lakes, add_neighbors
 from serve.messages import (
@@ -64,7 +65,18 @@ from serve.messages import (
     TranslateRequest,
 )
 from serve.metrics import Metered, Metrics
-from serve.model import Annotate, Columns, Description, Embed, Forecast, Generate, Model, Perturb, Translate
+from serve.model import (
+    Annotate,
+    Columns,
+    Description,
+    Embed,
+    Forecast,
+    Generate,
+    HeadQuestion,
+    Model,
+    Perturb,
+    Translate,
+)
 from serve.npz import NPZ
 from serve.page import add_page
 from serve.payload import read_request
@@ -118,6 +130,27 @@ class Loaded:
             known = ", ".join(sorted(self.description.adapters)) or "none"
             raise FieldRefused("adapter", f"{adapter} cannot be used: {why}" if why else f"this server knows {known}")
         return replace(self.description, adapter=adapter)
+
+    def head(self, request: PerturbRequest) -> HeadCard | None:
+        """Return the head that a request names.
+
+        Raises:
+            FieldRefused: There is no such head, it cannot be used, or what it answers to is not there.
+        """
+        name, found = request.head, self.description.heads.get(request.head)
+        if not name:
+            if request.context:
+                raise FieldRefused("context", "only a head takes it; name one in 'head', or say it in 'prompts'")
+            return None
+        if found is None:
+            why = self.description.heads_refused.get(name)
+            known = ", ".join(sorted(self.description.heads)) or "none"
+            raise FieldRefused("head", f"{name} cannot be used: {why}" if why else f"this server knows {known}")
+        if request.adapter:
+            raise FieldRefused("adapter", "a head answers without the model, so without its adapters; leave one out")
+        if found.measurement not in request.counts:
+            raise FieldRefused("counts", f"the head {name} answers to {found.measurement}; send counts of it")
+        return found
 
     def asked_of(self, cells: Cells, adapter: str) -> Cells:
         """Say with which adapter cells are to be answered, and how long they waited."""
@@ -237,19 +270,30 @@ class Desk:
         """Answer a perturbation request."""
         if "perturbation" in request.prompts:
             raise FieldRefused("prompts.perturbation", "name perturbations in 'perturbations'; the cells are controls")
-        asked = await self.targets(request.perturbations)
+        card = (await self.loaded()).head(request)
+        asked = await self.targets(request.perturbations, card)
         loaded, decoded = await self._read(request)
-        shifts = await self.model.ask(decoded.cells, Perturb(asked))
+        head = None
+        if card is not None:
+            head = HeadQuestion(request.head, card.context(request.context), request.options.level)
+        shifts = await self.model.ask(decoded.cells, Perturb(asked, head))
+        if card is not None and head is not None:
+            bounded = shifts[0][card.measurement].low_G is not None
+            told = card.doubts(head.context, head.level, bounded=bounded)
+            decoded = replace(decoded, warnings=[*decoded.warnings, *told])
+        about = loaded.under(request.adapter)
         return await asyncio.to_thread(
-            encode.perturb_reply, asked, shifts, request.options, decoded, loaded.under(request.adapter)
+            encode.perturb_reply, asked, shifts, request.options, decoded, about, request.head
         )
 
-    async def targets(self, perturbations: Sequence[str | list[str]]) -> tuple[tuple[str, ...], ...]:
-        """Check the names of perturbations; return the targets of each."""
+    async def targets(
+        self, perturbations: Sequence[str | list[str]], head: HeadCard | None = None
+    ) -> tuple[tuple[str, ...], ...]:
+        """Check the names of perturbations, as the model or a head knows them; return the targets of each."""
         loaded = await self.loaded()
         if len(perturbations) > self.limits.perturbations:
             raise FieldRefused("perturbations", f"send at most {self.limits.perturbations} in a request")
-        return tuple(tuple(_targets(item, position, loaded)) for position, item in enumerate(perturbations))
+        return tuple(tuple(_targets(item, position, loaded, head)) for position, item in enumerate(perturbations))
 
     async def forecast(self, request: ForecastRequest) -> ForecastReply:
         """Answer what becomes of cells."""
@@ -289,7 +333,7 @@ class Desk:
         return loaded.description.vocabulary[name]
 
 
-def _targets(item: str | list[str], position: int, loaded: Loaded) -> list[str]:
+def _targets(item: str | list[str], position: int, loaded: Loaded, head: HeadCard | None) -> list[str]:
     where = f"perturbations.{position}"
     targets = sorted(set(item.split("+") if isinstance(item, str) else item))
     if not targets:
@@ -297,7 +341,10 @@ def _targets(item: str | list[str], position: int, loaded: Loaded) -> list[str]:
     for target in targets:
         if not target:
             raise FieldRefused(where, "an empty name is no target; see GET /v1/perturbations")
-        loaded.decoder.check_prompt("perturbation", target, where)
+        if head is None:
+            loaded.decoder.check_prompt("perturbation", target, where)
+        else:
+            head.check(target, where)
     return targets
 
 
@@ -531,6 +578,8 @@ def _card(description: Description, limits: Limits) -> ModelCard:
         else SwapReport(when=_day(swap.when), model_sha256=swap.model_sha256, error=swap.error),
         adapters=description.adapters,
         adapters_refused=description.adapters_refused,
+        heads={name: card.report() for name, card in description.heads.items()},
+        heads_refused=description.heads_refused,
     )
 
 

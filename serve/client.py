@@ -67,6 +67,10 @@ class Effect:
     perturbed: NDArray[np.float32]
     delta: NDArray[np.float32]
     top: list[dict[str, Any]]
+    low: NDArray[np.float32] | None = None
+    high: NDArray[np.float32] | None = None
+    """The interval of ``delta``, of a head."""
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,9 @@ class Client:
         *,
         prompts: Mapping[str, Said] | None = None,
         top: int = 20,
+        head: str = "",
+        context: Mapping[str, str] | None = None,
+        level: float = 0.9,
     ) -> list[Effect]:
         """Predict the effect of each perturbation on control cells, in one request.
 
@@ -247,6 +254,9 @@ class Client:
             perturbations: Targets; several targets in a list are hit together.
             prompts: What is known about the cells.
             top: Features with the largest change to list.
+            head: The head that is to answer, with intervals; empty is the model. It predicts one measurement.
+            context: What the head takes for the cells' context, by column.
+            level: Share of features' effects that its intervals hold on average.
 
         Returns:
             One effect per perturbation and measurement.
@@ -256,11 +266,13 @@ class Client:
         """
         asked = {
             "perturbations": [item if isinstance(item, str) else list(item) for item in perturbations],
-            "options": {"vectors": True, "encoding": "base64", "top": top},
+            "options": {"vectors": True, "encoding": "base64", "top": top, "level": level},
         }
+        if head:
+            asked |= {"head": head, "context": dict(context or {})}
         reply = self._ask("POST", "/v1/perturb", _whole(cells, prompts, asked | self._adapter))
         return [
-            _effect(item["perturbation"], name, part, reply["features"])
+            _effect(item["perturbation"], name, part, reply)
             for item in reply["perturbations"]
             for name, part in item["effects"].items()
         ]
@@ -498,9 +510,11 @@ def _vectors(reply: dict[str, Any], name: str) -> NDArray[np.floating]:
     return unpacked(reply["feature_embeddings"][name]["embeddings"]) if found is None else found
 
 
-def _effect(perturbation: str, name: str, part: dict[str, Any], features: dict[str, list[str]]) -> Effect:
+def _effect(perturbation: str, name: str, part: dict[str, Any], reply: dict[str, Any]) -> Effect:
     control, perturbed, delta = (unpacked(part[which]) for which in ("control", "perturbed", "delta"))
-    return Effect(perturbation, name, features[name], control, perturbed, delta, part["top"])
+    low, high = (unpacked(part[which]) if which in part else None for which in ("low", "high"))
+    names = reply["features"][name]
+    return Effect(perturbation, name, names, control, perturbed, delta, part["top"], low, high, reply["warnings"])
 
 
 def _pause_s(attempt: int, last: SomaflowError) -> float:

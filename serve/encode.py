@@ -43,7 +43,7 @@ from train.ontology import covering_type, type_id
 UNKNOWN = "unknown"
 
 
-def provenance(description: Description) -> Provenance:
+def provenance(description: Description, head: str = "") -> Provenance:
     """Read from a checkpoint's manifest what every reply says about its origin."""
     manifest = description.manifest
     snapshot = manifest.get("snapshot", {})
@@ -56,6 +56,8 @@ def provenance(description: Description) -> Provenance:
         commit_id=str(snapshot.get("commit_id", "")),
         adapter=description.adapter or None,
         adapter_sha256=description.adapters.get(description.adapter),
+        head=head or None,
+        head_sha256=description.heads[head].sha256 if head else None,
     )
 
 
@@ -115,6 +117,7 @@ def perturb_reply(
     options: PerturbOptions,
     decoded: Decoded,
     description: Description,
+    head: str = "",
 ) -> PerturbReply:
     """Write the effect of each perturbation: the features that change most, and on request all vectors."""
     effects = [
@@ -126,14 +129,18 @@ def perturb_reply(
         )
         for targets, part in zip(asked, shifts, strict=True)
     ]
-    names = {name: description.vocabulary[name].feature_id for part in shifts for name in part}
+    names = {
+        name: _in_places(shift, description.vocabulary[name].feature_id)
+        for part in shifts
+        for name, shift in part.items()
+    }
     return PerturbReply.model_construct(
         perturbations=effects,
         features=names if options.vectors else {},
         cells=decoded.cells.n_cells,
         coverage=decoded.coverage,
         warnings=decoded.warnings,
-        provenance=provenance(description),
+        provenance=provenance(description, head),
     )
 
 
@@ -225,21 +232,33 @@ def _measurement_effect(shift: Shift, features: Features, options: PerturbOption
     top = feature_effects(shift, features, np.argsort(-np.abs(shift.delta_G), kind="stable")[: options.top])
     if not options.vectors:
         return MeasurementEffect(top=top)
-    control, perturbed, delta = (
-        _vector(vector_G, options.encoding) for vector_G in (shift.control_G, shift.perturbed_G, shift.delta_G)
-    )
-    return MeasurementEffect.model_construct(top=top, control=control, perturbed=perturbed, delta=delta)
+    vectors = {
+        "control": shift.control_G,
+        "perturbed": shift.perturbed_G,
+        "delta": shift.delta_G,
+        "low": shift.low_G,
+        "high": shift.high_G,
+    }
+    written = {name: _vector(part_G, options.encoding) for name, part_G in vectors.items() if part_G is not None}
+    return MeasurementEffect.model_construct(None, top=top, **written)
+
+
+def _in_places(shift: Shift, values: list[str]) -> list[str]:
+    return values if shift.positions is None else [values[position] for position in shift.positions]
 
 
 def feature_effects(shift: Shift, features: Features, positions: NDArray[np.int64]) -> list[FeatureEffect]:
     """Write what happens to some features, in the order given."""
+    place = shift.positions
     return [
         FeatureEffect(
-            feature_id=features.feature_id[position],
-            feature_name=features.feature_name[position],
+            feature_id=features.feature_id[position if place is None else place[position]],
+            feature_name=features.feature_name[position if place is None else place[position]],
             control=float(shift.control_G[position]),
             perturbed=float(shift.perturbed_G[position]),
             delta=float(shift.delta_G[position]),
+            low=None if shift.low_G is None else float(shift.low_G[position]),
+            high=None if shift.high_G is None else float(shift.high_G[position]),
         )
         for position in positions
     ]

@@ -66,18 +66,30 @@ def load_predictor(settings: ServeSettings) -> Predictor:
 class Held:
     """A checkpoint that is ready to answer."""
 
-    def __init__(self, predictor: Predictor, adapters: Mapping[str, str] | None = None, at_most: int = 1) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        adapters: Mapping[str, str] | None = None,
+        at_most: int = 1,
+        heads: Mapping[str, str] | None = None,
+    ) -> None:
         """Warm it up: what goes wrong here goes wrong before anybody is answered.
 
         Args:
             predictor: The loaded checkpoint.
             adapters: Name to folder.
             at_most: How many of them stay in memory.
+            heads: Name to folder of transition heads.
         """
         self.predictor = predictor
         self._adapters = None
         if adapters and isinstance(predictor, train.predictor.Predictor):
             self._adapters = Adapters(predictor, adapters, at_most)
+        self._heads = None
+        if heads:
+            from serve.heads import Heads  # brings scikit-learn
+
+            self._heads = Heads(heads, predictor.vocabulary)
         embedding_size = self._warm_up()
         self.description = Description(
             manifest=dict(predictor.manifest),
@@ -85,6 +97,8 @@ class Held:
             prompts={name: list(values) for name, values in predictor.prompts.items()},
             embedding_size=embedding_size,
             units={name: predictor.unit(name) for name in predictor.vocabulary},
+            heads=self._heads.cards if self._heads else {},
+            heads_refused=self._heads.refused if self._heads else {},
         )
 
     def described(self) -> Description:
@@ -130,11 +144,21 @@ class Held:
         ]
         return pieces, rows
 
+    def whole(self, cells: Cells) -> tuple[list[Piece[Task]], list[NDArray[np.int64]]]:
+        """As :meth:`cut`, in one piece: for a head, which answers for all cells together and is cheap."""
+        task = Task(cells.counts, cells.prompts, cells.n_cells, self.predictor)
+        return [Piece(task, rows=cells.n_cells, longest=1)], [np.arange(cells.n_cells)]
+
     def run(self, tasks: list[Task]) -> list[Any]:
         """One forward pass, in the batcher's thread: tasks of the same question and adapter, or one of any."""
         counts = {name: vstack([task.counts[name] for task in tasks], format="csr") for name in tasks[0].counts}
         prompts = {name: [x for task in tasks for x in task.prompts[name]] for name in tasks[0].prompts}
         predictor = tasks[0].predictor
+        match tasks[0].question:
+            case Perturb(((*targets,),), head) if head is not None:
+                if self._heads is None:
+                    raise StaleModel("the heads were changed meanwhile; send the request again")
+                return [self._heads.answer(head, counts, targets)]
         cells = predictor.cells(counts, prompts)
         match tasks[0].question:
             case Perturb(((*targets,),)):

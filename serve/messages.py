@@ -129,6 +129,13 @@ class PerturbOptions(Request):
         default=20, ge=0, le=1_000, description="Features with the largest change to list, per measurement."
     )
     vectors: bool = Field(default=False, description="Also give control, perturbed and delta of every feature.")
+    level: float = Field(
+        default=0.9,
+        gt=0,
+        lt=1,
+        description="Of a head's intervals: the share of all features' effects that they hold, on average over "
+        "perturbations (or what the head held out, see GET /v1/models) that are like those it learned from.",
+    )
     encoding: Encoding = Field(default="float", description="Form of the vectors.")
     min_coverage: float | None = Field(default=None, ge=0, le=1)
 
@@ -138,14 +145,28 @@ class PerturbRequest(Question):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"counts": _CELLS_EXAMPLE, "perturbations": ["STAT1", ["IRF1", "STAT1"]]}],
+            "examples": [
+                {"counts": _CELLS_EXAMPLE, "perturbations": ["STAT1", ["IRF1", "STAT1"]]},
+                {"counts": _CELLS_EXAMPLE, "perturbations": ["STAT1"], "head": "screen", "options": {"level": 0.8}},
+            ],
         }
     )
 
     counts: Counts
     prompts: Prompts = Field(default_factory=dict)
     perturbations: list[Name | Names] = Field(
-        min_length=1, description="Targets from GET /v1/perturbations; a list of targets is one combined perturbation."
+        min_length=1,
+        description="Targets from GET /v1/perturbations; a list of targets is one combined perturbation. A head also "
+        "takes targets that were never hit.",
+    )
+    head: Name = Field(
+        default="", description="A head from GET /v1/models that is to answer, with intervals; empty is the model."
+    )
+    context: dict[Name, Name] = Field(
+        default_factory=dict,
+        max_length=16,
+        description="What the head takes for the cells' context, by column, where it learned from several.",
+        examples=[{"cell_type": "B cell"}],
     )
     options: PerturbOptions = PerturbOptions()
 
@@ -246,6 +267,8 @@ class Provenance(Reply):
     commit_id: str
     adapter: str | None = Field(default=None, description="The adapter that answered.")
     adapter_sha256: str | None = None
+    head: str | None = Field(default=None, description="The head that answered.")
+    head_sha256: str | None = None
 
 
 class Coverage(Reply):
@@ -288,13 +311,18 @@ class EmbedReply(Reply):
 
 
 class FeatureEffect(Reply):
-    """Predicted mean expression, log1p of counts per 10,000, of one feature without and with the perturbation."""
+    """Predicted mean expression, log1p of counts per 10,000, of one feature without and with the perturbation.
+
+    The model's is the mean of the cells' logs; a head's the log of their pooled counts.
+    """
 
     feature_id: str
     feature_name: str
     control: float
     perturbed: float
     delta: float
+    low: float | None = Field(default=None, description="Where the interval of `delta` begins, of a head.")
+    high: float | None = Field(default=None, description="Where it ends.")
 
 
 class MeasurementEffect(Reply):
@@ -304,6 +332,8 @@ class MeasurementEffect(Reply):
     control: list[float] | Tensor | None = None
     perturbed: list[float] | Tensor | None = None
     delta: list[float] | Tensor | None = None
+    low: list[float] | Tensor | None = None
+    high: list[float] | Tensor | None = None
 
 
 class Effect(Reply):
@@ -394,6 +424,19 @@ class SwapReport(Reply):
     error: str = Field(description="Why nothing changed.")
 
 
+class HeadReport(Reply):
+    """A transition head that answers about perturbations here."""
+
+    sha256: str
+    measurement: str
+    context: list[str] = Field(description="Columns that make a context.")
+    contexts: list[str] = Field(description="Contexts that it learned from, columns joined by ` | `.")
+    held_out: str = Field(description="What its intervals hold for when it is new: target, perturbation or a column.")
+    perturbed: int = Field(description="Targets that it saw hit.")
+    baseline: str = Field(description="The baseline that it stands on.")
+    gate: float = Field(description="Weight of what its flow adds; 0 where that did not help on held-out groups.")
+
+
 class ModelCard(Reply):
     """A model that answers here."""
 
@@ -409,6 +452,8 @@ class ModelCard(Reply):
     swap: SwapReport | None = None
     adapters: dict[str, str] = Field(default_factory=dict, description="Adapter to the SHA-256 of its weights.")
     adapters_refused: dict[str, str] = Field(default_factory=dict, description="Adapter to why it cannot be used.")
+    heads: dict[str, HeadReport] = Field(default_factory=dict)
+    heads_refused: dict[str, str] = Field(default_factory=dict, description="Head to why it cannot be used.")
 
 
 class ModelsReply(Reply):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from serve.batcher import Load
 from serve.decode import Cells, Features
+from serve.head_cards import HeadCard
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Description:
     """Adapter to the SHA-256 of its weights."""
     adapters_refused: dict[str, str] = field(default_factory=dict)
     """Adapter to why it cannot be used."""
+    heads: dict[str, HeadCard] = field(default_factory=dict)
+    heads_refused: dict[str, str] = field(default_factory=dict)
+    """Head to why it cannot be used."""
     adapter: str = ""
     """The one with which a reply was made; empty is none."""
     checkpoint: str = ""
@@ -55,11 +59,20 @@ class Description:
 
 @dataclass(frozen=True)
 class Shift:
-    """Predicted mean expression of one measurement without and with a perturbation, averaged over cells."""
+    """Predicted mean expression of one measurement without and with a perturbation, averaged over cells.
+
+    Attributes:
+        control_G, perturbed_G, delta_G: Without, with, and what it adds.
+        low_G, high_G: The interval of ``delta_G``; None where none is known.
+        positions: Where the G features are among those of the measurement; None is all of them.
+    """
 
     control_G: NDArray[np.float32]
     perturbed_G: NDArray[np.float32]
     delta_G: NDArray[np.float32]
+    low_G: NDArray[np.float32] | None = None
+    high_G: NDArray[np.float32] | None = None
+    positions: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +103,25 @@ class Translate:
 
 
 @dataclass(frozen=True)
+class HeadQuestion:
+    """Which head is to answer, in which context, with intervals of which level."""
+
+    head: str
+    context: str
+    level: float
+
+
+@dataclass(frozen=True)
 class Perturb:
-    """What does hitting targets together do to them? Answered, for each group of targets, with shifts."""
+    """What does hitting targets together do to them? Answered, for each group of targets, with shifts.
+
+    Attributes:
+        perturbations: The groups.
+        head: Who answers; None is the model itself.
+    """
 
     perturbations: tuple[tuple[str, ...], ...]
+    head: HeadQuestion | None = None
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,10 @@ class Replica:
         """
         begin = time.monotonic()
         held = self._of(cells.model_sha256)
-        pieces, rows = await asyncio.to_thread(held.cut, cells, self._settings.batching.piece_tokens)
+        if isinstance(question, Perturb) and question.head is not None:
+            pieces, rows = held.whole(cells)
+        else:
+            pieces, rows = await asyncio.to_thread(held.cut, cells, self._settings.batching.piece_tokens)
         asked = [
             Piece(_Asked(held, replace(piece.payload, question=part)), piece.rows, piece.longest)
             for each in _apart(question, len(pieces))
@@ -178,7 +181,7 @@ class Replica:
         self._batcher.close()
 
     def _take(self, settings: ServeSettings) -> Held:
-        return Held(self._load(settings), settings.adapters, settings.adapters_loaded)
+        return Held(self._load(settings), settings.adapters, settings.adapters_loaded, settings.heads)
 
     def _run(self, asked: list[_Asked]) -> list[Any]:
         return asked[0].held.run([one.task for one in asked])
@@ -204,7 +207,7 @@ class Replica:
 def _apart(question: Question, n_pieces: int) -> list[list[Question]]:
     """Return what each piece is asked, in one round or several."""
     if isinstance(question, Perturb):
-        return [[Perturb((targets,))] * n_pieces for targets in question.perturbations]
+        return [[Perturb((targets,), question.head)] * n_pieces for targets in question.perturbations]
     if isinstance(question, Generate):
         return [[replace(question, part=number) for number in range(n_pieces)]]
     return [[question] * n_pieces]
@@ -217,6 +220,9 @@ def _in_order(parts: Sequence[Any], rows: Sequence[NDArray[np.int64]]) -> Any:
 
 
 def _average(parts: Sequence[Mapping[str, Shift]], weights: NDArray[np.float64]) -> dict[str, Shift]:
+    if len(parts) == 1:
+        return dict(parts[0])
+
     def mean(name: str, vector: str) -> NDArray[np.float32]:
         stacked = np.stack([getattr(part[name], vector) for part in parts])
         return np.average(stacked, axis=0, weights=weights).astype(np.float32)

@@ -130,6 +130,9 @@ class ServeSettings(Settings):
     """Name to folder of adapters of the checkpoint (``<run>/adapter``); requests choose one by name."""
     adapters_loaded: int = Field(default=8, gt=0)
     """Adapters that a copy of the model keeps in memory."""
+    heads: dict[str, str] = Field(default_factory=dict)
+    """Name to folder of transition heads (``python -m train head``) of the checkpoint's features; questions about
+    perturbations choose one by name."""
     scaling: Scaling = Scaling()
     lakes: dict[LakeName, str] = Field(default_factory=dict)
     """Lakes that can be asked about, name to place; requests say names only. Every ingress and worker sees them."""

@@ -208,7 +208,8 @@ def fit_transition(
 ) -> None:
     """Fit a transition head (best baseline + g x flow) on a screen, and keep it.
 
-    Ask it from Python: train.evaluation.head.load_head(OUT).predict(control_cells, "TARGET", "context"), and .interval.
+    Serve it: python -m serve run CHECKPOINT --set heads.NAME=OUT. Ask it from Python:
+    train.evaluation.head.load_head(OUT).predict(control_cells, "TARGET", "context"), and .interval.
 
     Example: python -m train head heads/screen --snapshot screen --sets reactome.gmt
     """

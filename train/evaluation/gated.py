@@ -316,9 +316,13 @@ class GatedEffects:
         features together, not for each feature (hierarchical conformal prediction; Lee, Barber and Willett 2023).
         Infinite where there are too few groups to say.
         """
-        told_G = self.predict(control, perturbation, context)
-        half = group_quantile(self.score_EG, self.label_E, level) * self.usual_G
-        return told_G - half, told_G + half
+        told_G, half_G = self.predict(control, perturbation, context), self.half_width(level)
+        return told_G - half_G, told_G + half_G
+
+    def half_width(self, level: float = 0.9) -> Vector:
+        """Return how far :meth:`interval` reaches to either side, for each of G features."""
+        half_G: Vector = group_quantile(self.score_EG, self.label_E, level) * self.usual_G
+        return half_G
 
 
 def needed(n_groups: int) -> float:
