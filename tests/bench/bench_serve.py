@@ -6,10 +6,10 @@ One checkpoint (the sizes of ``infra/runs/laptop.toml``, random weights, 2,000 g
 loopback HTTP behind the same ingress three times: with our batcher; with Ray Serve's own ``@serve.batch`` of as many
 requests as fill our batches; one request at a time. The bare model embeds the same cells in one process, in batches of
 the same size. Clients are coroutines of this process that each ask again when they were answered; the contenders take
-turns at every number of clients. Then come five times as many requests a second as were answered at most (an open loop:
-they come whether or not others were answered), for ``--overload`` seconds. The last line is one JSON object; a run of
-three turns or more writes ``docs/benchmarks/serve.md`` and its chart, others write theirs into the folder. Needs two
-quiet cores.
+turns at every number of clients, and again with one cell a request. Then come five times as many requests a second as
+were answered at most (an open loop: they come whether or not others were answered), for ``--overload`` seconds. The
+last line is one JSON object; a run of three turns or more writes ``docs/benchmarks/serve.md`` and its chart, others
+write theirs into the folder. Needs two quiet cores.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ ROOT = Path(__file__).parents[2]
 GENES, EXPRESSED, CELLS = 2_000, 300, 16
 """Genes that the model knows, genes that a cell expresses on average, cells in a request."""
 CLIENTS = (1, 2, 4, 8, 16, 32)
+SMALL_CLIENTS = (1, 8, 32)
+"""Clients that ask for one cell at a time."""
 BODIES = 64
 """Different requests, which clients send in turn."""
 OVERLOAD = 5
@@ -57,12 +59,12 @@ QUEUE_S = 1.0
 CONTENDERS = {"ours": "ours", "batch": "`@serve.batch`", "single": "one request at a time"}
 
 
-def requests(seed: int = 0) -> tuple[list[bytes], list[csr_matrix]]:
-    """Make bodies of requests, and the counts_CG in them."""
+def requests(cells: int, seed: int = 0) -> tuple[list[bytes], list[csr_matrix]]:
+    """Make bodies of requests for so many cells, and the counts_CG in them."""
     rng, bodies, counts = np.random.default_rng(seed), [], []
     names = np.array([f"ENSG{i:011d}".encode() for i in range(GENES)])
     for _ in range(BODIES):
-        matrix = csr_matrix(rng.poisson(0.2 * rng.gamma(0.5, 2, (1, GENES)), (CELLS, GENES)).astype(np.float32))
+        matrix = csr_matrix(rng.poisson(0.2 * rng.gamma(0.5, 2, (1, GENES)), (cells, GENES)).astype(np.float32))
         arrays = {
             REQUEST: json.dumps({"options": {}}).encode(),
             "RNA/features": names,
@@ -158,7 +160,7 @@ async def closed(url: str, bodies: list[bytes], clients: int, seconds: float) ->
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         await asyncio.gather(*(client(number) for number in range(clients)))
-    return {"cells_s": len(taken) * CELLS / seconds, "taken": taken}
+    return {"requests_s": len(taken) / seconds, "taken": taken}
 
 
 async def overload(url: str, bodies: list[bytes], rate: float, seconds: float, watched: list[int]) -> dict[str, Any]:
@@ -245,13 +247,16 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
-    bodies, counts = requests()
+    bodies, counts = requests(CELLS)
+    small, _ = requests(1)
     predictor = load_predictor(ServeSettings(checkpoint=str(checkpoint)))
     tokens = int(predictor.n_tokens(predictor.cells({"RNA": counts[0]}, {})).max()) * CELLS
     size = max(1, Batching().budget_tokens // tokens)
     settings = ServeSettings(checkpoint=str(checkpoint), port=free_port("127.0.0.1", 0))
     rates: dict[str, dict[int, list[float]]] = {name: {n: [] for n in CLIENTS} for name in CONTENDERS}
     taken: dict[str, dict[int, list[float]]] = {name: {n: [] for n in CLIENTS} for name in CONTENDERS}
+    small_rates: dict[str, dict[int, list[float]]] = {name: {n: [] for n in SMALL_CLIENTS} for name in CONTENDERS}
+    small_taken: dict[str, dict[int, list[float]]] = {name: {n: [] for n in SMALL_CLIENTS} for name in CONTENDERS}
     alone: list[float] = []
     with serving(settings) as url:
         start_peer("batch", checkpoint, size)
@@ -261,9 +266,15 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
             for clients in CLIENTS:
                 for name in CONTENDERS:
                     found = asyncio.run(closed(urls[name], bodies, clients, options.seconds))
-                    rates[name][clients].append(found["cells_s"])
+                    rates[name][clients].append(found["requests_s"] * CELLS)
                     taken[name][clients] += found["taken"]
-                    print(f"{turn} {clients:3} {name:6} {found['cells_s']:8.1f} cells/s", flush=True)
+                    print(f"{turn} {clients:3} {name:6} {rates[name][clients][-1]:8.1f} cells/s", flush=True)
+            for clients in SMALL_CLIENTS:
+                for name in CONTENDERS:
+                    found = asyncio.run(closed(urls[name], small, clients, options.seconds))
+                    small_rates[name][clients].append(found["requests_s"])
+                    small_taken[name][clients] += found["taken"]
+                    print(f"{turn} {clients:3} {name:6} {found['requests_s']:8.1f} cells/s, one a request", flush=True)
             alone.append(bare(checkpoint, counts, size, options.seconds))
             print(f"{turn}     bare   {alone[-1]:8.1f} cells/s", flush=True)
         best = max(statistics.median(values) for values in rates["ours"].values())
@@ -272,7 +283,7 @@ def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         asyncio.run(closed(url, bodies, 4, options.seconds))  # so that it knows its speed
         beyond = asyncio.run(overload(url, bodies, OVERLOAD * best / CELLS, options.overload, servers()))
     found = {"rates": rates, "taken": taken, "bare": alone, "overload": beyond}
-    return found | {"size": size, "tokens": tokens}
+    return found | {"small_rates": small_rates, "small_taken": small_taken, "size": size, "tokens": tokens}
 
 
 def summary(found: dict[str, Any], options: argparse.Namespace, load: float) -> dict[str, Any]:
@@ -304,6 +315,16 @@ def summary(found: dict[str, Any], options: argparse.Namespace, load: float) -> 
         },
         "p99_by_clients_ms": {
             name: {str(n): round(p(v, 0.99), 1) for n, v in by.items()} for name, by in found["taken"].items()
+        },
+        "small_requests_s": {
+            name: {str(n): round(statistics.median(v), 1) for n, v in by.items()}
+            for name, by in found["small_rates"].items()
+        },
+        "small_p50_ms": {
+            name: {str(n): round(p(v, 0.5), 1) for n, v in by.items()} for name, by in found["small_taken"].items()
+        },
+        "small_p99_ms": {
+            name: {str(n): round(p(v, 0.99), 1) for n, v in by.items()} for name, by in found["small_taken"].items()
         },
         "queue_s": QUEUE_S,
         "tokens_of_a_request": found["tokens"],
@@ -347,6 +368,20 @@ def page(answer: dict[str, Any], seconds: float) -> str:
         answer["ours_cells_s"] / answer[f"{name}_cells_s"] for name in ("serve_batch", "one_by_one")
     )
     machine, versions = answer["machine"], ", ".join(f"{name} {one}" for name, one in answer["versions"].items())
+    lines += [
+        "",
+        "One cell a request, where the way to the model costs more than the model:",
+        "",
+        "| clients | " + " | ".join(f"{what}: requests/s, p50, p99 (ms)" for what in CONTENDERS.values()) + " |",
+        "|---|" + "---|" * len(CONTENDERS),
+    ]
+    for n in map(str, SMALL_CLIENTS):
+        row = [
+            f"{answer['small_requests_s'][name][n]:,.0f}, {answer['small_p50_ms'][name][n]:,.0f}, "
+            f"{answer['small_p99_ms'][name][n]:,.0f}"
+            for name in CONTENDERS
+        ]
+        lines.append(f"| {n} | " + " | ".join(row) + " |")
     lines += [
         "",
         "![Cells a second and p99 by clients](../images/serve.png)",
