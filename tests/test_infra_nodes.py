@@ -59,7 +59,8 @@ import json, sys
 import ray.serve
 ray.init(sys.argv[1], log_to_driver=False)
 found = ray.serve.status().applications.get("somaflow")
-print(json.dumps({getattr(state, "value", state): n for state, n in found.deployments["ModelReplica"].replica_states.items()}))
+copies = found.deployments["ModelReplica"].replica_states
+print(json.dumps({getattr(state, "value", state): n for state, n in copies.items()}))
 """
 
 
