@@ -153,6 +153,31 @@ PLANTED: dict[str, tuple[str, Plant, str]] = {
         lambda one: head(one["spec"])["spec"]["containers"][0]["resources"]["requests"].update(memory="1Gi"),
         "memory asked for and its limit differ",
     ),
+    "rules and the flag that they replace": (
+        "RayJob",
+        lambda job: job["spec"].update(shutdownAfterJobFinishes=True),
+        "go with neither shutdownAfterJobFinishes",
+    ),
+    "a cluster that stays after a failure": (
+        "RayJob",
+        lambda job: job["spec"]["deletionStrategy"]["deletionRules"].pop(),
+        "the cluster stays for ever",
+    ),
+    "a job without a deadline": (
+        "RayJob",
+        lambda job: job["spec"].pop("preRunningDeadlineSeconds"),
+        "without preRunningDeadlineSeconds",
+    ),
+    "workers that are never fewer": (
+        "RayJob",
+        lambda job: job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(minReplicas=9),
+        "cannot shrink or grow",
+    ),
+    "a server that does not answer what it has": (
+        "RayService",
+        lambda one: head(one["spec"]["rayClusterConfig"])["spec"]["containers"][0].pop("lifecycle"),
+        "head: no preStop",
+    ),
     "a job beside the cluster": (
         "RayJob",
         lambda job: job["spec"].update(entrypoint="python -m ingest run /config/ingest.toml"),

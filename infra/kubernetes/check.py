@@ -97,6 +97,9 @@ def _alone(item: dict[str, Any]) -> Iterator[str]:
         yield from _runtime(spec["runtimeEnvYAML"])
     if "entrypoint" in spec:
         yield from _entrypoint(spec["entrypoint"])
+        yield from _job(spec)
+    if kind == "RayService":
+        yield from _drain(_cluster_of(item))
     yield from _cluster(_cluster_of(item))
 
 
@@ -173,6 +176,33 @@ def _entrypoint(command: str) -> Iterator[str]:
         yield f"entrypoint: {command!r} is no command of this project"
     elif "--address" not in words:
         yield "entrypoint: without --address auto the job starts a Ray of its own on the head"
+
+
+def _job(spec: dict[str, Any]) -> Iterator[str]:
+    """Tell what lets a job wait or cost for ever, and what an operator refuses."""
+    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
+    if rules and (spec.get("shutdownAfterJobFinishes") or "ttlSecondsAfterFinished" in spec):
+        yield "deletionRules go with neither shutdownAfterJobFinishes nor ttlSecondsAfterFinished"
+    ends = {(rule["policy"], next(iter(rule["condition"].values()))) for rule in rules}
+    if not {("DeleteCluster", "SUCCEEDED"), ("DeleteCluster", "FAILED"), ("DeleteCluster", "Failed")} <= ends:
+        yield "deletionRules: the cluster stays for ever after some of: SUCCEEDED, FAILED, Failed"
+    waits = [key for key in ("preRunningDeadlineSeconds", "activeDeadlineSeconds", "backoffLimit") if key not in spec]
+    if waits:
+        yield f"without {', '.join(waits)} it may wait or be tried for ever, or never again"
+    for group in _cluster_of({"kind": "RayJob", "spec": spec}).get("workerGroupSpecs", []):
+        if group["minReplicas"] >= group["maxReplicas"]:
+            yield f"{group['groupName']}: minReplicas is not below maxReplicas, so that the job cannot shrink or grow"
+
+
+def _drain(cluster: dict[str, Any]) -> Iterator[str]:
+    """Tell which pods of a server end before they have answered."""
+    for name, template in _groups(cluster):
+        grace_s = template["spec"].get("terminationGracePeriodSeconds", 30)
+        for container in template["spec"]["containers"]:
+            words = " ".join(container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", []))
+            slept = re.search(r"sleep (\d+); ray stop", words)
+            if slept is None or int(slept[1]) >= grace_s:
+                yield f"{name}: no preStop that sleeps and then stops Ray within {grace_s} s, to answer what it has"
 
 
 def _cluster_of(item: dict[str, Any]) -> dict[str, Any]:
