@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?=
 BENCH ?=
+PROOF ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults fuzz bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train test-quick check format lock clean
+.PHONY: help setup demo test faults fuzz bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train bench-size image-proof test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -61,15 +62,22 @@ bench-train: setup  ## speed of the training loop against the barest loop and Hu
 bench-serve: setup  ## cells a second and latency of a server against the bare model and @serve.batch (10 minutes)
 	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_serve.py $(BENCH)
 
+bench-size: setup  ## what infra/size.py says against two sizes that are measured here (15 minutes, 5 GB in build/)
+	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_size.py $(BENCH)
+
+image-proof: setup  ## run the image's steps in a clean root, and the image in it, without Docker (root, debootstrap; 10 minutes)
+	$(BIN)/python infra/image/prove.py $(PROOF)
+
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"
 
-check: setup  ## lint, format, types, dependency contracts, manifests
+check: setup  ## lint, format, types, dependency contracts, manifests, image
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python infra/kubernetes/check.py
+	$(BIN)/python infra/image/dockerfile.py
 
 format: setup  ## write the code the way ruff wants it
 	$(BIN)/ruff check --fix .

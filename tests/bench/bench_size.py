@@ -1,0 +1,193 @@
+"""What ``infra/size.py`` says against what two sizes take here: ingestion, snapshot, stream, and their bytes.
+
+    python tests/bench/bench_size.py [--sizes 20000:8000,80000:36000] [--folder build/size] [--page FILE]
+
+Sizes are cells and genes; neither is one that ``infra/costs.toml`` was measured at, and fewer genes give fewer
+non-zeros a cell, so that it shows whether cost follows them. Each command runs as a user would run it, all its
+start-up included, on two cores; the stream takes several epochs after one that warms up. Predictions are of one node
+of two cores that is used as well as where the costs were measured. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import h5py
+from atlas_file import write_atlas
+
+ROOT = Path(__file__).parent.parent.parent
+CORES = 2
+EPOCH_CELLS = 240_000
+"""Cells that a pass of the stream takes, in whole epochs."""
+PAGE = Path(__file__).parent / "size_page.md"
+
+
+def load_size() -> ModuleType:
+    """Load the calculator, which is a script."""
+    spec = importlib.util.spec_from_file_location("infra_size", ROOT / "infra" / "size.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def seconds_of(words: list[str]) -> float:
+    """Run one of our commands; return its seconds."""
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    return time.perf_counter() - begin
+
+
+def bytes_of(path: Path) -> int:
+    """Return the bytes of the files below a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def stream_rate(lake: Path, cells: int) -> float:
+    """Return tokenized cells a second, in a process of its own."""
+    command = [sys.executable, str(ROOT / "tests/bench/stream_rate.py"), "tokenized", json.dumps({"lake": str(lake)})]
+    epochs = max(1, EPOCH_CELLS // cells)
+    done = subprocess.run(
+        command,
+        input=f"{epochs}\n" * 3,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"stream_rate.py ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    passes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return max(one["cells_s"] for one in passes[-2:])
+
+
+def measure(folder: Path, cells: int, genes: int) -> dict[str, float]:
+    """Take cells the whole way; return what it took."""
+    h5ad, lake = folder / f"atlas-{cells}-{genes}.h5ad", folder / f"lake-{cells}"
+    if not h5ad.exists():
+        write_atlas(h5ad.with_suffix(".part"), cells, genes)
+        h5ad.with_suffix(".part").rename(h5ad)
+    with h5py.File(h5ad) as file:
+        nonzeros = file["X/data"].shape[0] / cells
+    shutil.rmtree(lake, ignore_errors=True)
+    found = {"cells": cells, "nonzeros": nonzeros, "genes": genes, "load": os.getloadavg()[0]}
+    found["ingest_s"] = seconds_of(["ingest", "run", str(h5ad), "--lake", str(lake), "--workers", str(CORES), "--json"])
+    found["snapshot_s"] = seconds_of(
+        ["store", "snapshot", "create", "bench", "--lake", str(lake), "--workers", "0", "--set", "fractions.train=1.0"]
+    )
+    found["stream_cells_s"] = stream_rate(lake, cells)
+    found["lake_bytes"] = bytes_of(lake / "census_data/homo_sapiens/ms/RNA/X")
+    found["obs_bytes"] = bytes_of(lake) - bytes_of(lake / "snapshots") - found["lake_bytes"]
+    found["snapshot_bytes"] = bytes_of(lake / "snapshots")
+    return found
+
+
+def predict(size: ModuleType, values: dict[str, float], measured: dict[str, float]) -> dict[str, float]:
+    """Return the same from the costs."""
+    ask = size.Ask(
+        cells=int(measured["cells"]), nonzeros=measured["nonzeros"], genes=int(measured["genes"]), datasets=1
+    )
+    node = values | {"node.cores": CORES, "node.efficiency": 1.0}
+    found = size.size(ask, node)
+    return {
+        "ingest_s": 3600 * found.ingest.hours,
+        "snapshot_s": 3600 * found.snapshot.hours,
+        "stream_cells_s": CORES * found.stream_cells_s,
+        "lake_bytes": found.lake_bytes,
+        "snapshot_bytes": found.snapshot_bytes,
+    }
+
+
+NAMES = {
+    "ingest_s": ("`python -m ingest run`, s", 1.0, False),
+    "snapshot_s": ("`python -m store snapshot create`, s", 1.0, False),
+    "stream_cells_s": ("stream, tokenized cells/s", 1.0, True),
+    "lake_bytes": ("X in the lake, MB", 1e6, False),
+    "snapshot_bytes": ("snapshot, MB", 1e6, False),
+}
+"""What each figure is, its unit, and is more of it better?"""
+
+
+def compared(found: list[tuple[dict[str, float], dict[str, float]]]) -> list[dict[str, Any]]:
+    """Return a line for each size and figure; ratios are above 1 where it took more than was said."""
+    lines = []
+    for measured, said in found:
+        for name, (what, unit, more) in NAMES.items():
+            ratio = said[name] / measured[name] if more else measured[name] / said[name]
+            lines.append(
+                {"cells": measured["cells"], "nonzeros": round(measured["nonzeros"]), "what": what}
+                | {"said": said[name] / unit, "measured": measured[name] / unit, "ratio": ratio}
+            )
+    return lines
+
+
+def page(found: list[tuple[dict[str, float], dict[str, float]]], lines: list[dict[str, Any]]) -> str:
+    """Write the page."""
+    rows = []
+    for one in lines:
+        figures = f"{one['said']:,.1f} | {one['measured']:,.1f} | {one['ratio']:.2f}"
+        rows.append(f"| {one['cells']:,} | {one['nonzeros']:,} | {one['what']} | {figures} |")
+    times = [one["ratio"] for one in lines if "MB" not in one["what"]]
+    sizes = [one["ratio"] for one in lines if "MB" in one["what"]]
+    beside = [f"{one['obs_bytes'] / one['cells']:,.0f} bytes a cell ({one['cells']:,} cells)" for one, _ in found]
+    verdict = [
+        f"- Times and rates: {min(times):.2f} to {max(times):.2f} of what was said; bytes: {min(sizes):.2f} to "
+        f"{max(sizes):.2f}.",
+        f"- In the lake beside X (obs, presence, catalog), which the calculator does not count: {', '.join(beside)}.",
+    ]
+    return PAGE.read_text(encoding="utf-8").format(
+        rows="\n".join(rows),
+        loads=", ".join(f"{one['load']:.1f}" for one, _ in found),
+        verdict="\n".join(verdict),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        python=platform.python_version(),
+    )
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="20000:8000,80000:36000")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "size")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks" / "size.md")
+    options = parser.parse_args()
+    size = load_size()
+    values = size.values_of(size.read_costs())
+    found = []
+    for words in options.sizes.split(","):
+        cells, genes = map(int, words.split(":"))
+        measured = measure(options.folder.absolute(), cells, genes)
+        found.append((measured, predict(size, values, measured)))
+        for one in compared(found[-1:]):
+            print(
+                f"{one['cells']:>9,} {one['what']:>40}: said {one['said']:,.1f}, measured {one['measured']:,.1f}, "
+                f"ratio {one['ratio']:.2f}",
+                flush=True,
+            )
+    lines = compared(found)
+    options.page.write_text(page(found, lines), encoding="utf-8")
+    print(json.dumps({"lines": lines, "loads": [one["load"] for one, _ in found]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The sizing calculator: its arithmetic by hand, what grows, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.arithmetic import DEVICES
+from train.estimate import MFU
+
+ROOT = Path(__file__).parent.parent
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("infra_size", ROOT / "infra" / "size.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made  # dataclasses look their module up
+    spec.loader.exec_module(made)
+    return made
+
+
+SIZE = load()
+COSTS = SIZE.read_costs()
+VALUES = SIZE.values_of(COSTS)
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = SIZE.main(list(words))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_arithmetic_is_that_of_a_hand() -> None:
+    ask = SIZE.Ask(
+        cells=1_000_000, nonzeros=1_000, datasets=100, hours=1, width=10, layers=2, tokens=500, genes=50, rate=10
+    )
+    values = dict(VALUES) | {
+        "ingest.core_s_per_nonzero": 1e-4,
+        "ingest.start_s": 0.1,
+        "ingest.dataset_s": 1.0,
+        "node.cores": 10,
+        "node.efficiency": 0.5,
+        "price.cpu_node_hour": 2.0,
+        "train.gpu_operations_s": 1e9,
+        "train.mfu": 0.5,
+        "serve.cpu_operations_s": 9.1e7,
+        "serve.http_share": 0.5,
+        "storage.lake_bytes_per_nonzero": 2.0,
+        "storage.states_kept": 2,
+        "storage.state_bytes_per_weight": 12,
+    }
+    found = SIZE.size(ask, values)
+    # a billion non-zeros are 100,000 core-seconds: 20,000 s of a node, so six nodes within the hour
+    assert found.ingest.machines == 6
+    assert found.ingest.work_hours == pytest.approx(100_000 / 3600)
+    assert found.ingest.hours == pytest.approx((0.1 + 20_000 / 6) / 3600)
+    assert found.ingest.money == pytest.approx(2.0 * 6 * found.ingest.hours)
+    # 500 tokens: 6 x 2,400 weights x 500, and 12 x 10 x 2 x 500 x 500 for pairs
+    assert ask.n_operations == 7_200_000 + 60_000_000
+    assert ask.n_weights == 2_400 + 1_000
+    assert found.train.work_hours == pytest.approx(1_000_000 * 67.2e6 / 0.5e9 / 3600)
+    assert found.copies == math.ceil(10 / (0.5 * 9.1e7 / 22.4e6))
+    assert found.lake_bytes == 2e9
+    assert found.checkpoint_bytes == 3_400 * (4 + 24)
+
+
+def test_commits_of_one_driver_are_not_shortened_by_nodes() -> None:
+    few, many = (SIZE.size(SIZE.Ask(cells=10**9, datasets=n), VALUES).ingest for n in (10, 1_000_000))
+    assert few.in_time
+    assert not many.in_time
+    assert many.hours >= 1_000_000 * VALUES["ingest.dataset_s"] / 3600
+
+
+def test_pieces_of_a_snapshot_grow_with_the_square() -> None:
+    small, large = (SIZE.size(SIZE.Ask(cells=n), VALUES).ranges for n in (10**8, 10**9))
+    assert large == pytest.approx(100 * small)
+
+
+GROW = ("ingest", "snapshot", "train")
+
+
+@settings(max_examples=40)
+@given(cells=st.integers(1, 10**9), more=st.integers(1, 10**9), nonzeros=st.floats(1, 20_000))
+def test_more_cells_never_need_less(cells: int, more: int, nonzeros: float) -> None:
+    small, large = (SIZE.size(SIZE.Ask(cells=n, nonzeros=nonzeros, datasets=1), VALUES) for n in (cells, cells + more))
+    for name in GROW:
+        assert getattr(small, name).work_hours <= getattr(large, name).work_hours
+        assert getattr(small, name).machines <= getattr(large, name).machines
+    assert small.lake_bytes < large.lake_bytes
+    assert small.money < large.money * (1 + 1e-9)
+
+
+@settings(max_examples=40)
+@given(cells=st.integers(1, 10**9), hours=st.floats(0.5, 100))
+def test_the_fewest_nodes_are_taken_that_end_in_time(cells: int, hours: float) -> None:
+    found = SIZE.size(SIZE.Ask(cells=cells, datasets=1, hours=hours), VALUES)
+    for step, start in ((found.ingest, "ingest.start_s"), (found.snapshot, "snapshot.start_s")):
+        assert step.hours <= hours * (1 + 1e-9)
+        node_hours = step.work_hours / VALUES["node.cores"] / VALUES["node.efficiency"]
+        if step.machines > 1:
+            assert VALUES[start] / 3600 + node_hours / (step.machines - 1) > hours * (1 - 1e-9)
+
+
+def test_every_cost_that_is_said_moves_the_answer() -> None:
+    ask = SIZE.Ask(cells=10**9, datasets=500_000)
+    before = asdict(SIZE.size(ask, VALUES))
+    for name, value in VALUES.items():
+        assert asdict(SIZE.size(ask, VALUES | {name: 1.5 * value})) != before, name
+
+
+def test_the_gpu_is_that_of_the_plan() -> None:
+    assert VALUES["train.gpu_operations_s"] == DEVICES["h100"].half
+    assert VALUES["train.mfu"] == MFU
+
+
+def test_every_cost_says_where_it_comes_from() -> None:
+    for name, cost in COSTS.items():
+        assert len(cost.source) > 10, name
+        if cost.measured:
+            pages = re.findall(r"docs/[\w/.-]+", cost.source)
+            assert re.search(r"20\d\d-\d\d-\d\d", cost.source), f"{name}: no date"
+            assert any(list(ROOT.glob(f"{page.rstrip('.,')}*")) for page in pages), f"{name}: {pages}"
+            made = re.findall(r"`make ([a-z-]+)`", cost.source)
+            assert all(f"\n{verb}:" in (ROOT / "Makefile").read_text() for verb in made), name
+    assert not any(COSTS[name].measured for name in COSTS if name.startswith("price."))
+
+
+def test_assumptions_and_the_largest_uncertainty_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = told(capsys, "--cells", "1e6", "100e6", "1e9", "--set", "price.gpu_hour=7")
+    assert status == 0
+    for name, cost in COSTS.items():
+        assert f"- {name} = " in out
+        assert cost.source in out or name == "price.gpu_hour"
+    assert "- price.gpu_hour = 7, assumed: said by --set" in out
+    assert "not in proportion to the cells" in out
+    assert out.count("largest uncertainty for") == 3
+    assert "an example, no offer" in out
+
+
+def test_the_largest_uncertainty_is_the_range_that_moves_the_sum_most() -> None:
+    ask = SIZE.Ask(cells=10**8)
+    name, low, high = SIZE.largest_uncertainty(ask, COSTS)
+    assert low <= SIZE.size(ask, VALUES).money <= high
+    for other, cost in COSTS.items():
+        sums = [SIZE.size(ask, VALUES | {other: end}).money for end in (cost.low, cost.high)]
+        assert abs(sums[1] - sums[0]) <= high - low + 1e-9, (name, other)
+
+
+def test_json_holds_what_the_table_does(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = told(capsys, "--cells", "250_000", "--hours", "2", "--json")
+    answer = json.loads(out)
+    (one,) = answer["sizes"]
+    assert one["ask"]["cells"] == 250_000
+    assert one["size"] == json.loads(json.dumps(asdict(SIZE.size(SIZE.Ask(cells=250_000, hours=2), VALUES))))
+    assert set(answer["costs"]) == set(COSTS)
+
+
+def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = {"parameters": {"all": 1000}, "operations": 4e9, "cells_per_step": 4, "tokens_per_step": 400.0}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    _, out, _ = told(capsys, "--cells", "1e6", "--json", "--plan", str(tmp_path / "plan.json"))
+    found = json.loads(out)["sizes"][0]
+    assert (found["ask"]["weights"], found["ask"]["operations"], found["ask"]["tokens"]) == (1000, 1e9, 100)
+    assert found["size"]["train"]["work_hours"] == pytest.approx(1e6 * 1e9 / (989e12 * MFU) / 3600)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--cells", "many"], "'many' is no number of cells"),
+        (["--cells", "0"], "'0' is no number of cells"),
+        (["--cells", "1.5"], "'1.5' is no number of cells"),
+        (["--cells", "nan"], "'nan' is no number of cells"),
+        (["--cells", "1e6", "--hours", "0"], "hours=0: a number above 0 is needed"),
+        (["--cells", "1e6", "--nonzeros", "-3"], "nonzeros=-3: a number above 0"),
+        (["--cells", "1e6", "--epochs", "nan"], "epochs=nan: a number above 0"),
+        (["--cells", "1e6", "--set", "price.gpu_hours=1"], "did you mean price.gpu_hour?"),
+        (["--cells", "1e6", "--set", "x=1"], "there is no cost 'x'; there are ingest.core_s_per_nonzero"),
+        (["--cells", "1e6", "--set", "train.mfu=much"], "train.mfu=much: a number above 0"),
+        (["--cells", "1e6", "--set", "train.mfu=0"], "train.mfu=0: a number above 0"),
+        (["--cells", "1e6", "--plan", "nowhere.json"], "nowhere.json: not what python -m train plan"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
+    try:
+        status = SIZE.main(words)
+    except SystemExit as error:  # argparse's own
+        status = error.code
+    assert status == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"value": 5.0}, "not within its range"),
+        ({"note": "x"}, "value, range and either measured or assumed"),
+        ({"measured": "x"}, "value, range and either measured or assumed"),
+    ],
+)
+def test_a_cost_that_lacks_something_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    cost = {"value": 1.0, "range": [0.5, 2.0], "assumed": "a guess"} | changes
+    lines = [f"{key} = {json.dumps(value)}" for key, value in cost.items()]
+    (tmp_path / "costs.toml").write_text("\n".join(["[a.b]", *lines]))
+    with pytest.raises(ValueError, match=expected):
+        SIZE.read_costs(tmp_path / "costs.toml")
+
+
+def test_it_runs_as_a_script_with_nothing_but_python(tmp_path: Path) -> None:
+    words = [sys.executable, "-I", "-S", str(ROOT / "infra" / "size.py"), "--cells", "1e6"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("cells ")
