@@ -41,7 +41,10 @@ LakeOption = Annotated[
     str | None, typer.Option("--lake", help="The lake: a folder or s3:// URI; ./lake when left out.")
 ]
 WorkersOption = Annotated[int | None, typer.Option(help="Ray tasks at a time; 2 when left out.")]
-AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster; Ray is started here when left out.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="A running Ray cluster; RAY_ADDRESS if left out, and without that Ray is started here."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
 
 

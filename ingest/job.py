@@ -83,6 +83,7 @@ class JobSettings(Settings):
     schemes: tuple[str, ...] = ("file", "s3", "gs", "https", "census", "simulated")
     """Kinds of addresses that sources may have."""
     address: str | None = None
-    """A running Ray cluster to use, such as ``auto``; left out, Ray is started here and stopped at the end."""
+    """A running Ray cluster, HOST:PORT or ``auto``; left out, ``RAY_ADDRESS``, and without that Ray is started here and
+    stopped at the end, as by ``local``."""
     source: tuple[SourceSettings, ...] = ()
     """The sources, as ``[[source]]`` sections; each a file, a folder of files, a glob, or a manifest (TSV, Parquet)."""

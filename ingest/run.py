@@ -28,7 +28,7 @@ from ingest.sources import SEVERAL, kind_of
 from ingest.sources.form import dataset_name
 from ingest.tasks import Limits
 from store import records
-from store.cluster import ray_cluster
+from store.cluster import ray_cluster, refuse_fleeting
 from store.errors import InputRefused, SomaflowError, UsageError
 from store.lake import utc_now
 from store.schema import DatasetPlan
@@ -107,8 +107,10 @@ def run(job: JobSettings) -> list[Outcome]:
     Raises:
         ConflictError: Another driver writes to the lake.
         StorageError: The lake cannot be written.
+        UsageError: There is nothing to ingest, or the lake would be deleted with the job's working directory.
     """
     _refuse_nothing(job)
+    refuse_fleeting(lake=job.lake)
     outcomes: list[Outcome] = []
     with LakeWriter(job.lake) as writer, _cluster(job), Progress(writer.uri) as progress:
         try:

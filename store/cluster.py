@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from store.errors import StorageError
+from store.errors import StorageError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the driver of a submitted job: what was submitted with it, as JSON."""
 
 
 @contextmanager
@@ -21,8 +24,8 @@ def ray_cluster(
     """Hold a connection to Ray.
 
     Args:
-        address: A running cluster; none means ``RAY_ADDRESS``, and without that a new one on this machine, which ends
-            with the block. A connection that the caller has already is used and left open.
+        address: A running cluster, see :func:`cluster_address`; a new one on this machine ends with the block. A
+            connection that the caller has already is used and left open.
         cpus: CPUs of a new cluster.
         packages: Our packages that workers need; they travel to a cluster that runs already.
         threads: OpenMP threads of a worker.
@@ -30,18 +33,18 @@ def ray_cluster(
 
     Raises:
         StorageError: The cluster does not answer, or none could be started.
+        UsageError: The address is a dashboard's.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(address)
     try:
         if address:
             _probe(address)
-            modules = [str(ROOT / package) for package in packages]
-            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env={"py_modules": modules})
+            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=_carried(packages))
         else:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             ray.init(
@@ -60,6 +63,56 @@ def ray_cluster(
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_address(address: str | None) -> str | None:
+    """Return the cluster to join, or none where one is to be started.
+
+    What is given counts first, then ``RAY_ADDRESS``. "auto" is ``RAY_ADDRESS``, or else the cluster that was started on
+    this machine; "local" starts one whatever ``RAY_ADDRESS`` says.
+
+    Raises:
+        UsageError: It is a dashboard's, where jobs are submitted and no driver can join.
+    """
+    elsewhere = os.environ.get("RAY_ADDRESS") or None
+    from_us = address and not (address == "auto" and elsewhere)
+    chosen = address if from_us else elsewhere
+    if chosen and chosen.startswith(("http://", "https://")):
+        raise UsageError(
+            f"{'--address' if from_us else 'RAY_ADDRESS'} is {chosen!r}, a dashboard, where jobs are submitted; give "
+            f"HOST:6379 or auto here, or submit: python infra/jobs.py submit --address {chosen} -- python -m ..."
+        )
+    return None if chosen == "local" else chosen
+
+
+def refuse_fleeting(**places: str) -> None:
+    """Refuse places, by name, that lie in the working directory of a submitted job: Ray deletes it.
+
+    Raises:
+        UsageError: Such a place; the message says what would do.
+    """
+    if "working_dir" not in _submitted():
+        return
+    for name, place in places.items():
+        if "://" not in place and Path(place).absolute().is_relative_to(Path.cwd()):
+            raise UsageError(
+                f"{name}={place!r} lies in the job's working directory, which Ray deletes; give an absolute path of a "
+                "disk that all nodes see, or an s3:// URI"
+            )
+
+
+def _submitted() -> dict[str, Any]:
+    """Return the runtime environment that this driver's job was submitted with; empty if it is none."""
+    environment: dict[str, Any] = json.loads(os.environ.get(JOB) or "{}").get("runtime_env") or {}
+    return environment
+
+
+def _carried(packages: Sequence[str]) -> dict[str, Any]:
+    """Return what workers of a running cluster are to be given; nothing where the job has brought our packages."""
+    job = _submitted()
+    if "py_modules" in job or ("working_dir" in job and Path.cwd() == ROOT):
+        return {}
+    return {"py_modules": [str(ROOT / package) for package in packages]}
 
 
 Tasks = Callable[[Callable[[Any, Any], None], Any, Sequence[Any]], Iterator[None]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from train.evaluation.folds import FoldSettings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+SHOWN_EVERY_S = 10.0
 
 
 @app.command("run")
@@ -28,7 +30,8 @@ def train(
         list[str] | None, typer.Option("--set", help="key=value over the file's, such as optim.lr=1e-3 or steps=50.")
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="A running Ray cluster; Ray is started here when left out.")
+        str | None,
+        typer.Option(help="A running Ray cluster; RAY_ADDRESS if left out, and without that Ray is started here."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")] = False,
 ) -> None:
@@ -44,6 +47,8 @@ def train(
     settings = load_settings(RunSettings, recipe, overrides or ())
     if address is not None:
         settings = settings.model_copy(update={"address": address})
+    if not console.is_terminal:
+        console.print(f"run {settings.name}: {settings.steps:,} steps on {settings.workers} workers")
     from train.launch import as_json, launch
 
     columns = (
@@ -56,11 +61,13 @@ def train(
     )
     with Progress(*columns, console=console) as bars:
         bar = bars.add_task(f"{settings.name} on {settings.workers} workers", total=settings.steps, loss=float("nan"))
-        summary = launch(
-            settings,
-            lambda step, loss: bars.update(bar, completed=step, loss=loss),
-            lambda words: bars.console.print(f"waiting: {words}"),
-        )
+        lines = Lines(settings.steps)
+
+        def progress(step: int, loss: float) -> None:
+            bars.update(bar, completed=step, loss=loss)
+            lines.tell(step, loss)
+
+        summary = launch(settings, progress, lambda words: bars.console.print(f"waiting: {words}"))
     if json:
         answer("train-run/v1", **as_json(summary))
     table = Table("steps", "train loss", "test loss", "cells/s", "data wait", "weights")
@@ -74,6 +81,21 @@ def train(
     )
     console.print(table)
     console.print(f"checkpoint: {summary.checkpoint}", soft_wrap=True)
+
+
+class Lines:
+    """Where no terminal can draw a bar, as in a job's log: a line for the first step, and one every ten seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._told, self._next_s = 0, 0.0
+
+    def tell(self, step: int, loss: float) -> None:
+        """A step is finished."""
+        now = time.monotonic()
+        if not console.is_terminal and step > self._told and now >= self._next_s:
+            self._told, self._next_s = step, now + SHOWN_EVERY_S
+            console.print(f"step {step:,} of {self.total:,}, loss {loss:.4f}")
 
 
 Lake = Annotated[str, typer.Option(help="The lake that holds the snapshot.")]

@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 import ray.train.v2.api.exceptions
 
-from store.cluster import ray_cluster
+from store.cluster import cluster_address, ray_cluster, refuse_fleeting
 from store.errors import InputRefused, MissingError, SomaflowError, StorageError, UsageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
@@ -68,9 +68,10 @@ def launch(
         StorageError: The cluster has no room for the workers, and had none for ``settings.patience_s``.
         MissingError: No lake, snapshot or file of knowledge.
         ConflictError: The run's folder belongs to other settings.
-        UsageError: The snapshot has no cell in the split to train on.
+        UsageError: The snapshot has no cell in the split to train on; the run would be deleted with its job.
         SomaflowError: What stopped the workers.
     """
+    refuse_fleeting(lake=settings.lake, output=settings.output)
     base = settings.adapter.base
     settings = settings.model_copy(
         update={
@@ -93,10 +94,9 @@ def launch(
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     done = threading.Event()
-    use_gpu = bool(_gpus())
 
     def missing() -> None:
-        if words := _missing(settings, use_gpu):
+        if words := _missing(settings, _on_gpus(settings)):
             tell(words)
 
     watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress, missing), daemon=True)
@@ -104,6 +104,7 @@ def launch(
     cpus = max(settings.workers, os.cpu_count() or 1)
     with ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
         watcher.start()
+        use_gpu = _on_gpus(settings)
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config=settings.model_dump(mode="json"),
@@ -185,10 +186,13 @@ def _absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).absolute())
 
 
-def _gpus() -> int:
+def _on_gpus(settings: RunSettings) -> bool:
+    """Say whether there are GPUs to train on: in the cluster that is joined, whose driver may see none, or here."""
+    if cluster_address(settings.address):
+        return bool(ray.cluster_resources().get("GPU"))
     import torch
 
-    return torch.cuda.device_count()
+    return torch.cuda.device_count() > 0
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -196,7 +196,8 @@ class RunSettings(Settings):
     threads: int = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
     address: str | None = None
-    """A running Ray cluster; left out, Ray is started here and stopped at the end."""
+    """A running Ray cluster, HOST:PORT or ``auto``; left out, ``RAY_ADDRESS``, and without that Ray is started here and
+    stopped at the end, as by ``local``."""
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     optim: OptimSettings = OptimSettings()

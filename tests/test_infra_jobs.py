@@ -1,0 +1,282 @@
+"""Jobs on a running cluster: names, attempts, a driver that dies, exit statuses, addresses; by commands as typed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray_head import Head, ray_head
+
+from infra.jobs import name_of
+from store.cluster import JOB, cluster_address, refuse_fleeting
+from store.errors import UsageError
+from store.lake import open_lake
+from store.snapshot import SnapshotSettings, create_snapshot
+from train.loop import Run
+from train.record import read_metrics
+from train.settings import RunSettings
+
+ROOT = Path(__file__).parent.parent
+PACKAGE_BYTES = 2 * 2**20
+LIMIT_S = 100
+
+INGEST = """\
+lake = "{lake}"
+
+[[source]]
+uri = "simulated:"
+dataset_id = "first"
+simulation = {{ cells = 300, genes = 60, peaks = 20, seed = 1 }}
+
+[[source]]
+uri = "simulated:"
+dataset_id = "second"
+simulation = {{ cells = 20000, genes = 60, peaks = 20, seed = 2 }}
+"""
+
+TRAIN = """\
+lake = "{lake}"
+snapshot = "s"
+output = "{output}"
+name = "tiny"
+steps = 6
+workers = 1
+deterministic = true
+trackers = []
+model = {{ width = 16, layers = 1, heads = 2 }}
+data = {{ global_batch = 24, block = 64, window = 2, tokens = 32 }}
+optim = {{ warmup_steps = 2, lr = 0.003 }}
+"""
+
+
+# ---------------------------------------------------------------------- without a cluster
+def test_a_name_follows_from_the_command_and_the_content_of_the_files_it_names(tmp_path: Path) -> None:
+    recipe = tmp_path / "RUN.toml"
+    recipe.write_text("steps = 1")
+    words = ["python", "-m", "train", "RUN.toml", "--set", "knowledge=sets.gmt"]
+    name = name_of(words, tmp_path)
+    assert name.startswith("train-run-")
+    assert name_of(list(words), tmp_path) == name
+    assert name_of([*words, "--set", "steps=2"], tmp_path) != name
+    (tmp_path / "sets.gmt").write_text("A\tB")
+    with_sets = name_of(words, tmp_path)
+    assert with_sets != name
+    recipe.write_text("steps = 3")
+    assert name_of(words, tmp_path) not in (name, with_sets)
+    recipe.write_text("steps = 1")
+    assert name_of(words, tmp_path) == with_sets
+
+
+def test_a_driver_joins_what_is_given_then_ray_address_and_else_starts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster_address(None) is None
+    assert cluster_address("auto") == "auto"
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert cluster_address(None) == "head:6379"
+    assert cluster_address("auto") == "head:6379"
+    assert cluster_address("other:6379") == "other:6379"
+    assert cluster_address("local") is None
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert cluster_address("other:6379") == "other:6379"
+    for address in (None, "auto"):
+        with pytest.raises(UsageError, match=r"RAY_ADDRESS is 'http://head:8265', a dashboard.* or submit: "):
+            cluster_address(address)
+
+
+def test_a_job_does_not_write_where_ray_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuse_fleeting(lake="lake")
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}))
+    refuse_fleeting(lake="s3://bucket/lake", output="/shared/runs")
+    with pytest.raises(UsageError, match=r"output='runs' lies in the job's working directory, which Ray deletes"):
+        refuse_fleeting(lake="s3://bucket/lake", output="runs")
+
+
+def test_a_jobs_package_holds_the_code_and_little_else(tmp_path: Path) -> None:
+    import zipfile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        names = package.namelist()
+    assert {"ingest", "store", "train", "serve", "infra"} <= {name.split("/")[0] for name in names}
+    assert not {"tests", "docs", ".git", ".ci", "build", "demo", "lake"} & {name.split("/")[0] for name in names}
+    assert (tmp_path / "package.zip").stat().st_size < PACKAGE_BYTES
+
+
+# ---------------------------------------------------------------------- on a cluster
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with ray_head(tmp_path_factory.mktemp("head") / "log") as running:
+        yield running
+
+
+def typed(head: Head, line: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a line as a user types it into a shell in the checkout, with this Python first in the path."""
+    done = subprocess.run(
+        shlex.split(line),
+        cwd=ROOT,
+        env=head.environment | more,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_S,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def jobs(head: Head, line: str) -> subprocess.CompletedProcess[str]:
+    verb, _, rest = line.partition(" ")
+    return typed(head, f"python infra/jobs.py {verb} --address {head.dashboard} {rest}")
+
+
+def state(head: Head, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(jobs(head, f"status --json {name}").stdout)["jobs"]
+    return found
+
+
+def in_the_lake(lake: Path) -> list[str]:
+    with suppress(Exception):  # there is no lake yet
+        return [commit.dataset["dataset_id"] for commit in open_lake(str(lake)).current]
+    return []
+
+
+def drivers(word: str) -> list[psutil.Process]:
+    """Return the drivers of ours whose command holds a word."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if word in " ".join(words) and words[1:2] == ["-m"]:
+                found.append(process)
+    return found
+
+
+def content(lake: Path) -> tuple[list[dict[str, Any]], Any]:
+    """Return the cells of a lake in order, and their counts."""
+    opened = open_lake(str(lake))
+    obs = opened.obs("synthetic_construct")
+    return obs.to_pylist(), opened.counts("synthetic_construct", "RNA", obs["soma_joinid"].to_numpy())
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_job_whose_driver_is_killed_goes_on_as_its_second_attempt_and_ends_as_if_nothing_had_been(
+    head: Head, tmp_path: Path
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for lake in (whole, broken):
+        lake.with_suffix(".toml").write_text(INGEST.format(lake=lake))
+    line = f"-- python -m ingest run {broken}.toml --address auto"
+    first = json.loads(jobs(head, f"submit --json {line}").stdout)
+    name, until = first["job"]["name"], time.monotonic() + LIMIT_S
+    assert (first["how"], first["job"]["submission_id"]) == ("submitted", f"{name}-1")
+    attached = json.loads(jobs(head, f"submit --json {line}").stdout)
+    assert (attached["how"], attached["job"]["submission_id"]) == ("attached", f"{name}-1")
+    while not in_the_lake(broken):
+        assert time.monotonic() < until, jobs(head, f"logs {name}").stdout
+        time.sleep(0.1)
+    for driver in drivers(f"{broken}.toml"):
+        driver.send_signal(signal.SIGKILL)
+    assert in_the_lake(broken) == ["first"], "it was killed too late to tell"
+
+    typed_out = f"ray job submit --address {head.dashboard} --working-dir . -- python -m ingest run {whole}.toml"
+    undisturbed = typed(head, typed_out)
+    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
+    listed = json.loads(typed(head, f"python infra/jobs.py status --json --address {head.address}").stdout)["jobs"]
+    assert {job["state"] for job in listed} == {"SUCCEEDED", "FAILED"}
+
+    again = jobs(head, f"submit --wait {line}")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert "in the lake already" in again.stdout
+    told = state(head, name)
+    assert [(job["attempt"], job["state"], job["exit_status"]) for job in told] == [
+        (1, "FAILED", 137),
+        (2, "SUCCEEDED", 0),
+    ]
+    cells, counts = content(broken)
+    expected, expected_counts = content(whole)
+    assert cells == expected
+    assert (counts != expected_counts).nnz == 0
+    third = json.loads(jobs(head, f"submit --wait --json {line}").stdout)
+    assert (third["how"], third["job"]["attempt"]) == ("done", 2)
+
+    create_snapshot(str(whole), "s", SnapshotSettings(seed=2))
+    _train(head, whole, tmp_path)
+
+
+def _train(head: Head, lake: Path, folder: Path) -> None:
+    """A run as a job gets the losses of the same run in this process."""
+    recipe = folder / "run.toml"
+    recipe.write_text(TRAIN.format(lake=lake, output=folder / "job"))
+    done = jobs(head, f"submit --wait -- python -m train {recipe} --address auto")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "step 1 of 6" in done.stdout or "step 6 of 6" in done.stdout
+    import tomllib
+
+    here = tomllib.loads(TRAIN.format(lake=lake, output=folder / "here"))
+    Run(RunSettings.model_validate(here), 1).train()
+    losses = [[row["loss"] for row in read_metrics(folder / of / "tiny/metrics.jsonl")] for of in ("job", "here")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(120)
+def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -> None:
+    failed = jobs(head, "submit --name fails --cpus 1 --wait -- python -c 'print(\"so far\"); raise SystemExit(3)'")
+    assert failed.returncode == 3
+    assert "so far" in failed.stdout
+    waiting = subprocess.Popen(
+        [
+            *(sys.executable, "infra/jobs.py", "submit", "--address", head.dashboard, "--name", "stays", "--wait"),
+            *("--", "python", "-c", "import time; print('begun'); time.sleep(600)"),
+        ],
+        cwd=ROOT,
+        env=head.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stdout is not None
+    with waiting:
+        assert any(line == "begun\n" for line in iter(waiting.stdout.readline, ""))
+        waiting.send_signal(signal.SIGINT)
+        _, told = waiting.communicate(timeout=30)
+    assert waiting.returncode == 130
+    assert f"follow it: python infra/jobs.py logs stays --follow --address {head.dashboard}" in told
+    assert [job["state"] for job in state(head, "stays")] == ["RUNNING"]
+    assert "begun" in jobs(head, "logs stays").stdout
+    assert "is stopped" in jobs(head, "stop stays").stderr
+    assert [(job["state"], job["exit_status"]) for job in state(head, "stays")] == [("STOPPED", 7)]
+
+
+@pytest.mark.ray
+def test_a_wrong_address_a_wrong_name_and_wrong_words_end_with_one_line(head: Head) -> None:
+    nowhere = typed(head, "python infra/jobs.py status --address http://127.0.0.1:9")
+    assert nowhere.returncode == 5
+    assert nowhere.stderr.startswith("jobs: no Ray dashboard answers at 'http://127.0.0.1:9' (")
+    assert len(nowhere.stderr.splitlines()) == 1
+    other = typed(head, "python infra/jobs.py status", RAY_ADDRESS=f"http://{head.address}")
+    assert (other.returncode, len(other.stderr.splitlines())) == (5, 1)
+    assert "this one is from RAY_ADDRESS" in other.stderr
+    unknown = jobs(head, "logs never")
+    assert unknown.returncode == 5
+    assert "no job 'never' is on this cluster" in unknown.stderr
+    assert jobs(head, "submit --wait").returncode == 2
+    driver = typed(head, "python -m ingest run simulated:", RAY_ADDRESS=head.dashboard)
+    assert driver.returncode == 2
+    assert "a dashboard, where jobs are submitted" in driver.stderr
