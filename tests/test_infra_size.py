@@ -225,3 +225,11 @@ def test_it_runs_as_a_script_with_nothing_but_python(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("cells ")
+
+
+def test_the_readme_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "infra" / "README.md").read_text(encoding="utf-8")
+    (block,) = (one for one in re.findall(r"```\n(.*?)```", text, re.DOTALL) if one.startswith("cells "))
+    _, out, _ = told(capsys, "--cells", "1e6", "100e6", "1e9")
+    said = out.splitlines()
+    assert [line for line in block.splitlines() if line not in said] == []

@@ -52,9 +52,10 @@ dependencies)
     python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*$wanted, sep='\n')" >wanted.txt
     into_venv install -q -c requirements.lock -r wanted.txt
     "$TOOLS/bin/python" -m pip install -q -c requirements.lock hatchling
-    # The lock names every package, but for those of CUDA, which torch pins itself.
-    into_venv freeze --all | sed -E 's/\+c(pu|u[0-9]+)$//' | grep -vixFf requirements.lock |
-        grep -viE '^(nvidia|cuda)-|^triton==' >beyond.txt || true
+    # The lock names every package, but for those of CUDA, which torch pins itself, and setuptools, which it leaves out.
+    into_venv freeze --all >frozen.txt
+    sed -E 's/\+c(pu|u[0-9]+)$//' frozen.txt | grep -vixFf requirements.lock |
+        grep -viE '^(nvidia|cuda)-|^(triton|setuptools)==' >beyond.txt || true
     if [ -s beyond.txt ]; then
         echo "install.sh: not in requirements.lock; run make lock:" >&2
         cat beyond.txt >&2

@@ -179,16 +179,15 @@ class Proof:
         if done.returncode:
             sys.exit(f"{what} ended with {done.returncode}:\n{done.stdout[-4000:]}")
 
-    def run(self, target: str) -> str:
-        """Run what the image is for, as its user; return what was said."""
+    def run(self, target: str) -> None:
+        """Run what the image is for, as its user, and say what was done."""
         variables = {"HOME": "/home/somaflow"} | environment(self.found, target)
         user = last(self.found, target, "USER")
         begin = time.perf_counter()
         shell = ["bash", "-l", "-s"]
         done = inside(self.root(target), shell, variables, user=user, alone=True, script=HERE / "smoke.sh")
-        print(done.stdout, end="")
         self._note(f"{target}: smoke.sh", begin, done)
-        return done.stdout
+        print(done.stdout, end="")
 
     def unwell(self, target: str) -> None:
         """See that the HEALTHCHECK, as it stands, says of a container where nothing runs that it is not well."""
