@@ -44,7 +44,7 @@ def ray_cluster(
     try:
         if address:
             _probe(address)
-            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=_carried(packages))
+            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=runtime_env(packages))
         else:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
             ray.init(
@@ -107,8 +107,11 @@ def _submitted() -> dict[str, Any]:
     return environment
 
 
-def _carried(packages: Sequence[str]) -> dict[str, Any]:
-    """Return what workers of a running cluster are to be given; nothing where the job has brought our packages."""
+def runtime_env(packages: Sequence[str]) -> dict[str, Any]:
+    """Return what workers of a running cluster are to be given; nothing where a submitted job has brought our packages.
+
+    Ray refuses a job whose driver names modules beside its own.
+    """
     job = _submitted()
     if "py_modules" in job or ("working_dir" in job and Path.cwd() == ROOT):
         return {}

@@ -4,45 +4,46 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 from ray_head import Head, ray_head
 
-from infra.jobs import name_of
-from store.cluster import JOB, cluster_address, refuse_fleeting
+from infra.jobs import as_json, attempts_of, name_of
+from store.cluster import JOB, cluster_address, refuse_fleeting, runtime_env
 from store.errors import UsageError
 from store.lake import open_lake
 from store.snapshot import SnapshotSettings, create_snapshot
+from train import launch
 from train.loop import Run
 from train.record import read_metrics
 from train.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
 PACKAGE_BYTES = 2 * 2**20
-LIMIT_S = 100
+LIMIT_S = 200
 
-INGEST = """\
-lake = "{lake}"
-
+DATASETS = ["first", "second"]
+SOURCE = """
 [[source]]
 uri = "simulated:"
-dataset_id = "first"
-simulation = {{ cells = 300, genes = 60, peaks = 20, seed = 1 }}
-
-[[source]]
-uri = "simulated:"
-dataset_id = "second"
-simulation = {{ cells = 20000, genes = 60, peaks = 20, seed = 2 }}
+dataset_id = "{name}"
+simulation = {{ cells = {cells}, genes = 60, peaks = 20, seed = 1 }}
 """
 
 TRAIN = """\
@@ -103,9 +104,30 @@ def test_a_job_does_not_write_where_ray_deletes(tmp_path: Path, monkeypatch: pyt
         refuse_fleeting(lake="s3://bucket/lake", output="runs")
 
 
-def test_a_jobs_package_holds_the_code_and_little_else(tmp_path: Path) -> None:
-    import zipfile
+def test_packages_travel_with_a_driver_from_outside_and_not_twice_with_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = {"py_modules": [str(ROOT / "train"), str(ROOT / "store")]}
+    monkeypatch.chdir(ROOT)
+    assert runtime_env(["train", "store"]) == carried
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}))
+    assert runtime_env(["train", "store"]) == {}
+    monkeypatch.chdir(tmp_path)
+    assert runtime_env(["train", "store"]) == carried
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"py_modules": ["gcs://_ray_pkg_2.zip"]}}))
+    assert runtime_env(["train", "store"]) == {}
 
+
+def test_a_driver_without_gpus_trains_on_those_of_the_cluster_that_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = RunSettings(snapshot="s", address="head:6379")
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "GPU": 8.0})
+    assert launch.on_gpus(settings)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0})
+    assert not launch.on_gpus(settings)
+
+
+def test_a_jobs_package_holds_the_code_and_little_else(tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -144,9 +166,19 @@ def jobs(head: Head, line: str) -> subprocess.CompletedProcess[str]:
     return typed(head, f"python infra/jobs.py {verb} --address {head.dashboard} {rest}")
 
 
+def printed(start: str, package: str, head: Head, **names: Any) -> str:
+    """Return the command of infra/README.md that starts so, with its names replaced."""
+    lines = (ROOT / "infra/README.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(start) and package in line]
+    line = line.replace("http://HOST:8265", head.dashboard)
+    for name, value in names.items():
+        line = line.replace(name.replace("_", "."), str(value))
+    return line
+
+
 def state(head: Head, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(jobs(head, f"status --json {name}").stdout)["jobs"]
-    return found
+    client = JobSubmissionClient(head.dashboard)
+    return [as_json(job) for job in attempts_of(client, name)]
 
 
 def in_the_lake(lake: Path) -> list[str]:
@@ -166,22 +198,23 @@ def drivers(word: str) -> list[psutil.Process]:
     return found
 
 
-def content(lake: Path) -> tuple[list[dict[str, Any]], Any]:
+def content(lake: Path) -> tuple[pd.DataFrame, Any]:
     """Return the cells of a lake in order, and their counts."""
     opened = open_lake(str(lake))
     obs = opened.obs("synthetic_construct")
-    return obs.to_pylist(), opened.counts("synthetic_construct", "RNA", obs["soma_joinid"].to_numpy())
+    return obs.to_pandas(), opened.counts("synthetic_construct", "RNA", obs["soma_joinid"].to_numpy())
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_job_whose_driver_is_killed_goes_on_as_its_second_attempt_and_ends_as_if_nothing_had_been(
     head: Head, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for lake in (whole, broken):
-        lake.with_suffix(".toml").write_text(INGEST.format(lake=lake))
-    line = f"-- python -m ingest run {broken}.toml --address auto"
+        sources = [SOURCE.format(name=name, cells=100 + 20 * place) for place, name in enumerate(DATASETS)]
+        lake.with_suffix(".toml").write_text("\n".join([f'lake = "{lake}"', *sources]))
+    line = f"-- python -m ingest run {broken}.toml"
     first = json.loads(jobs(head, f"submit --json {line}").stdout)
     name, until = first["job"]["name"], time.monotonic() + LIMIT_S
     assert (first["how"], first["job"]["submission_id"]) == ("submitted", f"{name}-1")
@@ -189,16 +222,19 @@ def test_a_job_whose_driver_is_killed_goes_on_as_its_second_attempt_and_ends_as_
     assert (attached["how"], attached["job"]["submission_id"]) == ("attached", f"{name}-1")
     while not in_the_lake(broken):
         assert time.monotonic() < until, jobs(head, f"logs {name}").stdout
-        time.sleep(0.1)
+        time.sleep(0.05)
     for driver in drivers(f"{broken}.toml"):
         driver.send_signal(signal.SIGKILL)
-    assert in_the_lake(broken) == ["first"], "it was killed too late to tell"
+    assert len(in_the_lake(broken)) < len(DATASETS), "it was killed too late to tell"
 
-    typed_out = f"ray job submit --address {head.dashboard} --working-dir . -- python -m ingest run {whole}.toml"
-    undisturbed = typed(head, typed_out)
+    ray_itself = printed("ray job submit", "ingest", head, JOB_toml=f"{whole}.toml")
+    undisturbed = typed(head, ray_itself)
     assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
     listed = json.loads(typed(head, f"python infra/jobs.py status --json --address {head.address}").stdout)["jobs"]
-    assert {job["state"] for job in listed} == {"SUCCEEDED", "FAILED"}
+    assert {job["state"] for job in listed if "ingest" in job["command"]} == {"SUCCEEDED", "FAILED"}
+    ran = [job for job in JobSubmissionClient(head.dashboard).list_jobs() if "ingest" in job.entrypoint]
+    joined = [bool(job.driver_info) for job in ran]
+    assert joined == [True, True], "a driver without --address started a Ray of its own"
 
     again = jobs(head, f"submit --wait {line}")
     assert again.returncode == 0, again.stdout[-3000:]
@@ -210,27 +246,26 @@ def test_a_job_whose_driver_is_killed_goes_on_as_its_second_attempt_and_ends_as_
     ]
     cells, counts = content(broken)
     expected, expected_counts = content(whole)
-    assert cells == expected
+    pd.testing.assert_frame_equal(cells, expected)
     assert (counts != expected_counts).nnz == 0
     third = json.loads(jobs(head, f"submit --wait --json {line}").stdout)
     assert (third["how"], third["job"]["attempt"]) == ("done", 2)
 
-    create_snapshot(str(whole), "s", SnapshotSettings(seed=2))
-    _train(head, whole, tmp_path)
 
-
-def _train(head: Head, lake: Path, folder: Path) -> None:
-    """A run as a job gets the losses of the same run in this process."""
-    recipe = folder / "run.toml"
-    recipe.write_text(TRAIN.format(lake=lake, output=folder / "job"))
-    done = jobs(head, f"submit --wait -- python -m train {recipe} --address auto")
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_run_as_a_job_gets_the_losses_of_the_same_run_here(head: Head, tiny_lake: Path, tmp_path: Path) -> None:
+    lake = shutil.copytree(tiny_lake, tmp_path / "lake")
+    create_snapshot(str(lake), "s", SnapshotSettings(seed=2, measurements=("RNA",), organisms=("homo_sapiens",)))
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(TRAIN.format(lake=lake, output=tmp_path / "job"))
+    done = typed(head, printed("python infra/jobs.py submit", "train", head, RUN_toml=recipe))
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "step 1 of 6" in done.stdout or "step 6 of 6" in done.stdout
-    import tomllib
-
-    here = tomllib.loads(TRAIN.format(lake=lake, output=folder / "here"))
+    assert re.search(r"^step [1-6] of 6, loss ", done.stdout, re.MULTILINE)
+    here = tomllib.loads(TRAIN.format(lake=lake, output=tmp_path / "here"))
     Run(RunSettings.model_validate(here), 1).train()
-    losses = [[row["loss"] for row in read_metrics(folder / of / "tiny/metrics.jsonl")] for of in ("job", "here")]
+    losses = [[row["loss"] for row in read_metrics(tmp_path / of / "tiny/metrics.jsonl")] for of in ("job", "here")]
+    assert len(losses[0]) == 6
     assert losses[0] == losses[1]
 
 
@@ -260,12 +295,13 @@ def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -
     assert f"follow it: python infra/jobs.py logs stays --follow --address {head.dashboard}" in told
     assert [job["state"] for job in state(head, "stays")] == ["RUNNING"]
     assert "begun" in jobs(head, "logs stays").stdout
-    assert "is stopped" in jobs(head, "stop stays").stderr
+    stopped = typed(head, printed("python infra/jobs.py stop", "", head, NAME="stays"), RAY_ADDRESS=head.dashboard)
+    assert "is stopped" in stopped.stderr
     assert [(job["state"], job["exit_status"]) for job in state(head, "stays")] == [("STOPPED", 7)]
 
 
 @pytest.mark.ray
-def test_a_wrong_address_a_wrong_name_and_wrong_words_end_with_one_line(head: Head) -> None:
+def test_a_wrong_address_and_a_wrong_name_end_with_one_line(head: Head) -> None:
     nowhere = typed(head, "python infra/jobs.py status --address http://127.0.0.1:9")
     assert nowhere.returncode == 5
     assert nowhere.stderr.startswith("jobs: no Ray dashboard answers at 'http://127.0.0.1:9' (")
@@ -276,7 +312,6 @@ def test_a_wrong_address_a_wrong_name_and_wrong_words_end_with_one_line(head: He
     unknown = jobs(head, "logs never")
     assert unknown.returncode == 5
     assert "no job 'never' is on this cluster" in unknown.stderr
-    assert jobs(head, "submit --wait").returncode == 2
     driver = typed(head, "python -m ingest run simulated:", RAY_ADDRESS=head.dashboard)
     assert driver.returncode == 2
     assert "a dashboard, where jobs are submitted" in driver.stderr

@@ -96,7 +96,7 @@ def launch(
     done = threading.Event()
 
     def missing() -> None:
-        if words := _missing(settings, _on_gpus(settings)):
+        if words := _missing(settings, on_gpus(settings)):
             tell(words)
 
     watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress, missing), daemon=True)
@@ -104,7 +104,7 @@ def launch(
     cpus = max(settings.workers, os.cpu_count() or 1)
     with ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
         watcher.start()
-        use_gpu = _on_gpus(settings)
+        use_gpu = on_gpus(settings)
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config=settings.model_dump(mode="json"),
@@ -186,7 +186,7 @@ def _absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).absolute())
 
 
-def _on_gpus(settings: RunSettings) -> bool:
+def on_gpus(settings: RunSettings) -> bool:
     """Say whether there are GPUs to train on: in the cluster that is joined, whose driver may see none, or here."""
     if cluster_address(settings.address):
         return bool(ray.cluster_resources().get("GPU"))
