@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,17 @@ def ray_cluster(
         yield
     finally:
         ray.shutdown()
+
+
+def ray_metrics(table: Mapping[str, tuple[str, str, tuple[str, ...]]]) -> dict[str, Any]:
+    """Register metrics with Ray, which runs already: name to kind ("counter" or "gauge"), meaning and labels.
+
+    Prometheus finds them at each node's metrics port, their names with ``ray_`` before.
+    """
+    from ray.util.metrics import Counter, Gauge
+
+    kinds = {"counter": Counter, "gauge": Gauge}
+    return {name: kinds[kind](name, meaning, tag_keys=labels) for name, (kind, meaning, labels) in table.items()}
 
 
 Tasks = Callable[[Callable[[Any, Any], None], Any, Sequence[Any]], Iterator[None]]
