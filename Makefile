@@ -64,12 +64,13 @@ bench-serve: setup  ## cells a second and latency of a server against the bare m
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"
 
-check: setup  ## lint, format, types, dependency contracts, manifests
+check: setup  ## lint, format, types, dependency contracts, manifests, dashboards
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python infra/kubernetes/check.py
+	$(BIN)/python infra/monitoring/check.py
 
 format: setup  ## write the code the way ruff wants it
 	$(BIN)/ruff check --fix .

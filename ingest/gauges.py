@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from store.cluster import ray_metrics
+from store.cluster import RayMetrics
 from store.writer import BlockStats
 
 METRICS = {
@@ -39,26 +39,30 @@ class Gauges:
 
     def __init__(self, lake: str) -> None:
         """Name the lake; every figure carries it. Ray must run."""
-        self.tags = {"lake": lake}
-        self.metrics = ray_metrics(METRICS)
+        self.lake, self.metrics = lake, RayMetrics(METRICS)
         self.task_ended()
+
+    def __enter__(self) -> Gauges:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.metrics.close()
 
     def left(self, datasets: int) -> None:
         """Show how many datasets have not come to their end."""
-        self.metrics["somaflow_ingest_datasets_left"].set(datasets, self.tags)
+        self.metrics.set("somaflow_ingest_datasets_left", datasets, lake=self.lake)
 
     def task_ended(self) -> None:
         """Show that something goes on."""
-        self.metrics["somaflow_ingest_last_task_unixtime"].set(time.time(), self.tags)
+        self.metrics.set("somaflow_ingest_last_task_unixtime", time.time(), lake=self.lake)
 
     def wrote(self, blocks: Sequence[BlockStats]) -> None:
         """Count what was written."""
         for block in blocks:
-            tags = self.tags | {"measurement": block.measurement}
-            for name, number in (("cells", len(block.nnz_C)), ("nonzeros", int(block.nnz_C.sum()))):
-                if number > 0:
-                    self.metrics[f"somaflow_ingest_{name}_total"].inc(number, tags)
+            labels = {"lake": self.lake, "measurement": block.measurement}
+            self.metrics.count("somaflow_ingest_cells_total", len(block.nnz_C), **labels)
+            self.metrics.count("somaflow_ingest_nonzeros_total", int(block.nnz_C.sum()), **labels)
 
     def ended(self, state: str) -> None:
         """Count a dataset that came to its end."""
-        self.metrics["somaflow_ingest_datasets_total"].inc(1, self.tags | {"state": state})
+        self.metrics.count("somaflow_ingest_datasets_total", lake=self.lake, state=state)

@@ -116,7 +116,12 @@ def run(job: JobSettings) -> list[Outcome]:
     """
     _refuse_nothing(job)
     outcomes: list[Outcome] = []
-    with LakeWriter(job.lake) as writer, _cluster(job), Progress(writer.uri, Gauges(job.lake)) as progress:
+    with (
+        LakeWriter(job.lake) as writer,
+        _cluster(job),
+        Gauges(job.lake) as gauges,
+        Progress(writer.uri, gauges) as progress,
+    ):
         try:
             for dataset in _examined(job, progress):
                 outcomes.append(dataset.outcome)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -160,7 +161,7 @@ def at_proxy() -> list[Middleware]:
     ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.door.at_proxy``. To refuse there costs much less than
     to bring a request to an ingress. Ray's own metrics tell how many: ``ray_somaflow_serve_refused_at_proxy_total``.
     """
-    from store.cluster import ray_metrics
+    from store.cluster import RayMetrics
 
-    (refused,) = ray_metrics(METRICS).values()
-    return [Middleware(Porter, door=Door(sys.maxsize), count=refused.inc)]
+    (name,), metrics = METRICS, RayMetrics(METRICS)
+    return [Middleware(Porter, door=Door(sys.maxsize), count=partial(metrics.count, name))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from store.errors import StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
+TOLD_EVERY_S = 5.0
 
 
 @contextmanager
@@ -62,15 +64,45 @@ def ray_cluster(
         ray.shutdown()
 
 
-def ray_metrics(table: Mapping[str, tuple[str, str, tuple[str, ...]]]) -> dict[str, Any]:
-    """Register metrics with Ray, which runs already: name to kind ("counter" or "gauge"), meaning and labels.
+class RayMetrics:
+    """Metrics of this process, which Prometheus finds at each node's metrics port, their names with ``ray_`` before.
 
-    Prometheus finds them at each node's metrics port, their names with ``ray_`` before.
+    Ray forgets a gauge that was not set for some seconds, and with it what it says of something that hangs: a thread
+    sets all of them again until :meth:`close`. A gauge that is no number is not told.
     """
-    from ray.util.metrics import Counter, Gauge
 
-    kinds = {"counter": Counter, "gauge": Gauge}
-    return {name: kinds[kind](name, meaning, tag_keys=labels) for name, (kind, meaning, labels) in table.items()}
+    def __init__(self, table: Mapping[str, tuple[str, str, tuple[str, ...]]]) -> None:
+        """Register them; Ray runs already.
+
+        Args:
+            table: Name to kind ("counter" or "gauge"), meaning and labels.
+        """
+        from ray.util.metrics import Counter, Gauge
+
+        kinds = {"counter": Counter, "gauge": Gauge}
+        self._metrics = {name: kinds[kind](name, text, tag_keys=labels) for name, (kind, text, labels) in table.items()}
+        self._told: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._tell_again, name="metrics", daemon=True).start()
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._told[name, tuple(labels.items())] = value
+        self._metrics[name].set(value, labels)
+
+    def count(self, name: str, number: float = 1, **labels: str) -> None:
+        """Add to a counter; nothing is added where there is nothing to add."""
+        if number > 0:
+            self._metrics[name].inc(number, labels)
+
+    def close(self) -> None:
+        """Let Ray forget the gauges."""
+        self._closed.set()
+
+    def _tell_again(self) -> None:
+        while not self._closed.wait(TOLD_EVERY_S):
+            for (name, labels), value in list(self._told.items()):
+                self._metrics[name].set(value, dict(labels))
 
 
 Tasks = Callable[[Callable[[Any, Any], None], Any, Sequence[Any]], Iterator[None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from store.cluster import ray_metrics
+from store.cluster import RayMetrics
 from train.record import PARTS, USEFUL
 from train.settings import RunSettings
 
@@ -65,13 +65,18 @@ class Gauges:
             settings: The run's.
             kept: Figures of the steps that the run goes on from, for the goodput.
         """
-        self.tags = {"run": settings.name}
-        self.metrics = ray_metrics(METRICS)
+        self.run, self.metrics = settings.name, RayMetrics(METRICS)
         self.useful_s = sum(_useful(row) for row in kept)
         self.begun = kept[0]["time"] - _whole(kept[0]) if kept else None
         self.committed, self.committed_at = -1.0, time.time()
         self._set("steps_wanted", settings.steps)
         self._set("checkpoint_every_steps", settings.checkpoint_every)
+
+    def __enter__(self) -> Gauges:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.metrics.close()
 
     def show(self, row: dict[str, float]) -> None:
         """Show a step's figures."""
@@ -104,11 +109,10 @@ class Gauges:
         self._set("checkpoint_unixtime", self.committed_at)
 
     def _set(self, key: str, value: float) -> None:
-        self.metrics[f"somaflow_train_{key}"].set(value, self.tags)
+        self.metrics.set(f"somaflow_train_{key}", value, run=self.run)
 
-    def _count(self, key: str, number: float, **tags: str) -> None:
-        if number > 0:
-            self.metrics[f"somaflow_train_{key}_total"].inc(number, self.tags | tags)
+    def _count(self, key: str, number: float, **labels: str) -> None:
+        self.metrics.count(f"somaflow_train_{key}_total", number, run=self.run, **labels)
 
 
 def _whole(row: dict[str, float]) -> float:
