@@ -16,7 +16,11 @@ METRICS = {
     "somaflow_train_grad_norm": ("gauge", "Norm of the gradient before clipping.", ("run",)),
     "somaflow_train_step": ("gauge", "Last finished step.", ("run",)),
     "somaflow_train_steps_wanted": ("gauge", "Step that the run ends with.", ("run",)),
-    "somaflow_train_last_step_unixtime": ("gauge", "When the last step ended.", ("run",)),
+    "somaflow_train_last_step_unixtime": (
+        "gauge",
+        "When the last step ended; before one, when the workers began.",
+        ("run",),
+    ),
     "somaflow_train_mfu": (
         "gauge",
         "Share of the GPUs' arithmetic that the last step used; where a device's peak is known.",
@@ -69,6 +73,8 @@ class Gauges:
         self.useful_s = sum(_useful(row) for row in kept)
         self.begun = kept[0]["time"] - _whole(kept[0]) if kept else None
         self.committed, self.committed_at = -1.0, time.time()
+        self._set("step", kept[-1]["step"] if kept else 0)
+        self._set("last_step_unixtime", time.time())
         self._set("steps_wanted", settings.steps)
         self._set("checkpoint_every_steps", settings.checkpoint_every)
 
