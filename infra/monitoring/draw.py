@@ -24,10 +24,10 @@ POINTS = 240
 WIDE = 24
 
 
-def ask(url: str, query: str, begin: float, end: float) -> list[dict[str, Any]]:
-    """Return a query's series over a range."""
+def ask(url: str, query: str, begin: float, end: float, chosen: str = ".+") -> list[dict[str, Any]]:
+    """Return a query's series over a range, of the runs or lakes that are chosen."""
     step = max(1.0, (end - begin) / POINTS)
-    plain = re.sub(r"=~\"\$\w+\"", '=~".+"', query).replace("$__rate_interval", f"{max(20, round(4 * step))}s")
+    plain = re.sub(r"=~\"\$\w+\"", f'=~"{chosen}"', query).replace("$__rate_interval", f"{max(20, round(4 * step))}s")
     words = urllib.parse.urlencode({"query": plain, "start": begin, "end": end, "step": step})
     with urllib.request.urlopen(f"{url}/api/v1/query_range?{words}", timeout=30) as answer:  # noqa: S310 - the caller's
         found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
@@ -36,10 +36,10 @@ def ask(url: str, query: str, begin: float, end: float) -> list[dict[str, Any]]:
 
 def legend_of(pattern: str, labels: dict[str, str]) -> str:
     """Write a legend as Grafana does."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: labels.get(match[1], ""), pattern)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: labels.get(match[1], "") or "-", pattern)
 
 
-def draw(page: dict[str, Any], url: str, begin: float, end: float) -> Figure:
+def draw(page: dict[str, Any], url: str, begin: float, end: float, chosen: str) -> Figure:
     """Draw all panels of a dashboard."""
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in page["panels"])
     figure = Figure(figsize=(16, 0.42 * rows), layout="constrained")
@@ -54,7 +54,7 @@ def draw(page: dict[str, Any], url: str, begin: float, end: float) -> Figure:
         series = [
             (legend_of(target["legendFormat"], one["metric"]), np.array(one["values"], dtype=float).T)
             for target in panel["targets"]
-            for one in ask(url, target["expr"], begin, end)
+            for one in ask(url, target["expr"], begin, end, chosen)
         ]
         _lines(axes, panel, [(name, (times - begin) / 60, values) for name, (times, values) in series])
         axes.set_xlim(0, (end - begin) / 60)
@@ -94,9 +94,11 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:9090", help="of a Prometheus")
     parser.add_argument("--end", type=float, default=time.time(), help="unix time; now when left out")
     parser.add_argument("--minutes", type=float, default=60, help="before it")
+    parser.add_argument("--chosen", default=".+", help="runs or lakes, as a regular expression")
     told = parser.parse_args()
     page = json.loads((HERE / "dashboards" / f"{told.dashboard}.json").read_text(encoding="utf-8"))
-    draw(page, told.url, told.end - 60 * told.minutes, told.end).savefig(told.picture, dpi=75)
+    begin = told.end - 60 * told.minutes
+    draw(page, told.url, begin, told.end, told.chosen).savefig(told.picture, dpi=75)
 
 
 if __name__ == "__main__":

@@ -151,13 +151,13 @@ DASHBOARDS = (
                 HALF,
             ),
             Panel(
-                "Time to go, as it went for half an hour",
+                "Time to go, as it went for ten minutes",
                 {
                     f"max by (lake) ({_ingest('datasets_left')}) / "
-                    f"sum by (lake) (rate({_ingest('datasets_total', '[30m]')}))": "{{lake}}"
+                    f"sum by (lake) (rate({_ingest('datasets_total', '[10m]')}))": "{{lake}}"
                 },
                 "s",
-                "Datasets left over datasets that end a second: rough where sizes differ.",
+                "Datasets left over datasets that end a second: rough where sizes differ, and too long at first.",
                 HALF // 2,
             ),
             Panel(
@@ -256,6 +256,7 @@ DASHBOARDS = (
                 },
                 "none",
                 "What is lost if the run dies now. Above what was asked: states are written slower than steps taken.",
+                HALF // 2,
             ),
             Panel(
                 "Since the last state, since the last step",
@@ -265,12 +266,21 @@ DASHBOARDS = (
                 },
                 "s",
                 "Rises without end where a worker hangs.",
+                HALF // 2,
             ),
             Panel(
-                "Gradient and rate",
-                {_steps("grad_norm"): "{{run}} norm", _steps("lr"): "{{run}} rate"},
+                "Norm of the gradient",
+                {_steps("grad_norm"): "{{run}}"},
                 "none",
-                "A norm that jumps again and again: lower optim.lr.",
+                "Before it is clipped. Where it jumps again and again: lower optim.lr.",
+                HALF // 2,
+            ),
+            Panel(
+                "Learning rate",
+                {_steps("lr"): "{{run}}"},
+                "none",
+                "Warms up, then falls as optim.schedule says.",
+                HALF // 2,
             ),
         ),
     ),
