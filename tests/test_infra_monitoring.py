@@ -155,11 +155,19 @@ def test_a_file_that_was_changed_by_hand_and_a_metric_that_is_not_explained_are_
     assert lines[2:] == [f"{checker.PAGE}: explains {name}_of_old, which the code does not declare"]
 
 
-def test_promtool_finds_nothing_wrong() -> None:
+def test_every_alert_has_a_case_in_which_it_fires(checker: ModuleType) -> None:
+    cases = (FOLDER / "alerts_test.yaml").read_text()
+    groups = yaml.safe_load(checker.read()["alerts.yaml"])["groups"]
+    names = [rule["alert"] for group in groups for rule in group["rules"]]
+    assert [name for name in names if f'alertname="{name}"' not in cases] == []
+
+
+def test_promtool_finds_nothing_wrong_and_every_alert_fires_when_it_should() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed; it comes with Prometheus")
     subprocess.run([promtool, "check", "config", str(FOLDER / "prometheus.yml")], check=True)
+    subprocess.run([promtool, "test", "rules", str(FOLDER / "alerts_test.yaml")], check=True)
 
 
 # ------------------------------------------------------------------------------------------------------- real runs
