@@ -71,13 +71,14 @@ image-proof: setup  ## run the image's steps in a clean root, and the image in i
 test-quick: setup  ## run the tests that need no cluster (seconds)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"
 
-check: setup  ## lint, format, types, dependency contracts, manifests, image
+check: setup  ## lint, format, types, dependency contracts, manifests, image, dashboards
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python infra/kubernetes/check.py
 	$(BIN)/python infra/image/dockerfile.py
+	$(BIN)/python infra/monitoring/check.py
 
 format: setup  ## write the code the way ruff wants it
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""This module shows how far an ingestion is: in the terminal, and in the lake for ``ingest status`` to read.
+"""This module shows how far an ingestion is: in the terminal, in the lake for ``ingest status`` to read, to Prometheus.
 
 On a terminal there is a bar for each dataset; elsewhere one line every ten seconds.
 """
@@ -8,22 +8,32 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from rich import progress as rich_progress
 
+from ingest.gauges import Gauges
 from store import records
 from store.command import console
+from store.writer import BlockStats
 
 SHOWN_EVERY_S = 10.0
 KEPT_EVERY_S = 2.0
 
 
 class Progress:
-    """A context manager that is told what happens and shows it; ``lake_uri`` none keeps nothing in a lake."""
+    """A context manager that is told what happens and shows it.
 
-    def __init__(self, lake_uri: str | None) -> None:
+    Args:
+        lake_uri: The lake that keeps it for others to read; none keeps nothing.
+        gauges: What Prometheus reads; none shows it nothing.
+    """
+
+    def __init__(self, lake_uri: str | None, gauges: Gauges | None = None) -> None:
+        self.gauges = gauges
+        self._coming = self._in_sight = 0
         name = f"{socket.gethostname()}-{os.getpid()}.json"
         self.uri = None if lake_uri is None else records.join(lake_uri, records.FOLDER, "running", name)
         self.rows: dict[str, dict[str, Any]] = {}
@@ -50,9 +60,21 @@ class Progress:
         if self.uri:
             records.remove(self.uri)
 
+    def coming(self, datasets: int) -> None:
+        """So many are not in sight yet, as far as one can tell."""
+        self._coming = datasets
+        self._show_left()
+
     def add(self, name: str) -> None:
         """A dataset has come into sight."""
         self.rows[name] = {"state": "checking", "rows": 0, "done": 0}
+        self._in_sight += 1
+        self._show_left()
+
+    def task_ended(self) -> None:
+        """A task came back."""
+        if self.gauges:
+            self.gauges.task_ended()
 
     def size(self, name: str, rows: int) -> None:
         """A dataset's rows (cells x measurements) are known."""
@@ -69,10 +91,20 @@ class Progress:
             self._bars.update(self._tasks[name], advance=rows, speed=f"{self._speed():,.0f} rows/s")
         self.tick()
 
-    def done(self, name: str, state: str) -> None:
-        """A dataset has come to its end."""
+    def wrote(self, name: str, blocks: Sequence[BlockStats]) -> None:
+        """Blocks of a dataset are in the lake."""
+        if self.gauges:
+            self.gauges.wrote(blocks)
+        self.advance(name, sum(len(block.nnz_C) for block in blocks))
+
+    def done(self, name: str, state: str, failed: bool = False) -> None:
+        """A dataset has come to its end; ``failed``: not for what it holds."""
         if name in self.rows:
             self.rows[name]["state"] = state
+        if self.gauges:
+            self.gauges.ended("failed" if failed else state)
+        self._in_sight -= 1
+        self._show_left()
         if name in self._tasks:
             self._bars.update(self._tasks[name], speed=state)
         self.tick(force=True)
@@ -108,6 +140,10 @@ class Progress:
                 for name, row in self.rows.items()
             ],
         }
+
+    def _show_left(self) -> None:
+        if self.gauges:
+            self.gauges.left(self._coming + self._in_sight)
 
     def _speed(self) -> float:
         since = min((row["since"] for row in self.rows.values() if "since" in row), default=None)

@@ -22,6 +22,7 @@ import ray
 
 from ingest import quality, tasks
 from ingest.expand import expand
+from ingest.gauges import Gauges
 from ingest.job import JobSettings, SourceSettings
 from ingest.progress import Progress
 from ingest.sources import SEVERAL, kind_of
@@ -79,6 +80,11 @@ class _Dataset:
     checking: dict[Any, tuple[str, int]] = field(default_factory=dict)
 
     @property
+    def label(self) -> str:
+        """What it is called while it comes in; one without a name, like its source."""
+        return self.name or self.source.uri
+
+    @property
     def spans(self) -> list[tuple[int, int]]:
         """Half-open ranges of rows, in order."""
         return [(start, stop) for start, stop in self.values["spans"]]
@@ -96,7 +102,7 @@ def plan(job: JobSettings) -> list[Outcome]:
         for dataset in _examined(job, progress):
             if not dataset.outcome.problems:
                 dataset.outcome.state = "planned"
-            progress.done(dataset.name, dataset.outcome.state)
+            progress.done(dataset.label, dataset.outcome.state)
             outcomes.append(dataset.outcome)
     return outcomes
 
@@ -112,14 +118,20 @@ def run(job: JobSettings) -> list[Outcome]:
     _refuse_nothing(job)
     refuse_fleeting(lake=job.lake)
     outcomes: list[Outcome] = []
-    with LakeWriter(job.lake) as writer, _cluster(job), Progress(writer.uri) as progress:
+    with (
+        LakeWriter(job.lake) as writer,
+        _cluster(job),
+        Gauges(job.lake) as gauges,
+        Progress(writer.uri, gauges) as progress,
+    ):
         try:
             for dataset in _examined(job, progress):
                 outcomes.append(dataset.outcome)
                 if not dataset.outcome.problems:
                     _ingest(writer, dataset, Limits.of(job), progress)
                 dataset.outcome.seconds = round(time.monotonic() - dataset.begun, 3)
-                progress.done(dataset.name, dataset.outcome.state)
+                failed = dataset.outcome.exit_code not in (0, InputRefused.exit_code)
+                progress.done(dataset.label, dataset.outcome.state, failed)
         finally:
             if outcomes:
                 _keep_report(writer.uri, outcomes)
@@ -139,7 +151,7 @@ def _examined(job: JobSettings, progress: Progress) -> Iterator[_Dataset]:
     """Inspect and check every dataset of every source, some ahead; yield them in the order of the job."""
     limits = Limits.of(job)
     ahead: list[_Dataset] = []
-    coming = _named(job, limits)
+    coming = _named(job, limits, progress)
     more = True
     while more or ahead:
         while more and len(ahead) <= AHEAD:
@@ -147,7 +159,7 @@ def _examined(job: JobSettings, progress: Progress) -> Iterator[_Dataset]:
             if dataset is None:
                 more = False
                 break
-            progress.add(dataset.name or dataset.source.uri)
+            progress.add(dataset.label)
             if not dataset.outcome.problems:
                 dataset.inspecting = tasks.inspect.remote(dataset.source, dataset.name, limits)
             ahead.append(dataset)
@@ -160,26 +172,33 @@ def _examined(job: JobSettings, progress: Progress) -> Iterator[_Dataset]:
         yield ahead.pop(0)
 
 
-def _named(job: JobSettings, limits: Limits) -> Iterator[_Dataset]:
+def _named(job: JobSettings, limits: Limits, progress: Progress) -> Iterator[_Dataset]:
     """Expand the job's sources to datasets; what cannot be named comes as a refused one."""
-    for given in job.source:
+    for n_given, given in enumerate(job.source, 1):
+        given_left = len(job.source) - n_given
+        progress.coming(given_left + 1)
         try:
             sources = expand(given, job.schemes)
         except Exception as error:  # noqa: BLE001  one source's error is that source's outcome
             outcome = Outcome(given.uri, "")
             outcome.refuse(_reason(error), exit_code=_exit_code(error))
+            progress.coming(given_left)
             yield _Dataset(given, "", outcome)
             continue
-        for source in sources:
+        for n_source, source in enumerate(sources, 1):
+            sources_left = given_left + len(sources) - n_source
+            progress.coming(sources_left + 1)
             try:
                 known = kind_of(source) not in SEVERAL
                 found = [dataset_name(source)] if known else ray.get(tasks.names.remote(source, limits))
             except Exception as error:  # noqa: BLE001  one source's error is that source's outcome
                 outcome = Outcome(source.uri, "")
                 outcome.refuse(_reason(error))
+                progress.coming(sources_left)
                 yield _Dataset(source, "", outcome)
                 continue
-            for name in found:
+            for n_name, name in enumerate(found, 1):
+                progress.coming(sources_left + len(found) - n_name)
                 yield _Dataset(source, name, Outcome(source.uri, name))
 
 
@@ -208,6 +227,7 @@ def _advance(ahead: list[_Dataset], limits: Limits, progress: Progress) -> None:
     owner = {dataset.inspecting: dataset for dataset in ahead if dataset.inspecting is not None}
     owner |= {reference: dataset for dataset in ahead for reference in dataset.checking}
     (done, *_), _ = ray.wait(list(owner), num_returns=1)
+    progress.task_ended()
     dataset = owner[done]
     if done is dataset.inspecting or done == dataset.inspecting:
         dataset.inspecting = None
@@ -315,17 +335,17 @@ def _write_spans(dataset: _Dataset, reservation: Reservation, limits: Limits, pr
     ]
     groups = [pieces] if len(dataset.spans) == 1 else [[piece] for piece in pieces]
     fingerprint = dataset.values["fingerprint"]
-    waiting = {
-        tasks.write.remote(dataset.source, dataset.name, shared, group, fingerprint, limits): group for group in groups
-    }
+    waiting = [tasks.write.remote(dataset.source, dataset.name, shared, group, fingerprint, limits) for group in groups]
     blocks: list[BlockStats] = []
     try:
         while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0)
+            done, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
             if done:
-                group = waiting.pop(done[0])
-                blocks += ray.get(done[0])
-                progress.advance(dataset.name, sum(stop - start for _, (start, stop), _ in group))
+                waiting.remove(done[0])
+                progress.task_ended()
+                written = ray.get(done[0])
+                blocks += written
+                progress.wrote(dataset.name, written)
             progress.tick()
     finally:
         for reference in waiting:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -38,6 +39,14 @@ BURST = 8
 """Requests that an ingress lets in at once: those that several proxies let in one by one may come together."""
 READ_AT_ONCE = 4
 """Requests that are read and decoded side by side; the others wait as bytes."""
+METRICS = {
+    "somaflow_serve_refused_at_proxy_total": (
+        "counter",
+        "Requests that a proxy refused while the model had no room; the ingress does not count them.",
+        (),
+    )
+}
+"""Name to kind, meaning and labels. ``infra/monitoring/check.py`` reads it as it stands here: plain values only."""
 
 
 _came: ContextVar[float] = ContextVar("came")
@@ -161,9 +170,9 @@ def at_proxy() -> list[Middleware]:
 
     Ray calls this in each proxy where the environment says
     ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.door.at_proxy``. To refuse there costs much less than
-    to bring a request to an ingress. Ray's own metrics tell how many: ``ray_somaflow_serve_refused_at_proxy``.
+    to bring a request to an ingress. Ray's own metrics tell how many: ``ray_somaflow_serve_refused_at_proxy_total``.
     """
-    from ray.util.metrics import Counter
+    from store.cluster import RayMetrics
 
-    refused = Counter("somaflow_serve_refused_at_proxy", "Requests refused while the model had no room.")
-    return [Middleware(Porter, door=Door(sys.maxsize), count=refused.inc)]
+    (name,), metrics = METRICS, RayMetrics(METRICS)
+    return [Middleware(Porter, door=Door(sys.maxsize), count=partial(metrics.count, name))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,18 +17,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.batcher import Load
 from serve.decode import Decoded
 
+T = TypeVar("T")
 FORGOTTEN_S = 120
 """Seconds after which a copy of the model that no scrape hears of is told no more."""
-_TOLD = {
-    "waiting_tokens": ("queue_tokens", "Tokens that wait."),
-    "waiting_jobs": ("queue_requests", "Requests that wait."),
-    "tokens_per_s": ("tokens_per_second", "Speed of the last batches."),
-    "batches": ("batches", "Batches since the copy began."),
-    "fill": ("batch_fill", "Mean share of a batch's budget."),
-    "swaps": ("swaps", "Checkpoints that took over."),
-    "swaps_refused": ("swaps_refused", "Checkpoints that did not."),
+METRICS = {
+    "somaflow_serve_requests_total": ("counter", "Requests by route and status.", ("route", "status")),
+    "somaflow_serve_request_seconds": ("histogram", "From a request's first byte to its reply's last.", ("route",)),
+    "somaflow_serve_requests_inside": ("gauge", "Requests that wait for their answer.", ()),
+    "somaflow_serve_cells_total": ("counter", "Cells that were read from requests.", ()),
+    "somaflow_serve_coverage": ("histogram", "Share of a request's counts that the model knows.", ("measurement",)),
+    "somaflow_serve_ready": ("gauge", "1 where a copy of the model answered this scrape, else 0.", ()),
+    "somaflow_serve_queue_tokens": ("gauge", "Tokens that wait.", ("replica",)),
+    "somaflow_serve_queue_requests": ("gauge", "Requests that wait.", ("replica",)),
+    "somaflow_serve_tokens_per_second": ("gauge", "Speed of the last batches.", ("replica",)),
+    "somaflow_serve_batches": ("gauge", "Batches since the copy began.", ("replica",)),
+    "somaflow_serve_batch_fill": ("gauge", "Mean share of a batch's budget.", ("replica",)),
+    "somaflow_serve_swaps": ("gauge", "Checkpoints that took over, since the copy began.", ("replica",)),
+    "somaflow_serve_swaps_refused": ("gauge", "Checkpoints that did not, since the copy began.", ("replica",)),
 }
-"""What a copy of the model says of itself: field of ``Load`` to the metric's name and help."""
+"""Name to kind, meaning and labels. ``infra/monitoring/check.py`` reads it as it stands here: plain values only."""
+_TOLD = {
+    "waiting_tokens": "queue_tokens",
+    "waiting_jobs": "queue_requests",
+    "tokens_per_s": "tokens_per_second",
+    "batches": "batches",
+    "fill": "batch_fill",
+    "swaps": "swaps",
+    "swaps_refused": "swaps_refused",
+}
+"""What a copy of the model says of itself: field of ``Load`` to the metric's name."""
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -37,30 +55,20 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "somaflow_serve_requests", "Requests by route and status.", ("route", "status"), registry=registry
-        )
-        self.seconds = Histogram(
-            "somaflow_serve_request_seconds",
-            "From a request's first byte to its reply's last.",
-            ("route",),
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self.inside = Gauge("somaflow_serve_requests_inside", "Requests that wait for their answer.", registry=registry)
-        self.cells = Counter("somaflow_serve_cells", "Cells that were read from requests.", registry=registry)
-        self.coverage = Histogram(
-            "somaflow_serve_coverage",
-            "Share of a request's counts that the model knows.",
-            ("measurement",),
-            registry=registry,
-            buckets=_SHARES,
-        )
-        self._gauges = {
-            told: Gauge(f"somaflow_serve_{name}", what, ("replica",), registry=registry)
-            for told, (name, what) in _TOLD.items()
-        }
+
+        def made(kind: Callable[..., T], name: str, **more: Any) -> T:
+            _, meaning, labels = METRICS[f"somaflow_serve_{name}"]
+            return kind(f"somaflow_serve_{name}", meaning, labels, registry=registry, **more)
+
+        self.requests = made(Counter, "requests_total")
+        self.seconds = made(Histogram, "request_seconds", buckets=_SECONDS)
+        self.inside = made(Gauge, "requests_inside")
+        self.cells = made(Counter, "cells_total")
+        self.coverage = made(Histogram, "coverage", buckets=_SHARES)
+        self.ready = made(Gauge, "ready")
+        self._gauges = {told: made(Gauge, name) for told, name in _TOLD.items()}
         self._heard: dict[str, float] = {}
+        self._answered = False
 
     def read(self, decoded: Decoded) -> None:
         """Count cells that a request brought."""
@@ -72,6 +80,7 @@ class Metrics:
         """Take down what a copy of the model says of itself."""
         for told, gauge in self._gauges.items():
             gauge.labels(load.replica).set(getattr(load, told))
+        self._answered = True
         now = time.monotonic()
         self._heard[load.replica] = now
         for replica in [name for name, when in self._heard.items() if now - when > FORGOTTEN_S]:
@@ -80,7 +89,9 @@ class Metrics:
                 gauge.remove(replica)
 
     def text(self) -> bytes:
-        """Write all in Prometheus's text format."""
+        """Write all in Prometheus's text format; a copy that was heard of since the text before makes it ready."""
+        self.ready.set(self._answered)
+        self._answered = False
         return generate_latest(self._registry)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from store.errors import StorageError, UsageError
 ROOT = Path(__file__).resolve().parent.parent
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job: what was submitted with it, as JSON."""
+TOLD_EVERY_S = 5.0
 
 
 @contextmanager
@@ -116,6 +118,47 @@ def runtime_env(packages: Sequence[str]) -> dict[str, Any]:
     if "py_modules" in job or ("working_dir" in job and Path.cwd() == ROOT):
         return {}
     return {"py_modules": [str(ROOT / package) for package in packages]}
+
+
+class RayMetrics:
+    """Metrics of this process, which Prometheus finds at each node's metrics port, their names with ``ray_`` before.
+
+    Ray forgets a gauge that was not set for some seconds, and with it what it says of something that hangs: a thread
+    sets all of them again until :meth:`close`. A gauge that is no number is not told.
+    """
+
+    def __init__(self, table: Mapping[str, tuple[str, str, tuple[str, ...]]]) -> None:
+        """Register them; Ray runs already.
+
+        Args:
+            table: Name to kind ("counter" or "gauge"), meaning and labels.
+        """
+        from ray.util.metrics import Counter, Gauge
+
+        kinds = {"counter": Counter, "gauge": Gauge}
+        self._metrics = {name: kinds[kind](name, text, tag_keys=labels) for name, (kind, text, labels) in table.items()}
+        self._told: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._tell_again, name="metrics", daemon=True).start()
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._told[name, tuple(labels.items())] = value
+        self._metrics[name].set(value, labels)
+
+    def count(self, name: str, number: float = 1, **labels: str) -> None:
+        """Add to a counter; nothing is added where there is nothing to add."""
+        if number > 0:
+            self._metrics[name].inc(number, labels)
+
+    def close(self) -> None:
+        """Let Ray forget the gauges."""
+        self._closed.set()
+
+    def _tell_again(self) -> None:
+        while not self._closed.wait(TOLD_EVERY_S):
+            for (name, labels), value in list(self._told.items()):
+                self._metrics[name].set(value, dict(labels))
 
 
 Tasks = Callable[[Callable[[Any, Any], None], Any, Sequence[Any]], Iterator[None]]

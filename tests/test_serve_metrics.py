@@ -13,6 +13,7 @@ from serve import metrics as metrics_module
 from serve.access import Purse, _digest
 from serve.app import make_app
 from serve.batcher import Load
+from serve.errors import Unavailable
 from serve.metrics import Metrics
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
@@ -67,9 +68,25 @@ def test_a_stranger_may_scrape_but_not_ask_and_is_counted(replica: Replica) -> N
 def test_swaps_are_counted_and_a_model_that_is_gone_hides_nothing_else(replica: Replica) -> None:
     replica.swap("fake")
     with TestClient(make_app(replica, Limits())) as client:
-        assert told(client.get("/metrics").text)["somaflow_serve_swaps", ""] == 1
+        found = told(client.get("/metrics").text)
+        assert (found["somaflow_serve_swaps", ""], found["somaflow_serve_ready",]) == (1, 1)
         replica.close()
         assert client.get("/metrics").status_code == 200
+
+
+def test_a_model_that_does_not_answer_is_not_ready_and_its_figures_stay(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone() -> Load:
+        raise Unavailable("no copy of the model answers")
+
+    with TestClient(make_app(replica, Limits())) as client:
+        assert told(client.get("/metrics").text)["somaflow_serve_ready",] == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(replica, "load", gone)
+            found = told(client.get("/metrics").text)
+        assert (found["somaflow_serve_ready",], found["somaflow_serve_swaps", ""]) == (0, 0)
+        assert told(client.get("/metrics").text)["somaflow_serve_ready",] == 1
 
 
 def test_copies_that_are_gone_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from encoded import add_dataset
-from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from ingest.simulate import SimulationSettings, simulate
@@ -21,7 +19,7 @@ from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter, write_counts
 from train.loop import Run
 from train.predictor import Predictor
-from train.record import PARTS, read_metrics
+from train.record import read_metrics
 from train.schedule import learning_rate
 from train.settings import RunSettings
 
@@ -239,34 +237,6 @@ def test_a_cluster_without_room_is_said_and_ends_the_run(
         launch.launch(settings(lake, tmp_path, workers=3, patience_s=8), tell=said.append)
     assert said
     assert all(one.startswith(words) for one in said)
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # ray, at its imports and stop
-def test_prometheus_can_read_what_a_run_does(lake: str, tmp_path: Path) -> None:
-    import ray
-
-    from train.launch import launch
-
-    found: dict[str, dict[str, float]] = {}
-
-    def scrape(step: int, loss: float) -> None:
-        for node in ray.nodes():
-            page = httpx.get(
-                f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=10
-            ).text
-            for family in text_string_to_metric_families(page):
-                for sample in family.samples:
-                    if sample.labels.get("run") == "watched":
-                        found.setdefault(sample.name, {})[sample.labels.get("part", "")] = sample.value
-
-    launch(settings(lake, tmp_path, steps=300, name="watched", trackers=[]), scrape)
-    assert 0 < found["ray_somaflow_train_step"][""] <= 300
-    assert found["ray_somaflow_train_operations_total"][""] > 0
-    assert {"forward_backward_s", "optimizer_s"} <= set(found["ray_somaflow_train_seconds_total"]) <= set(PARTS)
-    said = {f"ray_somaflow_train_{name}" for name in ("loss", "lr", "grad_norm", "tokens_total", "tokens_per_second")}
-    assert said <= set(found)
 
 
 @pytest.mark.road

@@ -1,56 +1,129 @@
-"""This module shows a run's figures to Prometheus through Ray's metrics; names begin with ``ray_somaflow_train_``."""
+"""This module shows a run's figures to Prometheus through Ray's metrics; names there begin with ``ray_``."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-from ray.util.metrics import Counter, Gauge
+from store.cluster import RayMetrics
+from train.record import PARTS, USEFUL
+from train.settings import RunSettings
 
-from train.record import PARTS
-
-SHOWN = {
-    "loss": "Mean loss of the last step, nats per known feature.",
-    "loss_test": "Held-out loss, where it was measured.",
-    "lr": "Learning rate.",
-    "grad_norm": "Norm of the gradient before clipping.",
-    "step": "Last finished step.",
-    "mfu": "Share of the GPUs' arithmetic that the last step used.",
-    "entropy_ratio": "How well batches are mixed: 1 is an ideal shuffle.",
+METRICS = {
+    "somaflow_train_loss": ("gauge", "Mean loss of the last step, nats per known feature.", ("run",)),
+    "somaflow_train_loss_test": ("gauge", "Held-out loss, where it was measured.", ("run",)),
+    "somaflow_train_lr": ("gauge", "Learning rate.", ("run",)),
+    "somaflow_train_grad_norm": ("gauge", "Norm of the gradient before clipping.", ("run",)),
+    "somaflow_train_step": ("gauge", "Last finished step.", ("run",)),
+    "somaflow_train_steps_wanted": ("gauge", "Step that the run ends with.", ("run",)),
+    "somaflow_train_last_step_unixtime": (
+        "gauge",
+        "When the last step ended; before one, when the workers began.",
+        ("run",),
+    ),
+    "somaflow_train_mfu": (
+        "gauge",
+        "Share of the GPUs' arithmetic that the last step used; where a device's peak is known.",
+        ("run",),
+    ),
+    "somaflow_train_goodput_ratio": (
+        "gauge",
+        "Share of the time since the run's first step in which a step that was kept learned.",
+        ("run",),
+    ),
+    "somaflow_train_entropy_ratio": ("gauge", "How well batches are mixed: 1 is an ideal shuffle.", ("run",)),
+    "somaflow_train_checkpoint_step": ("gauge", "Step of the newest state that is whole; 0 before one.", ("run",)),
+    "somaflow_train_checkpoint_unixtime": (
+        "gauge",
+        "When that state was first seen; before one, when the workers began.",
+        ("run",),
+    ),
+    "somaflow_train_checkpoint_every_steps": ("gauge", "Steps between saves, as the run was told.", ("run",)),
+    "somaflow_train_tokens_per_second": ("gauge", "Tokens a second of the last step.", ("run",)),
+    "somaflow_train_cells_total": ("counter", "Cells trained on.", ("run",)),
+    "somaflow_train_tokens_total": ("counter", "Tokens trained on.", ("run",)),
+    "somaflow_train_operations_total": (
+        "counter",
+        "Floating point operations of training, forward and backward.",
+        ("run",),
+    ),
+    "somaflow_train_seconds_total": ("counter", "Seconds of steps, by what they went to.", ("run", "part")),
+    "somaflow_train_cache_blocks_total": (
+        "counter",
+        "Blocks that the first worker looked for in its local cache, by whether they were there (yes, no).",
+        ("run", "found"),
+    ),
 }
-COUNTED = {
-    "cells": "Cells trained on.",
-    "tokens": "Tokens trained on.",
-    "operations": "Floating point operations of training, forward and backward.",
-}
+"""Name to kind, meaning and labels. ``infra/monitoring/check.py`` reads it as it stands here: plain values only."""
+SHOWN = ("loss", "loss_test", "lr", "grad_norm", "step", "mfu", "entropy_ratio", "checkpoint_step")
+COUNTED = ("cells", "tokens", "operations")
 
 
 class Gauges:
     """What the first worker of a run shows."""
 
-    def __init__(self, run: str) -> None:
-        """Name the run; every figure carries the name."""
-        self.tags = {"run": run}
-        self.gauges = {key: Gauge(f"somaflow_train_{key}", text, tag_keys=("run",)) for key, text in SHOWN.items()}
-        self.counters = {
-            key: Counter(f"somaflow_train_{key}_total", text, tag_keys=("run",)) for key, text in COUNTED.items()
-        }
-        self.seconds = Counter(
-            "somaflow_train_seconds_total", "Seconds of steps, by what they went to.", tag_keys=("run", "part")
-        )
-        self.rate = Gauge("somaflow_train_tokens_per_second", "Tokens a second of the last step.", tag_keys=("run",))
-        self.ended = Gauge("somaflow_train_last_step_unixtime", "When the last step ended.", tag_keys=("run",))
+    def __init__(self, settings: RunSettings, kept: Sequence[dict[str, float]] = ()) -> None:
+        """Begin; every figure carries the run's name. Ray must run.
+
+        Args:
+            settings: The run's.
+            kept: Figures of the steps that the run goes on from, for the goodput.
+        """
+        self.run, self.metrics = settings.name, RayMetrics(METRICS)
+        self.useful_s = sum(_useful(row) for row in kept)
+        self.begun = kept[0]["time"] - _whole(kept[0]) if kept else None
+        self.committed, self.committed_at = -1.0, time.time()
+        self._set("step", kept[-1]["step"] if kept else 0)
+        self._set("last_step_unixtime", time.time())
+        self._set("steps_wanted", settings.steps)
+        self._set("checkpoint_every_steps", settings.checkpoint_every)
+
+    def __enter__(self) -> Gauges:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.metrics.close()
 
     def show(self, row: dict[str, float]) -> None:
         """Show a step's figures."""
-        for key, gauge in self.gauges.items():
+        for key in SHOWN:
             if key in row:
-                gauge.set(row[key], self.tags)
-        for key, counter in self.counters.items():
-            if row[key] > 0:
-                counter.inc(row[key], self.tags)
-        taken = {part: row[part] for part in PARTS}
-        for part, seconds in taken.items():
-            if seconds > 0:
-                self.seconds.inc(seconds, self.tags | {"part": part})
-        self.rate.set(row["tokens"] / max(1e-9, sum(taken.values())), self.tags)
-        self.ended.set(row.get("time", time.time()), self.tags)
+                self._set(key, row[key])
+        for key in COUNTED:
+            self._count(key, row[key])
+        for part in PARTS:
+            self._count("seconds", row[part], part=part)
+        for found, key in (("yes", "cache_hits"), ("no", "cache_misses")):
+            self._count("cache_blocks", row.get(key, 0.0), found=found)
+        now = row.get("time", time.time())
+        self._set("tokens_per_second", row["tokens"] / max(1e-9, _whole(row)))
+        self._set("last_step_unixtime", now)
+        self._show_goodput(row, now)
+        self._show_lag(row.get("checkpoint_step", 0.0), now)
+
+    def _show_goodput(self, row: dict[str, float], now: float) -> None:
+        if self.begun is None:
+            self.begun = now - _whole(row)
+        self.useful_s += _useful(row)
+        self._set("goodput_ratio", self.useful_s / max(1e-9, now - self.begun))
+
+    def _show_lag(self, committed: float, now: float) -> None:
+        if committed != self.committed:
+            if self.committed >= 0:
+                self.committed_at = now
+            self.committed = committed
+        self._set("checkpoint_unixtime", self.committed_at)
+
+    def _set(self, key: str, value: float) -> None:
+        self.metrics.set(f"somaflow_train_{key}", value, run=self.run)
+
+    def _count(self, key: str, number: float, **labels: str) -> None:
+        self.metrics.count(f"somaflow_train_{key}_total", number, run=self.run, **labels)
+
+
+def _whole(row: dict[str, float]) -> float:
+    return sum(row.get(part, 0.0) for part in PARTS)
+
+
+def _useful(row: dict[str, float]) -> float:
+    return sum(row.get(part, 0.0) for part in USEFUL)

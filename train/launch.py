@@ -21,8 +21,8 @@ from store.errors import InputRefused, MissingError, SomaflowError, StorageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.gauges import Gauges
-from train.loop import Run, begun_otherwise, exported, fingerprint, run_folder, unobserved
-from train.record import Summary, read_summary
+from train.loop import Run, begun_otherwise, exported, fingerprint, run_folder
+from train.record import Summary, kept_metrics, read_summary
 from train.settings import RunSettings
 from train.state import valid_states
 
@@ -42,8 +42,11 @@ def _worker(config: dict[str, Any]) -> None:
     settings = RunSettings.model_validate(config)
     context = ray.train.get_context()
     run = Run(settings, context.get_world_size())
-    gauges = Gauges(settings.name)
-    summary = run.train(gauges.show if context.get_world_rank() == 0 else unobserved, _leaving)
+    if context.get_world_rank() == 0:
+        with Gauges(settings, kept_metrics(run.folder / "metrics.jsonl", run.step)) as gauges:
+            summary = run.train(gauges.show, _leaving)
+    else:
+        summary = run.train(warned=_leaving)
     ray.train.report({"loss": summary.loss_last})
 
 

@@ -175,6 +175,7 @@ class Run:
             keep_best=settings.keep_best,
         )
         self.loss_test, self.blocked_s = math.nan, 0.0
+        self.cache_read = (0, 0)
         self.step = self._resume()
         self.resumed_from = self.step
         panels = {name: self.snapshot.presence(name)[1] for name in self.snapshot.measurements}
@@ -328,7 +329,9 @@ class Run:
         for batch, waited in _timed(batches):
             blocked, self.blocked_s = self.blocked_s, 0.0
             row = self._one(with_absent(batch, self.absent)) | {"data_wait_s": waited, "checkpoint_s": blocked}
+            row |= self._cache_blocks()
             row["entropy_ratio"] = self.stream.telemetry.ratio
+            row["checkpoint_step"] = self.states.committed
             if self.peak is not None:
                 row["mfu"] = row["operations"] / (self.peak * self.world * sum(row[key] for key in PARTS))
             self.step += 1
@@ -350,6 +353,14 @@ class Run:
                 self.save()
             if urgent:
                 self.states.finish()
+
+    def _cache_blocks(self) -> dict[str, float]:
+        """Return the blocks since the step before that this rank's cache had and had not; nothing without a cache."""
+        cache = self.stream.cache
+        if cache is None:
+            return {}
+        before, self.cache_read = self.cache_read, (cache.hits, cache.misses)
+        return {"cache_hits": self.cache_read[0] - before[0], "cache_misses": self.cache_read[1] - before[1]}
 
     def _one(self, cells: Cells) -> dict[str, float]:
         """Take one step, in as many parts as settings ask for; the loss is that of all parts and ranks together."""

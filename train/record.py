@@ -13,6 +13,8 @@ from train.checkpoint import json_values
 
 PARTS = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
 """Where the time of a step goes."""
+USEFUL = ("h2d_s", "forward_backward_s", "optimizer_s")
+"""Parts in which a step learns; ``h2d_s`` is among them, for it lies within the next part where it is not measured."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """Read a run's metrics, one dictionary for each finished step; a last line that was cut off is not there."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def kept_metrics(path: Path, step: int) -> list[dict[str, float]]:
+    """Read the metrics of the steps up to this one; none where a run begins."""
+    return [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
 
 
 def read_summary(folder: Path) -> Summary:
@@ -67,8 +74,7 @@ class Metrics:
 
     def __enter__(self) -> Metrics:
         if self.rank == 0:
-            rows = read_metrics(self.path) if self.path.exists() else []
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.step]
+            kept = [json.dumps(row) + "\n" for row in kept_metrics(self.path, self.step)]
             self.path.write_text("".join(kept), encoding="utf-8")
             self.file = self.path.open("a", encoding="utf-8")
         return self

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from store.errors import InputRefused, MissingError
 from store.lake import utc_now
 from train.checkpoint import MANIFEST
+from train.record import USEFUL
 from train.settings import RunSettings
 
 PARTS = {
@@ -38,8 +39,6 @@ PARTS = {
     "checkpoint_s": "saving the state",
 }
 """What a row says of its step's seconds; a part that no row names was not measured apart."""
-USEFUL = ("h2d_s", "forward_backward_s", "optimizer_s")
-"""Parts in which a step learns; ``h2d_s`` is among them, for it lies within the next part where it is not measured."""
 LOSSES = ("loss", "loss_asked", "loss_test")
 SAID = ("step", "time", *LOSSES, "lr", "grad_norm", "cells", "tokens", "operations", "mfu", "entropy_ratio")
 """What else of a row is read; ``loss_test`` is there where the run was evaluated after the step."""

@@ -30,7 +30,11 @@ from train.checkpoint import MANIFEST, read_manifest, write_manifest
 
 
 class States:
-    """The training states of a run, in ``folder/step_<global_step>_<random>``."""
+    """The training states of a run, in ``folder/step_<global_step>_<random>``.
+
+    Attributes:
+        committed: Step of the newest state that is whole, as the first rank knows; 0 before there is one.
+    """
 
     def __init__(
         self, folder: Path, *, rank: int = 0, world: int = 1, keep_last: int = 2, keep_best: bool = False
@@ -56,6 +60,7 @@ class States:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.saved = -1
+        self.committed = 0
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Load the newest valid state, saved by any number of ranks; return its manifest, or None if there is none."""
@@ -64,7 +69,7 @@ class States:
             return None
         path, manifest = found
         self._read(path, model, optimizer)
-        self.saved = int(manifest["global_step"])
+        self.saved = self.committed = int(manifest["global_step"])
         return dict(manifest)
 
     def _read(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -128,6 +133,7 @@ class States:
                 dcp_save(state, checkpoint_id=target, process_group=self.group, no_dist=self.group is None)
             if self.rank == 0:  # it returns here only when every rank has written
                 write_manifest(target, {**values, "created": utc_now()})
+                self.committed = int(values["global_step"])
                 self._forget()
         except BaseException as error:  # noqa: BLE001  (told to whoever waits)
             self.error = error
