@@ -49,7 +49,9 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(lake: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    values = {"lake": lake, "snapshot": "s", "output": str(tmp_path_factory.mktemp("runs")), "workers": 1, "steps": 80}
+    small = {"model": {"width": 32, "layers": 1, "heads": 2}, "data": {"tokens": 64}, "trackers": [], "report": False}
+    output = str(tmp_path_factory.mktemp("runs"))
+    values = {"lake": lake, "snapshot": "s", "output": output, "workers": 1, "steps": 80, **small}
     return Run(parse_settings(RunSettings, values, where="test"), 1).train().checkpoint
 
 

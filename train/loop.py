@@ -55,7 +55,7 @@ EVALUATION_STEPS = 20
 WARNED_EVERY = 10
 RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
 MEANS = ("parallel", "recompute", "compile", "collective_timeout_s", "patience_s")
-KEPT = ("keep_last", "keep_best", "evaluate_every", "trackers")
+KEPT = ("keep_last", "keep_best", "evaluate_every", "trackers", "report")
 FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS, *KEPT), True) | {
     "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},
     "adapter": {"base": True},
@@ -314,7 +314,7 @@ class Run:
         for tracker in self.accelerator.trackers:  # end_training() would also end the launcher's process group
             tracker.finish()
         self._export(self.loss_test)
-        if self.rank == 0:
+        if self.rank == 0 and settings.report:
             from train.report import write_report  # draws; not needed before
 
             write_report(self.folder)
