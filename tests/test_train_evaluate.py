@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from train.evaluation.nulls import dealt_labels, dealt_members
 from train.evaluation.ours import NAME, expected_logs, pretrained
 from train.evaluation.report import write_report
 from train.evaluation.score import REPLICATE
+from train.evaluation.scratch import ScratchSettings, adapt_on
 from train.evaluation.study import read_study
 from train.loop import Run
 from train.predictor import Predictor
@@ -92,8 +94,9 @@ def test_a_study_is_the_snapshots_cells(lake: str) -> None:
     ],
 )
 def test_every_suite_judges_the_model_beside_floor_and_replicate(
-    lake: str, trained: str, tmp_path: Path, suite: str, words: dict[str, object]
+    lake: str, trained: str, tmp_path: Path, suite: str, words: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("train.evaluation.judge.adapt_on", partial(adapt_on, settings=ScratchSettings(steps=25)))
     judged = judge(question(lake, suite, **words), trained)
     values, scores = judged.values, judged.scores
     methods = {value.method for value in values}
