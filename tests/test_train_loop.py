@@ -300,8 +300,12 @@ def test_training_recovers_the_knock_outs_of_simulated_cells(tmp_path: Path) -> 
                 "lake": uri,
                 "snapshot": "s",
                 "output": str(tmp_path),
-                "steps": 300,
+                "steps": 200,
                 "workers": 1,
+                "trackers": [],
+                "report": False,
+                "model": {"width": 32, "layers": 1, "heads": 2},
+                "data": {"tokens": 64},
             },  # one thread: two crawl when the cores are busy
             where="t",
         ),
