@@ -18,6 +18,7 @@ from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter, write_counts
 from train.__main__ import main
+from train.evaluation.flow import FlowSettings
 from train.evaluation.folds import FoldSettings
 from train.evaluation.head import load_head
 from train.evaluation.judge import Question, judge, look_for_leaks
@@ -198,6 +199,7 @@ def test_the_commands_audit_and_judge(
     assert code == 0
     assert "NaN" not in out
     assert Path(json.loads(out)["report"]).exists()
+    monkeypatch.setattr("train.evaluation.gated.FlowSettings", lambda: FlowSettings(steps=20))
     code, out = said("head", str(tmp_path / "head"), *place, "--context", "tissue", "--json")
     assert code == 0
     assert json.loads(out)["gate"]["baseline"]
