@@ -85,7 +85,11 @@ def test_the_head_learns_what_no_baseline_can_say_of_targets_never_seen() -> Non
     study, sets = switched_off()
     train, test = held_out(study, "target")
     method = GatedEffects(
-        "RNA", targets=TargetVectors(sets), candidates=effect_floor("RNA", ("cell_type",), sets), seed=0
+        "RNA",
+        targets=TargetVectors(sets),
+        candidates=effect_floor("RNA", ("cell_type",), sets),
+        settings=FlowSettings(steps=150),
+        seed=0,
     ).fit(train)
     assert method.gate.g > 0.3
     assert method.gate.gain > needed(16)
@@ -155,7 +159,7 @@ def test_over_time_the_head_goes_round_where_baselines_cut_the_corner() -> None:
         study.take((study.obs["time"] != held).to_numpy()),
         study.take((study.obs["time"] == held).to_numpy()),
     )
-    method = GatedForecast("RNA").fit(train)
+    method = GatedForecast("RNA", settings=FlowSettings(steps=150)).fit(train)
     assert (method.gate.baseline, method.gate.g > 0) == ("OT midpoint", True)
     pca, chosen = method.pca.pca, method.pca.features.chosen
     true = pca.transform(truth.logs("RNA")[:, chosen].toarray())

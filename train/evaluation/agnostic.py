@@ -174,15 +174,16 @@ def scatter(count_CH: Matrix, rate_CH: Matrix, r_H: Matrix | None, seed: int) ->
     drawn = poisson(rate_CH) if r_H is None else nbinom(r_H, r_H / (r_H + rate_CH))
     below_CH, at_CH = drawn.cdf(count_CH - 1), drawn.cdf(count_CH)
     pit_CH = below_CH + np.random.default_rng([seed, 17]).random(count_CH.shape) * (at_CH - below_CH)
-    most_H = np.maximum(count_CH.max(axis=0, initial=0), drawn.ppf(1 - BEYOND).max(axis=0, initial=0))
+    most_H = np.maximum(count_CH.max(axis=0, initial=0), np.max(drawn.ppf(1 - BEYOND), axis=0, initial=0))
     crps_CH = np.zeros_like(count_CH)
     for count in range(int(most_H.max(initial=0)) + 1):
         at = np.flatnonzero(most_H >= count)  # what is left of the others is nothing
         rate_CA = rate_CH[:, at]
         if r_H is None:
-            reached_CA = gammaincc(count + 1, rate_CA)
+            reached_CA = np.asarray(gammaincc(count + 1, rate_CA), np.float64)
         else:
-            reached_CA = betainc(r_H[at], count + 1, r_H[at] / (r_H[at] + rate_CA))
+            chance_CA = r_H[at] / (r_H[at] + rate_CA)
+            reached_CA = np.asarray(betainc(r_H[at], count + 1, chance_CA), np.float64)
         crps_CH[:, at] += (reached_CA - (count_CH[:, at] <= count)) ** 2
     return float(crps_CH.mean()), float(kstest(pit_CH.ravel(), "uniform").statistic)
 
