@@ -32,7 +32,7 @@ from store.validate import validate
 from store.writer import LakeWriter
 
 ROOT = Path(__file__).parent.parent
-MOMENTS = int(os.environ.get("SOMAFLOW_FAULTS", "16"))
+MOMENTS = int(os.environ.get("SOMAFLOW_FAULTS", "10"))
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(60 + 30 * MOMENTS)]
 
 

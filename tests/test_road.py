@@ -198,7 +198,7 @@ def test_train_serve_and_answer_on_real_cells(lake: str, tmp_path: Path) -> None
     )
     assert snapshot["n_cells"] == 17490 + 200 + 1000 + 2200
     recipe = str(ROOT / "infra/runs/real-cells/train.toml")
-    settings = [f"lake={lake}", f"output={tmp_path}", "steps=60", "data.global_batch=32", "data.tokens=96"]
+    settings = [f"lake={lake}", f"output={tmp_path}", "steps=30", "data.global_batch=32", "data.tokens=96"]
     trained = ours("train", recipe, *(word for item in settings for word in ("--set", item)))
     assert trained["loss_test"] < trained["loss_test_first"]
     with socket.socket() as probe:

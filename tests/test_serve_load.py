@@ -102,11 +102,12 @@ def test_a_killed_copy_and_changed_checkpoints_give_no_wrong_answer(ray_cluster:
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     def deploy(name: str) -> None:
+        model = {"name": "ModelReplica", "health_check_period_s": 1, "user_config": {"checkpoint": str(made[name])}}
         application = {
             "name": APP,
             "import_path": "serve.deploy:build",
             "args": {"checkpoint": str(made["first"]), "replicas": 2},
-            "deployments": [{"name": "ModelReplica", "user_config": {"checkpoint": str(made[name])}}],
+            "deployments": [model],
         }
         schema = ray.serve.schema.ServeDeploySchema(applications=[application])
         ray.serve.context._get_global_client().deploy_apps(schema, _blocking=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter, write_counts
 from train.__main__ import main
+from train.evaluation.flow import FlowSettings
 from train.evaluation.folds import FoldSettings
 from train.evaluation.head import load_head
 from train.evaluation.judge import Question, judge, look_for_leaks
@@ -24,6 +26,7 @@ from train.evaluation.nulls import dealt_labels, dealt_members
 from train.evaluation.ours import NAME, expected_logs, pretrained
 from train.evaluation.report import write_report
 from train.evaluation.score import REPLICATE
+from train.evaluation.scratch import ScratchSettings, adapt_on
 from train.evaluation.study import read_study
 from train.loop import Run
 from train.predictor import Predictor
@@ -49,7 +52,9 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(lake: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    values = {"lake": lake, "snapshot": "s", "output": str(tmp_path_factory.mktemp("runs")), "workers": 1, "steps": 80}
+    small = {"model": {"width": 32, "layers": 1, "heads": 2}, "data": {"tokens": 64}, "trackers": [], "report": False}
+    output = str(tmp_path_factory.mktemp("runs"))
+    values = {"lake": lake, "snapshot": "s", "output": output, "workers": 1, "steps": 80, **small}
     return Run(parse_settings(RunSettings, values, where="test"), 1).train().checkpoint
 
 
@@ -90,8 +95,9 @@ def test_a_study_is_the_snapshots_cells(lake: str) -> None:
     ],
 )
 def test_every_suite_judges_the_model_beside_floor_and_replicate(
-    lake: str, trained: str, tmp_path: Path, suite: str, words: dict[str, object]
+    lake: str, trained: str, tmp_path: Path, suite: str, words: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("train.evaluation.judge.adapt_on", partial(adapt_on, settings=ScratchSettings(steps=25)))
     judged = judge(question(lake, suite, **words), trained)
     values, scores = judged.values, judged.scores
     methods = {value.method for value in values}
@@ -193,6 +199,7 @@ def test_the_commands_audit_and_judge(
     assert code == 0
     assert "NaN" not in out
     assert Path(json.loads(out)["report"]).exists()
+    monkeypatch.setattr("train.evaluation.gated.FlowSettings", lambda: FlowSettings(steps=20))
     code, out = said("head", str(tmp_path / "head"), *place, "--context", "tissue", "--json")
     assert code == 0
     assert json.loads(out)["gate"]["baseline"]

@@ -131,7 +131,8 @@ def test_what_a_step_reads_is_counted_as_it_is_laid_out(lake: str, tmp_path: Pat
 
 
 def test_the_share_of_a_gpus_arithmetic_is_written_where_its_peak_is_known(lake: str, tmp_path: Path) -> None:  # noqa: F811
-    run = Run(settings(lake, tmp_path, data={"global_batch": 24, "block": 64, "tokens": 32, "micro_batch": 6}), 1)
+    data = {"global_batch": 24, "block": 64, "tokens": 32, "micro_batch": 6}
+    run = Run(settings(lake, tmp_path, report=True, data=data), 1)
     run.peak = 1e12
     run.train()
     rows = read_metrics(tmp_path / "run/metrics.jsonl")

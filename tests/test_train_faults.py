@@ -50,6 +50,14 @@ SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "20
 """Lets Ray miss a node after some 10 s in place of a minute."""
 
 
+@pytest.fixture(scope="module")
+def whole(lake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Where a run of two workers lies that lost nothing."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    together(2, [settings(lake, output, steps=STEPS, workers=2, checkpoint_every=5, deterministic=True)])
+    return output
+
+
 def recipe(lake: str, output: Path) -> Path:  # noqa: F811
     """Write a run's settings as a file, as a user does."""
     told = settings(lake, output, steps=STEPS, workers=2, checkpoint_every=5, deterministic=True)
@@ -144,10 +152,12 @@ def _session_of_cluster(process: psutil.Process) -> int:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_a_killed_worker_and_a_killed_driver_change_nothing(lake: str, tmp_path: Path) -> None:  # noqa: F811
-    random = np.random.default_rng()
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    together(2, [settings(lake, whole, steps=STEPS, workers=2, checkpoint_every=5, deterministic=True)])
+def test_a_killed_worker_and_a_killed_driver_change_nothing(
+    lake: str,  # noqa: F811
+    whole: Path,
+    tmp_path: Path,
+) -> None:
+    random, broken = np.random.default_rng(), tmp_path / "broken"
     path, log = recipe(lake, broken), tmp_path / "log"
     first, second = sorted(random.integers(8, STEPS - 8, 2).tolist())
     with command(path, log) as driver:
@@ -174,6 +184,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(lake: str, tmp_path:
 @pytest.mark.filterwarnings("ignore")  # ray, of its own sockets and processes
 def test_two_nodes_whose_calls_are_late_and_fail_train_together_and_one_that_dies_is_replaced(
     lake: str,  # noqa: F811
+    whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -182,8 +193,7 @@ def test_two_nodes_whose_calls_are_late_and_fail_train_together_and_one_that_die
     for key, value in CHAOS.items():
         monkeypatch.setenv(key, value)
 
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    together(2, [settings(lake, whole, steps=STEPS, workers=2, checkpoint_every=5, deterministic=True)])
+    broken = tmp_path / "broken"
     path, log = recipe(lake, broken), tmp_path / "log"
     small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
@@ -206,9 +216,12 @@ def test_two_nodes_whose_calls_are_late_and_fail_train_together_and_one_that_die
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # ray, of its own sockets and processes
 @pytest.mark.skipif(not possible(), reason="needs network namespaces: Linux, iproute2, root")
-def test_an_elastic_run_goes_on_with_the_workers_that_a_cut_link_leaves(lake: str, tmp_path: Path) -> None:  # noqa: F811
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    together(2, [settings(lake, whole, steps=STEPS, workers=2, checkpoint_every=5)])
+def test_an_elastic_run_goes_on_with_the_workers_that_a_cut_link_leaves(
+    lake: str,  # noqa: F811
+    whole: Path,
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "broken"
     path, log = recipe(lake, broken), tmp_path / "log"
     with Nodes(3, cpus=[0, 1, 1], environment=SOON, logs=tmp_path) as nodes:
         told = [f"address={nodes.address}", "workers_min=1"]

@@ -44,6 +44,8 @@ def settings(lake: str, output: Path, **changes: object) -> RunSettings:
         "steps": 12,
         "workers": 1,
         "checkpoint_every": 4,
+        "trackers": [],
+        "report": False,
         "model": {"width": 16, "layers": 1, "heads": 2},
         "data": {"global_batch": 24, "block": 64, "window": 2, "tokens": 32},
         "optim": {"warmup_steps": 2, "lr": 0.003},
@@ -60,8 +62,11 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_learns_and_leaves_metrics_a_card_and_a_checkpoint(lake: str, tmp_path: Path) -> None:
-    summary = Run(settings(lake, tmp_path, steps=60), 1).train()
+    told = {"report": True, "trackers": ["tensorboard"]}
+    summary = Run(settings(lake, tmp_path, steps=60, **told), 1).train()
     assert summary.loss_test < summary.loss_test_first
+    assert (tmp_path / "run/report.html").exists()
+    assert list((tmp_path / "run/tensorboard").rglob("events.out.tfevents.*"))
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 61))
     assert {"data_wait_s", "forward_backward_s", "optimizer_s", "tokens", "grad_norm"} <= set(rows[0])
@@ -78,11 +83,18 @@ def test_a_run_learns_and_leaves_metrics_a_card_and_a_checkpoint(lake: str, tmp_
     assert json.loads((tmp_path / "run/settings.json").read_text())["steps"] == 60
 
 
+@pytest.fixture(scope="module")
+def whole(lake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run of 12 steps lies that nothing stopped."""
+    output = tmp_path_factory.mktemp("whole")
+    Run(settings(lake, output), 1).train()
+    return output
+
+
 @pytest.mark.parametrize("stop", [5, 8, 11])
 def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
-    lake: str, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+    lake: str, whole: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Run(settings(lake, tmp_path / "whole"), 1).train()
     step = Run._one
 
     def dies(self: Run, cells: object) -> dict[str, float]:
@@ -97,8 +109,8 @@ def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
     run = Run(settings(lake, tmp_path / "broken"), 1)
     assert run.resumed_from == stop // 4 * 4
     run.train()
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    first, second = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert losses(tmp_path / "broken") == losses(whole)
+    first, second = weights(whole), weights(tmp_path / "broken")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -122,6 +134,7 @@ def test_what_was_not_measured_is_null_in_json_and_no_number_in_python(lake: str
 
 def test_other_settings_under_the_same_name_are_refused(lake: str, tmp_path: Path) -> None:
     Run(settings(lake, tmp_path), 1).train()
+    assert not (tmp_path / "run/report.html").exists(), "none was asked for"
     with pytest.raises(ConflictError, match="begun with other settings"):
         Run(settings(lake, tmp_path, seed=9), 1)
     assert Run(settings(lake, tmp_path, steps=14), 1).resumed_from == 12
@@ -257,8 +270,12 @@ def test_training_recovers_the_knock_outs_of_simulated_cells(tmp_path: Path) -> 
                 "lake": uri,
                 "snapshot": "s",
                 "output": str(tmp_path),
-                "steps": 300,
+                "steps": 200,
                 "workers": 1,
+                "trackers": [],
+                "report": False,
+                "model": {"width": 32, "layers": 1, "heads": 2},
+                "data": {"tokens": 64},
             },  # one thread: two crawl when the cores are busy
             where="t",
         ),

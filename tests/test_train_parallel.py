@@ -34,62 +34,75 @@ def assert_close(one: Path, other: Path) -> None:
         torch.testing.assert_close(second[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_shares_micro_batches_and_shards_take_the_same_steps_and_states_move_from_two_to_one_to_two(
-    lake: str,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    def job(name: str, **changes: object) -> RunSettings:
-        return settings(lake, tmp_path / name, **changes)
+MOVING = {"parallel": "fsdp", "optim": {"warmup_steps": 2, "lr": 0.003, "schedule": "wsd", "decay_share": 1.0}}
+STEADY = {"warmup_steps": 2, "lr": 0.003, "schedule": "wsd", "decay_share": 0.01}
+"""The same rate whatever the steps."""
 
-    Run(job("alone"), 1).train()
-    Run(job("micro alone", data=DATA | {"micro_batch": 5}, recompute=True), 1).train()
-    moving = {"parallel": "fsdp", "optim": {"warmup_steps": 2, "lr": 0.003, "schedule": "wsd", "decay_share": 1.0}}
+
+@pytest.fixture(scope="module")
+def by_two(lake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Where runs of two processes lie, which start once for all of them."""
+    output = tmp_path_factory.mktemp("two")
+
+    def job(name: str, **changes: object) -> RunSettings:
+        return settings(lake, output / name, **changes)
+
     jobs = [
         job("shares"),
         job("micro", data=DATA | {"micro_batch": 5}),
         job("shards", parallel="fsdp", data=DATA | {"micro_batch": 7}),
-        job("whole", **moving),
-        job("moved", **moving, steps=12),
+        job("whole", **MOVING),
+        job("moved", **MOVING, steps=12),
+        job("grows", steps=5, optim=STEADY),
     ]
     assert together(2, jobs) == [0] * len(jobs)
-    for name in ("micro alone", "shares", "micro", "shards"):
-        assert_close(tmp_path / "alone", tmp_path / name)
-    state = valid_states(tmp_path / "moved/run/state")
+    return output
+
+
+def test_shares_micro_batches_and_shards_take_the_same_steps_and_states_move_from_two_to_one_to_two(
+    lake: str,  # noqa: F811
+    by_two: Path,
+    tmp_path: Path,
+) -> None:
+    Run(settings(lake, tmp_path / "alone"), 1).train()
+    Run(settings(lake, tmp_path / "micro alone", data=DATA | {"micro_batch": 5}, recompute=True), 1).train()
+    for other in (tmp_path / "micro alone", by_two / "shares", by_two / "micro", by_two / "shards"):
+        assert_close(tmp_path / "alone", other)
+    moved = settings(lake, by_two / "moved", **MOVING)
+    state = valid_states(by_two / "moved/run/state")
     assert [path.name[:14] for path in state] == ["step_000000008", "step_000000012"]
     for path in state[-1:]:  # stop it at 8, go on alone to 10, and on two again to the end
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
     # the schedule counts all steps, so the last ones are taken by the same settings
-    alone = Run(job("moved", **moving), 1)
+    alone = Run(moved, 1)
     assert alone.resumed_from == 8
     alone.train()
-    assert_close(tmp_path / "whole", tmp_path / "moved")
-    for path in valid_states(tmp_path / "moved/run/state")[-1:]:
+    assert_close(by_two / "whole", by_two / "moved")
+    for path in valid_states(by_two / "moved/run/state")[-1:]:
         (path / "manifest.json").unlink()
-    assert together(2, [job("moved", **moving)]) == [8]
-    assert_close(tmp_path / "whole", tmp_path / "moved")
+    assert together(2, [moved]) == [8]
+    assert_close(by_two / "whole", by_two / "moved")
 
 
-def test_a_run_goes_on_with_one_worker_and_then_with_three_over_the_same_cells(lake: str, tmp_path: Path) -> None:  # noqa: F811
-    optim = {"warmup_steps": 2, "lr": 0.003, "schedule": "wsd", "decay_share": 0.01}  # the same rate whatever the steps
-
-    def job(name: str, steps: int) -> RunSettings:
-        return settings(lake, tmp_path / name, steps=steps, optim=optim)
-
-    whole = Run(job("whole", 15), 1)
+def test_a_run_goes_on_with_one_worker_and_then_with_three_over_the_same_cells(
+    lake: str,  # noqa: F811
+    by_two: Path,
+    tmp_path: Path,
+) -> None:
+    whole = Run(settings(lake, tmp_path / "whole", steps=15, optim=STEADY), 1)
     recorded(whole)
     whole.train()
-    resumed = together(2, [job("moved", 5)])
-    alone = Run(job("moved", 10), 1)
+    alone = Run(settings(lake, by_two / "grows", steps=10, optim=STEADY), 1)
     recorded(alone)
     alone.train()
-    resumed += [alone.resumed_from, *together(3, [job("moved", 15)])]
-    assert resumed == [0, 5, 10]
-    first, second = rows_of(tmp_path / "whole/run"), rows_of(tmp_path / "moved/run")
+    resumed = [alone.resumed_from, *together(3, [settings(lake, by_two / "grows", steps=15, optim=STEADY)])]
+    assert resumed == [5, 10]
+    first, second = rows_of(tmp_path / "whole/run"), rows_of(by_two / "grows/run")
     assert sorted(first) == list(range(15))
     assert first == second
-    assert_close(tmp_path / "whole", tmp_path / "moved")
+    assert_close(tmp_path / "whole", by_two / "grows")
 
 
 def test_every_rank_takes_as_many_parts() -> None:

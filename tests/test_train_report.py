@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 
 def settings(lake: str, output: Path, **changes: object) -> RunSettings:  # noqa: F811
-    return run_settings(lake, output, **({"optim": {"warmup_steps": 2, "lr": 0.004}} | changes))
+    return run_settings(lake, output, **({"report": True, "optim": {"warmup_steps": 2, "lr": 0.004}} | changes))
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,10 @@ from store.cluster import cluster_address, ray_cluster, refuse_fleeting
 from store.errors import InputRefused, MissingError, SomaflowError, StorageError, UsageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
+from train.folder import begun_otherwise, exported, fingerprint, run_folder, valid_states
 from train.gauges import Gauges
-from train.loop import Run, begun_otherwise, exported, fingerprint, run_folder
 from train.record import Summary, kept_metrics, read_summary
 from train.settings import RunSettings
-from train.state import valid_states
 
 POLL_S = 0.5
 RESIZE_S = 300.0
@@ -39,6 +38,8 @@ Progress = Callable[[int, float], None]
 
 def _worker(config: dict[str, Any]) -> None:
     """Run in each worker's process; the first one leaves the summary in the run's folder."""
+    from train.loop import Run  # neither the driver nor Ray's controller waits for them
+
     settings = RunSettings.model_validate(config)
     context = ray.train.get_context()
     run = Run(settings, context.get_world_size())

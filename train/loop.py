@@ -5,7 +5,6 @@ It knows nothing of Ray: it runs in one process, under torchrun, and under Ray T
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from store.errors import ConflictError, UsageError, VerificationError
+from store.errors import UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.adapter import AdapterSettings, save_adapter
@@ -37,6 +36,7 @@ from train.card import describe, write_card
 from train.cells import PROMPTS, Cells, Csr
 from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
+from train.folder import begun_otherwise, exported, fingerprint, run_folder
 from train.labels import Labels, read_labels
 from train.model import CellModel
 from train.novelty import HELD_OUT_CELLS, REFERENCE_CELLS, Reference, first_cells, make_reference
@@ -53,14 +53,6 @@ from train.tokens import TokenSettings
 BASELINE_CELLS = 16384
 EVALUATION_STEPS = 20
 WARNED_EVERY = 10
-RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
-MEANS = ("parallel", "recompute", "compile", "collective_timeout_s", "patience_s")
-KEPT = ("keep_last", "keep_best", "evaluate_every", "trackers")
-FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS, *KEPT), True) | {
-    "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},
-    "adapter": {"base": True},
-}
-"""What may change between two starts of the same run."""
 Observer = Callable[[dict[str, float]], object]
 """Told of a step's figures."""
 
@@ -72,32 +64,6 @@ def unobserved(row: dict[str, float]) -> None:
 def never() -> bool:
     """Warn of nothing."""
     return False
-
-
-def run_folder(settings: RunSettings) -> Path:
-    """Return the folder of a run."""
-    return Path(settings.output).absolute() / settings.name
-
-
-def fingerprint(settings: RunSettings, snapshot_id: str) -> str:
-    """Digest what a run must keep to be the same run: everything but its length, workers, and where and how it runs."""
-    values = settings.model_dump(mode="json", exclude=FREE) | {"snapshot_id": snapshot_id}
-    if settings.adapter.base:
-        values["base_sha256"] = checkpoint.read_manifest(settings.adapter.base)["model_sha256"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def exported(settings: RunSettings) -> str:
-    """Return the name of the folder that a run leaves its result in."""
-    return "adapter" if settings.adapter.base else "checkpoint"
-
-
-def begun_otherwise(folder: Path, settings: RunSettings) -> ConflictError:
-    """Return the error of a run whose folder holds a training state of other settings."""
-    return ConflictError(
-        f"{folder}: run {settings.name!r} was begun with other settings or another snapshot; choose another name, or "
-        "remove the folder"
-    )
 
 
 class Run:
@@ -315,7 +281,7 @@ class Run:
         for tracker in self.accelerator.trackers:  # end_training() would also end the launcher's process group
             tracker.finish()
         self._export(self.loss_test)
-        if self.rank == 0:
+        if self.rank == 0 and settings.report:
             from train.report import write_report  # draws; not needed before
 
             write_report(self.folder)

@@ -178,7 +178,7 @@ class _Folder:
 
 
 def figures(rows: Sequence[Row]) -> Figures:
-    """Sum up a run's rows (see ``train.loop.read_metrics``)."""
+    """Sum up a run's rows (see ``train.record.read_metrics``)."""
     table = _table(rows)
     seconds = _seconds(table)
     parts = {part: table[part].dropna() for part in PARTS if table[part].notna().any()}

@@ -193,6 +193,8 @@ class RunSettings(Settings):
     """Steps between evaluations on ``data.test_split``; 0 evaluates at the beginning and at the end."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where losses are shown besides metrics.jsonl: Accelerate's trackers by name (mlflow, wandb, trackio, ...)."""
+    report: bool = True
+    """Draw ``report.html`` at the end; ``python -m train report`` draws it at any time."""
     threads: int = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
     address: str | None = None

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, diags_array, hstack
 from scipy.special import logit
-from sklearn.decomposition import TruncatedSVD
 
 from train.likelihood import COUNTS, Likelihood
 from train.model import CellModel
@@ -139,6 +138,8 @@ def principal_axes(logs: Mapping[str, csr_matrix], width: int, seed: int = 0) ->
     n_axes = min(width, joint_CF.shape[0] - 1, joint_CF.shape[1] - 1)
     axes_FD = np.zeros((joint_CF.shape[1], width), np.float32)
     if n_axes > 0 and joint_CF.nnz:
+        from sklearn.decomposition import TruncatedSVD  # a second to import: only who begins a model waits
+
         found = TruncatedSVD(n_axes, random_state=seed).fit(joint_CF)
         axes_FD[:, :n_axes] = found.components_.T
     first = np.cumsum([0, *(block.shape[1] for block in blocks)])

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from store.errors import InputRefused
 from store.lake import utc_now
 from train.checkpoint import MANIFEST, read_manifest, write_manifest
+from train.folder import valid_states
 
 
 class States:
@@ -163,11 +164,6 @@ def one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def valid_states(folder: Path) -> list[Path]:
-    """Return the finished states in a folder, oldest first; bytes are compared when one is loaded."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -109,7 +109,8 @@ def workers(settings: RunSettings) -> Answer:
 
 def from_metrics(settings: RunSettings) -> Answer:
     """Return what a run's own metrics say of the steps after warm-up, and the wall clock between their lines."""
-    from train.loop import read_metrics, run_folder
+    from train.folder import run_folder
+    from train.record import read_metrics
 
     rows = read_metrics(run_folder(settings) / "metrics.jsonl")
     sums = {key: sum(row[key] for row in rows[WARM:]) for key in (*PARTS, "tokens")}

@@ -14,6 +14,7 @@ from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import betainc, gammaincc
 from scipy.stats import kstest, nbinom, poisson
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
@@ -34,6 +35,8 @@ AGNOSTIC: dict[str, Way] = {
 }
 MOST_CELLS = MOST_FEATURES = 200
 """How counts scatter is judged on so many cells and features."""
+BEYOND = 1e-6
+"""Chance of counts that are not looked at."""
 PSEUDO = 1e-6
 Matrix = NDArray[np.float64]
 
@@ -171,10 +174,17 @@ def scatter(count_CH: Matrix, rate_CH: Matrix, r_H: Matrix | None, seed: int) ->
     drawn = poisson(rate_CH) if r_H is None else nbinom(r_H, r_H / (r_H + rate_CH))
     below_CH, at_CH = drawn.cdf(count_CH - 1), drawn.cdf(count_CH)
     pit_CH = below_CH + np.random.default_rng([seed, 17]).random(count_CH.shape) * (at_CH - below_CH)
-    most = int(max(count_CH.max(initial=0), np.max(drawn.ppf(0.999), initial=0)))
+    most_H = np.maximum(count_CH.max(axis=0, initial=0), np.max(drawn.ppf(1 - BEYOND), axis=0, initial=0))
     crps_CH = np.zeros_like(count_CH)
-    for count in range(most + 1):
-        crps_CH += (drawn.cdf(count) - (count_CH <= count)) ** 2
+    for count in range(int(most_H.max(initial=0)) + 1):
+        at = np.flatnonzero(most_H >= count)  # what is left of the others is nothing
+        rate_CA = rate_CH[:, at]
+        if r_H is None:
+            reached_CA = np.asarray(gammaincc(count + 1, rate_CA), np.float64)
+        else:
+            chance_CA = r_H[at] / (r_H[at] + rate_CA)
+            reached_CA = np.asarray(betainc(r_H[at], count + 1, chance_CA), np.float64)
+        crps_CH[:, at] += (reached_CA - (count_CH[:, at] <= count)) ** 2
     return float(crps_CH.mean()), float(kstest(pit_CH.ravel(), "uniform").statistic)
 
 

@@ -1,0 +1,56 @@
+"""This module is a run's folder: where it lies, what it must keep to be the same run's, and what is finished in it.
+
+Who launches a run needs no more of it, and does not wait for the loop's imports.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from store.errors import ConflictError
+from train import checkpoint
+from train.checkpoint import MANIFEST
+from train.settings import RunSettings
+
+RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
+MEANS = ("parallel", "recompute", "compile", "collective_timeout_s", "patience_s")
+KEPT = ("keep_last", "keep_best", "evaluate_every", "trackers", "report")
+FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS, *KEPT), True) | {
+    "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},
+    "adapter": {"base": True},
+}
+"""What may change between two starts of the same run."""
+
+
+def run_folder(settings: RunSettings) -> Path:
+    """Return the folder of a run."""
+    return Path(settings.output).absolute() / settings.name
+
+
+def fingerprint(settings: RunSettings, snapshot_id: str) -> str:
+    """Digest what a run must keep to be the same run: everything but its length, workers, and where and how it runs."""
+    values = settings.model_dump(mode="json", exclude=FREE) | {"snapshot_id": snapshot_id}
+    if settings.adapter.base:
+        values["base_sha256"] = checkpoint.read_manifest(settings.adapter.base)["model_sha256"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def exported(settings: RunSettings) -> str:
+    """Return the name of the folder that a run leaves its result in."""
+    return "adapter" if settings.adapter.base else "checkpoint"
+
+
+def begun_otherwise(folder: Path, settings: RunSettings) -> ConflictError:
+    """Return the error of a run whose folder holds a training state of other settings."""
+    return ConflictError(
+        f"{folder}: run {settings.name!r} was begun with other settings or another snapshot; choose another name, or "
+        "remove the folder"
+    )
+
+
+def valid_states(folder: Path) -> list[Path]:
+    """Return the finished states in a folder, oldest first; bytes are compared when one is loaded."""
+    return sorted(path.parent for path in folder.glob(f"step_*/{MANIFEST}"))
