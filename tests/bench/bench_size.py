@@ -98,6 +98,7 @@ def measure(folder: Path, cells: int, genes: int) -> dict[str, float]:
     found["lake_bytes"] = bytes_of(lake / "census_data/homo_sapiens/ms/RNA/X")
     found["obs_bytes"] = bytes_of(lake) - bytes_of(lake / "snapshots") - found["lake_bytes"]
     found["snapshot_bytes"] = bytes_of(lake / "snapshots")
+    found["load_after"] = os.getloadavg()[0]
     return found
 
 
@@ -156,7 +157,7 @@ def page(found: list[tuple[dict[str, float], dict[str, float]]], lines: list[dic
     ]
     return PAGE.read_text(encoding="utf-8").format(
         rows="\n".join(rows),
-        loads=", ".join(f"{one['load']:.1f}" for one, _ in found),
+        loads=", ".join(f"{one['load']:.1f} to {one['load_after']:.1f}" for one, _ in found),
         verdict="\n".join(verdict),
         machine=platform.machine(),
         cores=os.cpu_count(),
