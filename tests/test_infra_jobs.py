@@ -275,7 +275,8 @@ def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -
     failed = jobs(head, "submit --name fails --cpus 1 --wait -- python -c 'print(\"so far\"); raise SystemExit(3)'")
     assert failed.returncode == 3
     assert "so far" in failed.stdout
-    waiting = subprocess.Popen(
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its
+    waiting = subprocess.Popen(  # children
         [
             *(sys.executable, "infra/jobs.py", "submit", "--address", head.dashboard, "--name", "stays", "--wait"),
             *("--", "python", "-c", "import time; print('begun'); time.sleep(600)"),
@@ -286,6 +287,7 @@ def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -
         stderr=subprocess.PIPE,
         text=True,
     )
+    signal.signal(signal.SIGINT, before)
     assert waiting.stdout is not None
     with waiting:
         assert any(line == "begun\n" for line in iter(waiting.stdout.readline, ""))
