@@ -29,7 +29,7 @@ from serve.npz import NPZ, write_npz
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 
-FUZZED = int(os.environ.get("SOMAFLOW_FUZZ", "250"))
+FUZZED = int(os.environ.get("SOMAFLOW_FUZZ", "400"))
 """Damaged bodies that are sent, over all forms."""
 GROWTH_BYTES = 128 * 2**20
 """The server's own memory may grow by so much from the first hundred bodies on; its readers have a limit of theirs."""
