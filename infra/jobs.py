@@ -27,6 +27,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ CONNECT_S = 5
 LOST_S = 60.0
 """Seconds without an answer of the dashboard after which a job is no longer waited for."""
 STOP_S = 30.0
+SHOWN_CHARACTERS = 120
 USAGE, UNREACHABLE, STOPPED, INTERRUPTED = 2, 5, 7, 130
 """Exit statuses beside the job's own; the first three mean the same as in ``store.errors``."""
 FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, ray.exceptions.RayError)
@@ -318,10 +320,10 @@ def status(options: argparse.Namespace) -> int:
         return 0
     table = Table(box=None, pad_edge=False)
     for column in ("job", "state", "since", "took"):
-        table.add_column(column, no_wrap=True, overflow="fold")
-    table.add_column("command", no_wrap=True, overflow="ellipsis")
+        table.add_column(column, no_wrap=True)
+    table.add_column("command", overflow="fold")  # the one that gives way
     for job in jobs:
-        command = " ".join(job.entrypoint.split())
+        command = textwrap.shorten(job.entrypoint, SHOWN_CHARACTERS, placeholder=" ...")
         table.add_row(job.submission_id, _state(job), _clock(job.start_time), _took(job), command, style=_style(job))
     console.print(table)
     for job in jobs if options.name else ():

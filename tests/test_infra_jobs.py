@@ -9,12 +9,11 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +141,20 @@ def test_a_jobs_package_holds_the_code_and_little_else(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- on a cluster
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with ray_head(tmp_path_factory.mktemp("head") / "log") as running:
+    with ray_head(tmp_path_factory.mktemp("head") / "log", cpus=4) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def training(head: Head, tiny_lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+    """A run that is submitted and goes on beside other tests, since it mostly waits for one process after the other."""
+    folder = tmp_path_factory.mktemp("training")
+    lake = shutil.copytree(tiny_lake, folder / "lake")
+    create_snapshot(str(lake), "s", SnapshotSettings(seed=2, measurements=("RNA",), organisms=("homo_sapiens",)))
+    recipe = folder / "run.toml"
+    recipe.write_text(TRAIN.format(lake=lake, output=folder / "job"))
+    with begun(head, printed("python infra/jobs.py submit", "train", head, RUN_toml=recipe)) as waiting:
+        yield folder, waiting
 
 
 def typed(head: Head, line: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -159,6 +170,17 @@ def typed(head: Head, line: str, **more: str) -> subprocess.CompletedProcess[str
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+@contextmanager
+def begun(head: Head, line: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a line as a user types it; kill it at the end if it goes on."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(shlex.split(line), cwd=ROOT, env=head.environment, text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def jobs(head: Head, line: str) -> subprocess.CompletedProcess[str]:
@@ -208,12 +230,26 @@ def content(lake: Path) -> tuple[pd.DataFrame, Any]:
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_a_job_whose_driver_is_killed_goes_on_as_its_second_attempt_and_ends_as_if_nothing_had_been(
-    head: Head, tmp_path: Path
+    head: Head, training: Any, tmp_path: Path
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for lake in (whole, broken):
         sources = [SOURCE.format(name=name, cells=100 + 20 * place) for place, name in enumerate(DATASETS)]
         lake.with_suffix(".toml").write_text("\n".join([f'lake = "{lake}"', *sources]))
+    ray_itself = printed("ray job submit", "ingest", head, JOB_toml=f"{whole}.toml")
+    with begun(head, ray_itself) as undisturbed:
+        _kill_and_submit_again(head, broken)
+        said, _ = undisturbed.communicate(timeout=LIMIT_S)
+    assert undisturbed.returncode == 0, said[-3000:]
+    ran = [job for job in JobSubmissionClient(head.dashboard).list_jobs() if "ingest" in job.entrypoint]
+    assert [bool(job.driver_info) for job in ran] == [True] * 3, "a driver without --address started its own Ray"
+    cells, counts = content(broken)
+    expected, expected_counts = content(whole)
+    pd.testing.assert_frame_equal(cells, expected)
+    assert (counts != expected_counts).nnz == 0
+
+
+def _kill_and_submit_again(head: Head, broken: Path) -> None:
     line = f"-- python -m ingest run {broken}.toml"
     first = json.loads(jobs(head, f"submit --json {line}").stdout)
     name, until = first["job"]["name"], time.monotonic() + LIMIT_S
@@ -227,44 +263,33 @@ def test_a_job_whose_driver_is_killed_goes_on_as_its_second_attempt_and_ends_as_
         driver.send_signal(signal.SIGKILL)
     assert len(in_the_lake(broken)) < len(DATASETS), "it was killed too late to tell"
 
-    ray_itself = printed("ray job submit", "ingest", head, JOB_toml=f"{whole}.toml")
-    undisturbed = typed(head, ray_itself)
-    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
-    listed = json.loads(typed(head, f"python infra/jobs.py status --json --address {head.address}").stdout)["jobs"]
-    assert {job["state"] for job in listed if "ingest" in job["command"]} == {"SUCCEEDED", "FAILED"}
-    ran = [job for job in JobSubmissionClient(head.dashboard).list_jobs() if "ingest" in job.entrypoint]
-    joined = [bool(job.driver_info) for job in ran]
-    assert joined == [True, True], "a driver without --address started a Ray of its own"
-
+    until = time.monotonic() + LIMIT_S
+    while state(head, name)[-1]["state"] != "FAILED":
+        assert time.monotonic() < until, "nobody missed the driver"
+        time.sleep(0.2)
     again = jobs(head, f"submit --wait {line}")
     assert again.returncode == 0, again.stdout[-3000:]
     assert "in the lake already" in again.stdout
-    told = state(head, name)
+    status = typed(head, f"python infra/jobs.py status --json {name} --address {head.address}")
+    told = json.loads(status.stdout)["jobs"]
     assert [(job["attempt"], job["state"], job["exit_status"]) for job in told] == [
         (1, "FAILED", 137),
         (2, "SUCCEEDED", 0),
     ]
-    cells, counts = content(broken)
-    expected, expected_counts = content(whole)
-    pd.testing.assert_frame_equal(cells, expected)
-    assert (counts != expected_counts).nnz == 0
     third = json.loads(jobs(head, f"submit --wait --json {line}").stdout)
     assert (third["how"], third["job"]["attempt"]) == ("done", 2)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_a_run_as_a_job_gets_the_losses_of_the_same_run_here(head: Head, tiny_lake: Path, tmp_path: Path) -> None:
-    lake = shutil.copytree(tiny_lake, tmp_path / "lake")
-    create_snapshot(str(lake), "s", SnapshotSettings(seed=2, measurements=("RNA",), organisms=("homo_sapiens",)))
-    recipe = tmp_path / "run.toml"
-    recipe.write_text(TRAIN.format(lake=lake, output=tmp_path / "job"))
-    done = typed(head, printed("python infra/jobs.py submit", "train", head, RUN_toml=recipe))
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert re.search(r"^step [1-6] of 6, loss ", done.stdout, re.MULTILINE)
-    here = tomllib.loads(TRAIN.format(lake=lake, output=tmp_path / "here"))
+def test_a_run_as_a_job_gets_the_losses_of_the_same_run_here(training: tuple[Path, Any]) -> None:
+    folder, waiting = training
+    said, _ = waiting.communicate(timeout=LIMIT_S)
+    assert waiting.returncode == 0, said[-3000:]
+    assert re.search(r"^step [1-6] of 6, loss ", said, re.MULTILINE)
+    here = tomllib.loads(TRAIN.format(lake=folder / "lake", output=folder / "here"))
     Run(RunSettings.model_validate(here), 1).train()
-    losses = [[row["loss"] for row in read_metrics(tmp_path / of / "tiny/metrics.jsonl")] for of in ("job", "here")]
+    losses = [[row["loss"] for row in read_metrics(folder / of / "tiny/metrics.jsonl")] for of in ("job", "here")]
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
 
@@ -275,21 +300,11 @@ def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -
     failed = jobs(head, "submit --name fails --cpus 1 --wait -- python -c 'print(\"so far\"); raise SystemExit(3)'")
     assert failed.returncode == 3
     assert "so far" in failed.stdout
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its
-    waiting = subprocess.Popen(  # children
-        [
-            *(sys.executable, "infra/jobs.py", "submit", "--address", head.dashboard, "--name", "stays", "--wait"),
-            *("--", "python", "-c", "import time; print('begun'); time.sleep(600)"),
-        ],
-        cwd=ROOT,
-        env=head.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    signal.signal(signal.SIGINT, before)
-    assert waiting.stdout is not None
-    with waiting:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell ignores it, its children do too
+    line = f"python infra/jobs.py submit --address {head.dashboard} --name stays --wait -- python -c "
+    with begun(head, line + shlex.quote("import time; print('begun'); time.sleep(600)")) as waiting:
+        signal.signal(signal.SIGINT, before)
+        assert waiting.stdout is not None
         assert any(line == "begun\n" for line in iter(waiting.stdout.readline, ""))
         waiting.send_signal(signal.SIGINT)
         _, told = waiting.communicate(timeout=30)
