@@ -173,22 +173,29 @@ def test_killed_workers_and_readers_change_nothing_in_the_end(
     assert hits >= MOMENTS * share / 2
 
 
-def raylets() -> list[psutil.Process]:
-    """Return the raylets of this machine; processes that end meanwhile are none."""
-    return [process for process in psutil.process_iter(["name"]) if "raylet" in (process.info["name"] or "")]
+def raylets(mark: str) -> list[psutil.Process]:
+    """Return the raylets of drivers that got a mark; those of others on this machine are let alone."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            if "raylet" in (process.info["name"] or "") and process.environ().get("SOMAFLOW_MARK") == mark:
+                found.append(process)
+        except psutil.Error:
+            continue  # it ended meanwhile, or is of another user
+    return found
 
 
 def test_killed_drivers_change_nothing_in_the_end(
     tmp_path: Path, sources: tuple[SourceSettings, ...], unbroken: dict[str, object]
 ) -> None:
     rng = np.random.default_rng(3)
-    before = {process.pid for process in raylets()}
+    mark = str(tmp_path)
     seen: list[int] = []
     whole_s = 0.0  # from start-up to the end of the first driver, which nobody kills
     for number in range(-1, max(1, round(MOMENTS * 0.3))):
         uri = str(tmp_path / f"lake{number}")
         command = [sys.executable, "-m", "ingest", "run", *(source.uri for source in sources), "--lake", uri]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "SOMAFLOW_MARK": mark}
         driver = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -198,9 +205,13 @@ def test_killed_drivers_change_nothing_in_the_end(
         while not Path(uri, "somaflow/running").exists() and time.monotonic() - started < 20 and driver.poll() is None:
             time.sleep(0.02)
         if number < 0:
-            begin = time.monotonic()
-            assert driver.wait(200) == 0
+            begin, marked = time.monotonic(), False
+            while driver.poll() is None and time.monotonic() - begin < 200:
+                marked = marked or bool(raylets(mark))
+                time.sleep(0.1)
+            assert driver.wait(1) == 0
             whole_s = time.monotonic() - begin
+            assert marked, "its raylet was not found, so none would be missed below"
             continue
         try:
             driver.wait(patience)
@@ -217,7 +228,7 @@ def test_killed_drivers_change_nothing_in_the_end(
     assert len(set(seen)) > 1 or len(seen) < 8, "every driver was killed at the same commit"
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        left = [process for process in raylets() if process.pid not in before]
+        left = raylets(mark)
         if not left:
             return
         time.sleep(0.5)
