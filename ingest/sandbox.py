@@ -42,6 +42,7 @@ SHARE = 0.6
 IDLE_S = 10.0
 """A child that nobody asks for so long ends, and gives back its memory; the next question starts another."""
 
+LEFT = 0
 CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS}
 """Ends after which a question is asked once more: libraries crash on sound files now and then, bad files always do."""
 
@@ -164,7 +165,7 @@ class Reader:
         deadline = time.monotonic() + self.timeout_s
         # a child sees the file as it was when it opened it, so each version of a file gets a child of its own
         another = self._opened_as not in (None, words.get("fingerprint"))
-        if another or self._child.poll() == 0:  # or nobody asked for a while, so it left
+        if another or self._child.poll() == LEFT:  # or nobody asked for a while, so it left
             self._stop()
             self._start()
         self._opened_as = words.get("fingerprint", "")
@@ -175,7 +176,7 @@ class Reader:
                 tables = {name: self._table(deadline) for name in header["tables"]}
                 break
             except (BrokenPipeError, EOFError):
-                if last_try or self._child.wait() not in CRASHES:
+                if last_try or self._child.wait() not in {LEFT, *CRASHES}:  # it may leave just as it is asked
                     raise InputRefused(f"{self.source.uri}: {self._death()}") from None
                 self._stop()
                 self._start()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -116,6 +118,18 @@ def test_a_crash_a_stall_and_a_kill_are_told_apart_and_refuse_only_that_file(
             opened.inspect()
     with reader(path) as opened:
         assert opened.inspect()[1].n_obs == 40
+
+
+def test_a_child_that_leaves_just_as_it_is_asked_is_followed_by_another(tmp_path: Path) -> None:
+    with reader(honest(tmp_path / "honest.h5ad")) as opened:
+        opened._stop()  # in its place one that has closed its pipes and is about to end, as after a long idle time
+        request_read, opened._request = os.pipe()
+        opened._answer, answer_write = os.pipe()
+        opened._child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"])
+        os.close(request_read)
+        os.close(answer_write)
+        assert opened._child.poll() is None
+        assert opened.inspect()[1].n_obs > 0
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
