@@ -347,7 +347,7 @@ class Client:
         """
         asked = {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
         reply = self._ask("POST", "/v1/forecast", _whole(cells, prompts, asked | self._adapter))
-        return {name: _effect("", name, part, reply["features"]) for name, part in reply["effects"].items()}
+        return {name: _effect("", name, part, reply) for name, part in reply["effects"].items()}
 
     def generate(
         self,
