@@ -27,6 +27,8 @@ PORT = 6379
 START_S = 90
 """Seconds that a node may take to start."""
 STORE_BYTES = 100 * 2**20
+SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
+"""An environment that lets Ray miss a node after some 10 s in place of a minute."""
 
 
 def possible() -> bool:

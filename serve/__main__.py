@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -76,8 +76,8 @@ def run(
             "port": free_port(settings.host, settings.port),
             "checkpoint": str(Path(settings.checkpoint).resolve()),
             "lakes": {name: open_lake(uri).uri for name, uri in settings.lakes.items()},
-            "heads": {name: str(Path(folder).resolve()) for name, folder in settings.heads.items()},
-            "adapters": {name: str(Path(folder).resolve()) for name, folder in settings.adapters.items()},
+            "heads": _absolute(settings.heads),
+            "adapters": _absolute(settings.adapters),
         }
     )
     _serve(settings, token, as_json=as_json)
@@ -95,7 +95,11 @@ def resolved(settings: ServeSettings) -> dict[str, dict[str, str]]:
 
     check_sources(settings.cells, settings.snapshots)
     lakes = {name: lake if "://" in lake else str(Path(lake).resolve()) for name, lake in settings.snapshots.items()}
-    return {"cells": {name: str(Path(path).resolve()) for name, path in settings.cells.items()}, "snapshots": lakes}
+    return {"cells": _absolute(settings.cells), "snapshots": lakes}
+
+
+def _absolute(paths: Mapping[str, str]) -> dict[str, str]:
+    return {name: str(Path(path).resolve()) for name, path in paths.items()}
 
 
 @app.command("embed-lake")

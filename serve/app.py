@@ -10,7 +10,7 @@ import asyncio
 import datetime as dt
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,9 +126,7 @@ class Loaded:
             FieldRefused: There is no such adapter, or it cannot be used.
         """
         if adapter and adapter not in self.description.adapters:
-            why = self.description.adapters_refused.get(adapter)
-            known = ", ".join(sorted(self.description.adapters)) or "none"
-            raise FieldRefused("adapter", f"{adapter} cannot be used: {why}" if why else f"this server knows {known}")
+            raise _no_such("adapter", adapter, self.description.adapters, self.description.adapters_refused)
         return replace(self.description, adapter=adapter)
 
     def head(self, request: PerturbRequest) -> HeadCard | None:
@@ -143,9 +141,7 @@ class Loaded:
                 raise FieldRefused("context", "only a head takes it; name one in 'head', or say it in 'prompts'")
             return None
         if found is None:
-            why = self.description.heads_refused.get(name)
-            known = ", ".join(sorted(self.description.heads)) or "none"
-            raise FieldRefused("head", f"{name} cannot be used: {why}" if why else f"this server knows {known}")
+            raise _no_such("head", name, self.description.heads, self.description.heads_refused)
         if request.adapter:
             raise FieldRefused("adapter", "a head answers without the model, so without its adapters; leave one out")
         if found.measurement not in request.counts:
@@ -162,6 +158,13 @@ class Loaded:
     def sha256(self) -> str:
         """The digest of its weights."""
         return str(self.description.manifest["model_sha256"])
+
+
+def _no_such(field: str, name: str, usable: Iterable[str], refused: Mapping[str, str]) -> FieldRefused:
+    """Return the error of a name that this server does not know, or cannot use."""
+    if name in refused:
+        return FieldRefused(field, f"{name} cannot be used: {refused[name]}")
+    return FieldRefused(field, f"this server knows {', '.join(sorted(usable)) or 'none'}")
 
 
 class Desk:

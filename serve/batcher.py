@@ -185,8 +185,8 @@ class Batcher(Generic[P, R]):
                 raise Unavailable("the server is stopping; try again")
             in_time = math.inf
             if self._tokens_per_s:
-                left_s = self._queue_s - waited_s + min(0.0, self._clock() - self._free_at())
-                in_time = max(0.0, left_s * self._tokens_per_s)
+                gone_s = waited_s + max(0.0, self._free_at() - self._clock())
+                in_time = max(0.0, (self._queue_s - gone_s) * self._tokens_per_s)
             allowed = min(self._queue_tokens, in_time)
             if self._waiting_tokens and self._waiting_tokens + tokens > allowed:
                 raise Overloaded(

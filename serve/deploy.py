@@ -14,12 +14,10 @@ import io
 import logging
 import math
 import os
-import socket
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,9 +28,6 @@ from numpy.typing import NDArray
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-import serve
-import store
-import train
 from serve.access import read_tokens
 from serve.app import make_app
 from serve.atlas import Atlas
@@ -45,6 +40,7 @@ from serve.model import Columns, Description, Question
 from serve.replica import Loader, Replica
 from serve.settings import ServeSettings
 from serve.workers import RayJobs
+from store.cluster import probe, runtime_env
 from store.errors import InputRefused, MissingError, SomaflowError
 from store.settings import parse_settings
 
@@ -242,11 +238,10 @@ def _start_ray(settings: ServeSettings) -> None:
         os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.door.at_proxy")
         ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
         return
-    _check_address(settings.address)
-    packages = [str(Path(module.__file__).parent) for module in (serve, store, train) if module.__file__]
     try:
-        ray.init(settings.address, runtime_env={"py_modules": packages}, **quiet)
-    except (ConnectionError, ValueError) as error:
+        probe(settings.address)
+        ray.init(settings.address, runtime_env=runtime_env(("serve", "store", "train")), **quiet)
+    except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise MissingError(f"no Ray cluster answers at {settings.address!r} ({reason}); check --address") from None
 
@@ -254,17 +249,6 @@ def _start_ray(settings: ServeSettings) -> None:
 def _for_jobs(settings: ServeSettings) -> int:
     """Return the CPUs that Ray is told of for a bulk job: of low priority, so that it may share the model's."""
     return math.ceil(settings.jobs.workers * settings.jobs.cpus) if settings.lakes else 0
-
-
-def _check_address(address: str) -> None:
-    """Refuse an address where nobody listens: Ray itself would try for ten minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if not colon or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        raise MissingError(f"no Ray cluster answers at {address!r} ({error}); check --address") from None
 
 
 def _start_serve(settings: ServeSettings, load: Loader) -> None:

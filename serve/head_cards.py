@@ -17,7 +17,7 @@ class HeadCard:
     """What is known of a head.
 
     Attributes:
-        sha256: Of its files' digests.
+        sha256: Of its manifest, which names the digests of its files.
         measurement: What it predicts.
         columns: What makes a context.
         contexts: Those that it learned from: their columns' values, joined by `` | ``.

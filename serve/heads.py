@@ -9,9 +9,9 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,10 @@ from serve.errors import StaleModel
 from serve.head_cards import HeadCard
 from serve.model import HeadQuestion, Shift
 from store.errors import InputRefused, SomaflowError
-from train.checkpoint import read_manifest
+from train.checkpoint import MANIFEST, sha256
 from train.evaluation.effects import profile
 from train.evaluation.gated import GatedEffects
-from train.evaluation.head import ARRAYS, WORDS, load_head
+from train.evaluation.head import load_head
 from train.evaluation.study import Study
 
 log = logging.getLogger("somaflow.serve")
@@ -45,9 +45,8 @@ class Heads:
         self.refused: dict[str, str] = {}
         for name, folder in folders.items():
             try:
-                manifest, head = read_manifest(folder), load_head(folder)
-                files = manifest["files"]
-                self.cards[name] = _card(head, vocabulary, f"{files[ARRAYS]['sha256']}{files[WORDS]['sha256']}")
+                head = load_head(folder)  # compares every file with its manifest
+                self.cards[name] = _card(head, vocabulary, sha256(Path(folder) / MANIFEST))
                 self._heads[name] = head
             except SomaflowError as error:
                 self.refused[name] = str(error)
@@ -90,7 +89,7 @@ class Heads:
         return {card.measurement: shift}
 
 
-def _card(head: GatedEffects, vocabulary: Mapping[str, Vocabulary], sha256: str) -> HeadCard:
+def _card(head: GatedEffects, vocabulary: Mapping[str, Vocabulary], digest: str) -> HeadCard:
     if head.measurement not in vocabulary:
         raise InputRefused(f"it predicts {head.measurement}, which the checkpoint does not know")
     known = vocabulary[head.measurement]
@@ -104,7 +103,7 @@ def _card(head: GatedEffects, vocabulary: Mapping[str, Vocabulary], sha256: str)
     hit = {target for name in head.table.perturbation for target in name.split("+")}
     told = {*hit, *head.targets.given, *head.targets.by_sets, *head.table.features, *known.feature_name}
     return HeadCard(
-        sha256=hashlib.sha256(sha256.encode()).hexdigest(),
+        sha256=digest,
         measurement=head.measurement,
         columns=head.columns,
         contexts=tuple(sorted(set(head.table.context))),

@@ -45,7 +45,7 @@ def ray_cluster(
     address = cluster_address(address)
     try:
         if address:
-            _probe(address)
+            probe(address)
             ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=runtime_env(packages))
         else:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -231,9 +231,15 @@ def _wait_for_one(waiting: list[Any]) -> None:
         raise error.cause if error.cause else error from None
 
 
-def _probe(address: str) -> None:
-    """Fail at once when nobody listens: Ray itself would go on trying for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        with socket.create_connection((host, int(port)), timeout=5):
-            pass
+def probe(address: str) -> None:
+    """Fail at once when nobody listens at HOST:PORT: Ray itself would go on trying for ten minutes.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OverflowError as error:
+            raise OSError(str(error)) from None

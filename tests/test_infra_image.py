@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shutil
 import subprocess
@@ -20,13 +20,7 @@ TEXT = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def dockerfile() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("image_dockerfile", FOLDER / "dockerfile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # dataclasses look their module up
-    spec.loader.exec_module(made)
-    return made
+    return importlib.import_module("infra.image.dockerfile")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -22,20 +22,11 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "infra" / "kubernetes"
 
 
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"kubernetes_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's schema of Serve uses what pydantic will remove
-        spec.loader.exec_module(made)
-    return made
-
-
 @pytest.fixture(scope="module")
 def checker() -> ModuleType:
-    return module("check")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's schema of Serve uses what pydantic will remove
+        return importlib.import_module("infra.kubernetes.check")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +38,7 @@ Scraped = dict[str, dict[str, float]]
 
 @pytest.fixture(scope="module")
 def checker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("monitoring_check", FOLDER / "check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # a dataclass looks its module up
-    spec.loader.exec_module(made)
-    return made
+    return importlib.import_module("infra.monitoring.check")
 
 
 @pytest.fixture

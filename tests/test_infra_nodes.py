@@ -24,15 +24,13 @@ from small_checkpoint import write_checkpoint
 from test_ingest_faults import state
 from test_serve_swap import COUNTS, expected
 
-from infra.nodes import Nodes, possible
+from infra.nodes import SOON, Nodes, possible
 from ingest.job import JobSettings, SourceSettings
 from ingest.run import run
 from store.lake import open_lake
 from store.validate import validate
 
 ROOT = Path(__file__).parent.parent
-SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
-"""Lets Ray miss a node after some 10 s in place of a minute."""
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(600),

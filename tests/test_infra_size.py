@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -10,42 +9,31 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra import size
 from train.arithmetic import DEVICES
 from train.estimate import MFU
 
 ROOT = Path(__file__).parent.parent
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("infra_size", ROOT / "infra" / "size.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # dataclasses look their module up
-    spec.loader.exec_module(made)
-    return made
-
-
-SIZE = load()
-COSTS = SIZE.read_costs()
-VALUES = SIZE.values_of(COSTS)
+COSTS = size.read_costs()
+VALUES = size.values_of(COSTS)
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    status = SIZE.main(list(words))
+    status = size.main(list(words))
     out, err = capsys.readouterr()
     return status, out, err
 
 
 def test_the_arithmetic_is_that_of_a_hand() -> None:
-    ask = SIZE.Ask(
+    ask = size.Ask(
         cells=1_000_000, nonzeros=1_000, datasets=100, hours=1, width=10, layers=2, tokens=500, genes=50, rate=10
     )
     values = dict(VALUES) | {
@@ -63,7 +51,7 @@ def test_the_arithmetic_is_that_of_a_hand() -> None:
         "storage.states_kept": 2,
         "storage.state_bytes_per_weight": 12,
     }
-    found = SIZE.size(ask, values)
+    found = size.size(ask, values)
     # a billion non-zeros are 100,000 core-seconds: 20,000 s of a node, so six nodes within the hour
     assert found.ingest.machines == 6
     assert found.ingest.work_hours == pytest.approx(100_000 / 3600)
@@ -79,14 +67,14 @@ def test_the_arithmetic_is_that_of_a_hand() -> None:
 
 
 def test_commits_of_one_driver_are_not_shortened_by_nodes() -> None:
-    few, many = (SIZE.size(SIZE.Ask(cells=10**9, datasets=n), VALUES).ingest for n in (10, 1_000_000))
+    few, many = (size.size(size.Ask(cells=10**9, datasets=n), VALUES).ingest for n in (10, 1_000_000))
     assert few.in_time
     assert not many.in_time
     assert many.hours >= 1_000_000 * VALUES["ingest.dataset_s"] / 3600
 
 
 def test_pieces_of_a_snapshot_grow_with_the_square() -> None:
-    small, large = (SIZE.size(SIZE.Ask(cells=n), VALUES).ranges for n in (10**8, 10**9))
+    small, large = (size.size(size.Ask(cells=n), VALUES).ranges for n in (10**8, 10**9))
     assert large == pytest.approx(100 * small)
 
 
@@ -96,7 +84,7 @@ GROW = ("ingest", "snapshot", "train")
 @settings(max_examples=40)
 @given(cells=st.integers(1, 10**9), more=st.integers(1, 10**9), nonzeros=st.floats(1, 20_000))
 def test_more_cells_never_need_less(cells: int, more: int, nonzeros: float) -> None:
-    small, large = (SIZE.size(SIZE.Ask(cells=n, nonzeros=nonzeros, datasets=1), VALUES) for n in (cells, cells + more))
+    small, large = (size.size(size.Ask(cells=n, nonzeros=nonzeros, datasets=1), VALUES) for n in (cells, cells + more))
     for name in GROW:
         assert getattr(small, name).work_hours <= getattr(large, name).work_hours
         assert getattr(small, name).machines <= getattr(large, name).machines
@@ -107,7 +95,7 @@ def test_more_cells_never_need_less(cells: int, more: int, nonzeros: float) -> N
 @settings(max_examples=40)
 @given(cells=st.integers(1, 10**9), hours=st.floats(0.5, 100))
 def test_the_fewest_nodes_are_taken_that_end_in_time(cells: int, hours: float) -> None:
-    found = SIZE.size(SIZE.Ask(cells=cells, datasets=1, hours=hours), VALUES)
+    found = size.size(size.Ask(cells=cells, datasets=1, hours=hours), VALUES)
     for step, start in ((found.ingest, "ingest.start_s"), (found.snapshot, "snapshot.start_s")):
         assert step.hours <= hours * (1 + 1e-9)
         node_hours = step.work_hours / VALUES["node.cores"] / VALUES["node.efficiency"]
@@ -116,10 +104,10 @@ def test_the_fewest_nodes_are_taken_that_end_in_time(cells: int, hours: float) -
 
 
 def test_every_cost_that_is_said_moves_the_answer() -> None:
-    ask = SIZE.Ask(cells=10**9, datasets=500_000)
-    before = asdict(SIZE.size(ask, VALUES))
+    ask = size.Ask(cells=10**9, datasets=500_000)
+    before = asdict(size.size(ask, VALUES))
     for name, value in VALUES.items():
-        assert asdict(SIZE.size(ask, VALUES | {name: 1.5 * value})) != before, name
+        assert asdict(size.size(ask, VALUES | {name: 1.5 * value})) != before, name
 
 
 def test_the_gpu_is_that_of_the_plan() -> None:
@@ -152,11 +140,11 @@ def test_assumptions_and_the_largest_uncertainty_are_printed(capsys: pytest.Capt
 
 
 def test_the_largest_uncertainty_is_the_range_that_moves_the_sum_most() -> None:
-    ask = SIZE.Ask(cells=10**8)
-    name, low, high = SIZE.largest_uncertainty(ask, COSTS)
-    assert low <= SIZE.size(ask, VALUES).money <= high
+    ask = size.Ask(cells=10**8)
+    name, low, high = size.largest_uncertainty(ask, COSTS)
+    assert low <= size.size(ask, VALUES).money <= high
     for other, cost in COSTS.items():
-        sums = [SIZE.size(ask, VALUES | {other: end}).money for end in (cost.low, cost.high)]
+        sums = [size.size(ask, VALUES | {other: end}).money for end in (cost.low, cost.high)]
         assert abs(sums[1] - sums[0]) <= high - low + 1e-9, (name, other)
 
 
@@ -165,7 +153,7 @@ def test_json_holds_what_the_table_does(capsys: pytest.CaptureFixture[str]) -> N
     answer = json.loads(out)
     (one,) = answer["sizes"]
     assert one["ask"]["cells"] == 250_000
-    assert one["size"] == json.loads(json.dumps(asdict(SIZE.size(SIZE.Ask(cells=250_000, hours=2), VALUES))))
+    assert one["size"] == json.loads(json.dumps(asdict(size.size(size.Ask(cells=250_000, hours=2), VALUES))))
     assert set(answer["costs"]) == set(COSTS)
 
 
@@ -197,7 +185,7 @@ def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pyte
 )
 def test_what_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
     try:
-        status = SIZE.main(words)
+        status = size.main(words)
     except SystemExit as error:  # argparse's own
         status = error.code
     assert status == 2
@@ -217,7 +205,7 @@ def test_a_cost_that_lacks_something_is_refused(tmp_path: Path, changes: dict[st
     lines = [f"{key} = {json.dumps(value)}" for key, value in cost.items()]
     (tmp_path / "costs.toml").write_text("\n".join(["[a.b]", *lines]))
     with pytest.raises(ValueError, match=expected):
-        SIZE.read_costs(tmp_path / "costs.toml")
+        size.read_costs(tmp_path / "costs.toml")
 
 
 def test_it_runs_as_a_script_with_nothing_but_python(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ranks import together
 from safetensors.torch import load_file
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 
-from infra.nodes import Nodes, possible
+from infra.nodes import SOON, Nodes, possible
 from train.record import read_metrics
 from train.state import valid_states
 
@@ -46,8 +46,6 @@ CHAOS = {
     ),
 }
 """Lets calls that place workers and ask them come up to 20 ms late, and some of them be lost, or their replies."""
-SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
-"""Lets Ray miss a node after some 10 s in place of a minute."""
 
 
 @pytest.fixture(scope="module")

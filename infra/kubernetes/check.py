@@ -97,7 +97,7 @@ def _alone(item: dict[str, Any]) -> Iterator[str]:
         yield from _runtime(spec["runtimeEnvYAML"])
     if "entrypoint" in spec:
         yield from _entrypoint(spec["entrypoint"])
-        yield from _job(spec)
+        yield from _job(item)
     if kind == "RayService":
         yield from _drain(_cluster_of(item))
     yield from _cluster(_cluster_of(item))
@@ -178,8 +178,9 @@ def _entrypoint(command: str) -> Iterator[str]:
         yield "entrypoint: without --address auto the job starts a Ray of its own on the head"
 
 
-def _job(spec: dict[str, Any]) -> Iterator[str]:
+def _job(item: dict[str, Any]) -> Iterator[str]:
     """Tell what lets a job wait or cost for ever, and what an operator refuses."""
+    spec = item["spec"]
     rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
     if rules and (spec.get("shutdownAfterJobFinishes") or "ttlSecondsAfterFinished" in spec):
         yield "deletionRules go with neither shutdownAfterJobFinishes nor ttlSecondsAfterFinished"
@@ -189,7 +190,7 @@ def _job(spec: dict[str, Any]) -> Iterator[str]:
     waits = [key for key in ("preRunningDeadlineSeconds", "activeDeadlineSeconds", "backoffLimit") if key not in spec]
     if waits:
         yield f"without {', '.join(waits)} it may wait or be tried for ever, or never again"
-    for group in _cluster_of({"kind": "RayJob", "spec": spec}).get("workerGroupSpecs", []):
+    for group in _cluster_of(item).get("workerGroupSpecs", []):
         if group["minReplicas"] >= group["maxReplicas"]:
             yield f"{group['groupName']}: minReplicas is not below maxReplicas, so that the job cannot shrink or grow"
 

@@ -242,6 +242,23 @@ def p(values: list[float], share: float) -> float:
     return float(np.quantile(values, share) * 1e3) if values else float("nan")
 
 
+def by_clients(taken: dict[str, dict[int, list[float]]], share: float) -> dict[str, dict[str, float]]:
+    """Return a quantile in milliseconds for each contender and number of clients."""
+    return {name: {str(n): round(p(values, share), 1) for n, values in by.items()} for name, by in taken.items()}
+
+
+def table(answer: dict[str, Any], what: str, rate: str, p50: str, p99: str) -> list[str]:
+    """Write a row for each number of clients: ``what`` a second, p50 and p99, under these keys of the answer."""
+    lines = [
+        "| clients | " + " | ".join(f"{name}: {what}, p50, p99 (ms)" for name in CONTENDERS.values()) + " |",
+        "|---|" + "---|" * len(CONTENDERS),
+    ]
+    for n in answer[rate]["ours"]:
+        row = [", ".join(f"{answer[key][name][n]:,.0f}" for key in (rate, p50, p99)) for name in CONTENDERS]
+        lines.append(f"| {n} | " + " | ".join(row) + " |")
+    return lines
+
+
 def measure(options: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
     """Run everything."""
     import torch
@@ -310,22 +327,14 @@ def summary(found: dict[str, Any], options: argparse.Namespace, load: float) -> 
         "rss_growth_mb": round(beyond["rss_growth_mb"], 1),
         "rss_end_growth_mb": round(beyond["rss_end_growth_mb"], 1),
         "cells_s": {name: {str(n): round(rate, 1) for n, rate in by.items()} for name, by in rates.items()},
-        "p50_by_clients_ms": {
-            name: {str(n): round(p(v, 0.5), 1) for n, v in by.items()} for name, by in found["taken"].items()
-        },
-        "p99_by_clients_ms": {
-            name: {str(n): round(p(v, 0.99), 1) for n, v in by.items()} for name, by in found["taken"].items()
-        },
+        "p50_by_clients_ms": by_clients(found["taken"], 0.5),
+        "p99_by_clients_ms": by_clients(found["taken"], 0.99),
         "small_requests_s": {
             name: {str(n): round(statistics.median(v), 1) for n, v in by.items()}
             for name, by in found["small_rates"].items()
         },
-        "small_p50_ms": {
-            name: {str(n): round(p(v, 0.5), 1) for n, v in by.items()} for name, by in found["small_taken"].items()
-        },
-        "small_p99_ms": {
-            name: {str(n): round(p(v, 0.99), 1) for n, v in by.items()} for name, by in found["small_taken"].items()
-        },
+        "small_p50_ms": by_clients(found["small_taken"], 0.5),
+        "small_p99_ms": by_clients(found["small_taken"], 0.99),
         "queue_s": QUEUE_S,
         "tokens_of_a_request": found["tokens"],
         "requests_of_a_batch": found["size"],
@@ -342,6 +351,11 @@ def summary(found: dict[str, Any], options: argparse.Namespace, load: float) -> 
 
 def page(answer: dict[str, Any], seconds: float) -> str:
     """Write the page."""
+    statuses = ", ".join(f"{n:,} times {status}" for status, n in answer["overload_statuses"].items())
+    over_batch, over_single = (
+        answer["ours_cells_s"] / answer[f"{name}_cells_s"] for name in ("serve_batch", "one_by_one")
+    )
+    machine, versions = answer["machine"], ", ".join(f"{name} {one}" for name, one in answer["versions"].items())
     lines = [
         "# Serving",
         "",
@@ -353,36 +367,11 @@ def page(answer: dict[str, Any], seconds: float) -> str:
         f"Clients ask again when they are answered. Medians of {answer['turns']} turns of {seconds:g} s, contenders in "
         "turns; p50 and p99 over all turns.",
         "",
-        "| clients | " + " | ".join(f"{what}: cells/s, p50, p99 (ms)" for what in CONTENDERS.values()) + " |",
-        "|---|" + "---|" * len(CONTENDERS),
-    ]
-    for n in map(str, CLIENTS):
-        row = [
-            f"{answer['cells_s'][name][n]:,.0f}, {answer['p50_by_clients_ms'][name][n]:,.0f}, "
-            f"{answer['p99_by_clients_ms'][name][n]:,.0f}"
-            for name in CONTENDERS
-        ]
-        lines.append(f"| {n} | " + " | ".join(row) + " |")
-    statuses = ", ".join(f"{n:,} times {status}" for status, n in answer["overload_statuses"].items())
-    over_batch, over_single = (
-        answer["ours_cells_s"] / answer[f"{name}_cells_s"] for name in ("serve_batch", "one_by_one")
-    )
-    machine, versions = answer["machine"], ", ".join(f"{name} {one}" for name, one in answer["versions"].items())
-    lines += [
+        *table(answer, "cells/s", "cells_s", "p50_by_clients_ms", "p99_by_clients_ms"),
         "",
         "One cell a request, where the way to the model costs more than the model:",
         "",
-        "| clients | " + " | ".join(f"{what}: requests/s, p50, p99 (ms)" for what in CONTENDERS.values()) + " |",
-        "|---|" + "---|" * len(CONTENDERS),
-    ]
-    for n in map(str, SMALL_CLIENTS):
-        row = [
-            f"{answer['small_requests_s'][name][n]:,.0f}, {answer['small_p50_ms'][name][n]:,.0f}, "
-            f"{answer['small_p99_ms'][name][n]:,.0f}"
-            for name in CONTENDERS
-        ]
-        lines.append(f"| {n} | " + " | ".join(row) + " |")
-    lines += [
+        *table(answer, "requests/s", "small_requests_s", "small_p50_ms", "small_p99_ms"),
         "",
         "![Cells a second and p99 by clients](../images/serve.png)",
         "",
