@@ -39,8 +39,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import aiohttp
 import ray.exceptions
 from ray.job_submission import JobDetails, JobSubmissionClient
-from rich.console import Console
 from rich.table import Table
+
+from store.command import answer, console
 
 DASHBOARD = "http://127.0.0.1:8265"
 FROM_ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -55,8 +56,6 @@ USAGE, UNREACHABLE, STOPPED, INTERRUPTED = 2, 5, 7, 130
 """Exit statuses beside the job's own; the first three mean the same as in ``store.errors``."""
 FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, ray.exceptions.RayError)
 """What Ray's client raises where a cluster does not do what it is asked; ``requests``' errors are OSErrors."""
-
-console = Console(stderr=True, highlight=False)
 
 
 class Refused(Exception):
@@ -398,11 +397,6 @@ def as_json(job: JobDetails) -> dict[str, Any]:
         "ended_ms": job.end_time,
         "message": job.message,
     }
-
-
-def answer(schema: str, **values: Any) -> None:
-    """Print one JSON object on stdout, as the project's other commands do."""
-    print(json.dumps({"schema": schema, **values}, default=str), flush=True)
 
 
 # ---------------------------------------------------------------------- the command line
