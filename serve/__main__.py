@@ -50,7 +50,9 @@ def run(
     ),
     replicas: Annotated[int, typer.Option(help="Copies of the model that answer side by side.", min=1)] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of each copy.", min=1)] = 1,
-    address: Annotated[str, typer.Option(help="Ray cluster to join; empty starts one on this machine.")] = "",
+    address: Annotated[
+        str, typer.Option(help="A running Ray cluster; RAY_ADDRESS if left out, and without that Ray is started here.")
+    ] = "",
     tokens: Annotated[str, typer.Option(help="TOML file of who may ask; see docs/serve.md.")] = "",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting, as in `--set limits.cells=500`.")
@@ -111,7 +113,10 @@ def embed_lake(
     name: Annotated[str, typer.Option(help="Name of the embeddings; taken from the model when left out.")] = "",
     workers: Annotated[int, typer.Option(help="Processes that embed.", min=1)] = 2,
     device: Annotated[str, typer.Option(help="Torch device of each, as in cpu or cuda.")] = "cpu",
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join; left out, one is started here.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster; RAY_ADDRESS if left out, and without that Ray is started here."),
+    ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the name over from another model or filter.")
     ] = False,

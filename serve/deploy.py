@@ -40,7 +40,7 @@ from serve.model import Columns, Description, Question
 from serve.replica import Loader, Replica
 from serve.settings import ServeSettings
 from serve.workers import RayJobs
-from store.cluster import probe, runtime_env
+from store.cluster import cluster_address, probe, runtime_env
 from store.errors import InputRefused, MissingError, SomaflowError
 from store.settings import parse_settings
 
@@ -207,22 +207,25 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
 def serving(settings: ServeSettings, load: Loader = load_predictor) -> Iterator[str]:
     """Serve a checkpoint while the block runs; yield the URL.
 
-    Without an ``address`` a Ray cluster is started on this machine and ended with the block; in a cluster that runs
-    already only our application is removed.
+    Where no cluster is told of (:func:`store.cluster.cluster_address`) one is started on this machine and ended with
+    the block; in one that runs already only our application is removed.
 
     Raises:
         MissingError: No Ray cluster answers at the address.
+        UsageError: The address is a dashboard's.
         InputRefused: The model did not start.
     """
+    address = settings.address or None
     started = not ray.is_initialized()
     if started:
-        _start_ray(settings)
+        address = cluster_address(address)
+        _start_ray(settings, address)
     try:
         _start_serve(settings, load)
         yield f"http://{_host_in_url(settings.host)}:{settings.port}"
     finally:
         with redirect_stdout(io.StringIO()):  # Ray tells stdout that the controller, which ends itself, has died
-            if settings.address:
+            if address:
                 ray.serve.delete(APP)
             else:
                 ray.serve.shutdown()
@@ -230,20 +233,22 @@ def serving(settings: ServeSettings, load: Loader = load_predictor) -> Iterator[
                 ray.shutdown()
 
 
-def _start_ray(settings: ServeSettings) -> None:
+def _start_ray(settings: ServeSettings, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not settings.address:
+    if not address:
         copies = max(settings.replicas, settings.scaling.most)
         n_cpus = max(os.cpu_count() or 1, copies * settings.threads + _for_jobs(settings))
         os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.door.at_proxy")
         ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
         return
     try:
-        probe(settings.address)
-        ray.init(settings.address, runtime_env=runtime_env(("serve", "store", "train")), **quiet)
+        probe(address)
+        ray.init(address, runtime_env=runtime_env(("serve", "store", "train")), **quiet)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise MissingError(f"no Ray cluster answers at {settings.address!r} ({reason}); check --address") from None
+        raise MissingError(
+            f"no Ray cluster answers at {address!r} ({reason}); check --address or RAY_ADDRESS"
+        ) from None
 
 
 def _for_jobs(settings: ServeSettings) -> int:

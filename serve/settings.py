@@ -123,7 +123,8 @@ class ServeSettings(Settings):
     device: str = "cpu"
     """Torch device of each copy, as in ``cpu`` or ``cuda``."""
     address: str = ""
-    """Ray cluster to join; empty starts one on this machine that ends with the command."""
+    """A running Ray cluster, HOST:PORT or ``auto``; empty, ``RAY_ADDRESS``, and without that Ray is started here and
+    stopped at the end, as by ``local``."""
     tokens_file: str = ""
     """TOML file of who may ask (``serve.access``), on every machine with an ingress; empty lets everybody in."""
     adapters: dict[str, str] = Field(default_factory=dict)

@@ -127,7 +127,22 @@ PLANTED: dict[str, tuple[str, Plant, str]] = {
     "a port that nobody has": (
         "PodMonitor",
         lambda one: one["spec"]["podMetricsEndpoints"][0].update(port="metric"),
-        "no pod has a port metric",
+        "no pod that it selects has a port metric",
+    ),
+    "a port of pods that are not selected": (
+        "PodMonitor",
+        lambda one: one["spec"]["selector"]["matchLabels"].update({"ray.io/node-type": "tail"}),
+        "no pod that it selects has a port metrics",
+    ),
+    "a job for which an alert waits": (
+        "PodMonitor",
+        lambda one: one["spec"]["podMetricsEndpoints"][0].pop("relabelings"),
+        "none names its job 'ray'",
+    ),
+    "metrics that Prometheus may not read": (
+        "NetworkPolicy",
+        lambda one: one["spec"]["ingress"][2]["ports"].pop(),
+        "Prometheus may not read 8000",
     ),
     "a rule for a port where nobody listens": (
         "NetworkPolicy",

@@ -293,17 +293,36 @@ def _named(item: dict[str, Any], by_kind: dict[str, dict[str, dict[str, Any]]]) 
 
 
 def _ports(items: list[dict[str, Any]], by_kind: dict[str, dict[str, dict[str, Any]]]) -> Iterator[str]:
-    """Tell which ports are asked for that no pod has."""
-    templates = [template for item in items for _, template in _groups(_cluster_of(item))]
-    containers = [container for template in templates for container in template["spec"]["containers"]]
-    ports = {port.get("name", ""): port["containerPort"] for one in containers for port in one.get("ports", [])}
+    """Tell which ports are asked for that no pod has, or that Prometheus may not reach."""
+    pods = [pod for item in items for pod in _pods(_cluster_of(item))]
+    read, jobs = set[int](), set[str]()
     for name, monitor in by_kind.get("PodMonitor", {}).items():
-        asked = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
-        yield from (f"PodMonitor {name}: no pod has a port {port}" for port in sorted(asked - set(ports)))
+        asked = monitor["spec"]["selector"]["matchLabels"].items()
+        ports = [port for labels, ports in pods if asked <= labels.items() for port in ports]
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            found = {port["containerPort"] for port in ports if port.get("name") == endpoint["port"]}
+            if not found:
+                yield f"PodMonitor {name}: no pod that it selects has a port {endpoint['port']}"
+            read |= found
+            named = [one["replacement"] for one in endpoint.get("relabelings", []) if one.get("targetLabel") == "job"]
+            jobs |= set(named)
+    wanted = set(re.findall(r'up\{job="(.+?)"\}', (ROOT / "infra/monitoring/alerts.yaml").read_text(encoding="utf-8")))
+    yield from (f"PodMonitor: none names its job {job!r}, for which an alert asks" for job in sorted(wanted - jobs))
+    listened = {port["containerPort"] for _, ports in pods for port in ports}
     for name, policy in by_kind.get("NetworkPolicy", {}).items():
         rules = policy["spec"].get("ingress", [])
         open_to = {port["port"] for rule in rules for port in rule.get("ports", [])}
-        yield from (f"NetworkPolicy {name}: no pod listens at {port}" for port in sorted(open_to - set(ports.values())))
+        yield from (f"NetworkPolicy {name}: no pod listens at {port}" for port in sorted(open_to - listened))
+        from_outside = [rule for rule in rules if any("namespaceSelector" in one for one in rule.get("from", []))]
+        shown = {port["port"] for rule in from_outside for port in rule.get("ports", [])}
+        yield from (f"NetworkPolicy {name}: Prometheus may not read {port}" for port in sorted(read - shown))
+
+
+def _pods(cluster: dict[str, Any]) -> Iterator[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """Yield the labels, KubeRay's own among them, and the ports of each kind of pod."""
+    for name, template in _groups(cluster):
+        labels = {"ray.io/node-type": "head" if name == "head" else "worker"} | template["metadata"].get("labels", {})
+        yield labels, [port for container in template["spec"]["containers"] for port in container.get("ports", [])]
 
 
 def main(folder: Path = HERE) -> int:
