@@ -12,7 +12,8 @@ import subprocess
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from store.errors import UsageError
 from store.lake import open_lake
 from store.snapshot import SnapshotSettings, create_snapshot
 from train import launch
+from train.folder import valid_states
 from train.loop import Run
 from train.record import read_metrics
 from train.settings import RunSettings
@@ -50,9 +52,11 @@ lake = "{lake}"
 snapshot = "s"
 output = "{output}"
 name = "tiny"
-steps = 6
+steps = 400
+checkpoint_every = 20
 workers = 1
 deterministic = true
+report = false
 trackers = []
 model = {{ width = 16, layers = 1, heads = 2 }}
 data = {{ global_batch = 24, block = 64, window = 2, tokens = 32 }}
@@ -146,15 +150,31 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 @pytest.fixture(scope="module")
-def training(head: Head, tiny_lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
-    """A run that is submitted and goes on beside other tests, since it mostly waits for one process after the other."""
+def training(
+    head: Head, tiny_lake: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, Future[str]]]:
+    """A run that loses its driver and goes on beside other tests: it mostly waits for one process after the other."""
     folder = tmp_path_factory.mktemp("training")
     lake = shutil.copytree(tiny_lake, folder / "lake")
     create_snapshot(str(lake), "s", SnapshotSettings(seed=2, measurements=("RNA",), organisms=("homo_sapiens",)))
     recipe = folder / "run.toml"
     recipe.write_text(TRAIN.format(lake=lake, output=folder / "job"))
-    with begun(head, printed("python infra/jobs.py submit", "train", head, RUN_toml=recipe)) as waiting:
-        yield folder, waiting
+    line = printed("python infra/jobs.py submit", "train", head, RUN_toml=recipe)
+    with ThreadPoolExecutor(1) as pool:
+        yield folder, pool.submit(_kill_a_run_and_submit_it_again, head, line, recipe)
+
+
+def _kill_a_run_and_submit_it_again(head: Head, line: str, recipe: Path) -> str:
+    folder = recipe.parent / "job/tiny"
+    with begun(head, line) as waiting:
+        wait_until(lambda: len(valid_states(folder / "state")) > 0, "no state")
+        kill_drivers(str(recipe))
+        said, _ = waiting.communicate(timeout=LIMIT_S)
+    assert waiting.returncode == 128 + signal.SIGKILL, said[-3000:]
+    assert len(read_metrics(folder / "metrics.jsonl")) < 400, "it was killed too late to tell"
+    again = typed(head, line)
+    assert again.returncode == 0, again.stdout[-3000:]
+    return again.stdout
 
 
 def typed(head: Head, line: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -220,6 +240,20 @@ def drivers(word: str) -> list[psutil.Process]:
     return found
 
 
+def kill_drivers(word: str) -> None:
+    killed = drivers(word)
+    assert killed
+    for driver in killed:
+        driver.send_signal(signal.SIGKILL)
+
+
+def wait_until(is_so: Callable[[], bool], otherwise: str) -> None:
+    until = time.monotonic() + LIMIT_S
+    while not is_so():
+        assert time.monotonic() < until, f"{otherwise} after {LIMIT_S} s"
+        time.sleep(0.05)
+
+
 def content(lake: Path) -> tuple[pd.DataFrame, Any]:
     """Return the cells of a lake in order, and their counts."""
     opened = open_lake(str(lake))
@@ -252,21 +286,15 @@ def test_a_job_whose_driver_is_killed_goes_on_as_its_second_attempt_and_ends_as_
 def _kill_and_submit_again(head: Head, broken: Path) -> None:
     line = f"-- python -m ingest run {broken}.toml"
     first = json.loads(jobs(head, f"submit --json {line}").stdout)
-    name, until = first["job"]["name"], time.monotonic() + LIMIT_S
+    name = first["job"]["name"]
     assert (first["how"], first["job"]["submission_id"]) == ("submitted", f"{name}-1")
     attached = json.loads(jobs(head, f"submit --json {line}").stdout)
     assert (attached["how"], attached["job"]["submission_id"]) == ("attached", f"{name}-1")
-    while not in_the_lake(broken):
-        assert time.monotonic() < until, jobs(head, f"logs {name}").stdout
-        time.sleep(0.05)
-    for driver in drivers(f"{broken}.toml"):
-        driver.send_signal(signal.SIGKILL)
+    wait_until(lambda: bool(in_the_lake(broken)), "nothing is in the lake")
+    kill_drivers(f"{broken}.toml")
     assert len(in_the_lake(broken)) < len(DATASETS), "it was killed too late to tell"
 
-    until = time.monotonic() + LIMIT_S
-    while state(head, name)[-1]["state"] != "FAILED":
-        assert time.monotonic() < until, "nobody missed the driver"
-        time.sleep(0.2)
+    wait_until(lambda: state(head, name)[-1]["state"] == "FAILED", "nobody missed the driver")
     again = jobs(head, f"submit --wait {line}")
     assert again.returncode == 0, again.stdout[-3000:]
     assert "in the lake already" in again.stdout
@@ -282,15 +310,16 @@ def _kill_and_submit_again(head: Head, broken: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(400)
-def test_a_run_as_a_job_gets_the_losses_of_the_same_run_here(training: tuple[Path, Any]) -> None:
-    folder, waiting = training
-    said, _ = waiting.communicate(timeout=LIMIT_S)
-    assert waiting.returncode == 0, said[-3000:]
-    assert re.search(r"^step [1-6] of 6, loss ", said, re.MULTILINE)
+def test_a_run_whose_driver_is_killed_as_a_job_goes_on_from_its_last_state_and_gets_the_losses_of_the_same_run_here(
+    training: tuple[Path, Future[str]],
+) -> None:
+    folder, again = training
+    steps = re.findall(r"^step (\d+) of 400, loss ", again.result(LIMIT_S), re.MULTILINE)
+    assert int(steps[0]) > 20, "it did not go on from a state"
     here = tomllib.loads(TRAIN.format(lake=folder / "lake", output=folder / "here"))
     Run(RunSettings.model_validate(here), 1).train()
     losses = [[row["loss"] for row in read_metrics(folder / of / "tiny/metrics.jsonl")] for of in ("job", "here")]
-    assert len(losses[0]) == 6
+    assert len(losses[0]) == 400
     assert losses[0] == losses[1]
 
 
