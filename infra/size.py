@@ -243,7 +243,8 @@ def size(ask: Ask, values: Values) -> Size:
     n_gpus = max(1, math.ceil(gpu_hours / ask.hours))
     train = Step(gpu_hours, n_gpus, gpu_hours / n_gpus, gpu_hours * values["price.gpu_hour"], True)
     stream_cells_s = 1 / (ask.nonzeros * values["stream.core_s_per_nonzero"])
-    copy_cells_s = values["serve.http_share"] * values["serve.cpu_operations_s"] / (ask.n_operations / 3)
+    cpu_operations_s = values["cpu.operations_s"] * ask.width / (ask.width + values["cpu.half_width"])
+    copy_cells_s = values["serve.http_share"] * cpu_operations_s / (ask.n_operations / 3)
     gpu_copy = values["serve.mfu"] * values["train.gpu_operations_s"] / (ask.n_operations / 3)
     lake = ask.n_nonzeros * values["storage.lake_bytes_per_nonzero"]
     shuffled = ask.n_nonzeros * values["storage.snapshot_bytes_per_nonzero"]
@@ -254,7 +255,7 @@ def size(ask: Ask, values: Values) -> Size:
         ingest=ingest,
         snapshot=snapshot,
         train=train,
-        train_core_hours=ask.cells * ask.epochs * ask.n_operations / values["train.cpu_operations_s"] / 3600,
+        train_core_hours=ask.cells * ask.epochs * ask.n_operations / cpu_operations_s / 3600,
         stream_cells_s=stream_cells_s,
         gpu_cells_s=gpu_cells_s,
         cores_per_gpu=gpu_cells_s / stream_cells_s,
@@ -417,11 +418,12 @@ def _cells(text: str) -> int:
     return int(value)
 
 
-def _of_plan(path: Path) -> dict[str, float]:
-    """Take weights and operations from what ``python -m train plan --json`` said."""
+def of_plan(path: Path) -> dict[str, float]:
+    """Take width, weights and operations from what ``python -m train plan --json`` said."""
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         return {
+            "width": plan["width"],
             "weights": plan["parameters"]["all"],
             "operations": plan["operations"] / plan["cells_per_step"],
             "tokens": math.ceil(plan["tokens_per_step"] / plan["cells_per_step"]),
@@ -457,7 +459,7 @@ def main(words: Sequence[str] | None = None) -> int:
         costs = put(read_costs(), options.pop("set"))
         plan, told = options.pop("plan"), options.pop("json")
         sizes = options.pop("cells")
-        options |= _of_plan(plan) if plan else {}
+        options |= of_plan(plan) if plan else {}
         asks = [Ask(cells=n_cells, **options) for n_cells in sizes]
     except ValueError as error:
         print(f"size: {error}", file=sys.stderr)

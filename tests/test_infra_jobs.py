@@ -18,11 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pandas as pd
 import psutil
 import pytest
 from ray.job_submission import JobSubmissionClient
-from ray_head import Head, ray_head
+from ray_head import Head, free_ports, ray_head
+from small_checkpoint import write_checkpoint
 
 from infra.jobs import as_json, attempts_of, name_of
 from store.cluster import JOB, cluster_address, refuse_fleeting, runtime_env
@@ -344,6 +346,26 @@ def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -
     stopped = typed(head, printed("python infra/jobs.py stop", "", head, NAME="stays"), RAY_ADDRESS=head.dashboard)
     assert "is stopped" in stopped.stderr
     assert [(job["state"], job["exit_status"]) for job in state(head, "stays")] == [("STOPPED", 7)]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_server_as_a_job_answers_until_it_is_stopped(head: Head, tmp_path: Path) -> None:
+    checkpoint, (port,) = write_checkpoint(tmp_path / "checkpoint", width=16, tokens=32, n_genes=40), free_ports(1)
+    begin = jobs(head, f"submit --json -- python -m serve run {checkpoint} --port {port}")
+    name, url = json.loads(begin.stdout)["job"]["name"], f"http://127.0.0.1:{port}/v1"
+
+    def ready() -> bool:
+        with suppress(httpx.TransportError):
+            return httpx.get(f"{url}/health/ready", trust_env=False).status_code == httpx.codes.OK
+        return False
+
+    wait_until(ready, "it does not answer")
+    counts = {"counts": {"RNA": [{"ENSG00000000003": 3}]}}
+    answer = httpx.post(f"{url}/embed", json=counts, trust_env=False)
+    assert (answer.status_code, len(answer.json()["embeddings"])) == (httpx.codes.OK, 1), answer.text
+    assert "is stopped" in jobs(head, f"stop {name}").stderr
+    wait_until(lambda: not ready(), "it still answers")
 
 
 @pytest.mark.ray

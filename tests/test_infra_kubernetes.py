@@ -208,6 +208,7 @@ def test_a_planted_error_is_found(checker: ModuleType, base: Any, planted: str) 
         ({"head_node_types": {}}, "head_node_types: Ray's launcher knows no such key"),
         ({"max_workers": "two"}, "'two'"),
         ({"provider": {}}, "type"),
+        ({"setup_commands": ["pip install torch==2.0.0"]}, "torch==2.0.0 is not the lock's"),
     ],
 )
 def test_an_error_planted_in_the_launchers_file_is_found(

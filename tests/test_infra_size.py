@@ -45,7 +45,8 @@ def test_the_arithmetic_is_that_of_a_hand() -> None:
         "price.cpu_node_hour": 2.0,
         "train.gpu_operations_s": 1e9,
         "train.mfu": 0.5,
-        "serve.cpu_operations_s": 9.1e7,
+        "cpu.operations_s": 2 * 9.1e7,
+        "cpu.half_width": 10,
         "serve.http_share": 0.5,
         "storage.lake_bytes_per_nonzero": 2.0,
         "storage.states_kept": 2,
@@ -158,11 +159,15 @@ def test_json_holds_what_the_table_does(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = {"parameters": {"all": 1000}, "operations": 4e9, "cells_per_step": 4, "tokens_per_step": 400.0}
+    plan = {"width": 256, "parameters": {"all": 1000}, "operations": 4e9, "cells_per_step": 4, "tokens_per_step": 400.0}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    _, out, _ = told(capsys, "--cells", "1e6", "--json", "--plan", str(tmp_path / "plan.json"))
+    _, out, _ = told(
+        capsys, "--cells", "1e6", "--json", "--plan", str(tmp_path / "plan.json"), "--set", "cpu.half_width=256"
+    )
     found = json.loads(out)["sizes"][0]
     assert (found["ask"]["weights"], found["ask"]["operations"], found["ask"]["tokens"]) == (1000, 1e9, 100)
+    assert found["ask"]["width"] == 256
+    assert found["size"]["train_core_hours"] == pytest.approx(1e6 * 1e9 / (VALUES["cpu.operations_s"] / 2) / 3600)
     assert found["size"]["train"]["work_hours"] == pytest.approx(1e6 * 1e9 / (989e12 * MFU) / 3600)
 
 

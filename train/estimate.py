@@ -129,6 +129,7 @@ class Plan:
 
     Attributes:
         device: Where the hours are spent.
+        width: Of the model.
         parameters: Of the model.
         memory: Of one worker.
         cells: Cells of the split, each of which comes once in an epoch.
@@ -149,6 +150,7 @@ class Plan:
     """
 
     device: str
+    width: int
     parameters: Parameters
     memory: Memory
     cells: int
@@ -210,6 +212,7 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
     values = [part.nbytes for part in model.state_dict().values()]
     return Plan(
         device=device,
+        width=config.width,
         parameters=count_parameters(model),
         memory=memory,
         cells=share.epoch,

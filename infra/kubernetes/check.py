@@ -4,7 +4,7 @@ Ray's own objects are compared with the schemas of KubeRay's definitions (``sche
 KubeRay 1.7.0, Apache-2.0), ``serveConfigV2`` with Serve's schema key by key, ``runtimeEnvYAML`` with Ray's
 ``RuntimeEnv``, and all of them with each other: image, Ray's version and the lock; names of volumes, ports, config
 files and claims; the import path of the server. Overlays are applied, with the patches of RFC 6902 that they hold, and
-checked like the rest; so is ``infra/cluster.yaml``, with the schema of Ray's launcher.
+checked like the rest; so are ``infra/cluster*.yaml``, with the schema of Ray's launcher.
 Prints what is wrong, a line each, and ends with 1; or with 0.
 """
 
@@ -256,6 +256,10 @@ def launcher(path: Path) -> Iterator[str]:
     yield from (f"{path.name}: {'.'.join(map(str, one.path))}: {one.message[:200]}" for one in wrong)
     if wrong:
         return
+    locked = re.search(r"(?m)^torch==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    said = re.findall(r"torch==(\S+)", " ".join(config.get("setup_commands", [])))
+    if locked and any(version != locked[1] for version in said):
+        yield f"{path.name}: setup_commands: torch=={said[0]} is not the lock's {locked[1]}"
     try:
         validate_config(prepare_config(config))
     except Exception as error:  # noqa: BLE001 - whatever Ray says of it
@@ -328,8 +332,10 @@ def _pods(cluster: dict[str, Any]) -> Iterator[tuple[dict[str, str], list[dict[s
 def main(folder: Path = HERE) -> int:
     """Check the base and each overlay; return the status to end with."""
     base = read(folder / "base")
-    wrong = [*check(base), *launcher(ROOT / "infra" / "cluster.yaml")]
-    for overlay in sorted((folder / "overlays").iterdir()):
+    launchers = sorted((ROOT / "infra").glob("cluster*.yaml"))
+    overlays = sorted((folder / "overlays").iterdir())
+    wrong = [*check(base), *(what for path in launchers for what in launcher(path))]
+    for overlay in overlays:
         try:
             wrong += check(overlaid(overlay, base))
         except ValueError as error:
@@ -337,7 +343,7 @@ def main(folder: Path = HERE) -> int:
     for line in dict.fromkeys(wrong):
         print(line)
     if not wrong:
-        print(f"{len(base)} objects and {len(list((folder / 'overlays').iterdir()))} overlay are as they should be")
+        print(f"as they should be: {len(base)} objects, {len(overlays)} overlay, {len(launchers)} launcher files")
     return bool(wrong)
 
 
