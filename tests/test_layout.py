@@ -38,6 +38,18 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def test_files_that_a_page_names_are_there() -> None:
+    for page in tracked():
+        if page.suffix != ".md" or "decisions" in page.parts:  # those tell what was
+            continue
+        named = re.findall(
+            r"(?<![\w./-])(?:infra|docs|tests|serve|train|store|ingest)/[\w/-]+\.(?:py|md|yaml|toml|sh|json|png)",
+            page.read_text(),
+        )
+        missing = [name for name in named if not (ROOT / name).exists()]
+        assert missing == [], f"{page} names {missing}"
+
+
 def test_every_module_says_what_it_is() -> None:
     for path in tracked():
         if path.suffix == ".py" and path.parts[-2] in ("ingest", "store", "train", "serve", "sources", "infra"):
