@@ -41,7 +41,12 @@ def ray_cluster() -> Iterator[None]:
         object_store_memory=200 * 2**20,
         log_to_driver=False,
         _system_config={"metrics_report_interval_ms": 500},
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        runtime_env={
+            "env_vars": {
+                "PYTHONPATH": str(ROOT),
+                "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.door.at_proxy",  # as where we start Ray
+            }
+        },
     )
     yield
     ray.shutdown()

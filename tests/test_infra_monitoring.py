@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fake_predictor
 import httpx
 import pytest
 import yaml
@@ -21,9 +23,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from ingest.job import JobSettings, SourceSettings
+from serve.__main__ import free_port
 from serve.app import make_app
 from serve.replica import Replica
-from serve.settings import Limits, ServeSettings
+from serve.settings import Batching, Limits, ServeSettings
 from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot
 from train.record import PARTS
@@ -195,11 +198,30 @@ def value(scraped: Scraped, name: str, **labels: str) -> float:
     return one
 
 
+def overload(then: Callable[[], None]) -> None:
+    """Ask a server more than it lets wait, until its proxy has refused some too; then look, while it is there."""
+    import ray.cloudpickle
+
+    from serve.deploy import serving
+
+    ray.cloudpickle.register_pickle_by_value(fake_predictor)
+    batching = Batching(queue_tokens=8)
+    settings = ServeSettings(checkpoint="fake", port=free_port("127.0.0.1", 0), batching=batching)
+    with serving(settings, lambda _: FakePredictor(delay_s=0.2)) as url, ThreadPoolExecutor(16) as pool:
+
+        def ask(_: int) -> int:
+            body = {"counts": {"RNA": [{"G0": 1}]}}
+            return httpx.post(f"{url}/v1/embed", json=body, timeout=30, trust_env=False).status_code
+
+        assert set(pool.map(ask, range(200))) == {httpx.codes.OK, httpx.codes.TOO_MANY_REQUESTS}
+        then()
+    ray.cloudpickle.unregister_pickle_by_value(fake_predictor)
+
+
 @pytest.fixture(scope="module")
 def scraped(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Scraped:
     """What Prometheus could read of an ingestion, a run that learns from it, and a server."""
     from ingest.run import run
-    from serve.door import at_proxy
     from train.gauges import Gauges
     from train.launch import launch
 
@@ -232,11 +254,10 @@ def scraped(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Scra
     }
     settings = parse_settings(RunSettings, values, where="test")
     launch(settings, lambda step, loss: read_nodes(pages))
-    # what a GPU says, and a proxy that refuses: shown from this process, through the same Ray
+    # what a GPU says: shown from this process, through the same Ray
     row = dict.fromkeys((*PARTS, "cells", "tokens", "operations"), 1.0) | {"mfu": 0.4}
     Gauges(settings.model_copy(update={"name": "on a GPU"})).show(row)
-    at_proxy()[0].kwargs["count"]()
-    read_until(pages, lambda: "ray_somaflow_serve_refused_at_proxy_total" in pages)
+    overload(lambda: read_until(pages, lambda: "ray_somaflow_serve_refused_at_proxy_total" in pages))
     replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
     with TestClient(make_app(replica, Limits())) as client:
         assert client.post("/v1/embed", json={"counts": {"RNA": [{"G0": 1}]}}).status_code == 200
