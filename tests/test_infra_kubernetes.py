@@ -142,7 +142,7 @@ PLANTED: dict[str, tuple[str, Plant, str]] = {
     "metrics that Prometheus may not read": (
         "NetworkPolicy",
         lambda one: one["spec"]["ingress"][2]["ports"].pop(),
-        "Prometheus may not read 8000",
+        "Prometheus may not reach 8000",
     ),
     "a rule for a port where nobody listens": (
         "NetworkPolicy",
@@ -183,6 +183,16 @@ PLANTED: dict[str, tuple[str, Plant, str]] = {
         "RayService",
         lambda one: head(one["spec"]["rayClusterConfig"])["spec"]["containers"][0].pop("lifecycle"),
         "head: no preStop",
+    ),
+    "an operator that is shut out": (
+        "NetworkPolicy",
+        lambda one: one["spec"]["ingress"].pop(),
+        "operator may not reach 8265",
+    ),
+    "an autoscaler that may not ask for pods": (
+        "RayCluster",
+        lambda one: head(one["spec"])["spec"].update(automountServiceAccountToken=False),
+        "the autoscaler beside it starts no worker",
     ),
     "a job beside the cluster": (
         "RayJob",

@@ -226,6 +226,9 @@ def _cluster(cluster: dict[str, Any]) -> Iterator[str]:
     wanted = f"somaflow:{project[1] if project else ''}-ray{ray_version}-"
     if cluster.get("rayVersion") != ray_version:
         yield f"rayVersion {cluster.get('rayVersion')} is not the lock's {ray_version}"
+    told = cluster["headGroupSpec"]["template"]["spec"].get("automountServiceAccountToken")
+    if cluster.get("enableInTreeAutoscaling") and told is False:
+        yield "head: without its service account's token the autoscaler beside it starts no worker"
     for name, template in _groups(cluster):
         labels, spec = template.get("metadata", {}).get("labels", {}), template["spec"]
         if not PART_OF.items() <= labels.items():
@@ -296,6 +299,10 @@ def _named(item: dict[str, Any], by_kind: dict[str, dict[str, dict[str, Any]]]) 
             yield f"there is no ConfigMap {config}"
 
 
+_OPERATOR, _REACHED = "kuberay-operator", ("dashboard", "serve")
+"""The operator's name in its labels, and the ports at which it submits jobs and asks whether proxies are well."""
+
+
 def _ports(items: list[dict[str, Any]], by_kind: dict[str, dict[str, dict[str, Any]]]) -> Iterator[str]:
     """Tell which ports are asked for that no pod has, or that Prometheus may not reach."""
     pods = [pod for item in items for pod in _pods(_cluster_of(item))]
@@ -317,9 +324,19 @@ def _ports(items: list[dict[str, Any]], by_kind: dict[str, dict[str, dict[str, A
         rules = policy["spec"].get("ingress", [])
         open_to = {port["port"] for rule in rules for port in rule.get("ports", [])}
         yield from (f"NetworkPolicy {name}: no pod listens at {port}" for port in sorted(open_to - listened))
-        from_outside = [rule for rule in rules if any("namespaceSelector" in one for one in rule.get("from", []))]
-        shown = {port["port"] for rule in from_outside for port in rule.get("ports", [])}
-        yield from (f"NetworkPolicy {name}: Prometheus may not read {port}" for port in sorted(read - shown))
+        operator = [rule for rule in rules if _OPERATOR in json.dumps(rule)]
+        asked_for = {port["containerPort"] for _, ports in pods for port in ports if port.get("name") in _REACHED}
+        for whose, of, wanted in (
+            ("Prometheus", _from_elsewhere(rules, operator), read),
+            ("operator", operator, asked_for),
+        ):
+            shown = {port["port"] for rule in of for port in rule.get("ports", [])}
+            yield from (f"NetworkPolicy {name}: {whose} may not reach {port}" for port in sorted(wanted - shown))
+
+
+def _from_elsewhere(rules: list[dict[str, Any]], but: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rules that let other namespaces in, but for some."""
+    return [rule for rule in rules if rule not in but and "namespaceSelector" in json.dumps(rule)]
 
 
 def _pods(cluster: dict[str, Any]) -> Iterator[tuple[dict[str, str], list[dict[str, Any]]]]:
