@@ -99,7 +99,7 @@ def refuse_fleeting(**places: str) -> None:
         if "://" not in place and Path(place).absolute().is_relative_to(Path.cwd()):
             raise UsageError(
                 f"{name}={place!r} lies in the job's working directory, which Ray deletes; give an absolute path of a "
-                "disk that all nodes see, or an s3:// URI"
+                "disk that all nodes see (a lake may also be at an s3:// URI)"
             )
 
 

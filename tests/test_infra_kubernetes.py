@@ -40,7 +40,9 @@ def test_the_manifests_are_as_they_should_be(checker: ModuleType, capsys: pytest
 
 def test_every_kind_is_there(base: Any) -> None:
     assert [item["kind"] for _, item in base].count("RayJob") == 2
-    assert {"RayCluster", "RayService", "NetworkPolicy", "PodMonitor"} <= {item["kind"] for _, item in base}
+    assert {"RayCluster", "RayService", "NetworkPolicy", "PodMonitor", "PrometheusRule"} <= {
+        item["kind"] for _, item in base
+    }
 
 
 def test_an_overlay_changes_what_it_says(checker: ModuleType, base: Any) -> None:
@@ -168,6 +170,20 @@ PLANTED: dict[str, tuple[str, Plant, str]] = {
         "RayJob",
         lambda job: job["spec"]["deletionStrategy"]["deletionRules"].pop(),
         "the cluster stays for ever",
+    ),
+    "a rule that KubeRay refuses": (
+        "RayJob",
+        lambda job: job["spec"]["deletionStrategy"]["deletionRules"].append(
+            {"policy": "DeleteWorkers", "condition": {"jobStatus": "FAILED", "ttlSeconds": 0}}
+        ),
+        "KubeRay refuses DeleteWorkers",
+    ),
+    "a GPU that nobody uses": (
+        "RayService",
+        lambda one: head(one["spec"]["rayClusterConfig"])["spec"]["containers"][0]["resources"]["limits"].update(
+            {"nvidia.com/gpu": "1"}
+        ),
+        "device: cuda",
     ),
     "a job without a deadline": (
         "RayJob",

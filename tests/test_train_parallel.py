@@ -161,6 +161,7 @@ def test_a_warned_process_saves_at_once(lake: str, tmp_path: Path) -> None:  # n
 
 def test_settings_that_do_not_go_together_are_refused() -> None:
     for values, message in (
+        ({"output": "s3://bucket/runs"}, "output='s3://bucket/runs': runs are written to a folder"),
         ({"workers": 2, "workers_min": 3}, "workers_min=3 is more than workers=2"),
         ({"keep_best": True}, "keep_best: say how often to evaluate"),
         ({"parallel": "fsdp", "precision": "fp16"}, "does not go with parallel='fsdp'"),

@@ -214,6 +214,8 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _what_is_asked_for_can_be(self) -> RunSettings:
+        if "://" in self.output:
+            raise ValueError(f"output={self.output!r}: runs are written to a folder; give one that all workers see")
         if self.workers_min > self.workers:
             raise ValueError(f"workers_min={self.workers_min} is more than workers={self.workers}")
         if self.keep_best and not (self.evaluate_every and self.data.test_split):

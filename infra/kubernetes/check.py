@@ -36,7 +36,7 @@ CLUSTERS = {
     "RayService": ("spec", "rayClusterConfig"),
     "RayCluster": ("spec",),
 }
-PLAIN = {"PersistentVolumeClaim", "ConfigMap", "NetworkPolicy", "PodMonitor"}
+PLAIN = {"PersistentVolumeClaim", "ConfigMap", "NetworkPolicy", "PodMonitor", "PrometheusRule"}
 Objects = list[tuple[str, dict[str, Any]]]
 """File and object."""
 
@@ -100,6 +100,9 @@ def _alone(item: dict[str, Any]) -> Iterator[str]:
         yield from _job(item)
     if kind == "RayService":
         yield from _drain(_cluster_of(item))
+        gpus = "nvidia.com/gpu" in json.dumps(_cluster_of(item))
+        if gpus != ("device: cuda" in spec["serveConfigV2"]):
+            yield "device: cuda in the arguments and nvidia.com/gpu in the limits go together"
     yield from _cluster(_cluster_of(item))
 
 
@@ -187,6 +190,8 @@ def _job(item: dict[str, Any]) -> Iterator[str]:
     ends = {(rule["policy"], next(iter(rule["condition"].values()))) for rule in rules}
     if not {("DeleteCluster", "SUCCEEDED"), ("DeleteCluster", "FAILED"), ("DeleteCluster", "Failed")} <= ends:
         yield "deletionRules: the cluster stays for ever after some of: SUCCEEDED, FAILED, Failed"
+    if _cluster_of(item).get("enableInTreeAutoscaling") and any(rule["policy"] == "DeleteWorkers" for rule in rules):
+        yield "deletionRules: KubeRay refuses DeleteWorkers where the cluster scales itself"
     waits = [key for key in ("preRunningDeadlineSeconds", "activeDeadlineSeconds", "backoffLimit") if key not in spec]
     if waits:
         yield f"without {', '.join(waits)} it may wait or be tried for ever, or never again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import runpy
 import sys
@@ -237,8 +238,9 @@ def _explained(page: str) -> set[str]:
 
 def read() -> dict[str, str]:
     """Read the files of this folder that Grafana and Prometheus read."""
-    found = [*HERE.glob("dashboards/*"), HERE / "alerts.yaml", HERE / "prometheus.yml"]
-    return {str(path.relative_to(HERE)): path.read_text(encoding="utf-8") for path in sorted(found)}
+    beside = HERE.parent / "kubernetes" / "base" / "alerts.yaml"
+    found = [*HERE.glob("dashboards/*"), HERE / "alerts.yaml", HERE / "prometheus.yml", beside]
+    return {os.path.relpath(path, HERE): path.read_text(encoding="utf-8") for path in sorted(found)}
 
 
 def main() -> int:

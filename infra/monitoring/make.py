@@ -1,7 +1,8 @@
 """Write the Grafana dashboards and Prometheus' alerts: ``python infra/monitoring/make.py``.
 
 What is looked at stands in ``DASHBOARDS`` and ``ALERTS`` below, one dashboard for each who looks; the rest turns it
-into the files of ``dashboards/`` and ``alerts.yaml``. ``check.py`` proves that the files are what this makes.
+into the files of ``dashboards/``, ``alerts.yaml`` and, for Kubernetes, ``../kubernetes/base/alerts.yaml``.
+``check.py`` proves that the files are what this makes.
 """
 
 from __future__ import annotations
@@ -674,11 +675,17 @@ def rules() -> dict[str, Any]:
     }
 
 
+FOR_OPERATOR = "../kubernetes/base/alerts.yaml"
+"""The same alerts, for the Prometheus operator on Kubernetes."""
+
+
 def files() -> dict[str, str]:
     """Return what is made: path below this folder to text."""
     made = {f"dashboards/{one.name}.json": json.dumps(dashboard(one), indent=1) + "\n" for one in DASHBOARDS}
     head = "# Made by infra/monitoring/make.py: change it there.\n"
-    made["alerts.yaml"] = head + yaml.safe_dump(rules(), sort_keys=False, width=120, allow_unicode=True)
+    rule = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": {"name": "somaflow"}}
+    for name, values in (("alerts.yaml", rules()), (FOR_OPERATOR, rule | {"spec": rules()})):
+        made[name] = head + yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True)
     return made
 
 
