@@ -41,7 +41,7 @@ ASK = """
 import json, sys, time
 import httpx
 url, body = sys.argv[1], json.loads(sys.argv[2])
-with httpx.Client(trust_env=False, timeout=20) as http:
+with httpx.Client(trust_env=False, timeout=60) as http:
     while True:
         begin = time.monotonic()
         try:
