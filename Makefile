@@ -63,7 +63,7 @@ bench-serve: setup  ## cells a second and latency of a server against the bare m
 	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_serve.py $(BENCH)
 
 bench-size: setup  ## what infra/size.py says against two sizes that are measured here (15 minutes, 5 GB in build/)
-	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_size.py $(BENCH)
+	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_size.py $(BENCH)
 
 image-proof: setup  ## run the image's steps in a clean root, and the image in it, without Docker (root, debootstrap; 10 minutes)
 	$(BIN)/python infra/image/prove.py $(PROOF)

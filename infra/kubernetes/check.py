@@ -224,10 +224,15 @@ def _groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield group["groupName"], group["template"]
 
 
+def _locked(package: str) -> str:
+    """Return the version of a package in the lock; empty where it is not there."""
+    found = re.search(rf"(?m)^{package}==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    return found[1] if found else ""
+
+
 def _cluster(cluster: dict[str, Any]) -> Iterator[str]:
-    lock = re.search(r"(?m)^ray==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
     project = re.search(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    ray_version = lock[1] if lock else ""
+    ray_version = _locked("ray")
     wanted = f"somaflow:{project[1] if project else ''}-ray{ray_version}-"
     if cluster.get("rayVersion") != ray_version:
         yield f"rayVersion {cluster.get('rayVersion')} is not the lock's {ray_version}"
@@ -264,10 +269,10 @@ def launcher(path: Path) -> Iterator[str]:
     yield from (f"{path.name}: {'.'.join(map(str, one.path))}: {one.message[:200]}" for one in wrong)
     if wrong:
         return
-    locked = re.search(r"(?m)^torch==(\S+)$", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    locked = _locked("torch")
     said = re.findall(r"torch==(\S+)", " ".join(config.get("setup_commands", [])))
-    if locked and any(version != locked[1] for version in said):
-        yield f"{path.name}: setup_commands: torch=={said[0]} is not the lock's {locked[1]}"
+    if any(version != locked for version in said):
+        yield f"{path.name}: setup_commands: torch=={said[0]} is not the lock's {locked}"
     try:
         validate_config(prepare_config(config))
     except Exception as error:  # noqa: BLE001 - whatever Ray says of it
@@ -304,8 +309,10 @@ def _named(item: dict[str, Any], by_kind: dict[str, dict[str, dict[str, Any]]]) 
             yield f"there is no ConfigMap {config}"
 
 
-_OPERATOR, _REACHED = "kuberay-operator", ("dashboard", "serve")
-"""The operator's name in its labels, and the ports at which it submits jobs and asks whether proxies are well."""
+_OPERATOR = "kuberay-operator"
+"""The operator's name in its labels."""
+_REACHED = ("dashboard", "serve")
+"""Names of the ports at which the operator submits jobs and asks whether proxies are well."""
 
 
 def _ports(items: list[dict[str, Any]], by_kind: dict[str, dict[str, dict[str, Any]]]) -> Iterator[str]:
@@ -331,12 +338,12 @@ def _ports(items: list[dict[str, Any]], by_kind: dict[str, dict[str, dict[str, A
         yield from (f"NetworkPolicy {name}: no pod listens at {port}" for port in sorted(open_to - listened))
         operator = [rule for rule in rules if _OPERATOR in json.dumps(rule)]
         asked_for = {port["containerPort"] for _, ports in pods for port in ports if port.get("name") in _REACHED}
-        for whose, of, wanted in (
+        for who, let_in, needed in (
             ("Prometheus", _from_elsewhere(rules, operator), read),
             ("operator", operator, asked_for),
         ):
-            shown = {port["port"] for rule in of for port in rule.get("ports", [])}
-            yield from (f"NetworkPolicy {name}: {whose} may not reach {port}" for port in sorted(wanted - shown))
+            shown = {port["port"] for rule in let_in for port in rule.get("ports", [])}
+            yield from (f"NetworkPolicy {name}: {who} may not reach {port}" for port in sorted(needed - shown))
 
 
 def _from_elsewhere(rules: list[dict[str, Any]], but: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -683,8 +683,9 @@ def files() -> dict[str, str]:
     """Return what is made: path below this folder to text."""
     made = {f"dashboards/{one.name}.json": json.dumps(dashboard(one), indent=1) + "\n" for one in DASHBOARDS}
     head = "# Made by infra/monitoring/make.py: change it there.\n"
+    alerts = rules()
     rule = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule", "metadata": {"name": "somaflow"}}
-    for name, values in (("alerts.yaml", rules()), (FOR_OPERATOR, rule | {"spec": rules()})):
+    for name, values in (("alerts.yaml", alerts), (FOR_OPERATOR, rule | {"spec": alerts})):
         made[name] = head + yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True)
     return made
 
