@@ -211,6 +211,7 @@ class OpenDataset:
             sides["obs"] = leftovers
             notes.append(f"obs columns kept in the side table: {', '.join(map(str, leftovers.columns))}")
         mapped = {name: float(found.mapped) for name, found in self.maps.items()}
+        self.form.__dict__.pop("obs", None)  # values are read next, and need the room
         return Inspected(plan, obs, sides, self._spans(), mapped, problems, notes, self.opened_as)
 
     def _obs_given(self) -> dict[str, str]:

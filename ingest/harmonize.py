@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse
 from numpy.typing import NDArray
 
+from ingest import distinct
 from store.errors import InputRefused, MissingError
 from store.schema import OBS_DEFAULTS, Features
 
@@ -246,7 +247,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
         if not source:
             continue
         if source.startswith("="):
-            mapped[column] = np.full(len(obs), source[1:], dtype=object)
+            mapped[column] = distinct.same(source[1:], len(obs))
             continue
         if source not in obs:
             raise InputRefused(
@@ -263,13 +264,21 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
                     mapped[unit] = quantity[1]
                 used.add(source)
                 continue
-        mapped[column] = obs[source].to_numpy()
+        mapped[column] = _compact(obs[source], column)
         used.add(source)
     frame = pd.DataFrame(mapped)
     if "perturbation" not in frame and "perturbation_id" in frame:
-        frame["perturbation"] = frame["perturbation_id"].map(guide_target)
+        frame["perturbation"] = distinct.changed(frame["perturbation_id"], guide_target)
     _normalise(frame)
     return frame, obs[[column for column in obs if column not in used]]
+
+
+def _compact(values: pd.Series, column: str) -> Any:
+    """Return a column's values, texts as a categorical; names of cells differ from each other and stay."""
+    text = isinstance(OBS_DEFAULTS[column], str) and column not in ("cell_id", "observation_joinid")
+    if text and (isinstance(values.dtype, pd.CategoricalDtype) or values.dtype == object):
+        return values.astype("category").array
+    return values.to_numpy()
 
 
 def _recognised(column: str, obs: pd.DataFrame) -> str | None:
@@ -287,7 +296,15 @@ def read_quantity(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.ob
     Returns:
         The numbers (NaN where there is nothing), and their units where any has one; none when some value is neither.
     """
-    numbers = pd.to_numeric(values.astype(object), errors="coerce").astype(np.float64)
+    if pd.api.types.is_numeric_dtype(values.dtype):
+        return values.to_numpy(np.float64), None
+    codes, found = distinct.coded(values)
+    read = _quantities(pd.Series(found, dtype=object))
+    return read and (read[0][codes], None if read[1] is None else read[1][codes])
+
+
+def _quantities(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.object_] | None] | None:
+    numbers = pd.to_numeric(values, errors="coerce").astype(np.float64)
     empty = values.isna() | values.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none", "unknown"])
     if (numbers.notna() | empty).all():
         return np.asarray(numbers, dtype=np.float64), None
@@ -326,13 +343,14 @@ def _normalise(frame: pd.DataFrame) -> None:
                     f"obs.{column}: not numbers: {error}; map another column with obs.{column}=NAME"
                 ) from None
         elif isinstance(default, bool):
-            frame[column] = frame[column].map(_truth)
+            frame[column] = np.asarray(distinct.changed(frame[column], _truth), dtype=bool)
     if "perturbation" in frame:
-        frame["perturbation"] = frame["perturbation"].map(perturbation_name)
+        frame["perturbation"] = distinct.changed(frame["perturbation"], perturbation_name)
         if "perturbation_type" not in frame:
-            frame["perturbation_type"] = np.where(frame["perturbation"] == "", "none", "genetic")
+            kind = {"": "none"}
+            frame["perturbation_type"] = distinct.changed(frame["perturbation"], lambda name: kind.get(name, "genetic"))
         else:
-            frame["perturbation_type"] = frame["perturbation_type"].map(perturbation_kind)
+            frame["perturbation_type"] = distinct.changed(frame["perturbation_type"], perturbation_kind)
 
 
 def _truth(value: Any) -> bool:

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from ingest import distinct
 from store.schema import UNKNOWN
 
 ABSENT = {"unknown", "na", "nan", "none", ""}
@@ -73,7 +76,7 @@ def resolve(obs: pd.DataFrame, organism: str) -> Resolved:
         obs: Any of the lake's columns; not changed.
         organism: A key of ``ORGANISMS``; it decides which ontology stages and anatomy come from.
     """
-    made = Resolved(obs.copy())
+    made = Resolved(obs.copy(deep=False))
     for column in COLUMNS:
         if column in obs or f"{column}_ontology_term_id" in obs:
             _resolve_column(made, column, organism)
@@ -83,14 +86,16 @@ def resolve(obs: pd.DataFrame, organism: str) -> Resolved:
 
 def _resolve_column(made: Resolved, column: str, organism: str) -> None:
     obs, id_column = made.obs, f"{column}_ontology_term_id"
-    labels = obs[column].astype(str) if column in obs else pd.Series(UNKNOWN, index=obs.index)
-    ids = obs[id_column].astype(str) if id_column in obs else pd.Series(UNKNOWN, index=obs.index)
-    pairs = pd.DataFrame({"label": labels, "id": ids}).value_counts(dropna=False)
+    label_codes, labels = _texts(obs, column)
+    id_codes, ids = _texts(obs, id_column)
+    pair_codes, present = pd.factorize(label_codes.astype(np.int64) * len(ids) + id_codes)
+    pairs = [(labels[pair // len(ids)], ids[pair % len(ids)]) for pair in present]
+    cells = np.bincount(pair_codes, minlength=len(pairs))
     answers: dict[tuple[str, str], tuple[str, str]] = {}
     unmatched: list[tuple[int, str]] = []
     renamed: list[str] = []
-    for key, n_cells in pairs.items():
-        label, term = str(key[0]), str(key[1])  # type: ignore[index]
+    for at in np.argsort(-cells, kind="stable"):
+        (label, term), n_cells = pairs[at], int(cells[at])
         has_label, has_id = label.lower() not in ABSENT, term.lower() not in ABSENT
         if has_id:
             problem = _id_problem(term, label if has_label else "", column, organism)
@@ -105,16 +110,21 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
             found = _id_of(label, column, organism)
             answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
             if not found:
-                unmatched.append((int(n_cells), label))
+                unmatched.append((n_cells, label))
     if renamed:
         made.notes.append(f"{column}: labels kept that are not their term's name: {', '.join(renamed[:3])}")
     if unmatched:
         made.notes.append(_unmatched_note(column, unmatched, organism))
-    keys = pd.MultiIndex.from_arrays([labels, ids])
-    codes, distinct = pd.factorize(keys)
-    resolved = [answers.get((label, term), (label, term)) for label, term in distinct]
-    obs[column] = pd.Series([resolved[code][0] for code in codes], index=obs.index, dtype=object)
-    obs[id_column] = pd.Series([resolved[code][1] for code in codes], index=obs.index, dtype=object)
+    resolved = [answers.get(pair, pair) for pair in pairs]
+    obs[column] = distinct.spread(pair_codes, [label for label, _ in resolved])
+    obs[id_column] = distinct.spread(pair_codes, [term for _, term in resolved])
+
+
+def _texts(obs: pd.DataFrame, column: str) -> tuple[NDArray[np.integer], list[str]]:
+    if column not in obs:
+        return np.zeros(len(obs), np.int8), [UNKNOWN]
+    codes, values = distinct.coded(obs[column])
+    return codes, [str(value) for value in values]
 
 
 def _id_problem(terms: str, label: str, column: str, organism: str) -> str:
@@ -212,13 +222,12 @@ def _tissue_general(obs: pd.DataFrame) -> None:
     """Fill in the organ or system of tissues, from the curated list that the Census uses."""
     if "tissue_ontology_term_id" not in obs or "tissue_general" in obs:
         return
-    known = [term for term in obs["tissue_ontology_term_id"].unique() if str(term).startswith("UBERON:")]
-    if not known:
+    codes, terms = distinct.coded(obs["tissue_ontology_term_id"])
+    general = [_general(str(term)) if str(term).startswith("UBERON:") else UNKNOWN for term in terms]
+    if set(general) == {UNKNOWN}:
         return
-    general = {term: _general(str(term)) for term in known}
-    ids = obs["tissue_ontology_term_id"].map(general).fillna(UNKNOWN)
-    obs["tissue_general_ontology_term_id"] = ids.astype(object)
-    obs["tissue_general"] = ids.map({term: _term_label(term) for term in ids.unique()}).astype(object)
+    obs["tissue_general_ontology_term_id"] = distinct.spread(codes, general)
+    obs["tissue_general"] = distinct.spread(codes, [_term_label(term) for term in general])
 
 
 @cache

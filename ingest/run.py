@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import ray
 
@@ -37,6 +36,9 @@ from store.writer import BlockStats, LakeWriter, Reservation
 
 AHEAD = 4
 """Datasets that are inspected or checked while an earlier one is still being written."""
+
+AHEAD_CELLS = 2**21
+"""Cells of those; with more in hand no other dataset is begun. The driver holds some 150 bytes for each."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class _Dataset:
     begun: float = field(default_factory=time.monotonic)
     values: dict[str, Any] = field(default_factory=dict)
     plan: DatasetPlan | None = None
-    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+    frames: dict[str, pa.Table] = field(default_factory=dict)
     checked: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     inspecting: Any = None
     checking: dict[Any, tuple[str, int]] = field(default_factory=dict)
@@ -154,7 +156,7 @@ def _examined(job: JobSettings, progress: Progress) -> Iterator[_Dataset]:
     coming = _named(job, limits, progress)
     more = True
     while more or ahead:
-        while more and len(ahead) <= AHEAD:
+        while more and len(ahead) <= AHEAD and sum(dataset.outcome.cells for dataset in ahead) < AHEAD_CELLS:
             dataset = next(coming, None)
             if dataset is None:
                 more = False
@@ -232,7 +234,9 @@ def _advance(ahead: list[_Dataset], limits: Limits, progress: Progress) -> None:
     if done is dataset.inspecting or done == dataset.inspecting:
         dataset.inspecting = None
         try:
-            dataset.values, dataset.plan, dataset.frames, dataset.checked = ray.get(done)
+            dataset.values, dataset.plan, frames, dataset.checked = ray.get(done)
+            # one piece of the driver's own, so that the object store, which is small, lets go of the others
+            dataset.frames = {name: table.combine_chunks() for name, table in frames.items()}
         except Exception as error:  # noqa: BLE001
             dataset.outcome.refuse(_reason(error))
             return
@@ -307,7 +311,7 @@ def _ingest(writer: LakeWriter, dataset: _Dataset, limits: Limits, progress: Pro
         blocks = _write_spans(dataset, reservation, limits, progress)
         for name, frame in dataset.frames.items():
             if name.startswith("side "):
-                writer.side_table(reservation, name.removeprefix("side "), pa.Table.from_pandas(frame))
+                writer.side_table(reservation, name.removeprefix("side "), frame)
         writer.side_table(reservation, "cells", _cells_table(dataset))
         quality.keep(writer.uri, reservation.plan.number, outcome.quality)
         outcome.commit = writer.commit(reservation, dataset.frames["obs"], blocks).number

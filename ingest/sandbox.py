@@ -42,7 +42,12 @@ SHARE = 0.6
 IDLE_S = 10.0
 """A child that nobody asks for so long ends, and gives back its memory; the next question starts another."""
 
+PART_ROWS = 2**17
+"""Rows of a table of cells that are sent at a time, so that no second copy of the whole is made."""
+
 LEFT = 0
+FULL = 3
+"""How a child ends that has no memory left, not even to say so."""
 CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS}
 """Ends after which a question is asked once more: libraries crash on sound files now and then, bad files always do."""
 
@@ -70,14 +75,15 @@ class Reader:
         request_read, self._request = os.pipe()
         self._answer, answer_write = os.pipe()
         words = [str(request_read), str(answer_write), str(int(self.memory_mb * SHARE)), str(os.getpid())]
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "SOMAFLOW_TILEDB_THREADS"), "1")
+        settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "SOMAFLOW_TILEDB_THREADS"), "1")
+        settings["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the others reserve more than the limit allows
         self._child = subprocess.Popen(
             [sys.executable, "-m", "ingest.sandbox", *words],
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
             stderr=self._errors,
             pass_fds=(request_read, answer_write),
-            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, **settings, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         os.close(request_read)
         os.close(answer_write)
@@ -113,11 +119,12 @@ class Reader:
         values, _ = self._ask("names")
         return [str(name) for name in values["names"]]
 
-    def inspect(self) -> tuple[dict[str, Any], DatasetPlan, dict[str, pd.DataFrame]]:
+    def inspect(self) -> tuple[dict[str, Any], DatasetPlan, dict[str, pa.Table]]:
         """Return what is known of a dataset before its values are read.
 
         Returns:
-            ``spans``, ``mapped``, ``problems``, ``notes``, ``fingerprint``; the plan; ``obs`` and side tables by name.
+            ``spans``, ``mapped``, ``problems``, ``notes``, ``fingerprint``; the plan; ``obs`` and side tables by name,
+            texts that cells share as dictionaries.
         """
         values, tables = self._ask("inspect")
         plan = values.pop("plan")
@@ -126,7 +133,7 @@ class Reader:
         for name in plan.pop("features"):
             table = tables.pop(f"features {name}")
             features[name] = Features(*(column.to_pylist() for column in table.columns))
-        return values, DatasetPlan(**plan, features=features), {key: table.to_pandas() for key, table in tables.items()}
+        return values, DatasetPlan(**plan, features=features), tables
 
     def check(self, measurement: str, span: tuple[int, int], budget_nnz: int, fingerprint: str) -> dict[str, Any]:
         """Return ``ingest.dataset.Checked`` of a span as a dictionary.
@@ -173,7 +180,10 @@ class Reader:
             try:
                 os.write(self._request, SIZE.pack(len(request)) + request)
                 header = json.loads(self._receive(deadline))
-                tables = {name: self._table(deadline) for name in header["tables"]}
+                tables = {
+                    name: pa.concat_tables([self._table(deadline) for _ in range(parts)])
+                    for name, parts in header["tables"].items()
+                }
                 break
             except (BrokenPipeError, EOFError):
                 if last_try or self._child.wait() not in {LEFT, *CRASHES}:  # it may leave just as it is asked
@@ -218,9 +228,17 @@ class Reader:
             filled += got
         return buffer
 
+    def _too_large(self) -> str:
+        return (
+            f"needs more memory than a reader has, {SHARE:.0%} of worker_memory_mb = {self.memory_mb:,}; raise "
+            "worker_memory_mb"
+        )
+
     def _death(self) -> str:
         """Say how the child ended; its own words stay out, for they may quote the file."""
         code = self._child.wait()
+        if code == FULL:
+            return self._too_large()
         if code == -signal.SIGKILL:
             return "its reader was killed; was the machine out of memory?"
         if code < 0:
@@ -246,17 +264,16 @@ def _serve(request: int, answer: int) -> None:
                     values, tables = ANSWERS[words["do"]](opened, words)
                 header: dict[str, Any] = {"values": values}
             except MemoryError:
-                tables = {}
-                header = _error(
-                    InputRefused(f"{source.uri}: needs more memory than a worker has; raise worker_memory_mb")
-                )
+                sys.exit(FULL)
             except Exception as error:  # noqa: BLE001  every error is an answer
                 tables, header = {}, _error(error, source.uri)
-            _send(outgoing, json.dumps({**header, "tables": list(tables)}).encode())
-            for table in tables.values():
+            parts = {name: _parts(table, words["do"]) for name, table in tables.items()}
+            told = {name: len(several) for name, several in parts.items()}
+            _send(outgoing, json.dumps({**header, "tables": told}).encode())
+            for part in (part for several in parts.values() for part in several):
                 sink = pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, table.schema) as stream:
-                    stream.write_table(table)
+                with pa.ipc.new_stream(sink, part.schema) as stream:
+                    stream.write_table(part)
                 _send(outgoing, sink.getvalue())
             outgoing.flush()
 
@@ -269,6 +286,13 @@ def _exactly(incoming: Any, size: int) -> bytes:
             sys.exit(0)
         content += part
     return content
+
+
+def _parts(table: pa.Table, what: str) -> list[pa.Table]:
+    """Cut a table of cells; values, of which the budget is kept already, stay together and need no copy over there."""
+    if what != "inspect":
+        return [table]
+    return [table.slice(start, PART_ROWS) for start in range(0, max(1, table.num_rows), PART_ROWS)]
 
 
 def _send(outgoing: Any, content: Any) -> None:
@@ -300,20 +324,24 @@ def _inspect(opened: Any, words: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def _frame(frame: pd.DataFrame) -> pa.Table:
-    """Return a table of what a source gave; a column of mixed kinds becomes text."""
-    columns = {}
-    for name in frame.columns:
-        column = frame[name]
-        if column.dtype == object or isinstance(column.dtype, pd.CategoricalDtype):
-            column = column.astype(object).where(column.notna(), None)
-            kinds = {type(value) for value in column if value is not None}
-            plain = kinds <= {bool} or kinds <= {str}
-            columns[str(name)] = pa.array(
-                column if plain else column.map(_text), pa.bool_() if kinds == {bool} else pa.large_string()
-            )
-        else:
-            columns[str(name)] = pa.array(column)
-    return pa.table(columns)
+    """Return a table of what a source gave; a categorical becomes a dictionary, a column of mixed kinds text."""
+    return pa.table({str(name): _column(frame[name]) for name in frame.columns})
+
+
+def _column(column: pd.Series) -> pa.Array:
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes = column.cat.codes.to_numpy()
+        values = _objects(pd.Series(column.cat.categories, dtype=object))
+        numbered = pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), values)
+        return numbered if pa.types.is_large_string(values.type) else numbered.dictionary_decode()
+    return _objects(column) if column.dtype == object else pa.array(column)
+
+
+def _objects(column: pd.Series) -> pa.Array:
+    column = column.where(column.notna(), None)
+    kinds = {type(value) for value in column if value is not None}
+    plain = kinds <= {bool} or kinds <= {str}
+    return pa.array(column if plain else column.map(_text), pa.bool_() if kinds == {bool} else pa.large_string())
 
 
 def _text(value: Any) -> str | None:
@@ -357,4 +385,7 @@ def _limit(memory_mb: int, parent: int) -> None:
 
 if __name__ == "__main__":
     _limit(int(sys.argv[3]), int(sys.argv[4]))
-    _serve(int(sys.argv[1]), int(sys.argv[2]))
+    try:
+        _serve(int(sys.argv[1]), int(sys.argv[2]))
+    except MemoryError:
+        sys.exit(FULL)

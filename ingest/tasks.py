@@ -10,7 +10,7 @@ import atexit
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
+import pyarrow as pa
 import ray
 
 from ingest.job import JobSettings, SourceSettings
@@ -76,10 +76,10 @@ Checked = dict[tuple[str, int], dict[str, Any]]
 @ray.remote(num_cpus=1, max_retries=5)
 def inspect(
     source: SourceSettings, name: str, limits: Limits
-) -> tuple[dict[str, Any], DatasetPlan, dict[str, pd.DataFrame], Checked]:
+) -> tuple[dict[str, Any], DatasetPlan, dict[str, pa.Table], Checked]:
     """Read everything of a dataset but its values, and those too when they are a single span."""
 
-    def found(reader: Reader) -> tuple[dict[str, Any], DatasetPlan, dict[str, pd.DataFrame], Checked]:
+    def found(reader: Reader) -> tuple[dict[str, Any], DatasetPlan, dict[str, pa.Table], Checked]:
         values, plan, frames = reader.inspect()
         checked = {}
         if len(values["spans"]) == 1:

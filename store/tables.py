@@ -20,47 +20,86 @@ if TYPE_CHECKING:
     from store.writer import BlockStats, Reservation
 
 
+OBS_ROWS = 2**18
+"""Rows of obs that are written at a time: only they have each text of each cell in full."""
+
+
 def obs_table(reservation: Reservation, obs: pd.DataFrame | pa.Table, blocks: Sequence[BlockStats]) -> pa.Table:
-    """Complete a source's obs to the lake's schema: defaults, joinids, and statistics of the RNA counts.
+    """Complete a source's obs to the lake's columns: defaults, joinids, and statistics of the RNA counts.
+
+    Returns:
+        The columns of ``schema.OBS_SCHEMA``; texts that cells share are dictionaries, a number for each cell.
 
     Raises:
         InputRefused: A wrong number of rows, an unknown column, or a value of the wrong type.
     """
-    name = reservation.plan.dataset_id
-    frame = (obs.to_pandas() if isinstance(obs, pa.Table) else obs).reset_index(drop=True)
-    n_obs = reservation.plan.n_obs
-    if len(frame) != n_obs:
-        raise InputRefused(f"dataset {name!r}: obs has {len(frame)} rows, the plan {n_obs}")
+    name, n_obs = reservation.plan.dataset_id, reservation.plan.n_obs
+    if len(obs) != n_obs:
+        raise InputRefused(f"dataset {name!r}: obs has {len(obs)} rows, the plan {n_obs}")
     given = {schema.measured_column(measurement) for measurement in schema.MEASUREMENTS} | set(schema.OBS_DEFAULTS)
-    unknown = sorted(set(frame.columns) - given)
+    unknown = sorted(set(_names(obs)) - given)
     if unknown:
         raise InputRefused(f"dataset {name!r}: obs column {unknown[0]!r} is not of the lake's schema; map or drop it")
     columns: dict[str, Any] = {
         "soma_joinid": np.arange(n_obs, dtype=np.int64) + reservation.plan.obs_start,
-        "dataset_id": [name] * n_obs,
+        "dataset_id": _same(name, n_obs),
     }
-    for column, default in schema.OBS_DEFAULTS.items():
-        columns[column] = _filled(frame, column, default)
     columns |= _statistics(reservation, blocks)
-    for measurement in schema.MEASUREMENTS:
-        column = schema.measured_column(measurement)
-        measured = measurement in reservation.dataset.features and reservation.dataset.layer(measurement) == "raw"
-        columns[column] = _filled(frame, column, measured) & measured
     try:
-        return pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema.OBS_SCHEMA})
+        for column, default in schema.OBS_DEFAULTS.items():
+            columns[column] = _filled(obs, column, default)
+        for measurement in schema.MEASUREMENTS:
+            column = schema.measured_column(measurement)
+            measured = measurement in reservation.dataset.features and reservation.dataset.layer(measurement) == "raw"
+            columns[column] = _filled(obs, column, measured) & measured
+        return pa.table(
+            {
+                field.name: columns[field.name]
+                if isinstance(columns[field.name], pa.Array | pa.ChunkedArray)
+                else pa.array(columns[field.name], field.type)
+                for field in schema.OBS_SCHEMA
+            }
+        )
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise InputRefused(f"dataset {name!r}: obs does not fit the lake's schema: {error}") from None
 
 
-def _filled(frame: pd.DataFrame, column: str, default: Any) -> Any:
-    if column not in frame:
-        return np.full(len(frame), default, dtype=object if isinstance(default, str) else None)
-    values = frame[column]
+def _names(obs: pd.DataFrame | pa.Table) -> list[str]:
+    return obs.column_names if isinstance(obs, pa.Table) else [str(name) for name in obs.columns]
+
+
+def _same(text: str, n_obs: int) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n_obs, np.int8)), pa.array([text], pa.large_string()))
+
+
+def _filled(obs: pd.DataFrame | pa.Table, column: str, default: Any) -> Any:
+    """Return a column of obs as the lake has it, its default where there is none or a value is missing."""
+    if column not in _names(obs):
+        return _same(default, len(obs)) if isinstance(default, str) else np.full(len(obs), default)
+    if isinstance(default, str) and isinstance(obs, pa.Table):
+        kind = obs.schema.field(column).type
+        if pa.types.is_large_string(kind):
+            return obs[column].fill_null(default)
+        if pa.types.is_dictionary(kind) and pa.types.is_large_string(kind.value_type):
+            return _texts(obs[column].combine_chunks().to_pandas(), default)
+    values = obs[column].to_pandas() if isinstance(obs, pa.Table) else obs[column]
     if isinstance(default, bool):
         return values.fillna(default).astype(bool).to_numpy()
     if isinstance(default, float):
         return pd.to_numeric(values, errors="raise").astype(float).to_numpy()
-    return values.astype(object).where(values.notna(), default).map(str).to_numpy()
+    return _texts(values, default)
+
+
+def _texts(values: pd.Series, default: str) -> pa.Array:
+    """Return each cell's text, as a dictionary if it came as a categorical."""
+    if not isinstance(values.dtype, pd.CategoricalDtype):
+        return pa.array(values.astype(object).where(values.notna(), default).map(str).to_numpy(), pa.large_string())
+    place: dict[str, int] = {}
+    texts = [*(str(value) for value in values.cat.categories), default]  # the last is what a missing value's -1 finds
+    numbers = np.array([place.setdefault(text, len(place)) for text in texts], dtype=np.int32)
+    return pa.DictionaryArray.from_arrays(
+        pa.array(numbers[values.cat.codes.to_numpy()]), pa.array(list(place), pa.large_string())
+    )
 
 
 def _statistics(reservation: Reservation, blocks: Sequence[BlockStats]) -> dict[str, Any]:
@@ -115,7 +154,7 @@ def write_all(
     for name, table in _info_tables(before, reservation.plan.organism, obs, gone.obs).items():
         _write_table(records.join(info_uri, name), table, timestamp)
     _write_table(records.join(info_uri, "datasets"), _dataset_table(reservation), timestamp)
-    _write_table(records.join(organism_uri, "obs"), obs, timestamp)
+    _write_obs(records.join(organism_uri, "obs"), obs, timestamp)
 
 
 def remove_all(before: Lake, standing: Commit, timestamp: int) -> None:
@@ -227,6 +266,12 @@ def _subtract(var: pd.DataFrame, less: pd.DataFrame) -> None:
 def _write_table(uri: str, table: pa.Table, timestamp: int) -> None:
     with tiledbsoma.DataFrame.open(uri, "w", tiledb_timestamp=timestamp, context=soma_context()) as frame:
         frame.write(table.combine_chunks())
+
+
+def _write_obs(uri: str, obs: pa.Table, timestamp: int) -> None:
+    with tiledbsoma.DataFrame.open(uri, "w", tiledb_timestamp=timestamp, context=soma_context()) as frame:
+        for start in range(0, len(obs), OBS_ROWS):
+            frame.write(obs.slice(start, OBS_ROWS).cast(schema.OBS_SCHEMA).combine_chunks())
 
 
 def _write_presence(uri: str, reservation: Reservation, joinids: Any, timestamp: int) -> None:

@@ -14,8 +14,16 @@ UMIS = 3_650
 """UMIs of a median cell; with the genes' spread below this gives about 2,300 genes a cell."""
 
 
-def write_atlas(path: Path, n_cells: int, n_genes: int = GENES, seed: int = 0, compression: str | None = None) -> int:
-    """Write an h5ad with raw counts in X as CSR; return its non-zeros.
+def write_atlas(
+    path: Path,
+    n_cells: int,
+    n_genes: int = GENES,
+    seed: int = 0,
+    compression: str | None = None,
+    *,
+    umis: int = UMIS,
+) -> int:
+    """Write an h5ad with raw counts in X as CSR, ``umis`` of them in a median cell; return its non-zeros.
 
     Genes differ in level as a log-normal, cells in depth likewise; every count is a draw from the gene's share.
     """
@@ -35,7 +43,7 @@ def write_atlas(path: Path, n_cells: int, n_genes: int = GENES, seed: int = 0, c
         indptr = [np.zeros(1, np.int64)]
         for start in range(0, n_cells, 2_000):
             cells = min(2_000, n_cells - start)
-            depth_C = np.maximum(500, (UMIS * np.exp(rng.normal(0.0, 0.3, cells))).astype(int))
+            depth_C = np.maximum(umis // 8, (umis * np.exp(rng.normal(0.0, 0.3, cells))).astype(int))
             cell = np.repeat(np.arange(cells, dtype=np.int64), depth_C)
             gene = np.minimum(np.searchsorted(upper_G, rng.random(len(cell))), n_genes - 1)
             placed, counts = np.unique(cell * n_genes + gene, return_counts=True)
