@@ -38,7 +38,7 @@ AHEAD = 4
 """Datasets that are inspected or checked while an earlier one is still being written."""
 
 AHEAD_CELLS = 2**21
-"""Cells of those; with more in hand no other dataset is begun. The driver holds some 150 bytes for each."""
+"""Cells of those; with more in hand no other dataset is begun. The driver holds some 300 bytes for each."""
 
 
 @dataclass

@@ -215,6 +215,7 @@ class Lake:
         self.history = history
         self.commit = history[-1]
         self.current = catalog.current(history)
+        self._n_features: dict[tuple[str, str], int] = {}
 
     def pending(self) -> list[catalog.Plan]:
         """Return plans that were begun and have no commit: a driver works on them, or one died."""
@@ -351,5 +352,8 @@ class Lake:
 
     def n_features(self, organism: str, measurement: str) -> int:
         """Return how many joinids the features of a measurement take: columns of its counts."""
-        joinids = self._measurement(organism, measurement).var.read(column_names=["soma_joinid"]).concat()
-        return 1 + max(joinids["soma_joinid"].to_numpy(), default=-1)
+        key = (organism, measurement)
+        if key not in self._n_features:
+            joinids = self._measurement(organism, measurement).var.read(column_names=["soma_joinid"]).concat()
+            self._n_features[key] = 1 + int(joinids["soma_joinid"].to_numpy().max(initial=-1))
+        return self._n_features[key]

@@ -16,6 +16,7 @@ import secrets
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import fsspec
@@ -171,7 +172,7 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
         seen[features] = True
         used[name] = base64.b64encode(np.packbits(seen).tobytes()).decode()
         largest[name] = float(counts.max(initial=0))
-        integral[name] = bool(np.all(counts == np.rint(counts)))
+        integral[name] = counts.dtype == np.uint16 or bool(np.all(counts == np.rint(counts)))
     table = pa.table(columns)
     counted = {name: _counted(table, name) for name in CODED}
     file = records.join(job.spill, f"{chunk.number:08d}-{job.mark}-{secrets.token_hex(6)}.arrows")
@@ -207,13 +208,16 @@ def _labels(lake: Lake, chunk: Chunk) -> pa.Table:
 
 def _counts(
     lake: Lake, chunk: Chunk, measurement: str
-) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
-    """Return each cell's number of values, and the features (ascending in a cell) and counts of all."""
+) -> tuple[NDArray[np.int64], NDArray[np.unsignedinteger], NDArray[np.uint16 | np.float32]]:
+    """Return each cell's number of values, and the features (ascending in a cell) and counts of all.
+
+    Both in 16 bits where all fit, so that spill files and what tasks hold are half as large.
+    """
     lengths, features, counts = [], [], []
     step = int(np.clip(READ_ELEMENTS / max(chunk.per_cell[measurement], 1), 256, 65536))
     kept, layer = chunk.kept.get(measurement), "value" if measurement in chunk.levels else "raw"
-    for start in range(0, len(chunk.joinids_C), step):
-        block = lake.counts(chunk.organism, measurement, chunk.joinids_C[start : start + step], layer)
+    for start, stop in pairwise(_borders(chunk.joinids_C, step, schema.ROW_TILE[measurement])):
+        block = lake.counts(chunk.organism, measurement, chunk.joinids_C[start:stop], layer)
         if kept is not None:
             inside = kept[: block.shape[1]][block.indices]
             ends = np.concatenate([[0], np.cumsum(inside)])[block.indptr]
@@ -221,9 +225,30 @@ def _counts(
             block.indices, block.data = block.indices[inside], block.data[inside]
         else:
             lengths.append(np.diff(block.indptr))
-        features.append(block.indices.astype(np.uint32, copy=False) + np.uint32(chunk.offsets[measurement]))
-        counts.append(block.data)
+        offset = chunk.offsets[measurement]
+        kind = np.uint16 if offset + block.shape[1] <= 2**16 else np.uint32
+        features.append(block.indices.astype(kind) + np.asarray(offset, kind))
+        counts.append(_narrow(block.data))
     return np.concatenate(lengths).astype(np.int64), np.concatenate(features), np.concatenate(counts)
+
+
+def _borders(joinids_C: NDArray[np.int64], step: int, tile: int) -> list[int]:
+    """Cut cells into reads of at most ``step``, where a tile of X begins if one does: none is then decoded twice."""
+    begins = np.flatnonzero(np.diff(joinids_C // tile, prepend=-1))
+    borders = [0]
+    while borders[-1] < len(joinids_C):
+        until = min(borders[-1] + step, len(joinids_C))
+        last = int(begins[np.searchsorted(begins, until, side="right") - 1])
+        borders.append(last if borders[-1] < last and until < len(joinids_C) else until)
+    return borders
+
+
+def _narrow(counts: NDArray[np.float32]) -> NDArray[np.uint16 | np.float32]:
+    """Return counts as 16-bit numbers if all are such."""
+    if not len(counts) or counts.min() < 0 or not counts.max() < 2**16:
+        return counts
+    whole = counts.astype(np.uint16)
+    return whole if np.array_equal(whole, counts) else counts
 
 
 def _counted(table: pa.Table, name: str) -> dict[str, dict[str, int]]:
@@ -269,7 +294,7 @@ def gather(job: Gather, bucket: Bucket) -> None:
         raise VerificationError(f"{job.uri}: the spill files do not hold rows {start:,} to {stop:,} once each")
     sums: dict[str, str] = {}
     for name in job.kinds:
-        written = _write_counts(job, name, bucket.number, tables, order, (start, stop))
+        written = _write_counts(job, name, bucket.number, tables, (start, stop))
         sums |= {f"{name}/{member}": digest for member, digest in written.items()}
     cells = pa.concat_tables([table.select(CELLS_SCHEMA.names) for table in tables]).combine_chunks()
     cells = cells.take(pa.array(order)).cast(CELLS_SCHEMA)
@@ -297,33 +322,34 @@ def _collected(bucket: Bucket) -> Iterator[pa.Table]:
         yield pa.ipc.open_stream(content).read_all()
 
 
-def _write_counts(
-    job: Gather, name: str, bucket: int, tables: list[pa.Table], order: NDArray[np.int64], rows: tuple[int, int]
-) -> dict[str, str]:
+def _write_counts(job: Gather, name: str, bucket: int, tables: list[pa.Table], rows: tuple[int, int]) -> dict[str, str]:
     """Write one measurement of a bucket; return a digest of each array's share."""
-    empty = pa.scalar([], pa.list_(pa.uint32())), pa.scalar([], pa.list_(pa.float32()))
-    taken = []
-    for member, nothing in zip(("features", "counts"), empty, strict=True):
-        column = f"{name}.{member}"
-        parts = [
-            table[column].combine_chunks() if column in table.schema.names else pa.repeat(nothing, table.num_rows)
-            for table in tables
-        ]
-        taken.append(pa.concat_arrays(parts).take(pa.array(order)))
-    first = int(job.starts[name][bucket])
-    lengths = pa.compute.list_value_length(taken[0]).to_numpy().astype(np.int64)
-    ends = first + np.cumsum(lengths)
+    measured = [table for table in tables if f"{name}.features" in table.schema.names]
+    first, length_R = int(job.starts[name][bucket]), np.zeros(rows[1] - rows[0], np.int64)
+    for table in measured:
+        length_R[table["row"].to_numpy() - rows[0]] = pa.compute.list_value_length(table[f"{name}.features"]).to_numpy()
+    ends = first + np.cumsum(length_R)
     if ends[-1] != job.starts[name][bucket + 1]:
         raise VerificationError(f"{job.uri}/{name}: bucket {bucket} has {ends[-1] - first:,} values, not as counted")
-    feature_kind, count_kind = job.kinds[name]
-    features = job.numbers[name].astype(feature_kind)[taken[0].flatten().to_numpy()]
-    counts = taken[1].flatten().to_numpy().astype(count_kind)
+    features, counts = (np.empty(ends[-1] - first, kind) for kind in job.kinds[name])
+    numbers = job.numbers[name].astype(features.dtype)
+    for table in measured:
+        row = table["row"].to_numpy() - rows[0]
+        begins = np.cumsum(length_R[row]) - length_R[row]
+        place = np.repeat(ends[row] - length_R[row] - first - begins, length_R[row])
+        place += np.arange(len(place))
+        features[place] = numbers[_flat(table[f"{name}.features"])]
+        counts[place] = _flat(table[f"{name}.counts"])
     _write(job, f"{name}/indptr", (slice(rows[0] + 1, rows[1]),), ends)
     if len(features):
         where = (slice(first, first + len(features) - 1),)
         _write(job, f"{name}/features", where, features)
         _write(job, f"{name}/counts", where, counts)
     return {"indptr": digest_of(ends), "features": digest_of(features), "counts": digest_of(counts)}
+
+
+def _flat(lists: pa.ChunkedArray) -> NDArray[Any]:
+    return np.asarray(lists.combine_chunks().flatten())
 
 
 def _write_labels(job: Gather, cells: pa.Table, start: int, stop: int) -> dict[str, str]:
