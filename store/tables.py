@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -394,22 +394,11 @@ def _cell_counts(known: pd.DataFrame, organism: str, obs: pa.Table, gone: pa.Tab
 
     A label that loses its last cell stays, with zero.
     """
-    names = ["is_primary_data", *_category_columns()]
-    both = [obs.select(names).to_pandas().assign(cells=1), gone.select(names).to_pandas().assign(cells=-1)]
-    frame = pd.concat([part for part in both if len(part)])
-    frame["primary"] = frame["is_primary_data"] * frame["cells"]
     parts = [known.drop(columns="soma_joinid").assign(order=known["soma_joinid"])]
-    groups = [("all", frame.assign(label="na", term="na"))]
-    for category in schema.SUMMARY_CATEGORIES:
-        term = f"{category}_ontology_term_id"
-        terms = frame.get(term, "na")
-        groups.append((category, frame.assign(label=frame[category], term=terms)))
-    for category, rows in groups:
-        counted = rows.groupby(["label", "term"], as_index=False, observed=True).agg(
-            total_cell_count=("cells", "sum"), unique_cell_count=("primary", "sum")
-        )
-        counted = counted.rename(columns={"term": "ontology_term_id"})
-        parts.append(counted.assign(organism=organism, category=category, order=np.inf))
+    for table, sign in ((obs, 1), (gone, -1)):
+        for start in range(0, len(table), OBS_ROWS):
+            for category, counted in _tallied(table.slice(start, OBS_ROWS), sign):
+                parts.append(counted.assign(organism=organism, category=category, order=np.inf))
     keys = ["organism", "category", "label", "ontology_term_id"]
     parts = [part for part in parts if len(part)]
     merged = (
@@ -424,6 +413,22 @@ def _cell_counts(known: pd.DataFrame, organism: str, obs: pa.Table, gone: pa.Tab
     merged = merged.sort_values("order", kind="stable", ignore_index=True)
     merged.insert(0, "soma_joinid", np.arange(len(merged), dtype=np.int64))
     return merged.drop(columns="order")
+
+
+def _tallied(obs: pa.Table, sign: int) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Count some cells by the labels and terms of each category; each counts ``sign``."""
+    frame = obs.select(["is_primary_data", *_category_columns()]).to_pandas().assign(cells=sign)
+    frame["primary"] = frame["is_primary_data"] * sign
+    groups = [("all", frame.assign(label="na", term="na"))]
+    for category in schema.SUMMARY_CATEGORIES:
+        terms = frame.get(f"{category}_ontology_term_id", "na")
+        groups.append((category, frame.assign(label=frame[category], term=terms)))
+    for category, rows in groups:
+        counted = rows.groupby(["label", "term"], as_index=False, observed=True).agg(
+            total_cell_count=("cells", "sum"), unique_cell_count=("primary", "sum")
+        )
+        counted = counted.rename(columns={"term": "ontology_term_id"})
+        yield category, counted.astype({"label": object, "ontology_term_id": object})
 
 
 def _category_columns() -> list[str]:
