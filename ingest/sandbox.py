@@ -32,6 +32,7 @@ import pyarrow as pa
 import scipy.sparse
 
 from ingest.job import SourceSettings
+from ingest.sources import kind_of
 from store import errors
 from store.errors import InputRefused, SomaflowError
 from store.schema import DatasetPlan, Features
@@ -77,6 +78,8 @@ class Reader:
         words = [str(request_read), str(answer_write), str(int(self.memory_mb * SHARE)), str(os.getpid())]
         settings = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "SOMAFLOW_TILEDB_THREADS"), "1")
         settings["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the others reserve more than the limit allows
+        if kind_of(self.source) == "census":  # its texts are read and let go of: not to lie between what is kept
+            settings["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "ingest.sandbox", *words],
             stdin=subprocess.DEVNULL,
@@ -237,7 +240,8 @@ class Reader:
     def _death(self) -> str:
         """Say how the child ended; its own words stay out, for they may quote the file."""
         code = self._child.wait()
-        if code == FULL:
+        self._errors.seek(0)
+        if code == FULL or (code == -signal.SIGABRT and b"bad_alloc" in self._errors.read()):
             return self._too_large()
         if code == -signal.SIGKILL:
             return "its reader was killed; was the machine out of memory?"
@@ -266,6 +270,8 @@ def _serve(request: int, answer: int) -> None:
             except MemoryError:
                 sys.exit(FULL)
             except Exception as error:  # noqa: BLE001  every error is an answer
+                if "std::bad_alloc" in str(error):  # what a MemoryError is called in TileDB
+                    sys.exit(FULL)
                 tables, header = {}, _error(error, source.uri)
             parts = {name: _parts(table, words["do"]) for name, table in tables.items()}
             told = {name: len(several) for name, several in parts.items()}

@@ -17,22 +17,33 @@ import scipy.sparse
 
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, SourceDataset
+from store.context import tiledb_config
 from store.errors import InputRefused, StorageError, UsageError
 from store.schema import DATASET_INFO, OBS_DEFAULTS, ORGANISMS
 
-BUFFERS = {"soma.init_buffer_bytes": 2**22, "sm.mem.total_budget": 2**28, "sm.mem.malloc_trim": "false"}
-"""What a read holds of each column before it hands a part over; the client's own gigabyte is too much for a worker."""
+BUFFERS = {"soma.init_buffer_bytes": 2**20, "sm.mem.total_budget": 2**28, "sm.mem.malloc_trim": "false"}
+"""What a read holds of each column before it hands a part over; the client's own gigabyte is too much for a worker, and
+obs has some thirty columns, each with offsets and validity."""
 
 CELL = "observation_joinid"
 """The Census's own name of a cell, which stays from release to release."""
 
+DIGEST_ROWS = 2**17
+
+CELLS_OWN = {CELL, "cell_id"}
+"""Columns in which cells differ from each other."""
+
+OWN_TYPE = {pa.large_string(): pd.ArrowDtype(pa.large_string())}
+"""Keeps those in Arrow's memory; as Python's objects they would take three times as much."""
+
 
 @lru_cache(maxsize=4)
 def _open(uri: str) -> Any:
+    config = BUFFERS | {key: value for key, value in tiledb_config().items() if key.endswith("concurrency_level")}
     try:
         if re.fullmatch(r"stable|latest|\d{4}-\d{2}-\d{2}", uri):
-            return cellxgene_census.open_soma(census_version=uri, tiledb_config=BUFFERS)
-        return cellxgene_census.open_soma(uri=uri, tiledb_config=BUFFERS)
+            return cellxgene_census.open_soma(census_version=uri, tiledb_config=config)
+        return cellxgene_census.open_soma(uri=uri, tiledb_config=config)
     except Exception as error:
         raise StorageError(f"{uri}: cannot be opened as a Census: {error}") from error
 
@@ -72,15 +83,26 @@ def _parts(
 def _obs(source: SourceSettings, experiment: Any, columns: list[str], dataset: str) -> pd.DataFrame:
     """Read columns of a dataset's cells, by joinid; texts that cells share as categoricals."""
     parts = [_shared(part) for part in _parts(source, experiment, columns, dataset)]
-    obs = pa.concat_tables(parts, promote_options="permissive").combine_chunks().to_pandas()
-    return pd.DataFrame(obs).sort_values("soma_joinid", ignore_index=True)
+    table = pa.concat_tables(parts).unify_dictionaries()
+    del parts
+    obs = table.to_pandas(split_blocks=True, self_destruct=True, types_mapper=OWN_TYPE.get)
+    return obs if obs["soma_joinid"].is_monotonic_increasing else obs.sort_values("soma_joinid", ignore_index=True)
 
 
 def _shared(table: pa.Table) -> pa.Table:
-    texts = {name for name in table.column_names if pa.types.is_large_string(table[name].type)} - {CELL}
+    """Return a table with texts that cells share as dictionaries, in memory that is no larger than they are."""
+    texts = {name for name in table.column_names if pa.types.is_large_string(table[name].type)} - CELLS_OWN
     return pa.table(
-        {name: table[name].dictionary_encode() if name in texts else table[name] for name in table.column_names}
+        {
+            name: table[name].dictionary_encode() if name in texts else _fitted(table[name])
+            for name in table.column_names
+        }
     )
+
+
+def _fitted(column: pa.ChunkedArray) -> pa.Array:
+    """Copy a column; what a read hands over lies in buffers of their full size, however little is in them."""
+    return pa.concat_arrays([pa.array([], column.type), *column.chunks])
 
 
 def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
@@ -100,15 +122,21 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 
     def obs() -> pd.DataFrame:
         cells = _obs(source, experiment, list(dict.fromkeys(["soma_joinid", *known, *named])), dataset_id)
-        cells.index = pd.Index(cells[CELL].astype(str) if named else joinids.astype(str))
+        whole = named and (cells[CELL] != "").all()  # a lake of ours has such names only of what came from a Census
+        cells.index = pd.Index(cells[CELL].array if whole else joinids.astype(str))
         return cells[known]
 
     def digest() -> str:
         # joinids change with every release; a version of a dataset and its own names of cells do not
-        cells = list(_obs(source, experiment, ["soma_joinid", *named], dataset_id)[CELL]) if named else []
         version = str(row["dataset_version_id"])
-        identity = [version, source.where or "", organism, dataset_id, str(len(joinids)), "\n".join(map(str, cells))]
-        return hashlib.sha256("|".join(identity).encode()).hexdigest()
+        total = hashlib.sha256(
+            "|".join([version, source.where or "", organism, dataset_id, f"{len(joinids)}|"]).encode()
+        )
+        if named:
+            names = _obs(source, experiment, ["soma_joinid", CELL], dataset_id)[CELL]
+            for start in range(0, len(names), DIGEST_ROWS):
+                total.update(("\n" * (start > 0) + "\n".join(map(str, names[start : start + DIGEST_ROWS]))).encode())
+        return total.hexdigest()
 
     columns = var["soma_joinid"].to_numpy(np.int64)
     matrix = experiment.ms["RNA"].X["raw"]
