@@ -8,7 +8,7 @@ PROOF ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults fuzz bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train bench-size image-proof test-quick check format lock clean
+.PHONY: help setup demo test faults fuzz bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train bench-size bench-scale image-proof test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -64,6 +64,9 @@ bench-serve: setup  ## cells a second and latency of a server against the bare m
 
 bench-size: setup  ## what infra/size.py says against two sizes that are measured here (15 minutes, 5 GB in build/)
 	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_size.py $(BENCH)
+
+bench-scale: setup  ## a million cells the whole way: seconds, memory and disk of each command (20 minutes, 40 GB in build/)
+	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_scale.py $(BENCH)
 
 image-proof: setup  ## run the image's steps in a clean root, and the image in it, without Docker (root, debootstrap; 10 minutes)
 	$(BIN)/python infra/image/prove.py $(PROOF)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -99,7 +98,7 @@ def watch(pid: int, used: Used, spill: Path | None, ended: threading.Event) -> N
             used.workers[name] = max(used.workers.get(name, 0.0), size)
         ours = [size for name, size in sizes if not name.startswith("ray's")]
         used.worker_mb = max(used.worker_mb, *ours, 0.0)
-        store = psutil.disk_usage("/dev/shm").used / 1e6  # noqa: S108 - where Ray keeps its objects
+        store = psutil.disk_usage("/dev/shm").used / 1e6
         used.together_mb = max(used.together_mb, mine + sum(size for _, size in sizes) + store)
         if spill is not None:
             used.spill_mb = max(used.spill_mb, bytes_of(spill) / 1e6)
