@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
-from ingest import check
+from ingest import check, distinct
 from ingest.harmonize import guide_target, map_genes, map_obs, map_plain, perturbation_name, read_quantity
 from store.errors import InputRefused, MissingError
 
@@ -289,3 +289,21 @@ def test_a_cells_digest_depends_on_names_and_counts_only() -> None:
     other = counts.copy()
     other.data[0] = 2
     assert check.cell_digests(other, digests)[0] != found[0]
+
+
+def test_work_on_distinct_values_gives_what_work_on_cells_gives() -> None:
+    values = pd.Series(["NTg1", None, "ctrl", "B+A", "A+B", "NTg1"], dtype=object)
+    expected = [perturbation_name(value) for value in values]
+    for given in (values, values.astype("category")):
+        changed = distinct.changed(given, perturbation_name)
+        assert list(changed) == expected == ["control", "", "control", "A+B", "A+B", "control"]
+        assert changed.categories.is_unique
+
+
+def test_a_category_that_no_cell_has_is_not_looked_at() -> None:
+    primary = pd.Categorical(["True", "False"], categories=["True", "False", "perhaps"])
+    time = pd.Categorical(["6 HR", "2 HR"], categories=["6 HR", "2 HR", "late"])
+    frame, _ = map_obs(pd.DataFrame({"is_primary_data": primary, "time": time}, index=["a", "b"]), {})
+    assert list(frame["is_primary_data"]) == [True, False]
+    assert list(frame["time"]) == [6, 2]
+    assert list(frame["time_unit"]) == ["hour", "hour"]

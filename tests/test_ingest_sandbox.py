@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 from hostile_files import CANARY, CORRUPTIONS, corrupt, honest, hostile_archives
@@ -19,7 +21,7 @@ from hostile_files import CANARY, CORRUPTIONS, corrupt, honest, hostile_archives
 from ingest.job import JobSettings, SourceSettings
 from ingest.preflight import members
 from ingest.run import run
-from ingest.sandbox import Reader
+from ingest.sandbox import PART_ROWS, Reader
 from ingest.turn import turned
 from store.errors import InputRefused, StorageError
 from store.hdf5 import check_hdf5
@@ -201,3 +203,47 @@ def test_a_matrix_in_any_order_is_turned_to_rows(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("SOMAFLOW_SCRATCH", "/proc/none")
     with pytest.raises(StorageError, match="SOMAFLOW_SCRATCH=FOLDER"):
         turned(["a"], (300, 70), lambda: iter([]))
+
+
+def large(path: Path, cells: int) -> Path:
+    """A file of many cells, each with one count."""
+    counts = scipy.sparse.csr_matrix((np.ones(cells, "f4"), np.arange(cells) % 30, np.arange(cells + 1)), (cells, 30))
+    types = pd.Categorical.from_codes(np.arange(cells) % 3, categories=["T cell", "B cell", "monocyte"])
+    obs = pd.DataFrame({"cell_type": types}, index=np.char.add("cell-", np.arange(cells).astype(str)))
+    anndata.AnnData(counts, obs, pd.DataFrame(index=[f"ENSG{number:011d}" for number in range(30)])).write_h5ad(path)
+    return path
+
+
+def test_obs_comes_in_parts_and_is_whole(tmp_path: Path) -> None:
+    cells = 2 * PART_ROWS + 5
+    with reader(large(tmp_path / "large.h5ad", cells)) as opened:
+        _, plan, tables = opened.inspect()
+    obs = tables["obs"]
+    assert plan.n_obs == len(obs) == cells
+    assert obs["cell_id"].num_chunks == 3
+    assert obs["cell_id"][cells - 1].as_py() == f"cell-{cells - 1}"
+    assert obs["cell_type_ontology_term_id"].type.index_type.bit_width == 8  # a byte for each cell
+    assert (
+        obs["cell_type_ontology_term_id"][PART_ROWS * 2].as_py()
+        == ["CL:0000084", "CL:0000236", "CL:0000576"][PART_ROWS * 2 % 3]
+    )
+
+
+def test_a_dataset_that_needs_more_memory_than_there_is_says_so(tmp_path: Path) -> None:
+    with (
+        reader(large(tmp_path / "large.h5ad", 1_500_000), memory_mb=512) as opened,
+        pytest.raises(InputRefused, match="worker_memory_mb = 512; raise worker_memory_mb"),
+    ):
+        opened.inspect()
+
+
+def test_a_lake_of_ours_is_read_as_a_census(tiny_lake: Path) -> None:
+    source = SourceSettings(uri=str(tiny_lake), kind="census", where="cell_type == 'even'")
+    with Reader(source, "homo_sapiens/second", memory_mb=1024, timeout_s=60) as opened:
+        values, plan, tables = opened.inspect()
+        assert values["problems"] == []
+        assert plan.n_obs == 45
+        assert tables["obs"]["cell_id"].to_pylist() == [f"second-{cell}" for cell in range(0, 90, 2)]
+        rows = opened.rows("RNA", 3, 5, len(plan.features["RNA"]), values["fingerprint"])
+    lake = open_lake(str(tiny_lake))
+    assert (rows != lake.counts("homo_sapiens", "RNA", 150 + np.array([6, 8]))[:, : rows.shape[1]]).nnz == 0

@@ -241,3 +241,20 @@ def test_counts_of_joinids_that_come_twice_or_out_of_order_are_each_rows_own(tin
     whole = lake.counts("homo_sapiens", "RNA", np.arange(240))
     for asked in ([1, 1, 3], [7, 5, 6], [200, 3, 3, 90, 200], [4, 5, 6, 7]):
         assert (lake.counts("homo_sapiens", "RNA", np.array(asked)) != whole[asked]).nnz == 0
+
+
+def test_obs_that_is_written_in_parts_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name, rows in (("whole", 2**18), ("parts", 7)):
+        monkeypatch.setattr("store.tables.OBS_ROWS", rows)
+        with LakeWriter(str(tmp_path / name)) as writer:
+            add_dataset(writer, "first", 60, {"RNA": 40, "protein": 6}, origin="a")
+            add_dataset(writer, "second", 30, {"RNA": 50})
+            add_dataset(writer, "first", 45, {"RNA": 40}, origin="a", version=1)
+        lake = open_lake(str(tmp_path / name))
+        assert [check for check in validate(lake) if check.problem] == []
+        counts = lake.root["census_info"]["summary_cell_counts"].read().concat()
+        obs = lake.obs("homo_sapiens").sort_by("soma_joinid")
+        found.append((obs.to_pandas(), counts.to_pandas()))
+    pd.testing.assert_frame_equal(found[0][0], found[1][0])
+    pd.testing.assert_frame_equal(found[0][1], found[1][1])

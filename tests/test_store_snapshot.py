@@ -20,6 +20,7 @@ from store.cluster import Tasks, in_this_process, ray_tasks
 from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
 from store.settings import load_settings, parse_settings
+from store.shuffle import _borders, _narrow
 from store.snapshot import (
     Snapshot,
     SnapshotSettings,
@@ -444,3 +445,23 @@ def test_records_are_created_once_and_whole(tmp_path: Path) -> None:
     assert not records.create(uri, {"a": 2})
     assert records.read(uri) == {"a": 1}
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["1.json"]
+
+
+@pytest.mark.parametrize("values", [[1, 65535], [1, 65536], [0.5, 2], [-1, 3], [np.nan, 1], []])
+def test_counts_are_spilled_in_16_bits_only_where_that_is_exact(values: list[float]) -> None:
+    counts = np.array(values, np.float32)
+    narrow = _narrow(counts)
+    np.testing.assert_array_equal(narrow, counts)
+    assert (narrow.dtype == np.uint16) == (values == [1, 65535])
+
+
+@pytest.mark.parametrize("step", [1, 100, 512, 700, 1500])
+def test_reads_cover_all_cells_once_and_begin_with_tiles_where_they_can(step: int) -> None:
+    joinids = np.flatnonzero(np.random.default_rng(0).random(5000) < 0.7)
+    borders = _borders(joinids, step, 512)
+    assert borders[0] == 0
+    assert borders[-1] == len(joinids)
+    assert all(0 < size <= step for size in np.diff(borders))
+    if step > 512:  # a tile begins within every step
+        assert all(joinids[border - 1] // 512 < joinids[border] // 512 for border in borders[1:-1])
+    assert _borders(joinids[:0], step, 512) == [0]
