@@ -354,8 +354,8 @@ def _normalise(frame: pd.DataFrame) -> None:
     if "perturbation" in frame:
         frame["perturbation"] = distinct.changed(frame["perturbation"], perturbation_name)
         if "perturbation_type" not in frame:
-            kind = {"": "none"}
-            frame["perturbation_type"] = distinct.changed(frame["perturbation"], lambda name: kind.get(name, "genetic"))
+            kinds = distinct.changed(frame["perturbation"], lambda name: "genetic" if name else "none")
+            frame["perturbation_type"] = kinds
         else:
             frame["perturbation_type"] = distinct.changed(frame["perturbation_type"], perturbation_kind)
 

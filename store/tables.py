@@ -76,13 +76,11 @@ def _filled(obs: pd.DataFrame | pa.Table, column: str, default: Any) -> Any:
     """Return a column of obs as the lake has it, its default where there is none or a value is missing."""
     if column not in _names(obs):
         return _same(default, len(obs)) if isinstance(default, str) else np.full(len(obs), default)
-    if isinstance(default, str) and isinstance(obs, pa.Table):
-        kind = obs.schema.field(column).type
-        if pa.types.is_large_string(kind):
-            return obs[column].fill_null(default)
-        if pa.types.is_dictionary(kind) and pa.types.is_large_string(kind.value_type):
-            return _texts(obs[column].combine_chunks().to_pandas(), default)
-    values = obs[column].to_pandas() if isinstance(obs, pa.Table) else obs[column]
+    values = obs[column]
+    if isinstance(obs, pa.Table):
+        if isinstance(default, str) and pa.types.is_large_string(values.type):
+            return values.fill_null(default)
+        values = values.combine_chunks().to_pandas()
     if isinstance(default, bool):
         return values.fillna(default).astype(bool).to_numpy()
     if isinstance(default, float):

@@ -118,10 +118,10 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     var = var[np.isin(var["soma_joinid"], np.concatenate([[], *measured]))].set_index("feature_id", drop=False)
     joinids = _obs(source, experiment, ["soma_joinid"], dataset_id)["soma_joinid"].to_numpy(np.int64)
     known = [column for column in OBS_DEFAULTS if column in experiment.obs.schema.names]
-    named = [CELL] if CELL in experiment.obs.schema.names else []
+    named = CELL in known
 
     def obs() -> pd.DataFrame:
-        cells = _obs(source, experiment, list(dict.fromkeys(["soma_joinid", *known, *named])), dataset_id)
+        cells = _obs(source, experiment, ["soma_joinid", *known], dataset_id)
         whole = named and (cells[CELL] != "").all()  # a lake of ours has such names only of what came from a Census
         cells.index = pd.Index(cells[CELL].array if whole else joinids.astype(str))
         return cells[known]

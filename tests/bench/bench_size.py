@@ -31,13 +31,13 @@ from typing import Any
 import anndata
 import h5py
 from atlas_file import write_atlas
+from bench_scale import ENVIRONMENT, ROOT, bytes_of
 from bench_serve import CELLS, closed
 from scipy.sparse import csr_matrix
 
 from serve.npz import REQUEST, write_npz
 from train.record import USEFUL, read_metrics
 
-ROOT = Path(__file__).parent.parent.parent
 CORES = 2
 TRAIN = """\
 lake = "{lake}"
@@ -71,9 +71,6 @@ def load_size() -> ModuleType:
     return module
 
 
-ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
-
-
 def said_by(words: list[str]) -> str:
     """Run one of our commands; return what it says on stdout."""
     done = subprocess.run(
@@ -89,11 +86,6 @@ def seconds_of(words: list[str]) -> float:
     begin = time.perf_counter()
     said_by(words)
     return time.perf_counter() - begin
-
-
-def bytes_of(path: Path) -> int:
-    """Return the bytes of the files below a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def stream_rate(lake: Path, cells: int) -> float:
