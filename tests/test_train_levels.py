@@ -262,6 +262,20 @@ def test_streamed_tokens_of_levels_are_the_levels(lake: str) -> None:
 
 
 @pytest.mark.ray
+def test_steps_with_levels_that_are_made_together_are_those_made_alone(
+    lake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(open_snapshot(lake, "s"), batch=8, tokens=TokenSettings(budget=300))
+    assert stream._steps_together(1, 1) > 4
+    together = list(stream.steps(0, 30))
+    monkeypatch.setattr("train.stream.GROUP_CELLS", 1)
+    for one, other in zip(together, stream.steps(0, 30), strict=True):
+        for name, value in vars(one).items():
+            again = getattr(other, name)
+            torch.testing.assert_close(again, value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.ray
 def test_a_model_learns_levels_and_tells_them_in_their_unit(lake: str, tmp_path: Path) -> None:
     values = {
         "lake": lake,

@@ -328,6 +328,43 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return refresh_snapshot(uri, "two", "three")
 
 
+SMALL = {"batch": 8, "block": 32, "window": 4, "seed": 3}
+"""Half a window holds eight such steps."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {},
+        {"lanes": 2},
+        {"weights": "donor_id"},
+        {"measurements": ["RNA"], "tokens": TOKENS},
+        {"tokens": TOKENS},
+        {"tokens": TokenSettings(budget=9, values="bins")},
+    ],
+    ids=lambda words: " ".join(map(str, words)) or "ragged",
+)
+@pytest.mark.parametrize(("world", "every"), [(1, 1), (3, 1), (8, 2)])
+def test_steps_made_together_are_those_made_alone(
+    grown: Snapshot, monkeypatch: pytest.MonkeyPatch, words: dict[str, object], world: int, every: int
+) -> None:
+    together = Stream(grown, **SMALL, **words)
+    assert together._steps_together(world, every) == 8 // every
+    ranks = [list(together.steps(1, 90, rank=rank, world=world, every=every)) for rank in range(world)]
+    monkeypatch.setattr("train.stream.GROUP_CELLS", 1)
+    alone = Stream(grown, **SMALL, **words)
+    assert alone._steps_together(world, every) == 1
+    for rank, made in enumerate(ranks):
+        for one, other in zip(alone.steps(1, 90, rank=rank, world=world, every=every), made, strict=True):
+            if "tokens" in words:
+                same_tokens(other, one)
+                assert other.number_CF.numpy().tobytes() == one.number_CF.numpy().tobytes()
+                assert torch.equal(other.log_depth_CM, one.log_depth_CM)
+            else:
+                assert [*map(str, vars(other).items())] == [*map(str, vars(one).items())]
+    assert together.telemetry.ratio == pytest.approx(alone.telemetry.ratio, rel=0, abs=0, nan_ok=True)
+
+
 def living(snapshot: Snapshot) -> list[int]:
     return [row for row, split in enumerate(snapshot.cells(["split"])["split"].to_pylist()) if split == "train"]
 

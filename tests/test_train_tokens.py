@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from train import kernels
 from train.cells import NUMBERS, PROMPTS, Cells, Csr
 from train.tokens import CRUTCHES, SCALE, Tokens, TokenSettings, drawn, make_tokens, pack, units
 
@@ -103,7 +104,7 @@ def test_a_matched_cell_lends_its_counts_and_not_its_prompts() -> None:
 
 
 def test_the_hash_is_uniform_and_independent_of_neighbouring_keys_and_salts() -> None:
-    draws = units(drawn(np.arange(20000), (0, 1, 2**40)))
+    draws = units(drawn(np.arange(20000), np.array([[0], [1], [2**40]], np.uint64)))
     for line in draws:
         histogram = np.histogram(line, bins=20, range=(0, 1))[0]
         assert ((histogram - 1000) ** 2 / 1000).sum() < 60  # chi-squared, 19 degrees of freedom: p < 1e-5 beyond
@@ -150,6 +151,33 @@ def test_the_compiled_way_equals_torch(
         kept = (fast.feature_CL > 0).sum(1).numpy()
         shown = fast.measured_CM[:, 0].numpy()
         assert (kept == np.where(shown, np.minimum(np.diff(batch.counts["RNA"].indptr), budget), 0)).all()
+
+
+@pytest.mark.parametrize("spread", ["even", "tied", "narrow", "skewed", "equal"])
+@pytest.mark.parametrize("even", [True, False])
+def test_a_budget_keeps_the_greatest_draws_however_they_are_spread(spread: str, even: bool) -> None:
+    rng = np.random.default_rng(0)
+    hist = np.empty((4, 256), np.int32)
+    for n in (2, 9, 300, 2500):
+        draws = {
+            "even": rng.integers(0, 2**32, n),
+            "tied": rng.integers(0, 4, n) * 2**30 + 5,
+            "narrow": rng.integers(2**31, 2**31 + 400, n),
+            "skewed": (rng.random(n) ** 9 * (2**32 - 1)).astype(np.int64),
+            "equal": np.full(n, 2**32 - 1),
+        }[spread].astype(np.uint32)
+        for budget in {1, n // 3, n - 1} - {0}:
+            for low in (0, int(np.quantile(draws, 0.4)), int(draws.max())):
+                edge = np.empty(n + 1, np.uint32)
+                border, tied = kernels._lowest_kept(draws, n, np.uint32(low), budget, even, hist, edge)
+                reached = int((draws >= border).sum())
+                if (draws >= low).sum() <= budget:
+                    assert border == low
+                    assert not tied
+                elif tied:
+                    assert reached > budget > (draws > border).sum()
+                else:
+                    assert reached == budget
 
 
 def several(n_cells: int) -> Cells:

@@ -55,8 +55,12 @@ class Csr:
         """The same rows, nothing copied."""
         return Spans(self.indptr[:-1], np.diff(self.indptr), self.features, self.counts)
 
-    def take(self, rows: NDArray[np.int64]) -> Csr:
-        """Return these rows, in this order."""
+    def take(self, rows: NDArray[np.int64] | slice) -> Csr:
+        """Return these rows, in this order; of a slice without a step no value is copied."""
+        if isinstance(rows, slice):
+            first, stop, _ = rows.indices(len(self.indptr) - 1)
+            there = slice(self.indptr[first], self.indptr[stop])
+            return Csr(self.indptr[first : stop + 1] - self.indptr[first], self.features[there], self.counts[there])
         length = np.diff(self.indptr)[rows]
         indptr = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
         where = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], length)
@@ -104,10 +108,10 @@ class Cells:
     set_C: NDArray[np.int64] | None = None
     place_CX: NDArray[np.float32] | None = None
 
-    def take(self, rows: NDArray[np.int64]) -> Cells:
-        """Return these cells, in this order."""
+    def take(self, rows: NDArray[np.int64] | slice) -> Cells:
+        """Return these cells, in this order; of a slice without a step nothing is copied."""
         return Cells(
-            n_cells=len(rows),
+            n_cells=len(self.row[rows]),
             counts={name: part.take(rows) for name, part in self.counts.items()},
             measured={name: part[rows] for name, part in self.measured.items()},
             panel=self.panel[rows],
@@ -133,6 +137,6 @@ class Controls:
     cells: Cells
     place_CS: NDArray[np.int64]
 
-    def take(self, rows: NDArray[np.int64]) -> Controls:
+    def take(self, rows: NDArray[np.int64] | slice) -> Controls:
         """Return the controls of these cells; controls that go with none of them stay."""
         return Controls(self.cells, self.place_CS[rows])

@@ -15,6 +15,8 @@ import numba
 import numpy as np
 
 U32 = np.uint32
+GUESSES = 16
+"""Borders that are tried before draws are sorted: of evenly spread ones four or five, and 1 cell in 700 needs more."""
 TABLE = 256
 """Counts below this have their logarithm from a table that is made once for each cell."""
 
@@ -50,16 +52,47 @@ def draw_of(feature: Any, key: Any) -> Any:
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _lowest_kept(draws: Any, n: int, low: Any, budget: int, hist: Any, edge: Any) -> Any:
-    """Return the smallest of the ``budget`` greatest draws, or ``low`` when no more than those reach it.
+def _border(draws: Any, n: int, low: Any, below: Any, dropped: Any) -> Any:
+    """Return a number that ``dropped`` of the draws are smaller than; -1 when none is found in a few guesses.
 
-    Also say whether another draw, which is not among them, is as great.
+    Draws are spread evenly, so that their number below any border is nearly known: each guess is counted, which vector
+    instructions do, and the next lies between the nearest two by their counts. ``below`` draws are less than ``low``.
+    """
+    high, above = np.int64(1 << 32), np.int64(n)
+    for guesses in range(GUESSES):
+        if high - low < 2:
+            break
+        border = low + (high - low) * (dropped - below) // (above - below)
+        if guesses >= GUESSES // 2:
+            border = (low + high) // 2
+        border = min(max(border, low + 1), high - 1)
+        under = U32(0)
+        for i in range(n):
+            under = U32(under + U32(draws[i] < U32(border)))
+        if under == dropped:
+            return border
+        if under < dropped:
+            low, below = border, np.int64(under)
+        else:
+            high, above = border, np.int64(under)
+    return np.int64(-1)
+
+
+@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+def _lowest_kept(draws: Any, n: int, low: Any, budget: int, even: bool, hist: Any, edge: Any) -> Any:
+    """Return a border that the ``budget`` greatest draws reach, or ``low`` when no more than those reach it.
+
+    Also say whether another draw, which is not among them, reaches it too. ``even`` says that draws are spread evenly.
     """
     reach = 0
     for i in range(n):
         reach += draws[i] >= low
     if reach <= budget:
         return low, False
+    if even:
+        border = _border(draws, n, np.int64(low), np.int64(n - reach), np.int64(n - budget))
+        if border >= 0:
+            return U32(border), False
     hist[:] = 0
     whole = n // 4 * 4
     for i in range(0, whole, 4):  # four histograms, so that no addition waits for the one before
@@ -181,7 +214,7 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
             if by_chance:
                 for i in range(n):
                     draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
-                lowest, tied = _lowest_kept(draws, n, hide_C[cell], budget, hist, edge)
+                lowest, tied = _lowest_kept(draws, n, hide_C[cell], budget, True, hist, edge)
             else:
                 for i in range(n):
                     draws[i] = U32(count[i])
@@ -371,7 +404,7 @@ def choose_tokens(
         priority = priority_K[first : first + n]
         kept = n
         if n > budget:
-            lowest, _ = _lowest_kept(priority, n, U32(0), budget, hist, edge)
+            lowest, _ = _lowest_kept(priority, n, U32(0), budget, not ranked, hist, edge)
             kept = _choose(priority, n, lowest, budget, keep)
         else:
             for i in range(n):

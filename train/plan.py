@@ -14,8 +14,8 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +140,17 @@ class Rows:
 
     def take(self, which: NDArray[np.int64]) -> Rows:
         """Return some of them."""
-        return Rows(*(getattr(self, name)[which] for name in ("source", "epoch", "row", "lane", "place")))
+        return Rows(*(getattr(self, name)[which] for name in ROWS))
+
+    @staticmethod
+    def concatenate(parts: list[Rows]) -> Rows:
+        """Return the rows of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in ROWS))
+
+
+ROWS = tuple(one.name for one in fields(Rows))
 
 
 @dataclass(frozen=True)
@@ -167,12 +177,12 @@ class SamplePlan:
         """Return the plan of one source."""
         return SamplePlan((RowOrder(n_rows, seed, block, window, lanes),), global_batch, seed)
 
-    @property
+    @cached_property
     def n_rows(self) -> int:
         """Rows of an epoch: as many as all sources have."""
         return sum(order.n_rows for order in self.orders)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Steps until as many rows were used as there are."""
         return -(-self.n_rows // self.global_batch)
@@ -186,7 +196,7 @@ class SamplePlan:
         epoch, step = self.epoch_of(global_step)
         first = step * self.global_batch
         stop = min(first + self.global_batch, self.n_rows)
-        ends = (self._taken(epoch * self.n_rows + place) for place in (first, stop))
+        ends = [self._taken(epoch * self.n_rows + place) for place in (first, stop)]
         return list(zip(*ends, strict=True))
 
     def most_rows(self, source: int) -> int:
@@ -215,7 +225,7 @@ class SamplePlan:
     def share(self, global_step: int, rank: int, world: int) -> Rows:
         """Return one rank's part of a step; ranks differ by at most one row."""
         rows = _batch(self, global_step)
-        return rows.take(_part(rows.lane, rank, world))
+        return rows if world == 1 else rows.take(_part(rows.lane, rank, world))
 
     def lanes_of(self, source: int, window: Window, rank: int, world: int) -> NDArray[np.int64] | None:
         """Return the lanes of a source's window in which a rank has rows, ascending; None if it needs all."""

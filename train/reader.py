@@ -164,9 +164,11 @@ class Reader:
     def _said(self, blocks: list[Block]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return codes_RF and numbers_RF of the rows of all blocks."""
         said = list(self._small.map(self._block_labels, blocks))
-        codes = [np.empty((0, len(self.fields)), np.int32), *(codes.T for codes, _ in said)]
-        numbers = [np.empty((0, len(NUMBERS)), np.float32), *(numbers.T for _, numbers in said)]
-        return np.concatenate(codes), np.concatenate(numbers)
+        codes = [np.empty((len(self.fields), 0), np.int32), *(codes for codes, _ in said)]
+        numbers = [np.empty((len(NUMBERS), 0), np.float32), *(numbers for _, numbers in said)]
+        # row by row in memory: batches take whole rows
+        codes_RF, numbers_RF = (np.ascontiguousarray(np.concatenate(part, axis=1).T) for part in (codes, numbers))
+        return codes_RF, numbers_RF
 
     def _block_labels(self, block: Block) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         key = (self.part.id, f"labels-{self._fields_mark}", *block)

@@ -41,7 +41,9 @@ from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
 
 MEMORY_BYTES = 512 * 2**20
 CACHE_BYTES = 50 * 2**30
-BATCHES_AHEAD = 4
+GROUP_CELLS = 1024
+"""Steps are made together until they have so many cells: what a making costs anew is the same for one and for all."""
+GROUPS_AHEAD = 3
 WINDOWS_AHEAD = 1
 REMOTE = 4
 """So many times more threads read from a remote store."""
@@ -269,39 +271,41 @@ class Stream:
             VerificationError: The snapshot's stored bytes are damaged.
             UsageError: Windows take more memory than is allowed.
         """
-        kept = self._slots.pop() if self._slots else self._new_slots()
+        many = self._steps_together(world, every)
+        firsts = range(start, stop, many * every)
+        kept = self._slots.pop() if self._slots else []
+        self._add_slots(kept, many)
         decoders = ThreadPoolExecutor(self._reading, thread_name_prefix="somaflow-read")
         makers = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-batch")
         readers = self._readers(decoders, kept)
         windows: dict[Key, Future[Window]] = {}
-        batches: deque[Future[Any]] = deque()
+        made: deque[Future[list[tuple[Any, NDArray[Any]]]]] = deque()
 
         def ask(key: Key) -> None:
             if key not in windows:
                 windows[key] = readers[key[0]].ask(self._blocks(key, rank, world))
 
-        def submit(step: int) -> None:
-            needed = self._windows(step)
+        def submit(first: int) -> None:
+            group = range(first, min(first + many * every, stop), every)
+            needed = list(dict.fromkeys(key for step in group for key in self._windows(step)))
             for key in needed:
                 ask(key)
-            for key in self._behind(needed) if step + every < stop else []:
+            for key in self._behind(needed) if group[-1] + every < stop else []:
                 ask(key)
-            batches.append(makers.submit(self._make, {key: windows[key] for key in needed}, step, rank, world))
+            made.append(makers.submit(self._make, {key: windows[key] for key in needed}, group, rank, world))
 
         try:
-            ahead = BATCHES_AHEAD * every
-            for step in range(start, min(start + ahead, stop), every):
-                submit(step)
-            for step in range(start, stop, every):
-                batch, datasets = batches.popleft().result()
-                first_needed = self._first_windows(step + every)
-                for key in [key for key in windows if key[1] < first_needed[key[0]]]:
-                    readers[key[0]].give_back(windows.pop(key).result())
-                if step + ahead < stop:
-                    submit(step + ahead)
-                self.step = step + 1
-                self.telemetry.add(datasets)
-                yield batch
+            for first in firsts[:GROUPS_AHEAD]:
+                submit(first)
+            for number, first in enumerate(firsts):
+                batches = made.popleft().result()
+                self._give_back(windows, readers, first + many * every)
+                for ahead in firsts[number + GROUPS_AHEAD : number + GROUPS_AHEAD + 1]:
+                    submit(ahead)
+                for place, (batch, datasets) in enumerate(batches):
+                    self.step = first + place * every + 1
+                    self.telemetry.add(datasets)
+                    yield batch
         finally:
             for waiting in windows.values():
                 waiting.cancel()
@@ -311,13 +315,27 @@ class Stream:
             decoders.shutdown(wait=True, cancel_futures=True)
             self._slots.append(kept)
 
-    def _new_slots(self) -> list[list[Slot]]:
-        """Return room for the windows of each source; a source with few cells may pass many windows in one batch."""
-        found = []
+    def _give_back(self, windows: dict[Key, Future[Window]], readers: list[Reader], step: int) -> None:
+        """Drop the windows that neither this step nor a later one needs."""
+        first_needed = self._first_windows(step)
+        for key in [key for key in windows if key[1] < first_needed[key[0]]]:
+            readers[key[0]].give_back(windows.pop(key).result())
+
+    def _steps_together(self, world: int, every: int) -> int:
+        """Return how many steps are made together: enough cells, from no more than half a window or epoch."""
+        if self.sets or self.controls:
+            return 1
+        room = min(self.plan.n_rows, sum(order.window_rows for order in self.plan.orders))
+        enough = -(-GROUP_CELLS * world // self.plan.global_batch)
+        return max(1, min(enough, room // (2 * self.plan.global_batch * every)))
+
+    def _add_slots(self, kept: list[list[Slot]], many: int) -> None:
+        """Have room for the windows of each source; so many steps may pass several where it has few cells."""
         for number, order in enumerate(self.plan.orders):
-            passed = 1 + -(-self.plan.most_rows(number) // order.n_rows) if order.n_windows == 1 else 0
-            found.append([Slot() for _ in range(max(2 + self._ahead, passed))])
-        return found
+            passed = 1 + -(-self.plan.most_rows(number) * many // order.n_rows) if order.n_windows == 1 else 0
+            if number == len(kept):
+                kept.append([])
+            kept[number] += [Slot() for _ in range(max(2 + self._ahead, passed) - len(kept[number]))]
 
     def _readers(self, decoders: ThreadPoolExecutor, kept: list[list[Slot]]) -> list[Reader]:
         """Return a reader for each source, and have the arrays opened side by side."""
@@ -381,28 +399,48 @@ class Stream:
         firsts, lasts = self._rows(number, window[0], starts), self._rows(number, window[0], stops - 1)
         return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
-    def _make(self, waiting: dict[Key, Future[Window]], step: int, rank: int, world: int) -> tuple[Any, NDArray[Any]]:
-        """Return a rank's batch of a step, and the datasets of its cells."""
+    def _make(
+        self, waiting: dict[Key, Future[Window]], steps: range, rank: int, world: int
+    ) -> list[tuple[Any, NDArray[Any]]]:
+        """Return a rank's batches of some steps, each with the datasets of its cells."""
         windows = {key: future.result() for key, future in waiting.items()}
-        balance = self.balance and not self.sets and world > 1 and all(order.lanes == 1 for order in self.plan.orders)
-        rows = self.plan.batch(step) if balance else self.plan.share(step, rank, world)
-        held = self._find(windows, rows)
-        if balance:
-            held = held.take(_fair_share(held.sizes(), rank, world))
+        held, lengths = self._share(windows, steps, rank, world)
         cells = self._cells(held)
-        chance = (self.plan.seed, step)
+        ends = np.cumsum(lengths).tolist()
+        parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        datasets = [cells.panel[part] for part in parts]
         if self.tokens:
             spans = {name: held.spans(name) for name in self.measurements}
-            whole = all(part.counts.dtype.kind == "u" for parts in spans.values() for part, _ in parts)
+            whole = all(part.counts.dtype.kind == "u" for some in spans.values() for part, _ in some)
             if whole and not self.tokens.levels:
-                made = fast_tokens(spans, cells.measured, cells, self._offsets, self.tokens, chance, self._room.take)
-                return made, cells.panel
+                chance = (self.plan.seed, np.repeat(np.array(steps), lengths))
+                words = {"ends": ends, "empty": self._room.take}
+                made = fast_tokens(spans, cells.measured, cells, self._offsets, self.tokens, chance, **words)
+                return list(zip(made, datasets, strict=True))
         cells = self._with_counts(cells, held)
-        if self.tokens:
-            return make_tokens(cells, self._offsets, self.tokens, chance=chance), cells.panel
         if self.controls:
-            cells = replace(cells, controls=self._find_controls(held, cells.row, chance))
-        return cells, cells.panel
+            cells = replace(cells, controls=self._find_controls(held, cells.row, (self.plan.seed, steps[0])))
+        batches = [cells.take(part) for part in parts] if len(parts) > 1 else [cells]
+        if not self.tokens:
+            return list(zip(batches, datasets, strict=True))
+        return [
+            (make_tokens(batch, self._offsets, self.tokens, chance=(self.plan.seed, step)), which)
+            for step, batch, which in zip(steps, batches, datasets, strict=True)
+        ]
+
+    def _share(self, windows: dict[Key, Window], steps: range, rank: int, world: int) -> tuple[_Held, list[int]]:
+        """Find a rank's rows of some steps, one step's behind the other's, and how many they are of each step."""
+        balance = self.balance and not self.sets and world > 1 and all(order.lanes == 1 for order in self.plan.orders)
+        rows = [self.plan.batch(step) if balance else self.plan.share(step, rank, world) for step in steps]
+        held = self._find(windows, Rows.concatenate(rows))
+        if self.sets:  # one step; its sets have any number of cells
+            return held, [held.n_cells]
+        if balance:
+            ends = np.cumsum([len(part) for part in rows])[:-1]
+            chosen = [_fair_share(sizes, rank, world) for sizes in np.split(held.sizes(), ends)]
+            held = held.take(np.concatenate([mine + first for mine, first in zip(chosen, [0, *ends], strict=True)]))
+            return held, [len(mine) for mine in chosen]
+        return held, [len(part) for part in rows]
 
     def _find(self, windows: dict[Key, Window], rows: Rows) -> _Held:
         """Find a batch's rows, or all rows of its sets, in the windows."""
@@ -443,8 +481,8 @@ class Stream:
         codes = np.empty((n_cells, len(self.fields)), np.int32)
         numbers = np.empty((n_cells, len(PART_NUMBERS)), np.float32)
         for _, window, mine, place in held.pieces:
-            codes[mine] = window.codes_RF[place]
-            numbers[mine] = window.numbers_RF[place]
+            codes[mine] = window.codes_RF.take(place, axis=0)
+            numbers[mine] = window.numbers_RF.take(place, axis=0)
         of_field = dict(zip(self.fields, codes.T, strict=True))
         prompts = {name: np.empty(n_cells, np.int32) for name in PROMPTS}
         perturbation = np.empty((n_cells, labels.perturbation[0].shape[1]), np.int32)

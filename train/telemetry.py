@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,7 +30,7 @@ class ShuffleTelemetry:
         if n_cells not in self._expected:
             counts = np.random.default_rng(0).multinomial(n_cells, self._shares, size=DRAWS)
             self._expected[n_cells] = float(np.mean([_entropy(line) for line in counts]))
-        self._found += _entropy(np.bincount(datasets[datasets >= 0]))
+        self._found += _entropy(np.bincount(datasets + 1)[1:])
         self._ideal += self._expected[n_cells]
 
     @property
@@ -38,5 +40,12 @@ class ShuffleTelemetry:
 
 
 def _entropy(counts: NDArray[np.int64]) -> float:
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
+    """Return the entropy of a sample, in nats: log n - sum(c log c) / n."""
+    total = int(counts.sum())
+    return float(np.log(total) - _c_log_c(total)[counts].sum() / total) if total else 0.0
+
+
+@lru_cache(maxsize=8)
+def _c_log_c(most: int) -> NDArray[np.float64]:
+    counts = np.arange(most + 1, dtype=np.float64)
+    return counts * np.log(np.maximum(counts, 1.0))

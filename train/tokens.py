@@ -28,6 +28,8 @@ except ImportError:  # torch and numpy are enough
     kernels = None  # type: ignore[assignment]
 
 CRUTCHES = ("cell_type", "perturbation_type")
+Chance = tuple[int, int | NDArray[np.int64]]
+"""Seed and step; a step for each cell where cells of several steps are together."""
 SCALE = 1e4
 """Values are log1p of counts per this many of the cell's counts in the measurement."""
 
@@ -99,6 +101,11 @@ class Tokens:
         """Return these tokens in memory from which a GPU copies by itself."""
         return self._each(lambda tensor: tensor.pin_memory())
 
+    def part(self, first: int, stop: int, width: int) -> Tokens:
+        """Return cells ``first`` to ``stop`` (exclusive) with so many tokens each; nothing is copied."""
+        some = self._each(lambda tensor: tensor[first:stop])
+        return replace(some, feature_CL=some.feature_CL[:, :width], value_CL=some.value_CL[:, :width])
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
@@ -119,13 +126,13 @@ class Tokens:
         return torch.bucketize(self.feature_CL.contiguous(), borders, right=True, out_int32=True)
 
 
-def drawn(key_C: NDArray[np.int64], salts: Sequence[int]) -> NDArray[np.uint64]:
+def drawn(key_C: NDArray[np.int64], salts: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Hash integers with each salt to 64 bits, [S, C] (the finaliser of SplitMix; Steele, Lea and Flood 2014).
 
-    It is done on the host, whatever the device: cells are few beside their counts, and so the draws are the same.
+    Salts are [S, 1], or [S, C] where cells have their own. It is done on the host, whatever the device: cells are few
+    beside their counts, and so the draws are the same.
     """
-    offset_S1 = np.array([(salt * 0xC2B2AE3D27D4EB4F) % 2**64 for salt in salts], np.uint64)[:, None]
-    mixed_SC = key_C.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + offset_S1
+    mixed_SC = key_C.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salts * np.uint64(0xC2B2AE3D27D4EB4F)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed_SC = (mixed_SC ^ (mixed_SC >> np.uint64(shift))) * np.uint64(factor)
     return mixed_SC ^ (mixed_SC >> np.uint64(31))
@@ -188,7 +195,7 @@ def make_tokens(
     offsets: dict[str, int],
     settings: TokenSettings,
     *,
-    chance: tuple[int, int] | None = None,
+    chance: Chance | None = None,
     seen: Cells | None = None,
     device: torch.device | None = None,
     factors: Tensor | None = None,
@@ -214,7 +221,7 @@ def make_tokens(
     if kernels is not None and device.type == "cpu" and whole and not settings.levels:
         everything = np.arange(cells.n_cells)
         spans = {name: [(part.spans, everything)] for name, part in seen.counts.items()}
-        return fast_tokens(spans, seen.measured, cells, offsets, settings, chance, factors=factors)
+        return fast_tokens(spans, seen.measured, cells, offsets, settings, chance, factors=factors)[0]
     row_C = torch.from_numpy(cells.row).to(device)
     parts, depths, measured = [], [], []
     for number, name in enumerate(offsets):
@@ -262,9 +269,11 @@ KEY, PROMPT, PERTURBATION, NUMBER = 32, 40, 60, 61
 """What a cell's chances are for; below 32, two for each measurement: shown at all, share hidden."""
 
 
-def chance_salts(chance: tuple[int, int], numbers: Sequence[int]) -> list[int]:
-    """Return the salts of (seed, step) for some of the 64 kinds of chance that a step has."""
-    return [(chance[0] * 1_000_003 + chance[1]) * 64 + number for number in numbers]
+def chance_salts(chance: Chance, numbers: Sequence[int]) -> NDArray[np.uint64]:
+    """Return the salts of (seed, step) for some of the 64 kinds of chance that a step has, [S, 1] or [S, C]."""
+    seed, step = chance
+    mixed = np.uint64(seed * 1_000_003 % 2**64) + np.atleast_1d(step).astype(np.uint64)
+    return mixed * np.uint64(64) + np.array(numbers, np.uint64)[:, None]
 
 
 def _hidden(number_C: NDArray[np.float64], settings: TokenSettings) -> NDArray[np.int64]:
@@ -279,19 +288,22 @@ def fast_tokens(
     cells: Cells,
     offsets: dict[str, int],
     settings: TokenSettings,
-    chance: tuple[int, int] | None,
+    chance: Chance | None,
+    *,
+    ends: Sequence[int] = (),
     empty: Callable[[int, type[np.generic]], NDArray[Any]] = np.empty,
     factors: Tensor | None = None,
-) -> Tokens:
-    """Write cells of whole counts as tokens on CPU; equal to :func:`make_tokens`.
+) -> list[Tokens]:
+    """Write cells of whole counts as tokens on CPU, batch by batch; equal to :func:`make_tokens` of each batch.
 
     Args:
-        parts: Measurement to the cells' counts, in one or several buffers, and each cell's place in the batch.
+        parts: Measurement to the cells' counts, in one or several buffers, and each cell's place among all.
         measured: Measurement to which cells were measured at all.
         cells: What is said of the cells; their ``counts`` are not looked at.
         offsets: Measurement to the number of its first feature.
         settings: Budget and chances.
         chance: As for :func:`make_tokens`.
+        ends: Where each batch ends among the cells; one batch when left out.
         empty: Gives room for a number of values of a type.
         factors: As for :func:`make_tokens`.
     """
@@ -342,16 +354,19 @@ def fast_tokens(
                 kernels.candidates(*these, kind, settings.bins, divisors, place_C, fill_C, *found, depths[name])
     if not one:
         kernels.choose_tokens(first_C, fill_C, *found, settings.values == "rank", (feature_CL, value_CL, width_C))
-    widest = max(1, int(width_C.max(initial=0)))
-    return Tokens(
-        torch.from_numpy(feature_CL)[:, :widest],
-        torch.from_numpy(value_CL)[:, :widest],
+    made = Tokens(
+        torch.from_numpy(feature_CL),
+        torch.from_numpy(value_CL),
         tuple(offsets.values()),
         torch.from_numpy(np.log1p(np.stack(list(depths.values()), axis=1))),
         torch.from_numpy(np.stack(list(shown.values()), axis=1)),
         *_prompts(cells, chance, settings, torch.device("cpu")),
         row_C=torch.from_numpy(cells.row),
     )
+    borders = [0, *(ends or (cells.n_cells,))]
+    return [
+        made.part(first, stop, max(1, int(width_C[first:stop].max(initial=0)))) for first, stop in pairwise(borders)
+    ]
 
 
 def _padded(
@@ -438,7 +453,7 @@ def pack(tokens: Tokens, budget: int | None = None) -> list[Packed]:
 
 
 def _prompts(
-    cells: Cells, chance: tuple[int, int] | None, settings: TokenSettings, device: torch.device
+    cells: Cells, chance: Chance | None, settings: TokenSettings, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes_CF = np.stack([cells.prompts[name] for name in PROMPTS], axis=1)
     target_CT = cells.perturbation
