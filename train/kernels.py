@@ -79,7 +79,7 @@ def _border(draws: Any, n: int, low: Any, below: Any, dropped: Any) -> Any:
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _lowest_kept(draws: Any, n: int, low: Any, budget: int, even: bool, hist: Any, edge: Any) -> Any:
+def _lowest_kept(draws: Any, n: int, low: Any, budget: int, even: bool, hist: Any) -> Any:
     """Return a border that the ``budget`` greatest draws reach, or ``low`` when no more than those reach it.
 
     Also say whether another draw, which is not among them, reaches it too. ``even`` says that draws are spread evenly.
@@ -93,29 +93,19 @@ def _lowest_kept(draws: Any, n: int, low: Any, budget: int, even: bool, hist: An
         border = _border(draws, n, np.int64(low), np.int64(n - reach), np.int64(n - budget))
         if border >= 0:
             return U32(border), False
-    hist[:] = 0
-    whole = n // 4 * 4
-    for i in range(0, whole, 4):  # four histograms, so that no addition waits for the one before
-        hist[0, draws[i] >> U32(24)] += 1
-        hist[1, draws[i + 1] >> U32(24)] += 1
-        hist[2, draws[i + 2] >> U32(24)] += 1
-        hist[3, draws[i + 3] >> U32(24)] += 1
-    for i in range(whole, n):
-        hist[0, draws[i] >> U32(24)] += 1
-    need, bucket = budget, 255
-    while True:
-        held = hist[0, bucket] + hist[1, bucket] + hist[2, bucket] + hist[3, bucket]
-        if held >= need:
-            break
-        need -= held
-        bucket -= 1
-    found, first = 0, U32(U32(bucket) << U32(24))
-    for i in range(n):
-        edge[found] = draws[i]
-        found += int(U32(draws[i] - first) < U32(1 << 24))
-    bucketed = np.sort(edge[:found])
-    lowest = bucketed[found - need]
-    return lowest, found > need and bucketed[found - need - 1] == lowest
+    # byte by byte: where the border's is, among those whose bytes before are the border's
+    need, lowest, known, bucket = budget, U32(0), U32(0), 0
+    for shift in (U32(24), U32(16), U32(8), U32(0)):
+        hist[:] = 0
+        for i in range(n):
+            hist[(draws[i] >> shift) & U32(255)] += U32(draws[i] & known) == lowest
+        bucket = 255
+        while hist[bucket] < need:
+            need -= hist[bucket]
+            bucket -= 1
+        lowest = U32(lowest | U32(U32(bucket) << shift))
+        known = U32(known | U32(U32(255) << shift))
+    return lowest, hist[bucket] > need
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
@@ -214,7 +204,7 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
             if by_chance:
                 for i in range(n):
                     draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
-                lowest, tied = _lowest_kept(draws, n, hide_C[cell], budget, True, hist, edge)
+                lowest, tied = _lowest_kept(draws, n, hide_C[cell], budget, True, hist[0])
             else:
                 for i in range(n):
                     draws[i] = U32(count[i])
@@ -254,22 +244,27 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _bins_of(count: Any, n: int, bins: int, below: Any, large: Any, value: Any) -> None:
+def _bins_of(count: Any, n: int, largest: int, bins: int, below: Any, large: Any, table: Any, value: Any) -> None:
     """Write 1 + floor(bins * share of the counts that are smaller) for each of ``n`` counts."""
     below[:] = 0
-    n_large = 0
     for i in range(n):
         below[min(np.int64(count[i]), np.int64(TABLE - 1)) + 1] += 1
+    for number in range(min(TABLE, largest + 1)):
+        below[number + 1] += below[number]
+        table[number] = np.float32(1 + bins * below[number] // max(n, 1))
+    for i in range(n):
+        value[i] = table[min(np.int64(count[i]), np.int64(TABLE - 1))]
+    if largest < TABLE:
+        return
+    n_large = 0
+    for i in range(n):
         large[n_large] = count[i]
         n_large += count[i] >= TABLE - 1
-    for number in range(1, TABLE + 1):
-        below[number] += below[number - 1]
     ascending = np.sort(large[:n_large])
     for i in range(n):
-        smaller = below[min(np.int64(count[i]), np.int64(TABLE - 1))]
         if count[i] >= TABLE - 1:
-            smaller += np.searchsorted(ascending, U32(count[i]))
-        value[i] = np.float32(1 + bins * smaller // n)
+            smaller = below[TABLE - 1] + np.searchsorted(ascending, U32(count[i]))
+            value[i] = np.float32(1 + bins * smaller // n)
 
 
 LOG1P, BINS, RANK = 0, 1, 2
@@ -321,69 +316,102 @@ def candidates(  # noqa: C901  stages of one loop; each is short
     longest = _longest(lengths_C)
     share, value = np.empty(longest, np.float32), np.empty(longest, np.float32)
     bits = share.view(np.uint32)  # of numbers that are not negative the bits have the same order
-    below, large = np.empty(TABLE + 1, np.int64), np.empty(longest + 1, np.uint32)
-    table = np.empty(TABLE, np.float32)
+    draws, large = np.empty(longest, np.uint32), np.empty(longest + 1, np.uint32)
+    below, table = np.empty(TABLE + 1, np.int64), np.empty(TABLE, np.float32)
     value[:] = 0
     for cell in range(len(lengths_C)):
         start, n, key, row = starts_C[cell], lengths_C[cell], keys_C[cell], place_C[cell]
         feature, count = features_N[start : start + n], counts_N[start : start + n]
-        total = U32(0)
+        total, most = U32(0), U32(0)
         for i in range(n):
             total = U32(total + U32(count[i]))
-        depth = np.int64(total)
+            most = max(most, U32(count[i]))
+        depth, largest = np.int64(total), np.int64(most)
         depth_C[row] = depth
         factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
         for i in range(n):
             share[i] = np.float32(count[i]) * factor
         if kind == BINS:
-            _bins_of(count, n, bins, below, large, value)
+            _bins_of(count, n, largest, bins, below, large, table, value)
         elif kind == LOG1P:
-            for number in range(TABLE):
+            for number in range(TABLE if largest >= TABLE else largest + 1):
                 table[number] = np.log1p(np.float32(number) * factor)
             for i in range(n):
-                small = count[i] < TABLE
-                value[i] = table[count[i]] if small else np.log1p(share[i])
-        if kind == RANK and len(factors) > 0:
+                value[i] = table[min(np.int64(count[i]), np.int64(TABLE - 1))]
+            for i in range(n if largest >= TABLE else 0):
+                if count[i] >= TABLE:
+                    value[i] = np.log1p(share[i])
+        elif len(factors) > 0:
             for i in range(n):
                 share[i] /= factors[np.int64(feature[i]) + offset]
+        low = hide_C[cell] if by_chance else U32(0)
+        by_draw = by_chance and kind != RANK
+        if by_draw or low > 0:
+            for i in range(n):
+                draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
+        priority = draws if by_draw else bits
         fill = fill_C[row]
-        for i in range(n):
-            feature_K[fill] = np.int32(feature[i]) + np.int32(offset)
-            value_K[fill] = value[i]
-            priority_K[fill] = bits[i]
-            seen = True
-            if by_chance:
-                draw = draw_of(U32(U32(feature[i]) + U32(offset)), key)
-                seen = draw >= hide_C[cell]
-                if kind != RANK:
-                    priority_K[fill] = draw
-            fill += seen
-        fill_C[row] = fill
+        feature_out, value_out, priority_out = feature_K[fill:], value_K[fill:], priority_K[fill:]
+        if low == 0:
+            for i in range(n):
+                feature_out[i] = np.int32(feature[i]) + np.int32(offset)
+            for i in range(n):
+                value_out[i] = value[i]
+            for i in range(n):
+                priority_out[i] = priority[i]
+            fill_C[row] = fill + n
+        else:
+            seen = np.uintp(0)
+            for i in range(n):
+                feature_out[seen] = np.int32(feature[i]) + np.int32(offset)
+                value_out[seen] = value[i]
+                priority_out[seen] = priority[i]
+                seen += np.uintp(draws[i] >= low)
+            fill_C[row] = fill + np.int64(seen)
 
 
 @numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _by_priority(priority: Any, n: int, keep: Any, spare: Any, hist: Any) -> None:
-    """Order ``n`` indices by descending priority, equal ones as they are: a radix sort, a byte at a time."""
-    for shift in range(0, 32, 8):
-        hist[:] = 0
-        for j in range(n):
-            hist[(~priority[keep[j]] >> U32(shift)) & U32(255)] += 1
-        place = 0
+def _by_priority(priority: Any, n: int, keep: Any, pairs: Any, spare: Any, hist: Any) -> None:
+    """Order ``n`` indices by descending priority, equal ones as they are: a radix sort, a byte at a time.
+
+    Priority and index travel in one word, and a byte that all have alike is passed over.
+    """
+    hist[:] = 0
+    for j in range(n):
+        key = ~priority[keep[j]]
+        pairs[j] = (np.uint64(key) << np.uint64(32)) | np.uint64(keep[j])
+        hist[0, key & U32(255)] += 1
+        hist[1, (key >> U32(8)) & U32(255)] += 1
+        hist[2, (key >> U32(16)) & U32(255)] += 1
+        hist[3, key >> U32(24)] += 1
+    for byte in range(4):
+        place, shift = 0, np.uint64(32 + 8 * byte)
+        if n == 0 or hist[byte, (pairs[0] >> shift) & np.uint64(255)] == n:
+            continue
         for number in range(256):
-            held = hist[number]
-            hist[number] = place
+            held = hist[byte, number]
+            hist[byte, number] = place
             place += held
         for j in range(n):
-            number = (~priority[keep[j]] >> U32(shift)) & U32(255)
-            spare[hist[number]] = keep[j]
-            hist[number] += 1
+            number = (pairs[j] >> shift) & np.uint64(255)
+            spare[hist[byte, number]] = pairs[j]
+            hist[byte, number] += 1
         for j in range(n):
-            keep[j] = spare[j]
+            pairs[j] = spare[j]
+    for j in range(n):
+        keep[j] = pairs[j] & np.uint64(0xFFFFFFFF)
 
 
 @compiled
 def choose_tokens(
-    first_C: Any, fill_C: Any, feature_K: Any, value_K: Any, priority_K: Any, ranked: bool, tokens: Any
+    first_C: Any,
+    fill_C: Any,
+    feature_K: Any,
+    value_K: Any,
+    priority_K: Any,
+    by_chance: bool,
+    ranked: bool,
+    tokens: Any,
 ) -> None:
     """Keep each cell's candidates of highest priority, ties to the earlier one, in their order or by rank.
 
@@ -393,25 +421,26 @@ def choose_tokens(
         feature_K: int32.
         value_K: float32.
         priority_K: uint32.
+        by_chance: Priorities are draws.
         ranked: Order them by priority, and let the value be the place.
         tokens: Answer: feature_CL (int32, 0 where padded; as wide as the budget), value_CL (float32), width_C.
     """
     feature_CL, value_CL, width_C = tokens
     budget, longest = feature_CL.shape[1], _longest(fill_C - first_C)
-    keep, edge = np.empty(longest + 1, np.int32), np.empty(longest + 1, np.uint32)
-    hist, spare = np.empty((4, 256), np.int32), np.empty(longest + 1, np.int32)
+    keep, hist = np.empty(longest + 1, np.int32), np.empty((4, 256), np.int32)
+    pairs, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
     for cell in range(len(first_C)):
         first, n = first_C[cell], fill_C[cell] - first_C[cell]
         priority = priority_K[first : first + n]
-        kept = n
-        if n > budget:
-            lowest, _ = _lowest_kept(priority, n, U32(0), budget, not ranked, hist, edge)
+        kept = min(n, budget)
+        if n > budget and not ranked:
+            lowest, _ = _lowest_kept(priority, n, U32(0), budget, by_chance, hist[0])
             kept = _choose(priority, n, lowest, budget, keep)
         else:
             for i in range(n):
                 keep[i] = i
         if ranked:
-            _by_priority(priority, kept, keep, spare, hist[0])
+            _by_priority(priority, n, keep, pairs, spare, hist)
             for j in range(kept):
                 feature_CL[cell, j] = feature_K[first + keep[j]]
                 value_CL[cell, j] = np.float32(j)

@@ -353,7 +353,8 @@ def fast_tokens(
                 kind = {"log1p": kernels.LOG1P, "bins": kernels.BINS, "rank": kernels.RANK}[settings.values]
                 kernels.candidates(*these, kind, settings.bins, divisors, place_C, fill_C, *found, depths[name])
     if not one:
-        kernels.choose_tokens(first_C, fill_C, *found, settings.values == "rank", (feature_CL, value_CL, width_C))
+        ranked = settings.values == "rank"
+        kernels.choose_tokens(first_C, fill_C, *found, chance is not None, ranked, (feature_CL, value_CL, width_C))
     made = Tokens(
         torch.from_numpy(feature_CL),
         torch.from_numpy(value_CL),
