@@ -100,8 +100,8 @@ def peers_environment(folder: Path, python: str | None) -> list[str] | None:
     """Return a command that starts a Python with annbatch; None where there is no Python that it runs on."""
     prefix = shlex.split(python) if python else []
     if not prefix:
-        found = [shutil.which(f"python3.{minor}") for minor in (14, 13, 12)]
-        prefix = [next((path for path in found if path), "")]
+        found = [path for minor in (14, 13, 12) if (path := shutil.which(f"python3.{minor}"))]
+        prefix = [next((path for path in found if not subprocess.run([path, "-c", ""], check=False).returncode), "")]
     if not prefix[0]:
         return None
     target = folder / "annbatch"
