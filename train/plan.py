@@ -196,7 +196,7 @@ class SamplePlan:
         epoch, step = self.epoch_of(global_step)
         first = step * self.global_batch
         stop = min(first + self.global_batch, self.n_rows)
-        ends = [self._taken(epoch * self.n_rows + place) for place in (first, stop)]
+        ends = (self._taken(epoch * self.n_rows + place) for place in (first, stop))
         return list(zip(*ends, strict=True))
 
     def most_rows(self, source: int) -> int:

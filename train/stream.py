@@ -420,7 +420,7 @@ class Stream:
         cells = self._with_counts(cells, held)
         if self.controls:
             cells = replace(cells, controls=self._find_controls(held, cells.row, (self.plan.seed, steps[0])))
-        batches = [cells.take(part) for part in parts] if len(parts) > 1 else [cells]
+        batches = [cells.take(part) for part in parts]
         if not self.tokens:
             return list(zip(batches, datasets, strict=True))
         return [
