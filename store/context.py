@@ -85,15 +85,12 @@ def storage(uri: str) -> Iterator[None]:
 
 
 @cache
-def tiledb_context(threads: int | None = None, reads: int | None = None) -> tiledb.Ctx:
+def tiledb_context(threads: int | None = None) -> tiledb.Ctx:
     """Return the process's TileDB context for arrays without SOMA's copies.
 
-    ``threads`` is how many of its own TileDB uses (none: as configured), for callers that bring their threads, and
-    ``reads`` how many of them wait for storage (none: as many).
+    ``threads`` is how many of its own TileDB uses (none: as configured), for callers that bring their threads.
     """
     config = {key: value for key, value in tiledb_config().items() if not key.startswith("soma.")}
     if threads is not None:
         config |= _concurrency(threads)
-    if reads is not None:
-        config["sm.io_concurrency_level"] = str(reads)
     return tiledb.Ctx(config)

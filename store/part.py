@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, wait
 from functools import cached_property
 from typing import Any
 
@@ -24,9 +25,11 @@ from store.context import soma_context, tiledb_context
 from store.errors import UsageError, VerificationError
 
 READING_THREADS = 1
-"""TileDB's threads for one read: callers read from several threads of their own."""
-REMOTE_READS = 8
-"""Requests that one read from a remote store may have under way."""
+"""TileDB's threads, for computing and for waiting: callers read from several threads of their own.
+
+Who hands a request to another of TileDB's threads turns round and round until it is answered; who finds none that is
+free makes it himself, and sleeps.
+"""
 VERIFIED_ELEMENTS = 2**22
 
 LABELS = (
@@ -87,7 +90,7 @@ class Part:
         self._arrays: dict[tuple[str, ...], tiledb.Array] = {}
         self._opening = threading.Lock()
         self._locks: dict[tuple[str, ...], threading.Lock] = {}
-        self._context = tiledb_context(READING_THREADS, None if records.is_local(self.uri) else REMOTE_READS)
+        self._context = tiledb_context(READING_THREADS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Part, (self.lake_uri, self.entry, self.first_row))
@@ -141,10 +144,19 @@ class Part:
             return np.dtype(np.int64 if member == "indptr" else np.uint8)
         return np.dtype(self._array((measurement, member)).attr("soma_data").dtype)
 
-    def read_into(self, measurement: str, start: int, features: NDArray[Any], counts: NDArray[Any]) -> None:
+    def read_into(
+        self,
+        measurement: str,
+        start: int,
+        features: NDArray[Any],
+        counts: NDArray[Any],
+        *,
+        beside: Executor | None = None,
+    ) -> None:
         """Fill both arrays with the values from ``start`` on; they are contiguous and of the stored types.
 
-        Threads may call this at the same time; nothing but the arrays is allocated for long.
+        Threads may call this at the same time; nothing but the arrays is allocated for long. With ``beside``, which
+        must not be what calls this, both are read at the same time: from afar that waits once instead of twice.
 
         Raises:
             VerificationError: The stored bytes are damaged.
@@ -152,8 +164,16 @@ class Part:
         if len(features) == 0:
             return
         stop = start + len(features)
-        self._read((measurement, "features"), [(start, stop - 1)], features)
-        self._read((measurement, "counts"), [(start, stop - 1)], counts)
+        if beside is None:
+            self._read((measurement, "features"), [(start, stop - 1)], features)
+            self._read((measurement, "counts"), [(start, stop - 1)], counts)
+        else:
+            other = beside.submit(self._read, (measurement, "counts"), [(start, stop - 1)], counts)
+            try:
+                self._read((measurement, "features"), [(start, stop - 1)], features)
+            finally:
+                wait([other])  # nobody writes into the arrays any more when this has ended
+            other.result()
         n_features = self.measurements[measurement]["n_features"]
         if features.max() >= n_features:
             raise self._damaged(f"{measurement}/features", start, stop, f"a feature is beyond {n_features - 1}")

@@ -411,14 +411,28 @@ def test_two_drivers_do_not_build_one_snapshot(lake_uri: str) -> None:
     delete_snapshot(lake_uri, "shared")
 
 
-def test_damage_is_an_error_that_names_the_array_never_a_wrong_batch(lake_uri: str) -> None:
+def test_two_arrays_that_are_read_side_by_side_say_the_same(all_cells: Snapshot) -> None:
+    (part,), whole = all_cells.parts, all_cells.block("RNA", 0, all_cells.n_cells)
+    features, counts = np.zeros_like(whole.features), np.zeros_like(whole.counts)
+    with ThreadPoolExecutor(1) as beside:
+        part.read_into("RNA", 0, features, counts, beside=beside)
+    assert np.array_equal(features, whole.features)
+    assert np.array_equal(counts, whole.counts)
+
+
+@pytest.mark.parametrize("member", ["features", "counts"])
+def test_damage_is_an_error_that_names_the_array_never_a_wrong_batch(lake_uri: str, member: str) -> None:
     snapshot = create_snapshot(lake_uri, "damaged", SnapshotSettings())
-    data = next(Path(snapshot.uri, "RNA/counts/__fragments").glob("*/a0.tdb"))
+    data = next(Path(snapshot.uri, f"RNA/{member}/__fragments").glob("*/a0.tdb"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(VerificationError, match="RNA/counts"):
+    with pytest.raises(VerificationError, match=f"RNA/{member}"):
         open_snapshot(lake_uri, "damaged").block("RNA", 0, snapshot.n_cells)
+    (part,), whole = snapshot.parts, snapshot.manifest["measurements"]["RNA"]["nnz"]
+    room = [np.zeros(whole, part.dtype("RNA", name)) for name in ("features", "counts")]
+    with ThreadPoolExecutor(1) as beside, pytest.raises(VerificationError, match=f"RNA/{member}"):
+        part.read_into("RNA", 0, *room, beside=beside)
     delete_snapshot(lake_uri, "damaged")
 
 

@@ -92,7 +92,7 @@ def test_resuming_at_a_step_goes_on_as_if_never_stopped(snapshot: Snapshot) -> N
 def test_an_error_of_the_reading_thread_reaches_the_consumer(
     snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Part, *where: object) -> None:
+    def broken(self: Part, *where: object, **how: object) -> None:
         raise VerificationError("RNA/counts: damaged")
 
     monkeypatch.setattr(Part, "read_into", broken)
@@ -287,9 +287,11 @@ def test_with_lanes_ranks_share_the_reading_and_the_steps_stay_the_same(
     read: list[int] = []
     whole = Part.read_into
 
-    def counted(self: Part, measurement: str, start: int, features: np.ndarray, counts: np.ndarray) -> None:
+    def counted(
+        self: Part, measurement: str, start: int, features: np.ndarray, counts: np.ndarray, *, beside: None
+    ) -> None:
         read.append(len(features))
-        whole(self, measurement, start, features, counts)
+        whole(self, measurement, start, features, counts, beside=beside)
 
     monkeypatch.setattr(Part, "read_into", counted)
     shares = []

@@ -78,6 +78,7 @@ class Reader:
         measurements: Which measurements.
         fields: Which of ``store.part.FIELDS``.
         threads: Threads that decode; several readers may share them.
+        beside: Threads that read the second of two arrays while the first is read; without, one comes after the other.
         small_threads: Threads of its own that read lengths and labels.
         memory_bytes: What the slots may hold together.
         slots: Room for the windows in memory: the one in use, the next, those that are being read.
@@ -91,6 +92,7 @@ class Reader:
         fields: Sequence[str],
         *,
         threads: ThreadPoolExecutor,
+        beside: ThreadPoolExecutor | None = None,
         small_threads: int = 1,
         memory_bytes: int,
         slots: Sequence[Slot],
@@ -101,7 +103,7 @@ class Reader:
         self._fields_mark = zlib.crc32(" ".join(self.fields).encode())
         self._lengths = ThreadPoolExecutor(1, thread_name_prefix="somaflow-lengths")
         self._small = ThreadPoolExecutor(small_threads, thread_name_prefix="somaflow-small")
-        self._values = threads
+        self._values, self._beside = threads, beside
         self._free, self._n_slots = list(slots), len(slots)
         self._returned = threading.Semaphore(len(self._free))
         self._closed = False
@@ -201,7 +203,7 @@ class Reader:
             return
         if first is None:  # the file went between the question and now
             first = int(self.part.indptr(name, block[0], block[0])[0])
-        self.part.read_into(name, first, features, counts)
+        self.part.read_into(name, first, features, counts, beside=self._beside)
         if self.cache:
             self.cache.store(self._key(name, block), lengths, features, counts)
 

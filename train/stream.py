@@ -46,7 +46,7 @@ GROUP_CELLS = 1024
 GROUPS_AHEAD = 3
 WINDOWS_AHEAD = 1
 REMOTE = 4
-"""So many times more threads read from a remote store."""
+"""So many times more threads read from a remote store, and as many beside them: two arrays at the same time."""
 SHARES = 2**30
 """Shares of sources are told to the plan in whole numbers of this sum."""
 
@@ -79,7 +79,7 @@ class Stream:
         window: Blocks whose rows are mixed. Sources share ``block`` times ``window`` rows by their shares of a batch.
         lanes: Parts of a window that ranks read apart, so that no rank reads everything: as many as there are ranks, or
             a multiple; divides ``window``. Part of the order, whatever the number of ranks.
-        threads: Threads that decode, and as many that make batches; from a remote store four times as many read.
+        threads: Threads that decode, and as many that make batches; from a remote store eight times as many read.
         memory_bytes: Most that decoded windows may take.
         cache: A folder for decoded blocks, or a cache that several streams share: from the second epoch on nothing is
             decoded.
@@ -148,8 +148,8 @@ class Stream:
         self.controls = controls
         self.threads, self.memory_bytes = threads, memory_bytes
         # whoever reads from afar waits most of the time: more wait together, and earlier
-        remote = any(not is_local(source.part.uri) for source in self.sources)
-        self._reading, self._ahead = (REMOTE * threads, WINDOWS_AHEAD + 1) if remote else (threads, WINDOWS_AHEAD)
+        self._remote = any(not is_local(source.part.uri) for source in self.sources)
+        self._reading, self._ahead = (REMOTE * threads, WINDOWS_AHEAD + 1) if self._remote else (threads, WINDOWS_AHEAD)
         self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
         self.labels = labels or read_labels(self.snapshots)
         self.balance = balance
@@ -276,8 +276,9 @@ class Stream:
         kept = self._slots.pop() if self._slots else []
         self._add_slots(kept, many)
         decoders = ThreadPoolExecutor(self._reading, thread_name_prefix="somaflow-read")
+        beside = ThreadPoolExecutor(self._reading, thread_name_prefix="somaflow-beside")
         makers = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-batch")
-        readers = self._readers(decoders, kept)
+        readers = self._readers(decoders, beside, kept)
         windows: dict[Key, Future[Window]] = {}
         made: deque[Future[list[tuple[Any, NDArray[Any]]]]] = deque()
 
@@ -313,6 +314,7 @@ class Stream:
             for reader in readers:
                 reader.close()
             decoders.shutdown(wait=True, cancel_futures=True)
+            beside.shutdown()
             self._slots.append(kept)
 
     def _give_back(self, windows: dict[Key, Future[Window]], readers: list[Reader], step: int) -> None:
@@ -337,7 +339,9 @@ class Stream:
                 kept.append([])
             kept[number] += [Slot() for _ in range(max(2 + self._ahead, passed) - len(kept[number]))]
 
-    def _readers(self, decoders: ThreadPoolExecutor, kept: list[list[Slot]]) -> list[Reader]:
+    def _readers(
+        self, decoders: ThreadPoolExecutor, beside: ThreadPoolExecutor, kept: list[list[Slot]]
+    ) -> list[Reader]:
         """Return a reader for each source, and have the arrays opened side by side."""
         for source in self.sources:
             for array in source.part.arrays(self.measurements):
@@ -349,6 +353,7 @@ class Stream:
                 self.measurements,
                 self.fields,
                 threads=decoders,
+                beside=beside if self._remote else None,
                 small_threads=max(1, self._reading // 2),
                 memory_bytes=self.memory_bytes * order.window_rows // room,
                 slots=slots,
