@@ -41,6 +41,8 @@ SETTINGS = ("256 16", "1024 16", "512 32", "64 64")
 """annbatch's rows of a chunk and chunks of a buffer; the best of them is told."""
 LATENCIES = (0, 20, 50, 100)
 """Milliseconds that each answer of the S3 server takes; it shares the machine's cores."""
+APART_MS = 50
+"""Latency with which the server gets a core of its own, and the reader another: nobody's S3 runs on the reader's."""
 PLATES = 14
 
 
@@ -173,6 +175,9 @@ def main() -> None:
     rates = run_all(found, options.repeat)
     for store in stores.values():
         store.close()
+    apart = SlowStore(folder, APART_MS, core=1)
+    rates |= run_all(on_one_core(places, remote, apart), options.repeat)
+    apart.close()
     scale = {options.cells: rates["tokenized"]["cells_s"]}
     for cells in [int(word) for word in options.scale.split(",") if word]:
         one = our_contender("tokenized", prepare(folder, cells))
@@ -188,9 +193,9 @@ def main() -> None:
 class SlowStore:
     """A server that hands out the benchmark's folder as S3, each answer after a while."""
 
-    def __init__(self, folder: Path, milliseconds: int) -> None:
+    def __init__(self, folder: Path, milliseconds: int, core: int | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "slow_s3.py"), str(folder.parent), str(milliseconds)],
+            [*on_core(core), sys.executable, str(HERE / "slow_s3.py"), str(folder.parent), str(milliseconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -208,11 +213,21 @@ class SlowStore:
         self.process.wait(30)
 
 
+def on_core(core: int | None) -> list[str]:
+    """Return what to put before a command that is to run on one core alone."""
+    return [] if core is None else ["taskset", "-c", str(core)]
+
+
 def our_contender(
-    name: str, places: dict[str, str], python_path: str = "", environment: Sequence[str] = ()
+    name: str,
+    places: dict[str, str],
+    python_path: str = "",
+    environment: Sequence[str] = (),
+    core: int | None = None,
 ) -> Contender:
     """Start a contender of this environment."""
     command = [
+        *on_core(core),
         "env",
         f"PYTHONPATH={python_path}",
         *environment,
@@ -222,6 +237,15 @@ def our_contender(
         json.dumps(places),
     ]
     return Contender(name, command)
+
+
+def on_one_core(places: dict[str, str], remote: dict[str, str], store: SlowStore) -> list[tuple[str, Contender, str]]:
+    """Start readers of the local disk and of S3 that have one core."""
+    far = our_contender("tokenized", remote, environment=store.words, core=0)
+    return [
+        ("one core", our_contender("tokenized", places, core=0), "4"),
+        (f"one core, s3, {APART_MS} ms", far, "4"),
+    ]
 
 
 def contenders(folder: Path, places: dict[str, str], peers_python: str | None) -> list[tuple[str, Contender, str]]:
@@ -307,6 +331,7 @@ def summary(
         "s3": {str(latency): round(speed[f"s3, {latency} ms"]) for latency in LATENCIES},
         "s3_50_ms_over_local": round(speed["s3, 50 ms"] / speed["tokenized"], 2),
         "s3_50_ms_over_s3_without_latency": round(speed["s3, 50 ms"] / speed["s3, 0 ms"], 2),
+        "s3_50_ms_over_local_on_one_core": round(speed["one core, s3, 50 ms"] / speed["one core"], 2),
         "s3_50_ms_first_batch_s": round(rates["s3, 50 ms"]["first_batch_s"], 2),
         "ranks": round(speed["ranked"]),
         "one_thread": {name: round(speed[f"{name}, one thread"]) for name in ("ragged", "tokenized")},
@@ -331,7 +356,7 @@ def draw(folder: Path, rates: dict[str, dict[str, float]], scale: dict[int, floa
     folder.mkdir(parents=True, exist_ok=True)
     shown = sorted(((rate["cells_s"], name, rate["low"], rate["high"]) for name, rate in rates.items()))
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.2), layout="constrained")
-    ours = ("tokenized", "ragged", "warm", "ranked", "s3")
+    ours = ("tokenized", "ragged", "warm", "ranked", "s3", "one core")
     colours = ["#2a6f97" if name.startswith(ours) else "#b0b0b0" for _, name, _, _ in shown]
     error = [[speed - low for speed, _, low, _ in shown], [high - speed for speed, _, _, high in shown]]
     bars = axes.barh([name for _, name, _, _ in shown], [speed for speed, *_ in shown], xerr=error, color=colours)
