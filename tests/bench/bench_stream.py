@@ -354,14 +354,16 @@ def draw(folder: Path, rates: dict[str, dict[str, float]], scale: dict[int, floa
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    shown = sorted(((rate["cells_s"], name, rate["low"], rate["high"]) for name, rate in rates.items()))
+    shown = sorted(
+        (rate["cells_s"] / 1000, name, rate["low"] / 1000, rate["high"] / 1000) for name, rate in rates.items()
+    )
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.2), layout="constrained")
     ours = ("tokenized", "ragged", "warm", "ranked", "s3", "one core")
     colours = ["#2a6f97" if name.startswith(ours) else "#b0b0b0" for _, name, _, _ in shown]
     error = [[speed - low for speed, _, low, _ in shown], [high - speed for speed, _, _, high in shown]]
     bars = axes.barh([name for _, name, _, _ in shown], [speed for speed, *_ in shown], xerr=error, color=colours)
-    axes.bar_label(bars, [f"{speed / 1000:,.1f} k" for speed, *_ in shown], padding=8, fontsize=9)
-    axes.set_xlabel("cells per second (median of the passes; lines: lowest and highest)")
+    axes.bar_label(bars, [f"{speed:,.1f}" for speed, *_ in shown], padding=8, fontsize=9)
+    axes.set_xlabel("thousand cells per second (median of the passes; lines: lowest and highest)")
     axes.set_title("Streaming the same cells; ours in blue, tokens are 2,048 a cell")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
