@@ -148,8 +148,8 @@ class Stream:
         self.controls = controls
         self.threads, self.memory_bytes = threads, memory_bytes
         # whoever reads from afar waits most of the time: more wait together, and earlier
-        self._remote = any(not is_local(source.part.uri) for source in self.sources)
-        self._reading, self._ahead = (REMOTE * threads, WINDOWS_AHEAD + 1) if self._remote else (threads, WINDOWS_AHEAD)
+        remote = any(not is_local(source.part.uri) for source in self.sources)
+        self._reading, self._ahead = (REMOTE * threads, WINDOWS_AHEAD + 1) if remote else (threads, WINDOWS_AHEAD)
         self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
         self.labels = labels or read_labels(self.snapshots)
         self.balance = balance
@@ -353,7 +353,7 @@ class Stream:
                 self.measurements,
                 self.fields,
                 threads=decoders,
-                beside=beside if self._remote else None,
+                beside=None if is_local(source.part.uri) else beside,
                 small_threads=max(1, self._reading // 2),
                 memory_bytes=self.memory_bytes * order.window_rows // room,
                 slots=slots,
