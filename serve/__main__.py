@@ -213,8 +213,8 @@ def _serve(settings: ServeSettings, token: str, *, as_json: bool) -> None:
         _listen_to_signals()
         with ExitStack() as stack:
             with command.console.status("starting Ray and loading the model ..."):
-                url = stack.enter_context(serving(settings))
-            _listen_to_signals()  # Ray has put its own handler there meanwhile
+                # Ray's own handlers would end the process, however far it has come, three seconds after SIGTERM
+                url = stack.enter_context(serving(settings, joined=_listen_to_signals))
             _announce(url, token, as_json=as_json)
             threading.Event().wait()
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -204,11 +204,18 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
 
 
 @contextmanager
-def serving(settings: ServeSettings, load: Loader = load_predictor) -> Iterator[str]:
+def serving(
+    settings: ServeSettings, load: Loader = load_predictor, *, joined: Callable[[], None] = lambda: None
+) -> Iterator[str]:
     """Serve a checkpoint while the block runs; yield the URL.
 
     Where no cluster is told of (:func:`store.cluster.cluster_address`) one is started on this machine and ended with
     the block; in one that runs already only our application is removed.
+
+    Args:
+        settings: What to serve, where and how.
+        load: Loads the model in a copy.
+        joined: Called as soon as Ray runs here, before anything is served: joining it has replaced handlers of signals.
 
     Raises:
         MissingError: No Ray cluster answers at the address.
@@ -221,6 +228,7 @@ def serving(settings: ServeSettings, load: Loader = load_predictor) -> Iterator[
         address = cluster_address(address)
         _start_ray(settings, address)
     try:
+        joined()
         _start_serve(settings, load)
         yield f"http://{_host_in_url(settings.host)}:{settings.port}"
     finally:

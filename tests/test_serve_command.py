@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from small_checkpoint import write_checkpoint
 from typer.testing import CliRunner
@@ -100,6 +102,32 @@ def test_it_serves_a_checkpoint_until_it_is_told_to_stop(tmp_path: Path) -> None
     assert "curl" in said
     with Client(ready["url"], tries=1) as client:
         assert not client.ready()
+
+
+@pytest.mark.ray
+def test_it_stops_in_good_order_while_it_starts(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    command = [sys.executable, "-m", "serve", "run", str(folder), "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            started: list[psutil.Process] = []
+            while not any("ServeController" in " ".join(words_of(one)) for one in started):
+                assert server.poll() is None
+                time.sleep(0.05)
+                started = psutil.Process(server.pid).children(recursive=True)
+            server.send_signal(signal.SIGTERM)
+            _, said = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert (server.returncode, said) == (0, "stopped\n")
+    assert psutil.wait_procs(started, timeout=20)[1] == []
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 @pytest.mark.ray
