@@ -270,9 +270,10 @@ def scraped(ray_cluster: None, folder: Path) -> Scraped:
     launch(settings, lambda step, loss: read_nodes(pages))
     # what a GPU says: shown from this process, through the same Ray
     row = dict.fromkeys((*PARTS, "cells", "tokens", "operations"), 1.0) | {"mfu": 0.4}
-    Gauges(settings.model_copy(update={"name": "on a GPU"})).show(row)
     name = "ray_somaflow_serve_refused_at_proxy_total"
-    overload(lambda: read_until(pages, lambda: name in pages, within_s=3))
+    with Gauges(settings.model_copy(update={"name": "on a GPU"})) as gauges:
+        gauges.show(row)
+        overload(lambda: read_until(pages, lambda: name in pages, within_s=3))
     replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
     with TestClient(make_app(replica, Limits())) as client:
         assert client.post("/v1/embed", json={"counts": {"RNA": [{"G0": 1}]}}).status_code == 200
