@@ -15,6 +15,15 @@ import tiledbsoma
 from store.errors import StorageError
 
 BUFFER_BYTES = 256 * 2**20
+ORDER_TILES = "sm.query.sparse_global_order.preprocess_tile_merge"
+"""TileDB's setting whether a sparse read orders all its tiles first, in a task that it does not wait for to the end.
+
+TileDB 2.30 frees what that task still uses when the read has ended: rarely, that is a segmentation
+fault (docs/decisions/0003). Without it each fragment that a read touches has an equal share of half of TileDB's budget,
+and must get a tile into it.
+"""
+ORDERED_TILES = 32768
+"""What TileDB sets it to."""
 THREADS = "SOMAFLOW_TILEDB_THREADS"
 """Environment variable: threads of TileDB in this process; unset, as many as there are cores."""
 
@@ -31,6 +40,7 @@ def tiledb_config() -> dict[str, Any]:
         "sm.mem.reader.sparse_global_order.ratio_array_data": 0.3,
         "sm.mem.malloc_trim": "false",  # giving pages back after each query makes the next one fault them in again
         "vfs.s3.connect_max_tries": 10,
+        ORDER_TILES: 0,
     }
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
@@ -58,14 +68,19 @@ def is_s3(uri: str) -> bool:
     return uri.startswith(("s3://", "s3a://"))
 
 
-def soma_context(timestamp_ms: int | None = None, budget_bytes: int | None = None) -> tiledbsoma.SOMATileDBContext:
+def soma_context(
+    timestamp_ms: int | None = None, budget_bytes: int | None = None, *, scattered: bool = False
+) -> tiledbsoma.SOMATileDBContext:
     """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now).
 
-    ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest).
+    ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest); one that reaches into
+    many fragments is ``scattered``, for a small budget is not enough for a tile of each.
     """
     config = tiledb_config()
     if budget_bytes is not None:
         config = config | {"soma.init_buffer_bytes": budget_bytes // 8, "sm.mem.total_budget": budget_bytes}
+    if scattered:
+        config = config | {ORDER_TILES: ORDERED_TILES}
     return tiledbsoma.SOMATileDBContext(tiledb_config=config, timestamp=timestamp_ms)
 
 

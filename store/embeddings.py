@@ -134,7 +134,8 @@ def _numbered(number: int) -> str:
 
 
 def _values(uri: str, rows: Any, timestamp_ms: int) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    with tiledbsoma.SparseNDArray.open(uri, context=soma_context(timestamp_ms, READ_BYTES)) as array:
+    context = soma_context(timestamp_ms, READ_BYTES, scattered=True)
+    with tiledbsoma.SparseNDArray.open(uri, context=context) as array:
         for part in array.read((rows,)).tables():
             yield tuple(part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
 

@@ -1,0 +1,46 @@
+"""How TileDB is opened: reads that touch many fragments get by with a small budget where they are told of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiledbsoma
+
+from store.context import ORDER_TILES, soma_context, tiledb_config, tiledb_context
+
+FRAGMENTS, CELLS, BUDGET = 30, 4096, 2**20
+APART = 2048  # rows from one fragment to the next, so that no tile of TileDB's holds two
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An array of as many fragments as were written, a tile of 64 KB coordinates in each."""
+    uri = str(tmp_path_factory.mktemp("many") / "array")
+    tiledbsoma.SparseNDArray.create(
+        uri, type=pa.float32(), shape=(FRAGMENTS * APART, CELLS), context=soma_context()
+    ).close()
+    columns = np.arange(CELLS, dtype=np.int64)
+    for row in range(FRAGMENTS):
+        with tiledbsoma.SparseNDArray.open(uri, "w", context=soma_context()) as array:
+            values = {"soma_dim_0": np.full(CELLS, row * APART, np.int64), "soma_dim_1": columns}
+            array.write(pa.table(values | {"soma_data": columns.astype(np.float32)}))
+    return uri
+
+
+def read(uri: str, rows: slice, **words: bool) -> int:
+    with tiledbsoma.SparseNDArray.open(uri, context=soma_context(budget_bytes=BUDGET, **words)) as array:
+        return sum(part.num_rows for part in array.read((rows,)).tables())
+
+
+def test_no_read_starts_the_task_that_tiledb_does_not_wait_for() -> None:
+    assert tiledb_config()[ORDER_TILES] == 0
+    assert soma_context().tiledb_config[ORDER_TILES] == 0
+    assert tiledb_context().config()[ORDER_TILES] == "0"
+
+
+def test_a_small_budget_is_enough_for_few_fragments_and_for_many_if_they_are_told_of(many: str) -> None:
+    assert read(many, slice(7 * APART, 8 * APART)) == 2 * CELLS
+    assert read(many, slice(0, FRAGMENTS * APART - 1), scattered=True) == FRAGMENTS * CELLS
+    with pytest.raises(tiledbsoma.SOMAError, match="per fragment memory"):
+        read(many, slice(0, FRAGMENTS * APART - 1))
