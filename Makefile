@@ -65,7 +65,7 @@ bench-serve: setup  ## cells a second and latency of a server against the bare m
 bench-size: setup  ## what infra/size.py says against two sizes that are measured here (15 minutes, 5 GB in build/)
 	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_size.py $(BENCH)
 
-bench-scale: setup  ## a million cells the whole way: seconds, memory and disk of each command (25 minutes, 35 GB in build/)
+bench-scale: setup  ## a million cells the whole way: seconds, memory and disk of each command, and their page (25 minutes, 35 GB in build/)
 	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_scale.py $(BENCH)
 
 image-proof: setup  ## run the image's steps in a clean root, and the image in it, without Docker (root, debootstrap; 10 minutes)

@@ -1,13 +1,14 @@
 """A million cells the whole way on this machine: seconds, memory and disk of ingestion, snapshot, stream and refresh.
 
     python tests/bench/bench_scale.py [--files 5 --cells 200000 --genes 36000 --umis 3650] [--folder build/scale]
+        [--page FILE]
 
 Files of made-up cells with the shape of an atlas are ingested by one command into one lake, made into one snapshot, and
 streamed as tokens for a whole epoch, each by the command a user would give, with two workers. Then one more file, of a
 twentieth as many cells, is ingested and the snapshot refreshed, so that it shows what is read again. Beside each
 command its tree of processes is looked at five times a second: memory is what a process has to itself (pages that no
-file backs), of the driver, of the largest worker, and of all of them with the object store. The last line is one JSON
-object.
+file backs), of the driver, of the largest worker, and of all of them with the object store. It writes
+docs/benchmarks/scale.md; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,7 @@ import psutil
 from atlas_file import GENES, UMIS, write_atlas
 
 ROOT = Path(__file__).parent.parent.parent
+PAGE = Path(__file__).parent / "scale_page.md"
 ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
 WORKERS = 2
 BEAT_S = 0.2
@@ -171,6 +174,44 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def page(found: dict[str, Any]) -> str:
+    """Write the page."""
+    cells, more = found["cells"], found["more_cells"]
+    steps = [
+        ("ingest", "`python -m ingest run`", cells),
+        ("create", "`python -m store snapshot create`", cells),
+        ("verify", "`python -m store snapshot verify`", cells),
+        ("stream", "a new process that streams two epochs, tokenized", 2 * cells),
+        ("ingest_more", f"`python -m ingest run`, {more:,} more cells", more),
+        ("refresh", "`python -m store snapshot refresh`", cells + more),
+    ]
+    rows = []
+    for name, what, n_cells in steps:
+        used = found[name]
+        memory = f"{used.driver_mb:,.0f} | {used.worker_mb:,.0f} | {used.together_mb:,.0f}"
+        rows.append(f"| {what} | {used.seconds:,.0f} | {n_cells / used.seconds:,.0f} | {memory} |")
+    return PAGE.read_text(encoding="utf-8").format(
+        files=found["files"],
+        each=f"{cells // found['files']:,}",
+        cells=f"{cells:,}",
+        nonzeros=f"{found['nonzeros'] / 1e9:.2f}",
+        of_each=f"{found['nonzeros'] / cells:,.0f}",
+        loads=f"{found['load']:.1f} and {found['load_after']:.1f}",
+        rows="\n".join(rows),
+        lake=f"{found['lake_mb'] / 1e3:.1f}",
+        snapshot=f"{found['snapshot_mb'] / 1e3:.1f}",
+        spill=f"{found['create'].spill_mb / 1e3:.1f}",
+        epochs=" and ".join(f"{epoch['cells_s']:,.0f}" for epoch in found["epochs"]),
+        tokens=f"{max(epoch['tokens_s'] for epoch in found['epochs']) / 1e6:,.0f}",
+        first=f"{found['epochs'][0]['first_batch_s']:.2f}",
+        streaming=f"{max(epoch['rss_mb'] for epoch in found['epochs']):,.0f}",
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        memory=f"{psutil.virtual_memory().total / 2**30:.0f}",
+        python=platform.python_version(),
+    )
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,8 +220,10 @@ def main() -> None:
     parser.add_argument("--genes", type=int, default=GENES)
     parser.add_argument("--umis", type=int, default=UMIS, help="of a median cell")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "scale")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks" / "scale.md")
     options = parser.parse_args()
     found = measure(options)
+    options.page.write_text(page(found), encoding="utf-8")
     print(json.dumps({name: asdict(value) if isinstance(value, Used) else value for name, value in found.items()}))
 
 
