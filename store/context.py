@@ -18,12 +18,10 @@ BUFFER_BYTES = 256 * 2**20
 ORDER_TILES = "sm.query.sparse_global_order.preprocess_tile_merge"
 """TileDB's setting whether a sparse read orders all its tiles first, in a task that it does not wait for to the end.
 
-TileDB 2.30 frees what that task still uses when the read has ended: rarely, that is a segmentation
-fault (docs/decisions/0003). Without it each fragment that a read touches has an equal share of half of TileDB's budget,
-and must get a tile into it.
+TileDB 2.30 may free what that task still uses when the read has ended: rarely, that is a segmentation fault
+(docs/decisions/0003). Without it each fragment that a read touches has an equal share of half of TileDB's budget, and
+must get a tile into it.
 """
-ORDERED_TILES = 32768
-"""What TileDB sets it to."""
 THREADS = "SOMAFLOW_TILEDB_THREADS"
 """Environment variable: threads of TileDB in this process; unset, as many as there are cores."""
 
@@ -73,14 +71,14 @@ def soma_context(
 ) -> tiledbsoma.SOMATileDBContext:
     """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now).
 
-    ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest); one that reaches into
-    many fragments is ``scattered``, for a small budget is not enough for a tile of each.
+    ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest). With a small one, say
+    ``scattered`` if a read may reach into many fragments: shared out evenly it would not be enough for a tile of each.
     """
     config = tiledb_config()
     if budget_bytes is not None:
         config = config | {"soma.init_buffer_bytes": budget_bytes // 8, "sm.mem.total_budget": budget_bytes}
     if scattered:
-        config = config | {ORDER_TILES: ORDERED_TILES}
+        config = {key: value for key, value in config.items() if key != ORDER_TILES}
     return tiledbsoma.SOMATileDBContext(tiledb_config=config, timestamp=timestamp_ms)
 
 

@@ -22,7 +22,7 @@ import tiledb.libtiledb
 from numpy.typing import NDArray
 
 from store import records
-from store.context import ORDER_TILES, ORDERED_TILES, tiledb_context
+from store.context import ORDER_TILES, tiledb_context
 
 NAME = re.compile(r"__(\d+)_(\d+)_[0-9a-f]+_\d+")
 FOR_EVER = 2**62
@@ -172,7 +172,9 @@ def consolidate(array_uri: str, modes: tuple[str, ...]) -> None:
     Every earlier timestamp still reads as it did.
     """
     for mode in modes:
-        settings = {"sm.consolidation.mode": mode, "sm.vacuum.mode": mode, ORDER_TILES: str(ORDERED_TILES)}
+        # it reads many fragments at a time: TileDB's own way is the one whose budget is enough
+        as_usual = {ORDER_TILES: tiledb.Config()[ORDER_TILES]}
+        settings = {"sm.consolidation.mode": mode, "sm.vacuum.mode": mode, **as_usual}
         config = tiledb.Config({**tiledb_context().config().dict(), **settings})
         context = tiledb.Ctx(config)
         tiledb.consolidate(array_uri, config=config, ctx=context)

@@ -229,7 +229,7 @@ def test_train_serve_and_answer_on_real_cells(lake: str, tmp_path: Path) -> None
         assert reply["provenance"]["commit_id"] == snapshot["commit_id"]
         effect = httpx.post(f"{url}/perturb", json={"counts": cells, "perturbations": ["STAT1"]}).raise_for_status()
         assert len(effect.json()["perturbations"][0]["effects"]["RNA"]["top"]) == 20
-        server.terminate()
-        assert server.wait(60) == 0
     finally:
-        server.kill()
+        server.terminate()
+        status = server.wait(60)
+    assert status == 0

@@ -111,8 +111,10 @@ def test_it_stops_in_good_order_while_it_starts(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
             started: list[psutil.Process] = []
+            deadline = time.monotonic() + 60
             while not any("ServeController" in " ".join(words_of(one)) for one in started):
                 assert server.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
                 started = psutil.Process(server.pid).children(recursive=True)
             server.send_signal(signal.SIGTERM)

@@ -4,7 +4,7 @@
         [--page FILE]
 
 Files of made-up cells with the shape of an atlas are ingested by one command into one lake, made into one snapshot, and
-streamed as tokens for a whole epoch, each by the command a user would give, with two workers. Then one more file, of a
+streamed as tokens for two epochs, each by the command a user would give, with two workers. Then one more file, of a
 twentieth as many cells, is ingested and the snapshot refreshed, so that it shows what is read again. Beside each
 command its tree of processes is looked at five times a second: memory is what a process has to itself (pages that no
 file backs), of the driver, of the largest worker, and of all of them with the object store. It writes
