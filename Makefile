@@ -8,7 +8,7 @@ PROOF ?=
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults fuzz bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train bench-size bench-scale image-proof test-quick check format lock clean
+.PHONY: help setup demo test faults fuzz bench-ingest bench-stream bench-floor bench-model bench-ablation bench-step bench-page bench-serve bench-train bench-size bench-scale bench-commits image-proof test-quick check format lock clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -67,6 +67,9 @@ bench-size: setup  ## what infra/size.py says against two sizes that are measure
 
 bench-scale: setup  ## a million cells the whole way: seconds, memory and disk of each command, and their page (25 minutes, 35 GB in build/)
 	PYTHONPATH=tests/bench $(BIN)/python tests/bench/bench_scale.py $(BENCH)
+
+bench-commits: setup  ## what a commit costs, and opening the lake, up to 1,000 datasets; requests on S3 (15 minutes)
+	PYTHONPATH=tests:tests/bench $(BIN)/python tests/bench/bench_commits.py $(BENCH)
 
 image-proof: setup  ## run the image's steps in a clean root, and the image in it, without Docker (root, debootstrap; 10 minutes)
 	$(BIN)/python infra/image/prove.py $(PROOF)

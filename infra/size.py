@@ -297,7 +297,7 @@ def not_linear(ask: Ask, found: Size, values: Values) -> list[str]:
         "do not shorten; the catalog that each reads grows with them",
         f"shuffling: {found.ranges:,.0f} pieces go from the first pass to the second; ten times the cells, a hundred "
         "times the pieces",
-        "fragments of the lake grow with datasets; `store consolidate` merges them, which is not in the table",
+        "fragments of X grow with the cells, about one for 16,384 of them; those of the tables are merged on the way",
     ]
     if not found.ingest.in_time:
         said.append(

@@ -57,6 +57,7 @@ class Commit:
         dataset: Plan number, dataset id, organism, key and ranges of the dataset that it added; empty for number 0.
         content: Measurement to what was written and read back.
         superseded: Plan numbers of datasets that this commit took out of the lake.
+        whole: What it wrote to var and to the counts of cells by label is all of it, so that it can be read alone.
     """
 
     number: int
@@ -67,11 +68,15 @@ class Commit:
     content: dict[str, Content] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     superseded: tuple[int, ...] = ()
+    whole: bool = False
 
     @property
     def id(self) -> str:
         """A digest of the whole record: two lakes with the same id went through the same history."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        values = asdict(self)
+        if not self.whole:  # records from before there was such a field keep their id
+            del values["whole"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _numbered(number: int) -> str:
@@ -95,6 +100,24 @@ def current(history: Sequence[Commit]) -> list[Commit]:
     """Return the commits whose datasets are in the lake after ``history``: added, and not superseded since."""
     gone = {number for commit in history for number in commit.superseded}
     return [commit for commit in history if commit.dataset and commit.dataset["number"] not in gone]
+
+
+def last_written(history: Sequence[Commit], organism: str = "", measurement: str = "") -> int:
+    """Return the timestamp of the write that alone tells a table whole: 0 where all writes must be read.
+
+    Args:
+        history: Commits up to the one that is read, oldest first.
+        organism: Whose var is meant (none: census_info's counts of cells, which every commit writes).
+        measurement: Which of its var.
+    """
+    writers = {commit.dataset["number"]: commit for commit in history if commit.dataset}
+    for commit in reversed(history[1:]):
+        touched = [commit, *(writers[number] for number in commit.superseded)]
+        if not organism or any(
+            one.dataset and one.dataset["organism"] == organism and measurement in one.content for one in touched
+        ):
+            return commit.timestamp_ms if commit.whole else 0
+    return 0
 
 
 def first_openable(lake_uri: str) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import tiledb
 import tiledbsoma
 
@@ -22,6 +23,8 @@ TileDB 2.30 may free what that task still uses when the read has ended: rarely, 
 (docs/decisions/0003). Without it each fragment that a read touches has an equal share of half of TileDB's budget, and
 must get a tile into it.
 """
+SMALL_BYTES = 2**25
+"""Tables of up to so many bytes go to S3 a file a request: twice as much fits, and no file of a table is larger."""
 THREADS = "SOMAFLOW_TILEDB_THREADS"
 """Environment variable: threads of TileDB in this process; unset, as many as there are cores."""
 
@@ -67,18 +70,26 @@ def is_s3(uri: str) -> bool:
 
 
 def soma_context(
-    timestamp_ms: int | None = None, budget_bytes: int | None = None, *, scattered: bool = False
+    timestamp_ms: int | None = None,
+    budget_bytes: int | None = None,
+    *,
+    scattered: bool = False,
+    written_bytes: int | None = None,
 ) -> tiledbsoma.SOMATileDBContext:
     """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now).
 
     ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest). With a small one, say
     ``scattered`` if a read may reach into many fragments: shared out evenly it would not be enough for a tile of each.
+    ``written_bytes`` is what will be written at most (none: any number): S3 gets each file of a small table in one
+    request in place of three, which takes all of it into memory first.
     """
     config = tiledb_config()
     if budget_bytes is not None:
         config = config | {"soma.init_buffer_bytes": budget_bytes // 8, "sm.mem.total_budget": budget_bytes}
     if scattered:
         config = {key: value for key, value in config.items() if key != ORDER_TILES}
+    if written_bytes is not None and written_bytes <= SMALL_BYTES:
+        config = config | {"vfs.s3.use_multipart_upload": "false", "vfs.s3.multipart_part_size": 2 * SMALL_BYTES}
     return tiledbsoma.SOMATileDBContext(tiledb_config=config, timestamp=timestamp_ms)
 
 
@@ -98,12 +109,46 @@ def storage(uri: str) -> Iterator[None]:
 
 
 @cache
-def tiledb_context(threads: int | None = None) -> tiledb.Ctx:
+def tiledb_context(threads: int | None = None, budget_bytes: int | None = None) -> tiledb.Ctx:
     """Return the process's TileDB context for arrays without SOMA's copies.
 
-    ``threads`` is how many of its own TileDB uses (none: as configured), for callers that bring their threads.
+    ``threads`` is how many of its own TileDB uses (none: as configured), for callers that bring their threads;
+    ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest).
     """
     config = {key: value for key, value in tiledb_config().items() if not key.startswith("soma.")}
     if threads is not None:
         config |= _concurrency(threads)
+    if budget_bytes is not None:
+        config |= {"py.init_buffer_bytes": budget_bytes // 8, "sm.mem.total_budget": budget_bytes}
     return tiledb.Ctx(config)
+
+
+def read_parts(
+    uri: str,
+    since_ms: int,
+    until_ms: int,
+    columns: Sequence[str] | None = None,
+    *,
+    rows: slice = slice(None),
+    budget_bytes: int | None = None,
+) -> Iterator[pa.Table]:
+    """Read what was written to a sparse array from one timestamp to another, both included; SOMA reads all until one.
+
+    Args:
+        uri: The array.
+        since_ms: Timestamp of the first write to read: earlier ones are not even looked at.
+        until_ms: Timestamp of the last.
+        columns: Dimensions and attributes wanted (none: all).
+        rows: Coordinates in the first dimension, both ends included.
+        budget_bytes: What the read may hold before it hands a part over (none: all comes as one).
+    """
+    context = tiledb_context(budget_bytes=budget_bytes)
+    with tiledb.open(uri, timestamp=(since_ms, until_ms), ctx=context) as array:
+        domain, in_parts = array.schema.domain, budget_bytes is not None
+        names = [domain.dim(number).name for number in range(domain.ndim)]
+        dims = names if columns is None else [name for name in names if name in columns]
+        attributes = None if columns is None else [name for name in columns if name not in names]
+        query = array.query(attrs=attributes, dims=dims, order="U", return_arrow=True, return_incomplete=in_parts)
+        found = query.df[rows] if domain.ndim == 1 else query.df[rows, :]
+        for part in found if in_parts else (found,):
+            yield part.replace_schema_metadata(None)  # it asks for pandas' types with missing values

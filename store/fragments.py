@@ -10,7 +10,9 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import datetime as dt
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -25,7 +27,12 @@ from store import records
 from store.context import ORDER_TILES, tiledb_context
 
 NAME = re.compile(r"__(\d+)_(\d+)_[0-9a-f]+_\d+")
-FOR_EVER = 2**62
+SMALL_ROWS = 2**18
+"""A fragment of a table with as many rows is left as it is."""
+MERGE_BYTES = 2**21
+"""Buffer of a merge for each column (texts have two): with TileDB's own 50 MB those of obs are 6 GB, all written to."""
+READERS_S = 600
+"""Seconds that a reader may go on with an array as it was when it was opened, before merged fragments are removed."""
 
 
 class FragmentWriter:
@@ -169,13 +176,66 @@ def roll_back(array_uri: str, after_ms: int) -> int:
 def consolidate(array_uri: str, modes: tuple[str, ...]) -> None:
     """Merge an array's small files (TileDB's consolidation, then vacuum, mode by mode); what is read stays the same.
 
-    Every earlier timestamp still reads as it did.
+    Every earlier timestamp still reads as it did. Readers that have the array open may have to open it again.
     """
     for mode in modes:
-        # it reads many fragments at a time: TileDB's own way is the one whose budget is enough
-        as_usual = {ORDER_TILES: tiledb.Config()[ORDER_TILES]}
-        settings = {"sm.consolidation.mode": mode, "sm.vacuum.mode": mode, **as_usual}
-        config = tiledb.Config({**tiledb_context().config().dict(), **settings})
-        context = tiledb.Ctx(config)
+        config, context = _merging(mode)
         tiledb.consolidate(array_uri, config=config, ctx=context)
         tiledb.vacuum(array_uri, config=config, ctx=context)
+
+
+def _merging(mode: str) -> tuple[tiledb.Config, tiledb.Ctx]:
+    # it reads many fragments at a time: TileDB's own way is the one whose budget is enough
+    as_usual = {ORDER_TILES: tiledb.Config()[ORDER_TILES]}
+    settings = {"sm.consolidation.mode": mode, "sm.vacuum.mode": mode, "sm.consolidation.buffer_size": MERGE_BYTES}
+    config = tiledb.Config({**tiledb_context().config().dict(), **settings, **as_usual})
+    return config, tiledb.Ctx(config)
+
+
+def merge_small(array_uri: str, before_ms: int) -> None:
+    """Merge each run of small fragments written before ``before_ms`` into one, and all footers; what is read stays.
+
+    Small are those of fewer than ``SMALL_ROWS`` rows, so that a row is written again a few times at most, however many
+    writes follow. What was merged is removed by a later call, when readers that have it open had time to end.
+    """
+    _remove_merged(array_uri, "fragments")
+    config, context = _merging("fragments")
+    for run in _small_runs(tiledb.array_fragments(array_uri, ctx=context), before_ms):
+        tiledb.consolidate(array_uri, config=config, ctx=context, fragment_uris=run)
+    merge_footers(array_uri)
+
+
+def _small_runs(infos: Iterable[Any], before_ms: int) -> list[list[str]]:
+    """Name the small fragments that follow each other, where there are several."""
+    in_order = sorted(infos, key=lambda info: (info.timestamp_range, info.uri))
+    small = [info.cell_num < SMALL_ROWS and info.timestamp_range[1] < before_ms for info in in_order]
+    runs: list[list[str]] = [[]]
+    for info, is_small in zip(in_order, small, strict=True):
+        if is_small:
+            runs[-1].append(info.uri.rstrip("/").rsplit("/", 1)[-1])
+        elif runs[-1]:
+            runs.append([])
+    return [run for run in runs if len(run) > 1]
+
+
+def merge_footers(array_uri: str) -> None:
+    """Merge the footers of an array's fragments into one file, which opening it reads in place of each."""
+    _remove_merged(array_uri, "fragment_meta")
+    config, context = _merging("fragment_meta")
+    tiledb.consolidate(array_uri, config=config, ctx=context)
+
+
+def _remove_merged(array_uri: str, mode: str) -> None:
+    """Remove what an earlier merge has made needless, if that was long enough ago for all who had it open."""
+    folder, ending = ("__fragment_meta", "") if mode == "fragment_meta" else ("__commits", ".vac")
+    newest = records.newest(records.join(array_uri, folder), ending)
+    if newest is not None and (dt.datetime.now(dt.UTC) - newest).total_seconds() > READERS_S:
+        config, context = _merging(mode)
+        tiledb.vacuum(array_uri, config=config, ctx=context)
+
+
+def remove_older(array_uri: str, than_ms: int) -> None:
+    """Remove the fragments whose last write is older than ``than_ms``: later timestamps must not need them."""
+    config, context = _merging("fragments")
+    tiledb.vacuum(array_uri, config=config, ctx=context)
+    tiledb.Array.delete_fragments(array_uri, 0, than_ms - 1, ctx=context)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from store import catalog, records, schema
 from store.catalog import Commit
-from store.context import soma_context
+from store.context import read_parts, soma_context
 from store.errors import ConflictError, MissingError, UsageError
 
 
@@ -295,8 +295,14 @@ class Lake:
 
     def var(self, organism: str, measurement: str) -> pa.Table:
         """Return a measurement's features, in joinid order."""
-        table = self._measurement(organism, measurement).var.read().concat()
-        return table.sort_by("soma_joinid")
+        return self._var(organism, measurement).sort_by("soma_joinid")
+
+    def _var(self, organism: str, measurement: str, columns: list[str] | None = None) -> pa.Table:
+        var = self._measurement(organism, measurement).var
+        since = catalog.last_written(self.history, organism, measurement)
+        if since == 0:
+            return var.read(column_names=columns).concat()
+        return pa.concat_tables(read_parts(var.uri, since, self.commit.timestamp_ms, columns))
 
     def datasets(self) -> pa.Table:
         """Return the Census's datasets table with our provenance columns, in joinid order."""
@@ -354,6 +360,6 @@ class Lake:
         """Return how many joinids the features of a measurement take: columns of its counts."""
         key = (organism, measurement)
         if key not in self._n_features:
-            joinids = self._measurement(organism, measurement).var.read(column_names=["soma_joinid"]).concat()
-            self._n_features[key] = 1 + int(joinids["soma_joinid"].to_numpy().max(initial=-1))
+            joinids = self._var(organism, measurement, ["soma_joinid"])["soma_joinid"].to_numpy()
+            self._n_features[key] = 1 + int(joinids.max(initial=-1))
         return self._n_features[key]

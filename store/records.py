@@ -6,6 +6,7 @@ lock-free primitive that the commit protocol leans on.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import secrets
@@ -156,6 +157,13 @@ def folders(uri: str) -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory")
+
+
+def newest(folder: str, ending: str = "") -> dt.datetime | None:
+    """Return when the newest file of a folder whose name ends so was written (UTC); none where there is none."""
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    times = [filesystem.modified(join(path, name)) for name in names(folder) if name.endswith(ending)]
+    return max(times, default=None)
 
 
 def write_table(uri: str, table: pa.Table) -> None:

@@ -10,8 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import tiledbsoma
 
-from store import records, schema
-from store.context import soma_context
+from store import catalog, records, schema
+from store.context import read_parts, soma_context
 from store.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -142,9 +142,8 @@ def write_all(
         uri = records.join(organism_uri, "ms", measurement)
         _write_presence(records.join(uri, "feature_dataset_presence_matrix"), reservation, joinids, timestamp)
         mine = [block for block in blocks if block.measurement == measurement]
-        var = _var_table(
-            _read_at(records.join(uri, "var"), before), reservation, measurement, mine, _n_measured(obs, mine), gone
-        )
+        known = _var_before(before, reservation.plan.organism, measurement)
+        var = _var_table(known, reservation, measurement, mine, _n_measured(obs, mine), gone)
         _write_table(records.join(uri, "var"), var, timestamp)
     presence = _measurement_presence(reservation, obs, blocks)
     _write_table(records.join(organism_uri, "obs_measurement_presence"), presence, timestamp)
@@ -248,12 +247,12 @@ def _delete_rows(before: Lake, standing: Commit, timestamp: int) -> None:
 
 def _write_var_without(before: Lake, standing: Commit, gone: _Removed, except_for: set[str], timestamp: int) -> None:
     """Lower the totals of the features of measurements that only the old version had."""
+    organism = standing.dataset["organism"]
     for measurement in set(standing.content) - except_for:
-        uri = records.join(before.uri, "census_data", standing.dataset["organism"], "ms", measurement, "var")
-        known = _read_at(uri, before).set_index("soma_joinid")
+        known = _var_before(before, organism, measurement).set_index("soma_joinid")
         _subtract(known, gone.features(measurement))
         table = pa.Table.from_pandas(known.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
-        _write_table(uri, table, timestamp)
+        _write_table(_var_uri(before, organism, measurement), table, timestamp)
 
 
 def _subtract(var: pd.DataFrame, less: pd.DataFrame) -> None:
@@ -262,26 +261,38 @@ def _subtract(var: pd.DataFrame, less: pd.DataFrame) -> None:
 
 
 def _write_table(uri: str, table: pa.Table, timestamp: int) -> None:
-    with tiledbsoma.DataFrame.open(uri, "w", tiledb_timestamp=timestamp, context=soma_context()) as frame:
+    context = soma_context(written_bytes=table.nbytes)
+    with tiledbsoma.DataFrame.open(uri, "w", tiledb_timestamp=timestamp, context=context) as frame:
         frame.write(table.combine_chunks())
 
 
 def _write_obs(uri: str, obs: pa.Table, timestamp: int) -> None:
-    with tiledbsoma.DataFrame.open(uri, "w", tiledb_timestamp=timestamp, context=soma_context()) as frame:
-        for start in range(0, len(obs), OBS_ROWS):
-            frame.write(obs.slice(start, OBS_ROWS).cast(schema.OBS_SCHEMA).combine_chunks())
+    for start in range(0, len(obs), OBS_ROWS):
+        _write_table(uri, obs.slice(start, OBS_ROWS).cast(schema.OBS_SCHEMA), timestamp)
 
 
 def _write_presence(uri: str, reservation: Reservation, joinids: Any, timestamp: int) -> None:
     ascending = np.sort(joinids)
     rows = np.full(len(ascending), reservation.plan.dataset_joinid, dtype=np.int64)
     table = pa.table({"soma_dim_0": rows, "soma_dim_1": ascending, "soma_data": np.ones(len(rows), dtype=bool)})
-    with tiledbsoma.SparseNDArray.open(uri, "w", tiledb_timestamp=timestamp, context=soma_context()) as array:
+    context = soma_context(written_bytes=table.nbytes)
+    with tiledbsoma.SparseNDArray.open(uri, "w", tiledb_timestamp=timestamp, context=context) as array:
         array.write(table)
 
 
-def _read_at(uri: str, before: Lake, columns: list[str] | None = None) -> pd.DataFrame:
-    """Read a table as it was at the parent commit; empty where it was made later."""
+def _var_uri(lake: Lake, organism: str, measurement: str) -> str:
+    return records.join(lake.uri, "census_data", organism, "ms", measurement, "var")
+
+
+def _var_before(before: Lake, organism: str, measurement: str) -> pd.DataFrame:
+    since = catalog.last_written(before.history, organism, measurement)
+    return _read_at(_var_uri(before, organism, measurement), before, since)
+
+
+def _read_at(uri: str, before: Lake, since_ms: int = 0) -> pd.DataFrame:
+    """Read a table as it was at the parent commit, from ``since_ms`` on; empty where it was made later."""
+    if since_ms:
+        return pa.concat_tables(read_parts(uri, since_ms, before.commit.timestamp_ms)).to_pandas()
     try:
         opened = tiledbsoma.DataFrame.open(uri, context=soma_context(before.commit.timestamp_ms))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError):
@@ -290,7 +301,7 @@ def _read_at(uri: str, before: Lake, columns: list[str] | None = None) -> pd.Dat
         with tiledbsoma.DataFrame.open(uri, context=soma_context()) as now:
             return now.schema.empty_table().to_pandas()
     with opened as frame:
-        return frame.read(column_names=columns).concat().to_pandas()
+        return frame.read().concat().to_pandas()
 
 
 def _var_table(
@@ -301,6 +312,7 @@ def _var_table(
     n_measured: int,
     gone: _Removed,
 ) -> pa.Table:
+    """Return all of a measurement's features with this dataset's counts: readers need no earlier write."""
     features = reservation.dataset.features[measurement]
     nnz = np.zeros(len(features), np.int64)
     for block in blocks:
@@ -317,16 +329,15 @@ def _var_table(
         }
     ).set_index("soma_joinid")
     known = before.set_index("soma_joinid")
-    less = gone.features(measurement)
-    _subtract(known, less)
+    _subtract(known, gone.features(measurement))
     shared = mine.index.intersection(known.index)
     for column in ("feature_name", "feature_type", "feature_length"):
         mine.loc[shared, column] = known.loc[shared, column]
     for column in ("nnz", "n_measured_obs"):
         mine.loc[shared, column] += known.loc[shared, column]
-    left = less.index.difference(mine.index)
-    if len(left):
-        mine = pd.concat([mine, known.loc[left, mine.columns]]).rename_axis("soma_joinid")
+    others = known.index.difference(mine.index)
+    if len(others):
+        mine = pd.concat([mine, known.loc[others, mine.columns]]).rename_axis("soma_joinid")
     return pa.Table.from_pandas(mine.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
 
 
@@ -347,10 +358,9 @@ def _dataset_table(reservation: Reservation) -> pa.Table:
 
 
 def _info_tables(before: Lake, organism: str, obs: pa.Table, gone: pa.Table) -> dict[str, pa.Table]:
-    """Return the Census's summaries with the cells of ``obs`` and without those of ``gone``."""
+    """Return the Census's summaries with the cells of ``obs`` and without those of ``gone``, as far as they change."""
     uri = records.join(before.uri, "census_info")
-    organisms = _organisms(_read_at(records.join(uri, "organisms"), before), organism)
-    known = _read_at(records.join(uri, "summary_cell_counts"), before)
+    known = _read_at(records.join(uri, "summary_cell_counts"), before, catalog.last_written(before.history))
     counts = _cell_counts(known, organism, obs, gone)
     everything = counts[counts["category"] == "all"]
     summary = {
@@ -361,12 +371,13 @@ def _info_tables(before: Lake, organism: str, obs: pa.Table, gone: pa.Table) -> 
         "unique_cell_count": str(everything["unique_cell_count"].sum()),
     }
     frames = {
-        "organisms": organisms,
         "summary_cell_counts": counts,
         "summary": pd.DataFrame(
             {"soma_joinid": range(len(summary)), "label": list(summary), "value": list(summary.values())}
         ),
     }
+    if organism not in before.organisms:
+        frames["organisms"] = _organisms(_read_at(records.join(uri, "organisms"), before), organism)
     return {
         name: pa.Table.from_pandas(frame, schema=schema.INFO_SCHEMAS[name], preserve_index=False)
         for name, frame in frames.items()

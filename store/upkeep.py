@@ -13,7 +13,7 @@ from store import catalog, records
 from store.context import is_s3
 from store.errors import UsageError
 from store.fragments import consolidate as consolidate_array
-from store.fragments import fragments, remove_fragments
+from store.fragments import fragments, remove_fragments, remove_older
 from store.lake import layer_uris, table_uris
 from store.writer import LakeWriter
 
@@ -116,7 +116,20 @@ def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
             extra = [item.name for item in fragments(uri) if item.name in old - needed]
             remove_fragments(uri, extra)
             removed += len(extra)
+        for uri, since in _whole_tables(writer, lake.history[: first + 1]):
+            remove_older(uri, since)
         return first, removed
+
+
+def _whole_tables(writer: LakeWriter, history: list[catalog.Commit]) -> list[tuple[str, int]]:
+    """Name the tables that are written whole, each with the timestamp of the write that the last commit reads."""
+    info = catalog.last_written(history)
+    found = [(records.join(writer.uri, "census_info", name), info) for name in ("summary_cell_counts", "summary")]
+    for uri in table_uris(writer.uri):
+        *_, organism, _, measurement, name = uri.split("/")
+        if name == "var":
+            found.append((uri, catalog.last_written(history, organism, measurement)))
+    return [(uri, since) for uri, since in found if since]
 
 
 def consolidate(lake_uri: str, progress: Callable[[str], None] = lambda name: None) -> int:

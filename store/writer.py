@@ -12,6 +12,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,21 +23,27 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse
+import tiledb
 import tiledbsoma
 from numpy.typing import NDArray
 
 from store import catalog, records, schema, tables
 from store.catalog import Commit, Content, Plan
-from store.context import soma_context, storage
+from store.context import read_parts, storage
 from store.errors import ConflictError, InputRefused, MissingError, VerificationError
-from store.fragments import FragmentWriter, roll_back
-from store.lake import Lake, create_lake, ensure_measurement, open_lake, table_uris, utc_now
+from store.fragments import FragmentWriter, merge_footers, merge_small, roll_back
+from store.lake import Lake, create_lake, ensure_measurement, layer_uris, open_lake, table_uris, utc_now
 from store.lock import WriterLock
 
 LARGEST_COUNT = 2**24
 """float32, the Census's type of counts, holds every integer up to here."""
 
 READ_BACK_BYTES = 2**27
+
+MERGED_EVERY = 32
+"""Commits after which the small files of the tables are merged: an array with many opens slowly, the more so on S3."""
+
+log = logging.getLogger("somaflow.store")
 
 VERSIONED = ("tiledbsoma", "tiledb", "pyarrow", "numpy")
 
@@ -230,10 +237,9 @@ def _refuse_impossible(
 
 def _read_back(uri: str, first: int, n_rows: int, digest: int, timestamp: int) -> None:
     found = 0
-    context = soma_context(budget_bytes=READ_BACK_BYTES)
-    with tiledbsoma.SparseNDArray.open(uri, tiledb_timestamp=timestamp, context=context) as array:
-        for part in array.read((slice(first, first + n_rows - 1),)).tables():
-            found += content_digest(*(part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")))
+    rows = slice(first, first + n_rows - 1)
+    for part in read_parts(uri, timestamp, timestamp, rows=rows, budget_bytes=READ_BACK_BYTES):
+        found += content_digest(*(part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")))
     if found % 2**64 != digest:
         raise VerificationError(
             f"{uri}: cells {first} to {first + n_rows - 1} read back differ from what was written; nothing was "
@@ -254,6 +260,7 @@ class LakeWriter:
         self.uri = records.absolute(uri)
         self._lock = WriterLock(self.uri)
         self._names: dict[tuple[str, str], catalog.FeatureNames] = {}
+        self._made: set[tuple[str, str, str]] = set()
 
     def __enter__(self) -> LakeWriter:
         self._lock.acquire()
@@ -324,7 +331,10 @@ class LakeWriter:
         ]
         with storage(self.uri):
             for measurement in plan.features:
-                ensure_measurement(self.uri, plan.organism, measurement, plan.layer(measurement))
+                place = (plan.organism, measurement, plan.layer(measurement))
+                if place not in self._made:
+                    ensure_measurement(self.uri, *place)
+                    self._made.add(place)
         if begun:
             mine = begun[-1]
         else:
@@ -419,12 +429,25 @@ class LakeWriter:
             created=utc_now(),
             versions={name: importlib.metadata.version(name) for name in VERSIONED},
             superseded=(superseded.dataset["number"],) if superseded else (),
+            whole=True,
             **values,
         )
         self._lock.check()
         catalog.create_commit(self.uri, made)
         self._commits.append(made)
+        if made.number % MERGED_EVERY == 0:
+            self._merge()
         return made
+
+    def _merge(self) -> None:
+        """Merge what the commits before the last one wrote to the tables; a failure is told, and does no harm."""
+        try:
+            for uri in table_uris(self.uri):
+                merge_small(uri, self._commits[-1].timestamp_ms)
+            for uri in layer_uris(self.uri):
+                merge_footers(uri)
+        except (tiledb.TileDBError, tiledbsoma.SOMAError, OSError) as error:
+            log.warning("%s: small files were not merged, opening it gets slower: %s", self.uri, error)
 
 
 def _content(reservation: Reservation, measurement: str, blocks: Sequence[BlockStats]) -> Content:

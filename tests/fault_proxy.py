@@ -68,6 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/faults":
             self._answer(200, {}, json.dumps(self.server.faults).encode())
             return
+        if self.path == "/requests":
+            self._answer(200, {}, str(self.server.requests).encode())
+            return
         kind = self.server.fault()
         time.sleep(LATE_S.get(kind, 0))
         if kind in ("500", "503"):
@@ -119,7 +122,10 @@ SKIPPED = ("connection", "transfer-encoding", "content-length", "server", "date"
 
 @contextmanager
 def fault_proxy(target: str, share: float, kinds: tuple[str, ...] = KINDS, seed: int = 0) -> Iterator[str]:
-    """Run a proxy for as long as the block; yields its address, where ``/faults`` tells what went wrong so far."""
+    """Run a proxy for as long as the block; yields its address.
+
+    There, ``/faults`` tells what went wrong so far, and ``/requests`` how many requests came.
+    """
     command = [sys.executable, __file__, target, str(share), ",".join(kinds), str(seed)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
