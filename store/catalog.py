@@ -14,14 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store import records
-from store.errors import ConflictError
+from store.errors import ConflictError, StorageError
 from store.schema import FEATURE_CAPACITY, Features
 
 FORMAT = 3
@@ -57,7 +57,8 @@ class Commit:
         dataset: Plan number, dataset id, organism, key and ranges of the dataset that it added; empty for number 0.
         content: Measurement to what was written and read back.
         superseded: Plan numbers of datasets that this commit took out of the lake.
-        whole: What it wrote to var and to the counts of cells by label is all of it, so that it can be read alone.
+        whole: Tables that it wrote whole, so that earlier writes to them need not be read: ``organism/measurement``
+            for a var, ``census_info`` for the counts of cells by label.
     """
 
     number: int
@@ -68,7 +69,7 @@ class Commit:
     content: dict[str, Content] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     superseded: tuple[int, ...] = ()
-    whole: bool = False
+    whole: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -93,7 +94,13 @@ def _commit(values: dict[str, Any]) -> Commit:
     content = {
         name: Content(**{**part, "fragments": tuple(part["fragments"])}) for name, part in values.pop("content").items()
     }
-    return Commit(**{**values, "superseded": tuple(values["superseded"])}, content=content)
+    unknown = sorted(set(values) - {field.name for field in fields(Commit)})
+    if unknown:
+        raise StorageError(
+            f"commit {values.get('number')} tells {unknown[0]!r}: a newer version of somaflow made it; use that one"
+        )
+    several: dict[str, Any] = {name: tuple(values[name]) for name in ("superseded", "whole") if name in values}
+    return Commit(**{**values, **several}, content=content)
 
 
 def current(history: Sequence[Commit]) -> list[Commit]:
@@ -102,22 +109,19 @@ def current(history: Sequence[Commit]) -> list[Commit]:
     return [commit for commit in history if commit.dataset and commit.dataset["number"] not in gone]
 
 
-def last_written(history: Sequence[Commit], organism: str = "", measurement: str = "") -> int:
-    """Return the timestamp of the write that alone tells a table whole: 0 where all writes must be read.
+def last_whole(history: Sequence[Commit], table: str) -> int:
+    """Return the timestamp from which on a table has to be read: 0 if all writes are needed.
 
     Args:
         history: Commits up to the one that is read, oldest first.
-        organism: Whose var is meant (none: census_info's counts of cells, which every commit writes).
-        measurement: Which of its var.
+        table: As in ``Commit.whole``.
     """
-    writers = {commit.dataset["number"]: commit for commit in history if commit.dataset}
-    for commit in reversed(history[1:]):
-        touched = [commit, *(writers[number] for number in commit.superseded)]
-        if not organism or any(
-            one.dataset and one.dataset["organism"] == organism and measurement in one.content for one in touched
-        ):
-            return commit.timestamp_ms if commit.whole else 0
-    return 0
+    return next((commit.timestamp_ms for commit in reversed(history) if table in commit.whole), 0)
+
+
+def var_name(organism: str, measurement: str) -> str:
+    """Return what a var is called in ``Commit.whole``."""
+    return f"{organism}/{measurement}"
 
 
 def first_openable(lake_uri: str) -> int:

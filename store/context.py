@@ -142,8 +142,7 @@ def read_parts(
         rows: Coordinates in the first dimension, both ends included.
         budget_bytes: What the read may hold before it hands a part over (none: all comes as one).
     """
-    context = tiledb_context(budget_bytes=budget_bytes)
-    with tiledb.open(uri, timestamp=(since_ms, until_ms), ctx=context) as array:
+    with _opened(uri, since_ms, until_ms, tiledb_context(budget_bytes=budget_bytes)) as array:
         domain, in_parts = array.schema.domain, budget_bytes is not None
         names = [domain.dim(number).name for number in range(domain.ndim)]
         dims = names if columns is None else [name for name in names if name in columns]
@@ -152,3 +151,11 @@ def read_parts(
         found = query.df[rows] if domain.ndim == 1 else query.df[rows, :]
         for part in found if in_parts else (found,):
             yield part.replace_schema_metadata(None)  # it asks for pandas' types with missing values
+
+
+def _opened(uri: str, since_ms: int, until_ms: int, context: tiledb.Ctx) -> tiledb.Array:
+    """Open an array; once more, if a file went away meanwhile that a merge had made needless."""
+    try:
+        return tiledb.open(uri, timestamp=(since_ms, until_ms), ctx=context)
+    except tiledb.TileDBError:
+        return tiledb.open(uri, timestamp=(since_ms, until_ms), ctx=context)

@@ -29,6 +29,8 @@ from store.context import ORDER_TILES, tiledb_context
 NAME = re.compile(r"__(\d+)_(\d+)_[0-9a-f]+_\d+")
 SMALL_ROWS = 2**18
 """A fragment of a table with as many rows is left as it is."""
+RUN = 64
+"""Fragments that are merged into one at most: what a merge takes has a bound also in a lake that never had one."""
 MERGE_BYTES = 2**21
 """Buffer of a merge for each column (texts have two): with TileDB's own 50 MB those of obs are 6 GB, all written to."""
 READERS_S = 600
@@ -195,8 +197,8 @@ def _merging(mode: str) -> tuple[tiledb.Config, tiledb.Ctx]:
 def merge_small(array_uri: str, before_ms: int) -> None:
     """Merge each run of small fragments written before ``before_ms`` into one, and all footers; what is read stays.
 
-    Small are those of fewer than ``SMALL_ROWS`` rows, so that a row is written again a few times at most, however many
-    writes follow. What was merged is removed by a later call, when readers that have it open had time to end.
+    Small are those of fewer than ``SMALL_ROWS`` rows: no merge writes many more than that again, however large the
+    table is. What was merged is removed by a later call, when readers that have it open had time to end.
     """
     _remove_merged(array_uri, "fragments")
     config, context = _merging("fragments")
@@ -206,15 +208,16 @@ def merge_small(array_uri: str, before_ms: int) -> None:
 
 
 def _small_runs(infos: Iterable[Any], before_ms: int) -> list[list[str]]:
-    """Name the small fragments that follow each other, where there are several."""
+    """Name the small fragments that follow each other, where there are several, ``RUN`` of them at most."""
     in_order = sorted(infos, key=lambda info: (info.timestamp_range, info.uri))
     small = [info.cell_num < SMALL_ROWS and info.timestamp_range[1] < before_ms for info in in_order]
     runs: list[list[str]] = [[]]
     for info, is_small in zip(in_order, small, strict=True):
-        if is_small:
-            runs[-1].append(info.uri.rstrip("/").rsplit("/", 1)[-1])
-        elif runs[-1]:
-            runs.append([])
+        name = info.uri.rstrip("/").rsplit("/", 1)[-1]
+        if is_small and len(runs[-1]) < RUN:
+            runs[-1].append(name)
+        else:
+            runs.append([name] if is_small else [])
     return [run for run in runs if len(run) > 1]
 
 
@@ -235,7 +238,9 @@ def _remove_merged(array_uri: str, mode: str) -> None:
 
 
 def remove_older(array_uri: str, than_ms: int) -> None:
-    """Remove the fragments whose last write is older than ``than_ms``: later timestamps must not need them."""
-    config, context = _merging("fragments")
-    tiledb.vacuum(array_uri, config=config, ctx=context)
-    tiledb.Array.delete_fragments(array_uri, 0, than_ms - 1, ctx=context)
+    """Remove the fragments whose last write is older than ``than_ms``, which later timestamps must not need.
+
+    One that a merge made of older and newer writes stays.
+    """
+    _remove_merged(array_uri, "fragments")
+    tiledb.Array.delete_fragments(array_uri, 0, than_ms - 1, ctx=tiledb_context())

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from store import catalog, records, schema
 from store.catalog import Commit
 from store.context import read_parts, soma_context
-from store.errors import ConflictError, MissingError, UsageError
+from store.errors import ConflictError, MissingError, StorageError, UsageError
 
 
 def utc_now() -> str:
@@ -284,6 +284,11 @@ class Lake:
             rows = () if span is None else (slice(*span),)
             table = obs.read(rows, value_filter=where, column_names=wanted).concat()
         except (tiledbsoma.SOMAError, ValueError, SyntaxError, KeyError) as error:
+            if "IO Error" in str(error) or "TileDB::S3" in str(error):
+                raise StorageError(
+                    f"{self.uri}: obs cannot be read: {str(error).strip().splitlines()[0]}; open the lake again: small "
+                    "files may have been merged since; if that does not help, check the place and your rights to it"
+                ) from None
             raise UsageError(
                 f"where = {where!r}: {str(error).strip().splitlines()[0]}; columns: {', '.join(obs.schema.names)}"
             ) from None
@@ -298,11 +303,12 @@ class Lake:
         return self._var(organism, measurement).sort_by("soma_joinid")
 
     def _var(self, organism: str, measurement: str, columns: list[str] | None = None) -> pa.Table:
-        var = self._measurement(organism, measurement).var
-        since = catalog.last_written(self.history, organism, measurement)
+        member = self._measurement(organism, measurement)
+        since = catalog.last_whole(self.history, catalog.var_name(organism, measurement))
         if since == 0:
-            return var.read(column_names=columns).concat()
-        return pa.concat_tables(read_parts(var.uri, since, self.commit.timestamp_ms, columns))
+            return member.var.read(column_names=columns).concat()
+        uri = records.join(self.uri, "census_data", organism, "ms", measurement, "var")
+        return pa.concat_tables(read_parts(uri, since, self.commit.timestamp_ms, columns))
 
     def datasets(self) -> pa.Table:
         """Return the Census's datasets table with our provenance columns, in joinid order."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 OBS_ROWS = 2**18
 """Rows of obs that are written at a time: only they have each text of each cell in full."""
+WHOLE_ROWS = 2**17
+"""Features up to which each commit writes var whole; with more of them it does so after ``WHOLE_EVERY`` writes."""
+WHOLE_EVERY = 16
 
 
 def obs_table(reservation: Reservation, obs: pd.DataFrame | pa.Table, blocks: Sequence[BlockStats]) -> pa.Table:
@@ -127,42 +130,66 @@ def write_all(
     blocks: Sequence[BlockStats],
     timestamp: int,
     standing: Commit | None,
-) -> None:
+) -> tuple[str, ...]:
     """Write all tables of one dataset at ``timestamp``, computing totals from the parent commit ``before``.
 
     Nothing here depends on what a killed attempt left: totals are those of the parent plus this dataset's, less those
     of ``standing``, the version that it takes the place of. obs is written last.
+
+    Returns:
+        The tables that were written whole, as in ``Commit.whole``.
     """
-    organism_uri = records.join(before.uri, "census_data", reservation.plan.organism)
+    organism = reservation.plan.organism
+    organism_uri = records.join(before.uri, "census_data", organism)
     gone = _Removed(before, standing)
+    whole = ["census_info"]
     if standing:
         _delete_rows(before, standing, timestamp - 1)
-        _write_var_without(before, standing, gone, set(reservation.feature_joinids), timestamp)
+        whole += _write_var_without(before, standing, gone, set(reservation.feature_joinids), timestamp)
     for measurement, joinids in reservation.feature_joinids.items():
         uri = records.join(organism_uri, "ms", measurement)
         _write_presence(records.join(uri, "feature_dataset_presence_matrix"), reservation, joinids, timestamp)
         mine = [block for block in blocks if block.measurement == measurement]
-        known = _var_before(before, reservation.plan.organism, measurement)
-        var = _var_table(known, reservation, measurement, mine, _n_measured(obs, mine), gone)
+        known = _var_before(before, organism, measurement)
+        is_whole = _in_whole(before, organism, measurement, len(known))
+        var = _var_table(known, reservation, measurement, mine, _n_measured(obs, mine), gone, is_whole=is_whole)
         _write_table(records.join(uri, "var"), var, timestamp)
+        whole += [catalog.var_name(organism, measurement)] * is_whole
     presence = _measurement_presence(reservation, obs, blocks)
     _write_table(records.join(organism_uri, "obs_measurement_presence"), presence, timestamp)
     info_uri = records.join(before.uri, "census_info")
-    for name, table in _info_tables(before, reservation.plan.organism, obs, gone.obs).items():
+    for name, table in _info_tables(before, organism, obs, gone.obs).items():
         _write_table(records.join(info_uri, name), table, timestamp)
     _write_table(records.join(info_uri, "datasets"), _dataset_table(reservation), timestamp)
     _write_obs(records.join(organism_uri, "obs"), obs, timestamp)
+    return tuple(whole)
 
 
-def remove_all(before: Lake, standing: Commit, timestamp: int) -> None:
-    """Take a dataset out of all tables at ``timestamp``; its counts stay where only earlier commits find them."""
+def _in_whole(before: Lake, organism: str, measurement: str, n_known: int) -> bool:
+    """Say whether a var is to be written whole: always while it is small, later every few commits that write to it."""
+    since = catalog.last_whole(before.history, catalog.var_name(organism, measurement))
+    writes = sum(
+        commit.dataset["organism"] == organism and measurement in commit.content
+        for commit in before.history
+        if commit.timestamp_ms > since and commit.dataset
+    )
+    return n_known <= WHOLE_ROWS or writes >= WHOLE_EVERY
+
+
+def remove_all(before: Lake, standing: Commit, timestamp: int) -> tuple[str, ...]:
+    """Take a dataset out of all tables at ``timestamp``; its counts stay where only earlier commits find them.
+
+    Returns:
+        The tables that were written whole, as in ``Commit.whole``.
+    """
     organism = standing.dataset["organism"]
     gone = _Removed(before, standing)
-    _write_var_without(before, standing, gone, set(), timestamp)
+    whole = _write_var_without(before, standing, gone, set(), timestamp)
     nothing = schema.OBS_SCHEMA.empty_table()
     for name, table in _info_tables(before, organism, nothing, gone.obs).items():
         _write_table(records.join(before.uri, "census_info", name), table, timestamp)
     _delete_rows(before, standing, timestamp - 1)
+    return ("census_info", *whole)
 
 
 class _Removed:
@@ -245,14 +272,18 @@ def _delete_rows(before: Lake, standing: Commit, timestamp: int) -> None:
             frame.delete_cells((slice(low, high),))
 
 
-def _write_var_without(before: Lake, standing: Commit, gone: _Removed, except_for: set[str], timestamp: int) -> None:
-    """Lower the totals of the features of measurements that only the old version had."""
+def _write_var_without(
+    before: Lake, standing: Commit, gone: _Removed, except_for: set[str], timestamp: int
+) -> list[str]:
+    """Lower the totals of the features of measurements that only the old version had; return what was written."""
     organism = standing.dataset["organism"]
-    for measurement in set(standing.content) - except_for:
+    only = sorted(set(standing.content) - except_for)
+    for measurement in only:
         known = _var_before(before, organism, measurement).set_index("soma_joinid")
         _subtract(known, gone.features(measurement))
         table = pa.Table.from_pandas(known.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
         _write_table(_var_uri(before, organism, measurement), table, timestamp)
+    return [catalog.var_name(organism, measurement) for measurement in only]
 
 
 def _subtract(var: pd.DataFrame, less: pd.DataFrame) -> None:
@@ -285,7 +316,7 @@ def _var_uri(lake: Lake, organism: str, measurement: str) -> str:
 
 
 def _var_before(before: Lake, organism: str, measurement: str) -> pd.DataFrame:
-    since = catalog.last_written(before.history, organism, measurement)
+    since = catalog.last_whole(before.history, catalog.var_name(organism, measurement))
     return _read_at(_var_uri(before, organism, measurement), before, since)
 
 
@@ -311,8 +342,10 @@ def _var_table(
     blocks: list[BlockStats],
     n_measured: int,
     gone: _Removed,
+    *,
+    is_whole: bool,
 ) -> pa.Table:
-    """Return all of a measurement's features with this dataset's counts: readers need no earlier write."""
+    """Return features with this dataset's counts: those that it touches, or all, so that no earlier write is needed."""
     features = reservation.dataset.features[measurement]
     nnz = np.zeros(len(features), np.int64)
     for block in blocks:
@@ -329,13 +362,14 @@ def _var_table(
         }
     ).set_index("soma_joinid")
     known = before.set_index("soma_joinid")
-    _subtract(known, gone.features(measurement))
+    less = gone.features(measurement)
+    _subtract(known, less)
     shared = mine.index.intersection(known.index)
     for column in ("feature_name", "feature_type", "feature_length"):
         mine.loc[shared, column] = known.loc[shared, column]
     for column in ("nnz", "n_measured_obs"):
         mine.loc[shared, column] += known.loc[shared, column]
-    others = known.index.difference(mine.index)
+    others = (known if is_whole else less).index.difference(mine.index)
     if len(others):
         mine = pd.concat([mine, known.loc[others, mine.columns]]).rename_axis("soma_joinid")
     return pa.Table.from_pandas(mine.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
@@ -360,7 +394,9 @@ def _dataset_table(reservation: Reservation) -> pa.Table:
 def _info_tables(before: Lake, organism: str, obs: pa.Table, gone: pa.Table) -> dict[str, pa.Table]:
     """Return the Census's summaries with the cells of ``obs`` and without those of ``gone``, as far as they change."""
     uri = records.join(before.uri, "census_info")
-    known = _read_at(records.join(uri, "summary_cell_counts"), before, catalog.last_written(before.history))
+    known = _read_at(
+        records.join(uri, "summary_cell_counts"), before, catalog.last_whole(before.history, "census_info")
+    )
     counts = _cell_counts(known, organism, obs, gone)
     everything = counts[counts["category"] == "all"]
     summary = {

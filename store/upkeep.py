@@ -123,12 +123,12 @@ def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
 
 def _whole_tables(writer: LakeWriter, history: list[catalog.Commit]) -> list[tuple[str, int]]:
     """Name the tables that are written whole, each with the timestamp of the write that the last commit reads."""
-    info = catalog.last_written(history)
+    info = catalog.last_whole(history, "census_info")
     found = [(records.join(writer.uri, "census_info", name), info) for name in ("summary_cell_counts", "summary")]
     for uri in table_uris(writer.uri):
         *_, organism, _, measurement, name = uri.split("/")
         if name == "var":
-            found.append((uri, catalog.last_written(history, organism, measurement)))
+            found.append((uri, catalog.last_whole(history, catalog.var_name(organism, measurement))))
     return [(uri, since) for uri, since in found if since]
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -23,11 +24,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse
-import tiledb
-import tiledbsoma
 from numpy.typing import NDArray
 
-from store import catalog, records, schema, tables
+from store import catalog, fragments, records, schema, tables
 from store.catalog import Commit, Content, Plan
 from store.context import read_parts, storage
 from store.errors import ConflictError, InputRefused, MissingError, VerificationError
@@ -41,7 +40,10 @@ LARGEST_COUNT = 2**24
 READ_BACK_BYTES = 2**27
 
 MERGED_EVERY = 32
-"""Commits after which the small files of the tables are merged: an array with many opens slowly, the more so on S3."""
+"""Commits after which the tables' small files are to be merged: an array with many opens slowly, the more so on S3.
+
+It is done while there is time for what the last merge made needless to be removed first, and when the lake is left.
+"""
 
 log = logging.getLogger("somaflow.store")
 
@@ -270,6 +272,7 @@ class LakeWriter:
             self._plans = catalog.plans(self.uri)
             self._commits = catalog.commits(self.uri)
             self.undone = self._roll_back()
+            self._merged, self._merged_at = self._commits[-1].number, time.monotonic()
         except BaseException:
             self._lock.release()
             raise
@@ -278,7 +281,11 @@ class LakeWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        try:
+            if kind is None and self._many_since():
+                self._merge()
+        finally:
+            self._lock.release()
 
     def lake(self) -> Lake:
         """Open the newest commit for reading."""
@@ -394,8 +401,8 @@ class LakeWriter:
         timestamp = max(reservation.timestamp(), latest + 1, self._commits[-1].timestamp_ms + 2)
         before = Lake(self.uri, self._commits)
         with storage(self.uri):
-            tables.write_all(before, reservation, table, blocks, timestamp, standing)
-        return self._enter(timestamp, standing, dataset=asdict(reservation.plan), content=content)
+            whole = tables.write_all(before, reservation, table, blocks, timestamp, standing)
+        return self._enter(timestamp, standing, whole=whole, dataset=asdict(reservation.plan), content=content)
 
     def remove(self, dataset_id: str, organism: str | None = None) -> Commit:
         """Take a dataset out of the lake; earlier commits still have it, until a vacuum.
@@ -416,8 +423,8 @@ class LakeWriter:
             )
         timestamp = max(int(time.time() * 1000), self._commits[-1].timestamp_ms + 2)
         with storage(self.uri):
-            tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
-        return self._enter(timestamp, found[0])
+            whole = tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
+        return self._enter(timestamp, found[0], whole=whole)
 
     def _enter(self, timestamp: int, superseded: Commit | None, **values: Any) -> Commit:
         """Make the commit record, if the lake is still ours."""
@@ -429,25 +436,39 @@ class LakeWriter:
             created=utc_now(),
             versions={name: importlib.metadata.version(name) for name in VERSIONED},
             superseded=(superseded.dataset["number"],) if superseded else (),
-            whole=True,
             **values,
         )
         self._lock.check()
         catalog.create_commit(self.uri, made)
         self._commits.append(made)
-        if made.number % MERGED_EVERY == 0:
+        if self._many_since() and time.monotonic() - self._merged_at > fragments.READERS_S:
             self._merge()
         return made
 
+    def _many_since(self) -> bool:
+        """Say whether it is time to merge again; drivers that make few commits each come round to it too."""
+        return self._commits[-1].number // MERGED_EVERY > self._merged // MERGED_EVERY
+
     def _merge(self) -> None:
         """Merge what the commits before the last one wrote to the tables; a failure is told, and does no harm."""
-        try:
-            for uri in table_uris(self.uri):
-                merge_small(uri, self._commits[-1].timestamp_ms)
-            for uri in layer_uris(self.uri):
-                merge_footers(uri)
-        except (tiledb.TileDBError, tiledbsoma.SOMAError, OSError) as error:
-            log.warning("%s: small files were not merged, opening it gets slower: %s", self.uri, error)
+        last = self._commits[-1]
+        merges: list[tuple[str, Callable[[str], None]]] = []
+        with _told(self.uri):
+            merges += [(uri, lambda uri: merge_small(uri, last.timestamp_ms)) for uri in table_uris(self.uri)]
+            merges += [(uri, merge_footers) for uri in layer_uris(self.uri)]
+        for uri, merge in merges:
+            with _told(uri):
+                merge(uri)
+        self._merged, self._merged_at = last.number, time.monotonic()
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Tell of a failure and go on: what is merged or not, the commits stand."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a store's client may raise
+        log.warning("%s: small files were not merged, opening it gets slower: %s", uri, error)
 
 
 def _content(reservation: Reservation, measurement: str, blocks: Sequence[BlockStats]) -> Content:

@@ -15,9 +15,11 @@ import tiledbsoma
 from encoded import add_dataset
 
 from store import fragments as store_fragments
+from store import tables as store_tables
 from store import writer as store_writer
 from store.catalog import Commit
 from store.context import soma_context
+from store.errors import StorageError
 from store.fragments import fragments
 from store.lake import Lake, open_lake, table_uris
 from store.records import newest
@@ -63,7 +65,9 @@ def write(uri: str, *numbers: int) -> Iterator[int]:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merge often, and remove what was merged by the next time."""
     monkeypatch.setattr(store_writer, "MERGED_EVERY", EVERY)
+    monkeypatch.setattr(store_fragments, "READERS_S", -1)
 
 
 def test_every_commit_reads_as_it_did_whatever_was_merged_since(often: None, tmp_path: Path) -> None:
@@ -74,11 +78,14 @@ def test_every_commit_reads_as_it_did_whatever_was_merged_since(often: None, tmp
         assert equal(everything(open_lake(uri, number)), before), number
         assert [check for check in validate(open_lake(uri, number)) if check.problem] == []
     merged = [item for name in table_uris(uri) for item in fragments(name) if item.first_ms < item.last_ms]
-    assert len(merged) > len(table_uris(uri))
+    assert len(merged) > len(table_uris(uri)) // 2
     collect(uri)
     consolidate(uri)
+    seen |= {number + 1: everything(open_lake(uri)) for number in write(uri, *range(14, 18))}
     for number, before in seen.items():
         assert equal(everything(open_lake(uri, number)), before), number
+    vacuum(uri, keep_from=16)
+    assert all(equal(everything(open_lake(uri, number)), seen[number]) for number in (16, 17, 18))
 
 
 def test_a_table_never_has_many_fragments_to_open(often: None, tmp_path: Path) -> None:
@@ -90,15 +97,17 @@ def test_a_table_never_has_many_fragments_to_open(often: None, tmp_path: Path) -
 
 
 def test_a_reader_goes_on_with_what_was_merged_until_it_had_time_to_end(
-    often: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(store_writer, "MERGED_EVERY", EVERY)  # when a driver leaves: there is no time before
     uri = str(tmp_path / "lake")
     for _ in write(uri, 0, 1):
         pass
     reader = open_lake(uri)
     obs = reader.experiment("homo_sapiens").obs  # open: it knows the fragments of now
-    for _ in write(uri, *range(2, 8)):
-        pass
+    for number in range(2, 8):
+        list(write(uri, number))
+    assert any((tmp_path / "lake").rglob("obs/__commits/*.vac"))
     assert len(obs.read().concat()) == 41
     assert reader.obs("homo_sapiens").num_rows == 41
     table = str(tmp_path / "lake/census_data/homo_sapiens/obs")
@@ -134,21 +143,27 @@ def test_a_merge_that_fails_is_told_and_the_commit_stands(
     uri = str(tmp_path / "lake")
     with caplog.at_level(logging.WARNING, logger="somaflow.store"):
         assert len(list(write(uri, 0, 1, 2))) == 3
-    assert "small files were not merged, opening it gets slower: no space left" in caplog.text
+    assert "census_info/summary: small files were not merged, opening it gets slower: no space left" in caplog.text
     assert open_lake(uri).commit.number == 3
 
 
-def test_a_lake_from_before_tables_were_written_whole_reads_and_grows_as_ever(tmp_path: Path) -> None:
+def test_a_lake_from_before_tables_were_written_whole_reads_and_grows_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = str(tmp_path / "lake")
-    for _ in write(uri, 0, 1, 2):
-        pass
+    with monkeypatch.context() as before:
+        before.setattr(store_tables, "WHOLE_ROWS", -1)
+        for _ in write(uri, 0, 1, 2):
+            pass
     expected, empty = everything(open_lake(uri)), open_lake(uri, 0).commit.id
+    assert set(expected["RNA"]["n_measured_obs"]) == {63, 42, 20}, "the last write does not tell of all features"
     for path in sorted((tmp_path / "lake/somaflow/commits").glob("*.json")):
         values = json.loads(path.read_text())
         del values["whole"]
         path.write_text(json.dumps(values))
     old = open_lake(uri)
     assert not any(commit.whole for commit in old.history)
+    assert old.var("homo_sapiens", "RNA").num_rows == 50
     assert old.history[0].id == empty  # there was nothing to say of the empty lake
     assert equal(everything(old), expected)
     for _ in write(uri, 3, 4):
@@ -160,6 +175,42 @@ def test_a_lake_from_before_tables_were_written_whole_reads_and_grows_as_ever(tm
 def test_a_record_from_before_keeps_its_id() -> None:
     commit = Commit(number=3, timestamp_ms=7, parent="p", created="2026-01-01T00:00:00+00:00")
     assert commit.id == "562a448c8ce2d140e1b26bbf8b4b2b1b6fbc44293c5b6684a37f763b264aa7a8"
+
+
+def test_a_large_var_is_written_whole_now_and_then(
+    often: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_tables, "WHOLE_ROWS", -1)
+    monkeypatch.setattr(store_tables, "WHOLE_EVERY", 3)
+    uri = str(tmp_path / "lake")
+    seen = {number + 1: everything(open_lake(uri)) for number in write(uri, *range(14))}
+    whole = ["homo_sapiens/RNA" in commit.whole for commit in open_lake(uri).history]
+    assert 3 <= sum(whole) <= 6
+    for number, before in seen.items():
+        lake = open_lake(uri, number)
+        assert equal(everything(lake), before), number
+        assert [check for check in validate(lake) if check.problem] == []
+
+
+def test_a_record_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    list(write(uri, 0))
+    (path,) = (tmp_path / "lake/somaflow/commits").glob("*1.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
+    with pytest.raises(StorageError, match="commit 1 tells 'later': a newer version of somaflow made it"):
+        open_lake(uri)
+
+
+def test_a_reader_whose_files_went_away_is_told_to_open_the_lake_again(often: None, tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    list(write(uri, 0, 1))
+    reader = open_lake(uri)
+    assert reader.experiment("homo_sapiens").obs.exists(f"{uri}/census_data/homo_sapiens/obs")  # it is open now
+    for number in range(2, 10):
+        list(write(uri, number))
+    with pytest.raises(StorageError, match="open the lake again"):
+        reader.obs("homo_sapiens")
+    assert open_lake(uri, 2).obs("homo_sapiens").num_rows == 41
 
 
 def test_a_vacuum_leaves_the_features_once(tmp_path: Path) -> None:

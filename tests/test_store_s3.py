@@ -68,8 +68,12 @@ def bucket() -> Iterator[str]:
         context.tiledb_context.cache_clear()
 
 
-def test_a_lake_on_s3_is_written_read_proved_and_opens_in_the_census_client(bucket: str) -> None:
+def test_a_lake_on_s3_is_written_read_proved_and_opens_in_the_census_client(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = f"{bucket}/one"
+    monkeypatch.setattr("store.writer.MERGED_EVERY", 1)
+    monkeypatch.setattr("store.fragments.READERS_S", -1)  # what the first merge made needless goes before the second
     with LakeWriter(uri) as writer:
         add_dataset(writer, "first", 70, {"RNA": 40, "protein": 6})
         with pytest.raises(ConflictError, match="being written by process"):
