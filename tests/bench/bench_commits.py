@@ -1,6 +1,6 @@
 """What a commit costs, and opening the lake, while the number of datasets grows: seconds on disk, requests on S3.
 
-    python tests/bench/bench_commits.py [--datasets 1000 --features 36000] [--s3-datasets 64 --s3-features 2000]
+    python tests/bench/bench_commits.py [--datasets 1000 --features 36000] [--s3-datasets 40 --s3-features 2000]
         [--folder build/commits] [--page FILE]
 
 Datasets of 20 cells with the features of an atlas are written one after the other by one process, as the driver of an
@@ -35,7 +35,7 @@ from local_server import local_server
 
 from store.lake import open_lake
 from store.schema import DatasetPlan
-from store.writer import MERGED_EVERY, LakeWriter, write_counts
+from store.writer import LakeWriter, write_counts
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = Path(__file__).parent / "commits_page.md"
@@ -85,9 +85,9 @@ def read(uri: str, requests: Callable[[], int]) -> dict[str, dict[str, float]]:
 
 
 def spans(took: list[dict[str, float]], key: str) -> dict[str, float]:
-    """Return the mean of the first, middle and last commits, ``MERGED_EVERY`` of each."""
-    n, middle = min(MERGED_EVERY, len(took)), len(took) // 2 // MERGED_EVERY * MERGED_EVERY
-    starts = {"first": 0, "middle": middle, "last": len(took) - n}
+    """Return the mean of the first, middle and last commits, a tenth of them each."""
+    n = max(1, len(took) // 10)
+    starts = {"first": 0, "middle": (len(took) - n) // 2, "last": len(took) - n}
     return {name: float(np.mean([one[key] for one in took[start : start + n]])) for name, start in starts.items()}
 
 
@@ -139,7 +139,6 @@ def page(found: dict[str, Any], options: argparse.Namespace) -> str:
         requests = "" if there is None else f"{there['requests']:,.0f}"
         rows.append(f"| {title} | {found['reading'][name]['seconds']:.2f} | {requests} |")
     return PAGE.read_text(encoding="utf-8").format(
-        every=MERGED_EVERY,
         cells=CELLS,
         datasets=f"{options.datasets:,}",
         features=f"{options.features:,}",
@@ -163,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", type=int, default=1000)
     parser.add_argument("--features", type=int, default=36_000)
-    parser.add_argument("--s3-datasets", type=int, default=64)
+    parser.add_argument("--s3-datasets", type=int, default=40)
     parser.add_argument("--s3-features", type=int, default=2_000)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "commits")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks" / "commits.md")
