@@ -57,8 +57,7 @@ class Commit:
         dataset: Plan number, dataset id, organism, key and ranges of the dataset that it added; empty for number 0.
         content: Measurement to what was written and read back.
         superseded: Plan numbers of datasets that this commit took out of the lake.
-        whole: Tables that it wrote whole, so that earlier writes to them need not be read: ``organism/measurement``
-            for a var, ``census_info`` for the counts of cells by label.
+        whole: Tables, by their path in the lake, that it wrote whole: earlier writes to them need not be read.
     """
 
     number: int
@@ -114,14 +113,14 @@ def last_whole(history: Sequence[Commit], table: str) -> int:
 
     Args:
         history: Commits up to the one that is read, oldest first.
-        table: As in ``Commit.whole``.
+        table: Its path in the lake.
     """
     return next((commit.timestamp_ms for commit in reversed(history) if table in commit.whole), 0)
 
 
-def var_name(organism: str, measurement: str) -> str:
-    """Return what a var is called in ``Commit.whole``."""
-    return f"{organism}/{measurement}"
+def var_path(organism: str, measurement: str) -> str:
+    """Return the path of a var in the lake."""
+    return f"census_data/{organism}/ms/{measurement}/var"
 
 
 def first_openable(lake_uri: str) -> int:

@@ -116,8 +116,12 @@ class FragmentWriter:
     def _finish(self) -> None:
         if self._query is not None:
             self._query.finalize()
-            self.names.append(self._query.fragment_uri(0).rstrip("/").rsplit("/", 1)[-1])
+            self.names.append(_name(self._query.fragment_uri(0)))
             self._query = None
+
+
+def _name(fragment_uri: str) -> str:
+    return fragment_uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def _small_runs(infos: Iterable[Any], before_ms: int) -> list[list[str]]:
     small = [info.cell_num < SMALL_ROWS and info.timestamp_range[1] < before_ms for info in in_order]
     runs: list[list[str]] = [[]]
     for info, is_small in zip(in_order, small, strict=True):
-        name = info.uri.rstrip("/").rsplit("/", 1)[-1]
+        name = _name(info.uri)
         if is_small and len(runs[-1]) < RUN:
             runs[-1].append(name)
         else:

@@ -304,11 +304,11 @@ class Lake:
 
     def _var(self, organism: str, measurement: str, columns: list[str] | None = None) -> pa.Table:
         member = self._measurement(organism, measurement)
-        since = catalog.last_whole(self.history, catalog.var_name(organism, measurement))
+        path = catalog.var_path(organism, measurement)
+        since = catalog.last_whole(self.history, path)
         if since == 0:
             return member.var.read(column_names=columns).concat()
-        uri = records.join(self.uri, "census_data", organism, "ms", measurement, "var")
-        return pa.concat_tables(read_parts(uri, since, self.commit.timestamp_ms, columns))
+        return pa.concat_tables(read_parts(records.join(self.uri, path), since, self.commit.timestamp_ms, columns))
 
     def datasets(self) -> pa.Table:
         """Return the Census's datasets table with our provenance columns, in joinid order."""

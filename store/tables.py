@@ -25,6 +25,8 @@ OBS_ROWS = 2**18
 WHOLE_ROWS = 2**17
 """Features up to which each commit writes var whole; with more of them it does so after ``WHOLE_EVERY`` writes."""
 WHOLE_EVERY = 16
+WHOLE_INFO = ("census_info/summary", "census_info/summary_cell_counts")
+"""Tables that every commit writes whole."""
 
 
 def obs_table(reservation: Reservation, obs: pd.DataFrame | pa.Table, blocks: Sequence[BlockStats]) -> pa.Table:
@@ -142,7 +144,7 @@ def write_all(
     organism = reservation.plan.organism
     organism_uri = records.join(before.uri, "census_data", organism)
     gone = _Removed(before, standing)
-    whole = ["census_info"]
+    whole = list(WHOLE_INFO)
     if standing:
         _delete_rows(before, standing, timestamp - 1)
         whole += _write_var_without(before, standing, gone, set(reservation.feature_joinids), timestamp)
@@ -150,11 +152,12 @@ def write_all(
         uri = records.join(organism_uri, "ms", measurement)
         _write_presence(records.join(uri, "feature_dataset_presence_matrix"), reservation, joinids, timestamp)
         mine = [block for block in blocks if block.measurement == measurement]
-        known = _var_before(before, organism, measurement)
+        path = catalog.var_path(organism, measurement)
+        known = _read_at(path, before)
         is_whole = _in_whole(before, organism, measurement, len(known))
         var = _var_table(known, reservation, measurement, mine, _n_measured(obs, mine), gone, is_whole=is_whole)
-        _write_table(records.join(uri, "var"), var, timestamp)
-        whole += [catalog.var_name(organism, measurement)] * is_whole
+        _write_table(records.join(before.uri, path), var, timestamp)
+        whole += [path] * is_whole
     presence = _measurement_presence(reservation, obs, blocks)
     _write_table(records.join(organism_uri, "obs_measurement_presence"), presence, timestamp)
     info_uri = records.join(before.uri, "census_info")
@@ -167,13 +170,15 @@ def write_all(
 
 def _in_whole(before: Lake, organism: str, measurement: str, n_known: int) -> bool:
     """Say whether a var is to be written whole: always while it is small, later every few commits that write to it."""
-    since = catalog.last_whole(before.history, catalog.var_name(organism, measurement))
+    if n_known <= WHOLE_ROWS:
+        return True
+    since = catalog.last_whole(before.history, catalog.var_path(organism, measurement))
     writes = sum(
         commit.dataset["organism"] == organism and measurement in commit.content
         for commit in before.history
         if commit.timestamp_ms > since and commit.dataset
     )
-    return n_known <= WHOLE_ROWS or writes >= WHOLE_EVERY
+    return writes >= WHOLE_EVERY
 
 
 def remove_all(before: Lake, standing: Commit, timestamp: int) -> tuple[str, ...]:
@@ -189,7 +194,7 @@ def remove_all(before: Lake, standing: Commit, timestamp: int) -> tuple[str, ...
     for name, table in _info_tables(before, organism, nothing, gone.obs).items():
         _write_table(records.join(before.uri, "census_info", name), table, timestamp)
     _delete_rows(before, standing, timestamp - 1)
-    return ("census_info", *whole)
+    return (*WHOLE_INFO, *whole)
 
 
 class _Removed:
@@ -277,13 +282,15 @@ def _write_var_without(
 ) -> list[str]:
     """Lower the totals of the features of measurements that only the old version had; return what was written."""
     organism = standing.dataset["organism"]
-    only = sorted(set(standing.content) - except_for)
-    for measurement in only:
-        known = _var_before(before, organism, measurement).set_index("soma_joinid")
+    written = []
+    for measurement in sorted(set(standing.content) - except_for):
+        path = catalog.var_path(organism, measurement)
+        known = _read_at(path, before).set_index("soma_joinid")
         _subtract(known, gone.features(measurement))
         table = pa.Table.from_pandas(known.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
-        _write_table(_var_uri(before, organism, measurement), table, timestamp)
-    return [catalog.var_name(organism, measurement) for measurement in only]
+        _write_table(records.join(before.uri, path), table, timestamp)
+        written.append(path)
+    return written
 
 
 def _subtract(var: pd.DataFrame, less: pd.DataFrame) -> None:
@@ -291,10 +298,10 @@ def _subtract(var: pd.DataFrame, less: pd.DataFrame) -> None:
         var.loc[less.index, column] -= less[column]
 
 
-def _write_table(uri: str, table: pa.Table, timestamp: int) -> None:
+def _write_table(uri: str, table: pa.Table, timestamp: int, kind: Any = tiledbsoma.DataFrame) -> None:
     context = soma_context(written_bytes=table.nbytes)
-    with tiledbsoma.DataFrame.open(uri, "w", tiledb_timestamp=timestamp, context=context) as frame:
-        frame.write(table.combine_chunks())
+    with kind.open(uri, "w", tiledb_timestamp=timestamp, context=context) as array:
+        array.write(table.combine_chunks())
 
 
 def _write_obs(uri: str, obs: pa.Table, timestamp: int) -> None:
@@ -306,24 +313,14 @@ def _write_presence(uri: str, reservation: Reservation, joinids: Any, timestamp:
     ascending = np.sort(joinids)
     rows = np.full(len(ascending), reservation.plan.dataset_joinid, dtype=np.int64)
     table = pa.table({"soma_dim_0": rows, "soma_dim_1": ascending, "soma_data": np.ones(len(rows), dtype=bool)})
-    context = soma_context(written_bytes=table.nbytes)
-    with tiledbsoma.SparseNDArray.open(uri, "w", tiledb_timestamp=timestamp, context=context) as array:
-        array.write(table)
+    _write_table(uri, table, timestamp, tiledbsoma.SparseNDArray)
 
 
-def _var_uri(lake: Lake, organism: str, measurement: str) -> str:
-    return records.join(lake.uri, "census_data", organism, "ms", measurement, "var")
-
-
-def _var_before(before: Lake, organism: str, measurement: str) -> pd.DataFrame:
-    since = catalog.last_whole(before.history, catalog.var_name(organism, measurement))
-    return _read_at(_var_uri(before, organism, measurement), before, since)
-
-
-def _read_at(uri: str, before: Lake, since_ms: int = 0) -> pd.DataFrame:
-    """Read a table as it was at the parent commit, from ``since_ms`` on; empty where it was made later."""
-    if since_ms:
-        return pa.concat_tables(read_parts(uri, since_ms, before.commit.timestamp_ms)).to_pandas()
+def _read_at(path: str, before: Lake) -> pd.DataFrame:
+    """Read a table of the lake as it was at the parent commit; empty where it was made later."""
+    uri, since = records.join(before.uri, path), catalog.last_whole(before.history, path)
+    if since:
+        return pa.concat_tables(read_parts(uri, since, before.commit.timestamp_ms)).to_pandas()
     try:
         opened = tiledbsoma.DataFrame.open(uri, context=soma_context(before.commit.timestamp_ms))
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError):
@@ -393,11 +390,7 @@ def _dataset_table(reservation: Reservation) -> pa.Table:
 
 def _info_tables(before: Lake, organism: str, obs: pa.Table, gone: pa.Table) -> dict[str, pa.Table]:
     """Return the Census's summaries with the cells of ``obs`` and without those of ``gone``, as far as they change."""
-    uri = records.join(before.uri, "census_info")
-    known = _read_at(
-        records.join(uri, "summary_cell_counts"), before, catalog.last_whole(before.history, "census_info")
-    )
-    counts = _cell_counts(known, organism, obs, gone)
+    counts = _cell_counts(_read_at("census_info/summary_cell_counts", before), organism, obs, gone)
     everything = counts[counts["category"] == "all"]
     summary = {
         "census_schema_version": schema.CENSUS_SCHEMA_VERSION,
@@ -413,7 +406,7 @@ def _info_tables(before: Lake, organism: str, obs: pa.Table, gone: pa.Table) -> 
         ),
     }
     if organism not in before.organisms:
-        frames["organisms"] = _organisms(_read_at(records.join(uri, "organisms"), before), organism)
+        frames["organisms"] = _organisms(_read_at("census_info/organisms", before), organism)
     return {
         name: pa.Table.from_pandas(frame, schema=schema.INFO_SCHEMAS[name], preserve_index=False)
         for name, frame in frames.items()

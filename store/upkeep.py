@@ -116,20 +116,10 @@ def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
             extra = [item.name for item in fragments(uri) if item.name in old - needed]
             remove_fragments(uri, extra)
             removed += len(extra)
-        for uri, since in _whole_tables(writer, lake.history[: first + 1]):
-            remove_older(uri, since)
+        history = lake.history[: first + 1]
+        for table in sorted({name for commit in history for name in commit.whole}):
+            remove_older(records.join(lake.uri, table), catalog.last_whole(history, table))
         return first, removed
-
-
-def _whole_tables(writer: LakeWriter, history: list[catalog.Commit]) -> list[tuple[str, int]]:
-    """Name the tables that are written whole, each with the timestamp of the write that the last commit reads."""
-    info = catalog.last_whole(history, "census_info")
-    found = [(records.join(writer.uri, "census_info", name), info) for name in ("summary_cell_counts", "summary")]
-    for uri in table_uris(writer.uri):
-        *_, organism, _, measurement, name = uri.split("/")
-        if name == "var":
-            found.append((uri, catalog.last_whole(history, catalog.var_name(organism, measurement))))
-    return [(uri, since) for uri, since in found if since]
 
 
 def consolidate(lake_uri: str, progress: Callable[[str], None] = lambda name: None) -> int:

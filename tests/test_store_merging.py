@@ -184,7 +184,7 @@ def test_a_large_var_is_written_whole_now_and_then(
     monkeypatch.setattr(store_tables, "WHOLE_EVERY", 3)
     uri = str(tmp_path / "lake")
     seen = {number + 1: everything(open_lake(uri)) for number in write(uri, *range(14))}
-    whole = ["homo_sapiens/RNA" in commit.whole for commit in open_lake(uri).history]
+    whole = ["census_data/homo_sapiens/ms/RNA/var" in commit.whole for commit in open_lake(uri).history]
     assert 3 <= sum(whole) <= 6
     for number, before in seen.items():
         lake = open_lake(uri, number)

@@ -20,7 +20,7 @@ import s3fs
 import tiledbsoma
 from encoded import add_dataset, encoded_counts
 from fault_proxy import fault_proxy
-from local_server import local_server
+from local_s3 import forget_endpoint, local_s3
 
 from ingest.dataset import OpenDataset
 from ingest.job import SourceSettings
@@ -49,23 +49,14 @@ pytestmark = [
 def bucket() -> Iterator[str]:
     """A bucket on a moto server of its own process; the environment points at it meanwhile."""
     patch = pytest.MonkeyPatch()
-    with local_server(lambda port: [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]) as url:
-        for key, value in {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
+    with local_s3() as variables:
+        for key, value in variables.items():
             patch.setenv(key, value)
-        context.tiledb_config.cache_clear()
-        context.tiledb_context.cache_clear()
-        s3fs.S3FileSystem.clear_instance_cache()
+        forget_endpoint()
         boto3.client("s3").create_bucket(Bucket="lakes")
         yield "s3://lakes"
         patch.undo()
-        context.tiledb_config.cache_clear()
-        context.tiledb_context.cache_clear()
+        forget_endpoint()
 
 
 def test_a_lake_on_s3_is_written_read_proved_and_opens_in_the_census_client(
@@ -104,18 +95,12 @@ def test_snapshots_on_s3_come_and_go_whole(bucket: str) -> None:
         open_lake(f"{bucket}/none")
 
 
-def _forget_endpoint() -> None:
-    context.tiledb_config.cache_clear()
-    context.tiledb_context.cache_clear()
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 def test_a_store_that_fails_now_and_then_changes_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"{bucket}/failing"
     kinds = ("500", "reset", "lost reply", "half body")
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], 0.03, kinds=kinds, seed=4) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
-        _forget_endpoint()
+        forget_endpoint()
         try:
             with LakeWriter(uri) as writer:
                 add_dataset(writer, "first", 150, {"RNA": 40, "protein": 6}, origin="a")
@@ -127,7 +112,7 @@ def test_a_store_that_fails_now_and_then_changes_nothing(bucket: str, monkeypatc
             faults = httpx.get(f"{proxy}/faults").json()
         finally:
             monkeypatch.undo()
-            _forget_endpoint()
+            forget_endpoint()
     assert sum(faults.values()) >= 4, faults
     assert [check for check in validate(open_lake(uri)) if check.problem] == []
 
@@ -152,13 +137,13 @@ def test_training_from_a_slow_store_takes_the_same_steps_and_says_that_it_waited
     kinds = ("slow",) * 99 + ("stalled",)
     with fault_proxy(os.environ["AWS_ENDPOINT_URL"], 1.0, kinds=kinds, seed=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
-        _forget_endpoint()
+        forget_endpoint()
         try:
             slow = trained("slow")
             late = httpx.get(f"{proxy}/faults").json()
         finally:
             monkeypatch.undo()
-            _forget_endpoint()
+            forget_endpoint()
     assert late["slow"] > 20, late
     assert [row["loss"] for row in slow] == [row["loss"] for row in quick]
     waited = [sum(row["data_wait_s"] for row in rows) for rows in (quick, slow)]

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +29,8 @@ import psutil
 import scipy.sparse
 from encoded import numbered
 from fault_proxy import fault_proxy
-from local_server import local_server
+from local_s3 import forget_endpoint, local_s3
+from machine import machine
 
 from store.lake import open_lake
 from store.schema import DatasetPlan
@@ -101,12 +100,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found |= {"whole_s": time.perf_counter() - begin, "seconds": spans(took, "seconds")}
     found |= {"reading": read(uri, lambda: 0), "peak_mb": psutil.Process().memory_info().rss / 1e6}
     print(f"{options.datasets} datasets on disk: {found}", flush=True)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p"]
-    with local_server(lambda port: [*command, port]) as url, fault_proxy(url, 0.0) as proxy:
-        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        os.environ.update({"AWS_ENDPOINT_URL": proxy, **keys})
+    with local_s3() as variables, fault_proxy(variables["AWS_ENDPOINT_URL"], 0.0) as proxy:
+        os.environ.update({**variables, "AWS_ENDPOINT_URL": proxy})
+        forget_endpoint()
         boto3.client("s3").create_bucket(Bucket="lakes")
-        _forget()
 
         def requests() -> int:
             return int(httpx.get(f"{proxy}/requests").json())
@@ -114,14 +111,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         took = write("s3://lakes/lake", options.s3_datasets, options.s3_features, requests)
         found |= {"requests": spans(took, "requests"), "reading_s3": read("s3://lakes/lake", requests)}
     return found
-
-
-def _forget() -> None:
-    """Let TileDB's settings be taken from the environment again."""
-    from store import context
-
-    context.tiledb_config.cache_clear()
-    context.tiledb_context.cache_clear()
 
 
 def page(found: dict[str, Any], options: argparse.Namespace) -> str:
@@ -150,10 +139,7 @@ def page(found: dict[str, Any], options: argparse.Namespace) -> str:
         peak=f"{found['peak_mb']:,.0f}",
         rows="\n".join(rows),
         load=f"{found['load']:.1f}",
-        machine=platform.machine(),
-        cores=os.cpu_count(),
-        memory=f"{psutil.virtual_memory().total / 2**30:.0f}",
-        python=platform.python_version(),
+        **machine(),
     )
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 import h5py
 import psutil
 from atlas_file import GENES, UMIS, write_atlas
+from machine import machine
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = Path(__file__).parent / "scale_page.md"
@@ -205,10 +205,7 @@ def page(found: dict[str, Any]) -> str:
         tokens=f"{max(epoch['tokens_s'] for epoch in found['epochs']) / 1e6:,.0f}",
         first=f"{found['epochs'][0]['first_batch_s']:.2f}",
         streaming=f"{max(epoch['rss_mb'] for epoch in found['epochs']):,.0f}",
-        machine=platform.machine(),
-        cores=os.cpu_count(),
-        memory=f"{psutil.virtual_memory().total / 2**30:.0f}",
-        python=platform.python_version(),
+        **machine(),
     )
 
 

@@ -17,7 +17,6 @@ import asyncio
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ import h5py
 from atlas_file import write_atlas
 from bench_scale import ENVIRONMENT, ROOT, bytes_of
 from bench_serve import CELLS, closed
+from machine import machine
 from scipy.sparse import csr_matrix
 
 from serve.npz import REQUEST, write_npz
@@ -231,9 +231,7 @@ def page(found: list[tuple[dict[str, Any], dict[str, float]]], lines: list[dict[
         widths=", ".join(f"{one['width']} ({one['cells']:,} cells)" for one, _ in found),
         loads=", ".join(f"{one['load']:.1f} to {one['load_after']:.1f}" for one, _ in found),
         verdict="\n".join(verdict),
-        machine=platform.machine(),
-        cores=os.cpu_count(),
-        python=platform.python_version(),
+        **machine(),
     )
 
 
