@@ -357,7 +357,7 @@ def _read_snapshot(lake: str, name: str, most_cells: int, most_counts: int) -> d
         ends = np.concatenate([[0], np.cumsum(indptr)])
         counts[measurement] = (csr_matrix((data, indices, ends), shape=(len(rows), len(vocabulary))), vocabulary)
     alive = ~np.isin(rows, snapshot.dead)
-    table = snapshot.cells().take(rows[alive]).to_pandas()
+    table = snapshot.cells(spans=spans).to_pandas()[alive].reset_index(drop=True)
     names = [str(value) for value in table.pop("cell_id")] if "cell_id" in table else [str(row) for row in rows[alive]]
     obs = table.drop(columns=[column for column in table if column in ("row", "soma_joinid")])
     whole = int(alive.sum()) == snapshot.n_cells

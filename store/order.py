@@ -25,12 +25,13 @@ def units_of(
         return None
     group = np.zeros(len(chosen), np.int64)
     for name in settings.set_by:
-        code = coded(cells, name)[1][chosen]
-        group = np.unique(np.stack([group, code]), axis=1, return_inverse=True)[1].reshape(-1)
+        values, code = coded(cells, name)
+        group = np.unique(group * len(values) + code[chosen], return_inverse=True)[1]
     place = np.random.default_rng([settings.seed, 3]).random(len(chosen))
     position = np.stack([cells[name].to_numpy()[chosen] for name in ("x", "y")])
-    for number in range(int(group.max(initial=-1)) + 1):
-        mine = np.flatnonzero((group == number) & np.isfinite(position).all(axis=0))
+    placed = np.flatnonzero(np.isfinite(position).all(axis=0))
+    placed = placed[np.argsort(group[placed], kind="stable")]
+    for mine in np.split(placed, np.flatnonzero(np.diff(group[placed])) + 1):
         if len(mine):
             place[mine] = _morton(position[:, mine])
     return group, place

@@ -196,13 +196,16 @@ class Part:
 
     def joinids(self) -> NDArray[np.int64]:
         """Return the soma_joinid of every row."""
-        return np.asarray(self.cells(["soma_joinid"])["soma_joinid"].to_numpy())
+        return np.asarray(self.cells(0, self.n_rows, ["soma_joinid"])["soma_joinid"].to_numpy())
 
-    def cells(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return one line for each row, in row order, as it was when the part was made."""
-        wanted = None if columns is None else list(dict.fromkeys(["row", *columns]))
+    def cells(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return one line for each of the rows ``start`` to ``stop`` (exclusive), as it was when the part was made."""
+        wanted = list(CELLS_SCHEMA.names if columns is None else dict.fromkeys(["row", *columns]))
+        if start == stop:
+            return CELLS_SCHEMA.empty_table().select(wanted)
         with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
-            return frame.read(column_names=wanted).concat().sort_by("row")
+            found = frame.read((slice(start, stop - 1),), column_names=wanted).concat()
+        return found.select(wanted).sort_by("row")
 
     def _lines(self, member: str, lines: list[int], start: int, stop: int, kind: type[Any]) -> NDArray[Any]:
         out = np.empty((len(lines), stop - start), kind)
@@ -282,9 +285,7 @@ class Part:
                 yield f"{name}/{member}", found.hexdigest()
         yield "codes", digest_of(self.codes(FIELDS, start, stop))
         yield "numbers", digest_of(self.numbers(start, stop))
-        with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
-            cells = frame.read((slice(start, stop - 1),), column_names=list(CELLS_SCHEMA.names)).concat()
-        yield "cells", cells_digest(cells.sort_by("row"))
+        yield "cells", cells_digest(self.cells(start, stop))
 
 
 def checksums_digest(sums: dict[str, list[str]]) -> str:

@@ -27,7 +27,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import tiledbsoma
 from numpy.typing import NDArray
 
@@ -287,23 +288,36 @@ class Snapshot:
         found = self._table(measurement, "var")
         return list(zip(*(found[column].to_pylist() for column in columns), strict=True))
 
-    def cells(self, columns: list[str] | None = None) -> pa.Table:
-        """Return one line for each row of the snapshot, in row order: joinid, organism, split, labels.
+    def cells(self, columns: Sequence[str] | None = None, spans: Sequence[tuple[int, int]] | None = None) -> pa.Table:
+        """Return one line for each row: its number, joinid, organism, split, labels.
+
+        Args:
+            columns: Columns wanted (none: all); ``row`` is always among them.
+            spans: Rows wanted, each first and behind the last, in the order asked (none: all, which for many millions
+                of cells takes some hundred bytes of memory each).
 
         The split of a cell that the lake no longer holds is empty.
         """
-        tables = []
-        for part in self.parts:
-            table = part.cells(columns)
-            rows = pa.array(table["row"].to_numpy() + part.first_row)
-            tables.append(table.set_column(0, "row", rows))
+        tables = [self.parts[0].cells(0, 0, columns)]
+        for first, stop in [(0, self.n_rows)] if spans is None else spans:
+            for part, start, end in self._within(first, stop):
+                table = part.cells(start, end, columns)
+                rows = pa.array(table["row"].to_numpy() + part.first_row)
+                tables.append(table.set_column(table.schema.names.index("row"), "row", rows))
         whole = pa.concat_tables(tables)
         if len(self.dead) and "split" in whole.schema.names:
-            split = np.array(whole["split"].to_pylist(), dtype=object)
-            split[self.dead] = ""
+            gone = pa.array(np.isin(whole["row"].to_numpy(), self.dead))
             position = whole.schema.names.index("split")
-            whole = whole.set_column(position, "split", pa.array(split, pa.large_string()))
+            nothing = pa.scalar("", whole["split"].type)
+            whole = whole.set_column(position, "split", pa.compute.if_else(gone, nothing, whole["split"]))
         return whole
+
+    def _within(self, first: int, stop: int) -> Iterator[tuple[Part, int, int]]:
+        """Yield the parts that have some of these rows, with the first and the one behind the last, counted in it."""
+        for part in self.parts:
+            start, end = max(first - part.first_row, 0), min(stop - part.first_row, part.n_rows)
+            if start < end:
+                yield part, start, end
 
     @cached_property
     def dead(self) -> NDArray[np.int64]:
@@ -395,11 +409,7 @@ class Snapshot:
         self._know(measurement)
         if not 0 <= start <= stop <= self.n_rows:
             raise UsageError(f"{self.uri}: rows {start} to {stop} are outside 0 to {self.n_rows}")
-        pieces = [
-            part.block(measurement, max(start - part.first_row, 0), min(stop - part.first_row, part.n_rows))
-            for part in self.parts
-            if start < part.first_row + part.n_rows and stop > part.first_row
-        ]
+        pieces = [part.block(measurement, first, last) for part, first, last in self._within(start, stop)]
         if not pieces:
             pieces = [self.parts[0].block(measurement, 0, 0)]
         ends = np.cumsum([0, *(piece[0][-1] for piece in pieces)])

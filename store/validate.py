@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 
 from store import schema, snapshot
 from store.catalog import Commit
@@ -56,19 +58,27 @@ def _datasets(lake: Lake, organism: str) -> list[Commit]:
 def _obs(lake: Lake) -> Iterator[Check]:
     for organism in lake.organisms:
         commits = _datasets(lake, organism)
-        obs = lake.experiment(organism).obs.read(column_names=["soma_joinid", "dataset_id"]).concat()
-        joinids, names = obs["soma_joinid"].to_numpy(), np.array(obs["dataset_id"].to_pylist(), dtype=object)
-        unique = len(np.unique(joinids)) == len(joinids)
-        yield Check("obs joinids unique", organism, "" if unique else "some joinid stands twice")
-        promised = sum(commit.dataset["n_obs"] for commit in commits)
-        strays = len(joinids) - promised
-        problem = f"{strays:+} cells beside the {promised} of committed datasets" if strays else ""
+        commits.sort(key=lambda commit: int(commit.dataset["obs_start"]))
+        starts, n_obs = (np.array([commit.dataset[key] for commit in commits]) for key in ("obs_start", "n_obs"))
+        names = [commit.dataset["dataset_id"] for commit in commits]
+        seen = np.zeros(starts[-1] + n_obs[-1], dtype=bool)
+        mine, n_rows, n_twice = np.zeros(len(commits), np.int64), 0, 0
+        for part in lake.experiment(organism).obs.read(column_names=["soma_joinid", "dataset_id"]):
+            joinids = part["soma_joinid"].to_numpy()
+            of = pa.compute.index_in(part["dataset_id"], pa.array(names, pa.large_string())).fill_null(-1).to_numpy()
+            slot = np.searchsorted(starts, joinids, side="right") - 1
+            right = (slot >= 0) & (of == slot) & (joinids < starts[slot] + n_obs[slot])
+            mine += np.bincount(slot[right], minlength=len(commits))
+            n_rows += len(joinids)
+            known = joinids[joinids < len(seen)]
+            n_twice += len(known) - int(np.count_nonzero(~seen[np.unique(known)]))
+            seen[known] = True
+        yield Check("obs joinids unique", organism, f"{n_twice} joinids stand twice" if n_twice else "")
+        strays = n_rows - int(n_obs.sum())
+        problem = f"{strays:+} cells beside the {n_obs.sum()} of committed datasets" if strays else ""
         yield Check("obs rows", organism, problem)
-        for commit in commits:
-            first, n_obs = commit.dataset["obs_start"], commit.dataset["n_obs"]
-            mine = (joinids >= first) & (joinids < first + n_obs)
-            whole = mine.sum() == n_obs and np.all(names[mine] == commit.dataset["dataset_id"])
-            yield Check("obs of dataset", commit.dataset["dataset_id"], "" if whole else "cells lack or are another's")
+        for name, has, promised in zip(names, mine, n_obs, strict=True):
+            yield Check("obs of dataset", name, "" if has == promised else "cells lack or are another's")
 
 
 def _var(lake: Lake) -> Iterator[Check]:

@@ -12,10 +12,13 @@ from pathlib import Path
 import cellxgene_census
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scipy.sparse
+import tiledbsoma
 from encoded import add_dataset, encoded_counts, numbered
 
+from store import schema
 from store.errors import ConflictError, InputRefused, MissingError, UsageError, VerificationError
 from store.lake import Lake, create_lake, open_lake
 from store.schema import DatasetPlan, Features
@@ -217,6 +220,35 @@ def test_a_flipped_bit_in_counts_is_found_not_read(tmp_path: Path) -> None:
     data.write_bytes(content)
     problems = [check for check in validate(open_lake(str(uri))) if check.problem]
     assert [(check.name, check.subject) for check in problems] == [("counts", "a/RNA")]
+
+
+@pytest.mark.parametrize(
+    ("joinid", "dataset_id", "expected"),
+    [
+        (59, None, [("obs rows", "-1 cells"), ("obs of dataset", "cells lack")]),
+        (59, "b", [("obs of dataset", "cells lack or are another's")]),
+        (500, "b", [("obs rows", "+1 cells beside the 130")]),
+    ],
+)
+def test_cells_that_lack_stray_or_are_of_another_dataset_are_found(
+    tmp_path: Path, joinid: int, dataset_id: str | None, expected: list[tuple[str, str]]
+) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30})
+        add_dataset(writer, "b", 70, {"RNA": 30})
+    lake = open_lake(uri)
+    obs, at = lake.experiment("homo_sapiens").obs, lake.commit.timestamp_ms
+    rows = obs.read((slice(59, 59),)).concat().to_pandas().assign(soma_joinid=joinid, dataset_id=dataset_id)
+    with tiledbsoma.DataFrame.open(obs.uri, "d" if dataset_id is None else "w", tiledb_timestamp=at) as frame:
+        if dataset_id is None:
+            frame.delete_cells((slice(joinid, joinid),))
+        else:
+            frame.write(pa.Table.from_pandas(rows, schema=schema.OBS_SCHEMA, preserve_index=False))
+    problems = [(check.name, check.problem) for check in validate(open_lake(uri)) if check.problem]
+    assert [name for name, _ in problems] == [name for name, _ in expected]
+    for (_, problem), (_, words) in zip(problems, expected, strict=True):
+        assert words in problem
 
 
 def test_a_damaged_read_back_stops_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,6 +385,10 @@ def test_a_refreshed_snapshot_reads_new_cells_only_and_leaves_out_those_that_wen
     third = refresh_snapshot(uri, "s2", "s3")
     assert third.n_cells == new.n_cells + 50
     assert [part.n_rows for part in third.parts] == [189, 207, 50]
+    everything, spans = third.cells(), [(400, 440), (100, 300), (7, 7)]
+    rows = [row for first, stop in spans for row in range(first, stop)]
+    assert third.cells(spans=spans).to_pandas().equals(everything.take(rows).to_pandas())
+    assert third.cells(["split"], [(189, 189)]).to_pylist() == []
     for name in ("s3", "s2", "s"):
         delete_snapshot(uri, name)
     assert list_snapshots(uri) == ["anew"]

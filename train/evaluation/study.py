@@ -96,8 +96,7 @@ def read_study(snapshot: Snapshot, max_cells: int = 200_000) -> Study:
     for part in snapshot.parts:
         for first, stop in part.split_rows.values():
             spans.append((part.first_row + first, part.first_row + first + math.ceil((stop - first) * share)))
-    rows = np.concatenate([np.arange(first, stop) for first, stop in spans])
-    obs = snapshot.cells().take(rows).to_pandas()
+    obs = snapshot.cells(spans=spans).to_pandas()
     kept = (obs["split"] != "").to_numpy()
     counts, features = {}, {}
     for name in snapshot.measurements:
