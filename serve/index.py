@@ -102,11 +102,11 @@ def make_index(generation: Generation, *, threads: int = 1) -> dict[str, Any]:
 
 def _labels(lake: Lake, generation: Generation) -> pa.Table:
     """Return the cells that embeddings hold, with their labels, ascending, in one piece."""
-    obs = lake.obs(generation.organism, generation.plan["where"] or None, list(LABELS))
+    texts = [name for name in LABELS if name != "cell_id"]
+    obs = lake.obs(generation.organism, generation.plan["where"] or None, list(LABELS), coded=texts)
     held = [found for _, found in _blocks(generation, obs["soma_joinid"].to_numpy())]
     obs = obs.filter(pa.array(np.concatenate([np.zeros(0, bool), *held]))).combine_chunks()
-    coded = {name: pa.compute.dictionary_encode(obs[name]) for name in LABELS if name != "cell_id"}
-    return pa.table({"soma_joinid": obs["soma_joinid"], **coded, "cell_id": obs["cell_id"]}).unify_dictionaries()
+    return obs.select(["soma_joinid", *texts, "cell_id"])
 
 
 def _blocks(

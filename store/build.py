@@ -1,11 +1,11 @@
 """This module drives the building of a snapshot: what goes where is decided here, the tasks of the shuffle move it.
 
 What a build needs to go on after its driver died stands in ``<lake>/somaflow/building/<name>``: the plan (settings and
-commit, from which everything else follows) and a record of each finished task. The driver itself holds some 40 bytes
+commit, from which everything else follows) and a record of each finished task. The driver itself holds some 60 bytes
 of each cell, and no counts.
 
 Shape letters used in this module:
-    C  chosen cells, in lake order      R  rows of the part that is made
+    C  chosen cells, in lake order      R  rows of the part that is made      J  joinids, from 0 on
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 ELEMENTS = 2**24
 """Values that a task moves, about; it needs some 60 bytes of memory for each."""
+CELL_ELEMENTS = 32
+"""Values that a cell's labels take as much memory as: some 2 KB, in which most texts stand three or four times."""
 MANY_ELEMENTS = 2**33
 """From so many values on, tasks move four times as many: the number of reads of spill files falls by sixteen."""
 
@@ -103,7 +105,12 @@ def build(
         ConflictError: Another process builds it now.
     """
     work = work_folder(lake.uri, name)
-    wanted = {"settings": settings.model_dump(mode="json"), "base": base.id if base else "", "format": FORMAT}
+    wanted = {
+        "settings": settings.model_dump(mode="json"),
+        "base": base.id if base else "",
+        "format": FORMAT,
+        "sizes": [ELEMENTS, CELL_ELEMENTS, MANY_ELEMENTS],
+    }
     lock = builder_lock(lake.uri, name)
     with storage(lake.uri):
         lock.acquire()
@@ -111,8 +118,9 @@ def build(
             known = records.read(records.join(work, "plan.json"))
             if known is not None and known["wanted"] != wanted:
                 raise UsageError(
-                    f"{lake.uri}: snapshot {name!r} was begun with other settings; choose another name, or drop what "
-                    f"was done with: python -m store snapshot delete {name} --lake {lake.uri}"
+                    f"{lake.uri}: snapshot {name!r} was begun with other settings, or by another version; choose "
+                    "another name, or drop what was done with: "
+                    f"python -m store snapshot delete {name} --lake {lake.uri}"
                 )
             if known is not None:
                 lake = open_lake(lake.uri, known["commit"])
@@ -383,14 +391,15 @@ class _Build:
 
 
 def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
-    """Return joinid, organism (as a dictionary), what splits look at and what was measured, in lake order."""
+    """Return joinid, organism, what splits look at and what was measured, in lake order; texts as dictionaries."""
     organisms = settings.organisms or tuple(lake.organisms)
     measured = (schema.measured_column(name) for name in schema.MEASUREMENTS)
     sets = (*settings.set_by, "x", "y") if settings.set_size else ()
     wanted = list(dict.fromkeys(["soma_joinid", *settings.split_columns, *sets, *measured]))
     parts = []
     for organism in organisms:
-        table = lake.obs(organism, settings.where, wanted)
+        texts = [name for name in wanted if schema.OBS_SCHEMA.field(name).type == pa.large_string()]
+        table = lake.obs(organism, settings.where, wanted, coded=texts)
         if table.num_rows:
             nought = pa.array(np.zeros(table.num_rows, np.int32))
             column = pa.DictionaryArray.from_arrays(nought, pa.array([organism]))
@@ -490,19 +499,28 @@ def _difference(
     """
     fresh = np.ones(len(joinid_C), dtype=bool)
     alive = np.zeros(base.n_rows, dtype=bool)
+    place_J = {}
+    for number, organism in enumerate(organisms):
+        mine = np.flatnonzero(organism_C == number)
+        place_J[organism] = np.full(int(joinid_C[mine].max(initial=-1)) + 1, -1, np.int64)
+        place_J[organism][joinid_C[mine]] = mine
+    n_moved, such = 0, ""
     for organism, joinids, rows, split in base.identities():
-        mine = np.flatnonzero(organism_C == organisms.index(organism)) if organism in organisms else np.empty(0, int)
-        _, here, there = np.intersect1d(joinid_C[mine], joinids, assume_unique=True, return_indices=True)
-        here = mine[here]
+        place = place_J.get(organism, np.empty(0, np.int64))
+        known = np.flatnonzero(joinids < len(place))
+        here = place[joinids[known]]
+        known, here = known[here >= 0], here[here >= 0]
         fresh[here] = False
-        alive[rows[there]] = True
-        moved = np.flatnonzero(split_C[here] != split[there])
-        if len(moved):
-            cell = here[moved[0]]
-            raise UsageError(
-                f"{base.uri}: {len(moved):,} cells would change their split, such as {organism} {joinid_C[cell]} from "
-                f"{splits[split[there[moved[0]]]]!r} to {splits[split_C[cell]]!r}; make a new snapshot instead"
-            )
+        alive[rows[known]] = True
+        moved = np.flatnonzero(split_C[here] != split[known])
+        if len(moved) and not n_moved:
+            before, now = splits[split[known[moved[0]]]], splits[split_C[here[moved[0]]]]
+            such = f"{organism} {joinids[known[moved[0]]]} from {before!r} to {now!r}"
+        n_moved += len(moved)
+    if n_moved:
+        raise UsageError(
+            f"{base.uri}: {n_moved:,} cells would change their split, such as {such}; make a new snapshot instead"
+        )
     return np.flatnonzero(fresh), np.flatnonzero(~alive).astype(np.int64)
 
 
@@ -513,8 +531,8 @@ def _sizes(
     organism_C: NDArray[np.int32],
     joinid_C: NDArray[np.int64],
 ) -> tuple[NDArray[np.float32], dict[tuple[str, str], float]]:
-    """Return how many values each cell has, about: its dataset's mean, and one for its labels; and each organism's."""
-    size_C = np.ones(len(joinid_C), np.float32)
+    """Return the size of each cell in values, about: its dataset's mean, and its labels; and each organism's mean."""
+    size_C = np.full(len(joinid_C), CELL_ELEMENTS, np.float32)
     per_cell = {}
     for number, organism in enumerate(organisms):
         mine = np.flatnonzero(organism_C == number)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -263,6 +264,7 @@ class Lake:
         where: str | None = None,
         columns: list[str] | None = None,
         span: tuple[int, int] | None = None,
+        coded: Sequence[str] = (),
     ) -> pa.Table:
         """Return the obs rows that ``where`` selects, in joinid order.
 
@@ -271,6 +273,8 @@ class Lake:
             where: A SOMA value filter, such as ``"tissue == 'blood' and is_primary_data == True"``.
             columns: Columns wanted (none: all); ``soma_joinid`` is always among them.
             span: First and last joinid to look at (none: all).
+            coded: Columns of text that come as dictionaries, one for all cells: a text of which there are few distinct
+                ones then takes 4 bytes a cell.
 
         Raises:
             UsageError: Unknown organism, a column that obs does not have, or a filter that does not parse.
@@ -280,9 +284,12 @@ class Lake:
         if unknown:
             raise UsageError(f"obs has no column {unknown[0]!r}; columns: {', '.join(obs.schema.names)}")
         wanted = None if columns is None else ["soma_joinid", *(name for name in columns if name != "soma_joinid")]
+        ranges = self._ranges(organism)
         try:
             rows = () if span is None else (slice(*span),)
-            table = obs.read(rows, value_filter=where, column_names=wanted).concat()
+            parts = [
+                self._held(part, ranges, coded) for part in obs.read(rows, value_filter=where, column_names=wanted)
+            ]
         except (tiledbsoma.SOMAError, ValueError, SyntaxError, KeyError) as error:
             if "IO Error" in str(error) or "TileDB::S3" in str(error):
                 raise StorageError(
@@ -292,11 +299,20 @@ class Lake:
             raise UsageError(
                 f"where = {where!r}: {str(error).strip().splitlines()[0]}; columns: {', '.join(obs.schema.names)}"
             ) from None
-        joinids = table["soma_joinid"].to_numpy()
-        ranges = self._ranges(organism)
+        table = pa.concat_tables(parts).unify_dictionaries()
+        in_order = bool(np.all(np.diff(table["soma_joinid"].to_numpy()) > 0))
+        return table if in_order else table.sort_by("soma_joinid")
+
+    @staticmethod
+    def _held(part: pa.Table, ranges: NDArray[np.int64], coded: Sequence[str]) -> pa.Table:
+        """Return the rows that lie in one of these ranges of joinids, some columns as dictionaries."""
+        joinids = part["soma_joinid"].to_numpy()
         slot = np.searchsorted(ranges[:, 0], joinids, side="right") - 1
         inside = (slot >= 0) & (joinids < ranges[np.maximum(slot, 0), 1])
-        return table.filter(pa.array(inside)).sort_by("soma_joinid")
+        part = part if inside.all() else part.filter(pa.array(inside))
+        for name in coded:
+            part = part.set_column(part.schema.names.index(name), name, part[name].dictionary_encode())
+        return part
 
     def var(self, organism: str, measurement: str) -> pa.Table:
         """Return a measurement's features, in joinid order."""

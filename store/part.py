@@ -194,10 +194,6 @@ class Part:
         """Return numbers_FR of ``NUMBERS`` for rows ``start`` to ``stop`` (exclusive); NaN is "not said"."""
         return self._lines("numbers", list(range(len(NUMBERS))), start, stop, np.float32)
 
-    def joinids(self) -> NDArray[np.int64]:
-        """Return the soma_joinid of every row."""
-        return np.asarray(self.cells(0, self.n_rows, ["soma_joinid"])["soma_joinid"].to_numpy())
-
     def cells(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
         """Return one line for each of the rows ``start`` to ``stop`` (exclusive), as it was when the part was made."""
         wanted = list(CELLS_SCHEMA.names if columns is None else dict.fromkeys(["row", *columns]))
@@ -304,9 +300,9 @@ def cells_digest(cells: pa.Table) -> str:
     for name in CELLS_SCHEMA.names:
         column = cells[name].combine_chunks()
         if pa.types.is_large_string(column.type):
-            lengths = pa.compute.binary_length(column).to_numpy(zero_copy_only=False)
-            found.update(np.ascontiguousarray(lengths).data)
-            found.update("".join(column.to_pylist()).encode())
+            offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset :][: len(column) + 1]
+            found.update(np.ascontiguousarray(np.diff(offsets)).data)
+            found.update(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]])
         else:
             found.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).data)
     return found.hexdigest()

@@ -366,19 +366,22 @@ class Snapshot:
         }
 
     def identities(self) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield organism, and joinid, row and split (by number) of its cells that are in a split."""
+        """Yield organism, and joinid, row and split (by number) of its cells that are in a split, some at a time."""
         organisms = list(self.label_values()["organism"])
-        joinids = np.concatenate([part.joinids() for part in self.parts])
-        codes = np.concatenate([part.codes(["organism"], 0, part.n_rows)[0] for part in self.parts])
-        split = np.full(self.n_rows, -1, np.int64)
         for part in self.parts:
-            for number, name in enumerate(self.splits):
-                first, stop = part.split_rows[name]
-                split[part.first_row + first : part.first_row + stop] = number
-        split[self.dead] = -1
-        for code, organism in enumerate(organisms):
-            rows = np.flatnonzero((codes == code) & (split >= 0))
-            yield organism, joinids[rows], rows, split[rows]
+            for start in range(0, part.n_rows, SCANNED_ROWS):
+                stop, first = min(start + SCANNED_ROWS, part.n_rows), part.first_row + start
+                split = np.full(stop - start, -1, np.int64)
+                for number, name in enumerate(self.splits):
+                    begin, end = (max(row - start, 0) for row in part.split_rows[name])
+                    split[begin:end] = number
+                low, high = np.searchsorted(self.dead, [first, part.first_row + stop])
+                split[self.dead[low:high] - first] = -1
+                joinids = part.cells(start, stop, ["soma_joinid"])["soma_joinid"].to_numpy()
+                (code,) = part.codes(["organism"], start, stop)
+                for number, organism in enumerate(organisms):
+                    if len(rows := np.flatnonzero((code == number) & (split >= 0))):
+                        yield organism, joinids[rows], first + rows, split[rows]
 
     def _table(self, measurement: str, member: str) -> pa.Table:
         uri = records.join(self.uri, *(part for part in (measurement, member) if part))

@@ -11,6 +11,7 @@ import hashlib
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
@@ -100,9 +101,13 @@ def draw_splits(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int8]
 
 
 def coded(cells: pa.Table, column: str) -> tuple[list[str], NDArray[np.int32]]:
-    """Return a column's distinct values, as text, and the number of each cell's."""
+    """Return a column's distinct values, as text, in the order in which cells have them, and the number of each."""
     found = cells[column].combine_chunks().dictionary_encode()
-    return [str(value) for value in found.dictionary.to_pylist()], found.indices.to_numpy(zero_copy_only=False)
+    present = pa.compute.unique(found.indices)
+    number = np.empty(len(found.dictionary), np.int32)
+    number[present.to_numpy(zero_copy_only=False)] = np.arange(len(present), dtype=np.int32)
+    values = [str(value) for value in found.dictionary.take(present).to_pylist()]
+    return values, number[found.indices.to_numpy(zero_copy_only=False)]
 
 
 def _draw(seed: int, label: str) -> float:

@@ -154,7 +154,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
         several = [[value] * len(files) for value in (options.genes, options.umis)]
         nonzeros = list(pool.map(write, files, cells, *several, seeds))
-    found: dict[str, Any] = {"files": options.files, "cells": sum(cells[:-1]), "nonzeros": sum(nonzeros[:-1])}
+    given = " ".join(sys.argv[1:])
+    command = "make bench-scale" + (f" BENCH='{given}'" if given else "")
+    found: dict[str, Any] = {
+        "command": command,
+        "files": options.files,
+        "cells": sum(cells[:-1]),
+        "nonzeros": sum(nonzeros[:-1]),
+    }
     found |= {"more_cells": cells[-1], "load": os.getloadavg()[0]}
     where = ["--lake", str(lake)]
     ingest = ["-m", "ingest", "run", *where, "--workers", str(WORKERS), "--json"]
@@ -191,6 +198,7 @@ def page(found: dict[str, Any]) -> str:
         memory = f"{used.driver_mb:,.0f} | {used.worker_mb:,.0f} | {used.together_mb:,.0f}"
         rows.append(f"| {what} | {used.seconds:,.0f} | {n_cells / used.seconds:,.0f} | {memory} |")
     return PAGE.read_text(encoding="utf-8").format(
+        command=found["command"],
         files=found["files"],
         each=f"{cells // found['files']:,}",
         cells=f"{cells:,}",

@@ -287,10 +287,9 @@ def pretrained(predictor: Predictor, study: Study, snapshot: Snapshot) -> NDArra
     if other.id != said["id"]:
         raise InputRefused(f"snapshot {said['name']!r} is not the one that the checkpoint was trained on (another id)")
     number = list(other.splits).index(split)
-    seen = {
-        (organism, joinid)
-        for organism, joinids, _, splits in other.identities()
-        for joinid in joinids[splits == number].tolist()
-    }
-    mine = zip(study.label("organism"), study.obs["soma_joinid"].tolist(), strict=True)
-    return np.array([cell in seen for cell in mine], dtype=bool)
+    organism_C, joinid_C = study.label("organism"), study.obs["soma_joinid"].to_numpy()
+    seen_C = np.zeros(len(joinid_C), dtype=bool)
+    for organism, joinids, _, splits in other.identities():
+        mine = organism_C == organism
+        seen_C[mine] |= np.isin(joinid_C[mine], joinids[splits == number])
+    return seen_C
