@@ -7,7 +7,8 @@ features: the same cell, aligned to another reference, is another cell here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from store.lake import Lake
 
 FEWEST_FEATURES = 50
 """Cells with fewer features are left out: two of them may be alike by chance."""
+
+PIECE_CELLS = 2**24
+"""Cells that are compared at a time, about: some 100 bytes of memory each, and one reading of all digests."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,21 @@ def find(lake: Lake) -> list[Shared]:
     """Compare all datasets of a lake; pairs with most cells in common come first."""
     found: list[Shared] = []
     for organism in lake.organisms:
-        tables = list(_cells(lake, organism))
-        if not tables:
-            continue
-        cells = pd.concat(tables, ignore_index=True)
-        sizes = {str(name): int(count) for name, count in cells["dataset"].value_counts().items()}
-        again = cells[cells["digest"].duplicated(keep=False)]
+        n_cells = sum(commit.dataset["n_obs"] for commit in lake.current if commit.dataset["organism"] == organism)
+        n_pieces = -(-n_cells // PIECE_CELLS)
+        repeated, sizes = [], Counter[str]()
+        for piece in range(n_pieces):
+            cells = pd.concat(_cells(lake, organism, piece, n_pieces), ignore_index=True)
+            sizes.update({str(name): int(count) for name, count in cells["dataset"].value_counts().items()})
+            repeated.append(cells[cells["digest"].duplicated(keep=False)])
+        again = pd.concat(repeated, ignore_index=True)
         if len(again):
             found += _shared(lake, organism, again, sizes)
     return sorted(found, key=lambda shared: (-shared.cells, shared.first, shared.second))
 
 
-def _cells(lake: Lake, organism: str) -> Iterator[pd.DataFrame]:
+def _cells(lake: Lake, organism: str, piece: int, n_pieces: int) -> Iterator[pd.DataFrame]:
+    """Yield each dataset's cells whose digests fall to a piece: those that are alike fall to the same."""
     for commit in lake.current:
         dataset = commit.dataset
         if dataset["organism"] != organism:
@@ -69,12 +76,13 @@ def _cells(lake: Lake, organism: str) -> Iterator[pd.DataFrame]:
             raise MissingError(
                 f"{lake.uri}: dataset {dataset['dataset_id']!r} has no digests of cells; ingest it again"
             ) from None
-        enough = np.flatnonzero(table["nnz"].to_numpy() >= FEWEST_FEATURES)
-        digests, joinids = table["digest"].to_numpy()[enough], dataset["obs_start"] + enough
-        yield pd.DataFrame({"digest": digests, "joinid": joinids, "dataset": dataset["dataset_id"]})
+        digests = table["digest"].to_numpy()
+        mine = np.flatnonzero((table["nnz"].to_numpy() >= FEWEST_FEATURES) & (digests % n_pieces == piece))
+        joinids = dataset["obs_start"] + mine
+        yield pd.DataFrame({"digest": digests[mine], "joinid": joinids, "dataset": dataset["dataset_id"]})
 
 
-def _shared(lake: Lake, organism: str, again: pd.DataFrame, sizes: dict[str, int]) -> Iterator[Shared]:
+def _shared(lake: Lake, organism: str, again: pd.DataFrame, sizes: Mapping[str, int]) -> Iterator[Shared]:
     columns = ["soma_joinid", "is_primary_data"]
     obs = lake.experiment(organism).obs.read((again["joinid"].to_numpy(),), column_names=columns)
     primary = obs.concat().to_pandas().set_index("soma_joinid")["is_primary_data"]

@@ -109,18 +109,28 @@ def storage(uri: str) -> Iterator[None]:
 
 
 @cache
-def tiledb_context(threads: int | None = None, budget_bytes: int | None = None) -> tiledb.Ctx:
+def tiledb_context(budget_bytes: int | None = None) -> tiledb.Ctx:
     """Return the process's TileDB context for arrays without SOMA's copies.
 
-    ``threads`` is how many of its own TileDB uses (none: as configured), for callers that bring their threads;
     ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest).
     """
-    config = {key: value for key, value in tiledb_config().items() if not key.startswith("soma.")}
-    if threads is not None:
-        config |= _concurrency(threads)
+    config = _without_soma()
     if budget_bytes is not None:
         config |= {"py.init_buffer_bytes": budget_bytes // 8, "sm.mem.total_budget": budget_bytes}
     return tiledb.Ctx(config)
+
+
+def new_tiledb_context(threads: int) -> tiledb.Ctx:
+    """Return a TileDB context with this many threads of TileDB's, for callers that bring their own.
+
+    Whoever makes thousands of queries lets the context go now and then: TileDB 2.30 keeps some 12 KB of statistics of
+    each query as long as its context lives, also where statistics are disabled (TileDB-Py issue 2194).
+    """
+    return tiledb.Ctx(_without_soma() | _concurrency(threads))
+
+
+def _without_soma() -> dict[str, Any]:
+    return {key: value for key, value in tiledb_config().items() if not key.startswith("soma.")}
 
 
 def read_parts(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, wait
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import soma_context, tiledb_context
+from store.context import new_tiledb_context, soma_context
 from store.errors import UsageError, VerificationError
 
 READING_THREADS = 1
@@ -30,6 +31,8 @@ READING_THREADS = 1
 Who hands a request to another of TileDB's threads turns round and round until it is answered; who finds none that is
 free makes it himself, and sleeps.
 """
+QUERIES = 2**13
+"""Queries after which arrays are opened anew, for what TileDB keeps of each: 100 MB come together until then."""
 VERIFIED_ELEMENTS = 2**22
 
 LABELS = (
@@ -67,6 +70,38 @@ CELLS_SCHEMA = pa.schema(
 )
 
 
+class _Opened:
+    """Arrays of a part, opened at their first use, with a TileDB context of their own; any thread may ask.
+
+    Attributes:
+        context: Of all of them.
+        queries: Counts the queries that are made.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.context = new_tiledb_context(READING_THREADS)
+        self.queries = count(1)
+        self._uri = uri
+        self._arrays: dict[tuple[str, ...], tiledb.Array] = {}
+        self._opening = threading.Lock()
+        self._locks: dict[tuple[str, ...], threading.Lock] = {}
+
+    def array(self, member: tuple[str, ...]) -> tiledb.Array:
+        with self._opening:
+            mine = self._locks.setdefault(member, threading.Lock())
+        with mine:  # several arrays may be opened at the same time: from afar that takes a while
+            if member not in self._arrays:
+                self._arrays[member] = tiledb.open(records.join(self._uri, *member), ctx=self.context)
+            return self._arrays[member]
+
+    def anew(self) -> _Opened:
+        """Open the same arrays again."""
+        fresh = _Opened(self._uri)
+        for member in list(self._arrays):
+            fresh.array(member)
+        return fresh
+
+
 class Part:
     """Rows 0 to ``n_rows`` of one part, opened for reading; cheap to pickle, safe to read from several threads.
 
@@ -87,10 +122,8 @@ class Part:
         self.n_rows: int = entry["n_rows"]
         self.measurements: dict[str, dict[str, Any]] = entry["measurements"]
         self.split_rows: dict[str, tuple[int, int]] = {key: (a, b) for key, (a, b) in entry["split_rows"].items()}
-        self._arrays: dict[tuple[str, ...], tiledb.Array] = {}
-        self._opening = threading.Lock()
-        self._locks: dict[tuple[str, ...], threading.Lock] = {}
-        self._context = tiledb_context(READING_THREADS)
+        self._opened = _Opened(self.uri)
+        self._renewing = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Part, (self.lake_uri, self.entry, self.first_row))
@@ -119,7 +152,7 @@ class Part:
 
     def warm(self, array: tuple[str, ...]) -> None:
         """Open one array ahead of its use."""
-        self._array(array)
+        self._opened.array(array)
 
     def indptr(self, measurement: str, start: int, stop: int) -> NDArray[np.int64]:
         """Return where rows ``start`` to ``stop`` (exclusive) begin among all values, and where the last one ends.
@@ -142,7 +175,7 @@ class Part:
         """Return how ``indptr``, ``features`` or ``counts`` are stored."""
         if measurement not in self.measurements:
             return np.dtype(np.int64 if member == "indptr" else np.uint8)
-        return np.dtype(self._array((measurement, member)).attr("soma_data").dtype)
+        return np.dtype(self._opened.array((measurement, member)).attr("soma_data").dtype)
 
     def read_into(
         self,
@@ -217,7 +250,8 @@ class Part:
         self, member: tuple[str, ...], ranges: list[tuple[int, int]], out: NDArray[Any], lines: Sequence[int] = ()
     ) -> None:
         """Fill ``out``; ranges are inclusive, ``lines`` are those of the first dimension of an array of two."""
-        array, context = self._array(member), self._context
+        opened = self._renewed()
+        array, context = opened.array(member), opened.context
         first, last = ranges[0]
         try:
             query = tiledb.libtiledb.Query(context, tiledb.libtiledb.Array(context, array))
@@ -241,13 +275,16 @@ class Part:
             "delete the snapshot and make it again"
         )
 
-    def _array(self, member: tuple[str, ...]) -> tiledb.Array:
-        with self._opening:
-            mine = self._locks.setdefault(member, threading.Lock())
-        with mine:  # several arrays may be opened at the same time: from afar that takes a while
-            if member not in self._arrays:
-                self._arrays[member] = tiledb.open(records.join(self.uri, *member), ctx=self._context)
-            return self._arrays[member]
+    def _renewed(self) -> _Opened:
+        """Return the opened arrays; whoever makes one query too many opens them anew, while others use the old ones."""
+        opened = self._opened
+        if next(opened.queries) > QUERIES and self._renewing.acquire(blocking=False):
+            try:
+                if self._opened is opened:
+                    self._opened = opened.anew()
+            finally:
+                self._renewing.release()
+        return self._opened
 
     def verify(self) -> None:
         """Read everything again and compare with the checksums of each bucket of rows.

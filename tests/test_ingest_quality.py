@@ -54,7 +54,11 @@ def lake(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Lake:
     return open_lake(uri)
 
 
-def test_cells_that_two_datasets_share_are_found_by_their_counts(lake: Lake) -> None:
+@pytest.mark.parametrize("piece_cells", [2**24, 40])
+def test_cells_that_two_datasets_share_are_found_by_their_counts(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch, piece_cells: int
+) -> None:
+    monkeypatch.setattr(duplicates, "PIECE_CELLS", piece_cells)
     (found,) = duplicates.find(lake)
     assert (found.first, found.second, found.cells, found.share) == ("first", "second", 30, 0.375)
     assert found.both_primary == 20

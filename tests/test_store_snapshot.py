@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import scipy.sparse
 import tiledbsoma
@@ -483,3 +484,25 @@ def test_reads_cover_all_cells_once_and_begin_with_tiles_where_they_can(step: in
     if step > 512:  # a tile begins within every step
         assert all(joinids[border - 1] // 512 < joinids[border] // 512 for border in borders[1:-1])
     assert _borders(joinids[:0], step, 512) == [0]
+
+
+def test_arrays_that_are_read_for_long_are_opened_anew_meanwhile_and_keep_no_memory(
+    all_cells: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = all_cells.block("RNA", 0, all_cells.n_rows)
+    monkeypatch.setattr("store.part.QUERIES", 400)
+    (part,) = open_snapshot(all_cells.lake_uri, all_cells.name).parts
+
+    def read(number: int) -> bool:
+        start = number % (part.n_rows - 3)
+        indptr, features, _ = part.block("RNA", start, start + 3)
+        first, last = whole.indptr[start], whole.indptr[start + 3]
+        return bool(indptr[-1] == last - first) and np.array_equal(features, whole.features[first:last])
+
+    process, opened = psutil.Process(), part._opened
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(600)))
+        before = process.memory_info().rss
+        assert all(pool.map(read, range(3000)))
+    assert part._opened is not opened
+    assert process.memory_info().rss - before < 40 * 2**20  # TileDB keeps 12 KB for each of these 9,000 queries

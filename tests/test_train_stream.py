@@ -242,6 +242,8 @@ def test_weights_make_labels_come_equally_often(one_measurement: Snapshot) -> No
         Stream(one_measurement, batch=32, block=16, window=4, weights=[1.0])
     with pytest.raises(UsageError, match="weights = 'colour' is none of"):
         Stream(one_measurement, batch=32, block=16, window=4, weights="colour")
+    with pytest.raises(UsageError, match="weights = 'cell_type' lets the values"):
+        Stream(one_measurement, batch=32, block=16, window=4, balance="cell_type")  # type: ignore[arg-type]
 
 
 def test_weighted_cells_carry_their_own_counts_and_resume(one_measurement: Snapshot) -> None:

@@ -127,6 +127,11 @@ class Stream:
     ) -> None:
         if lanes < 1 or window % lanes:
             raise UsageError(f"lanes = {lanes} does not divide window = {window}")
+        if not isinstance(balance, bool):
+            raise UsageError(
+                f"balance = {balance!r} is true or false, about ranks; weights = {balance!r} lets the values of a "
+                "label come equally often"
+            )
         if tokens and controls:
             raise UsageError("controls come with ragged batches: leave tokens out, and make tokens of both")
         if sets and (tokens or weights is not None):
