@@ -1,11 +1,11 @@
 """This module drives the building of a snapshot: what goes where is decided here, the tasks of the shuffle move it.
 
 What a build needs to go on after its driver died stands in ``<lake>/somaflow/building/<name>``: the plan (settings and
-commit, from which everything else follows) and a record of each finished task. The driver itself holds some 60 bytes
+commit, from which everything else follows) and a record of each finished task. The driver itself takes some 100 bytes
 of each cell, and no counts.
 
 Shape letters used in this module:
-    C  chosen cells, in lake order      R  rows of the part that is made      J  joinids, from 0 on
+    C  chosen cells, in lake order      R  rows of the part that is made
 """
 
 from __future__ import annotations
@@ -211,10 +211,7 @@ class _Build:
     # ------------------------------------------------------------------------------------------------------ pass 1
     def _chunks(self) -> Iterator[Chunk]:
         """Cut the cells, in lake order, into chunks of one organism and about as many values."""
-        chunk_C = (np.cumsum(self.size_C) / self.elements).astype(np.int64)
-        changes = (np.diff(chunk_C) != 0) | (np.diff(self.organism_C) != 0)
-        borders = [0, *(np.flatnonzero(changes) + 1).tolist(), self.n_rows] if self.n_rows else [0]
-        for number, (first, stop) in enumerate(pairwise(borders)):
+        for number, (first, stop) in enumerate(pairwise(cut(self.size_C, self.organism_C, self.elements))):
             organism = self.organisms[self.organism_C[first]]
             mine = {name: by[organism] for name, by in self.offsets.items() if organism in by}
             yield Chunk(
@@ -390,6 +387,14 @@ class _Build:
         records.create(records.join(self.uri, snapshot.MANIFEST), manifest)
 
 
+def cut(size_C: NDArray[np.float32], organism_C: NDArray[np.int32], elements: int) -> list[int]:
+    """Return where stretches of one organism and of about so many elements begin, and where the last one ends."""
+    # in double precision: a sum in single precision stops growing where cells are some twenty million
+    stretch_C = (np.cumsum(size_C, dtype=np.float64) / elements).astype(np.int64)
+    changes = (np.diff(stretch_C) != 0) | (np.diff(organism_C) != 0)
+    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(size_C)] if len(size_C) else [0]
+
+
 def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
     """Return joinid, organism, what splits look at and what was measured, in lake order; texts as dictionaries."""
     organisms = settings.organisms or tuple(lake.organisms)
@@ -499,17 +504,17 @@ def _difference(
     """
     fresh = np.ones(len(joinid_C), dtype=bool)
     alive = np.zeros(base.n_rows, dtype=bool)
-    place_J = {}
-    for number, organism in enumerate(organisms):
-        mine = np.flatnonzero(organism_C == number)
-        place_J[organism] = np.full(int(joinid_C[mine].max(initial=-1)) + 1, -1, np.int64)
-        place_J[organism][joinid_C[mine]] = mine
+    # an organism's cells lie together, in the order of their joinids
+    begins = np.searchsorted(organism_C, np.arange(len(organisms) + 1))
+    mine = {name: slice(*ends) for name, ends in zip(organisms, pairwise(begins.tolist()), strict=True)}
     n_moved, such = 0, ""
     for organism, joinids, rows, split in base.identities():
-        place = place_J.get(organism, np.empty(0, np.int64))
-        known = np.flatnonzero(joinids < len(place))
-        here = place[joinids[known]]
-        known, here = known[here >= 0], here[here >= 0]
+        there = mine.get(organism, slice(0, 0))
+        order = np.argsort(joinids)  # looked up in their order, neighbours are found in the same pages
+        here = there.start + np.searchsorted(joinid_C[there], joinids[order])
+        inside = here < there.stop
+        found = np.flatnonzero(inside)[joinid_C[here[inside]] == joinids[order[inside]]]
+        here, known = here[found], order[found]
         fresh[here] = False
         alive[rows[known]] = True
         moved = np.flatnonzero(split_C[here] != split[known])

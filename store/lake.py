@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -285,11 +285,18 @@ class Lake:
             raise UsageError(f"obs has no column {unknown[0]!r}; columns: {', '.join(obs.schema.names)}")
         wanted = None if columns is None else ["soma_joinid", *(name for name in columns if name != "soma_joinid")]
         ranges = self._ranges(organism)
+        parts = [self._held(part, ranges, coded) for part in self._obs_parts(obs, where, wanted, span)]
+        table = pa.concat_tables(parts).unify_dictionaries()
+        in_order = bool(np.all(np.diff(table["soma_joinid"].to_numpy()) > 0))
+        return table if in_order else table.sort_by("soma_joinid")
+
+    def _obs_parts(
+        self, obs: Any, where: str | None, wanted: list[str] | None, span: tuple[int, int] | None
+    ) -> Iterator[pa.Table]:
+        """Read obs a part at a time; what goes wrong in reading is told as what it is about."""
+        rows = () if span is None else (slice(*span),)
         try:
-            rows = () if span is None else (slice(*span),)
-            parts = [
-                self._held(part, ranges, coded) for part in obs.read(rows, value_filter=where, column_names=wanted)
-            ]
+            yield from obs.read(rows, value_filter=where, column_names=wanted)
         except (tiledbsoma.SOMAError, ValueError, SyntaxError, KeyError) as error:
             if "IO Error" in str(error) or "TileDB::S3" in str(error):
                 raise StorageError(
@@ -299,9 +306,6 @@ class Lake:
             raise UsageError(
                 f"where = {where!r}: {str(error).strip().splitlines()[0]}; columns: {', '.join(obs.schema.names)}"
             ) from None
-        table = pa.concat_tables(parts).unify_dictionaries()
-        in_order = bool(np.all(np.diff(table["soma_joinid"].to_numpy()) > 0))
-        return table if in_order else table.sort_by("soma_joinid")
 
     @staticmethod
     def _held(part: pa.Table, ranges: NDArray[np.int64], coded: Sequence[str]) -> pa.Table:

@@ -32,7 +32,7 @@ Who hands a request to another of TileDB's threads turns round and round until i
 free makes it himself, and sleeps.
 """
 QUERIES = 2**13
-"""Queries after which arrays are opened anew, for what TileDB keeps of each: 100 MB come together until then."""
+"""Queries of this process after which a part's arrays are opened anew, for what TileDB keeps of each: 100 MB of all."""
 VERIFIED_ELEMENTS = 2**22
 
 LABELS = (
@@ -75,12 +75,15 @@ class _Opened:
 
     Attributes:
         context: Of all of them.
-        queries: Counts the queries that are made.
+        since: The number of this process's query from which on they are used.
     """
+
+    queries = count()
+    """Numbers the queries of all parts."""
 
     def __init__(self, uri: str) -> None:
         self.context = new_tiledb_context(READING_THREADS)
-        self.queries = count(1)
+        self.since = next(self.queries)
         self._uri = uri
         self._arrays: dict[tuple[str, ...], tiledb.Array] = {}
         self._opening = threading.Lock()
@@ -228,8 +231,14 @@ class Part:
         return self._lines("numbers", list(range(len(NUMBERS))), start, stop, np.float32)
 
     def cells(self, start: int, stop: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return one line for each of the rows ``start`` to ``stop`` (exclusive), as it was when the part was made."""
+        """Return one line for each of the rows ``start`` to ``stop`` (exclusive), as it was when the part was made.
+
+        Raises:
+            UsageError: Unknown column.
+        """
         wanted = list(CELLS_SCHEMA.names if columns is None else dict.fromkeys(["row", *columns]))
+        if unknown := sorted(set(wanted) - set(CELLS_SCHEMA.names)):
+            raise UsageError(f"{self.uri}: no column {unknown[0]!r}; columns: {', '.join(CELLS_SCHEMA.names)}")
         if start == stop:
             return CELLS_SCHEMA.empty_table().select(wanted)
         with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
@@ -278,10 +287,12 @@ class Part:
     def _renewed(self) -> _Opened:
         """Return the opened arrays; whoever makes one query too many opens them anew, while others use the old ones."""
         opened = self._opened
-        if next(opened.queries) > QUERIES and self._renewing.acquire(blocking=False):
+        if (number := next(_Opened.queries)) > opened.since + QUERIES and self._renewing.acquire(blocking=False):
             try:
                 if self._opened is opened:
                     self._opened = opened.anew()
+            except tiledb.TileDBError:  # those that are open will do until the store answers again
+                opened.since = number
             finally:
                 self._renewing.release()
         return self._opened

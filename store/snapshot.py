@@ -297,9 +297,13 @@ class Snapshot:
                 of cells takes some hundred bytes of memory each).
 
         The split of a cell that the lake no longer holds is empty.
+
+        Raises:
+            UsageError: Unknown column, or rows outside the snapshot.
         """
         tables = [self.parts[0].cells(0, 0, columns)]
         for first, stop in [(0, self.n_rows)] if spans is None else spans:
+            self._refuse_outside(first, stop)
             for part, start, end in self._within(first, stop):
                 table = part.cells(start, end, columns)
                 rows = pa.array(table["row"].to_numpy() + part.first_row)
@@ -311,6 +315,10 @@ class Snapshot:
             nothing = pa.scalar("", whole["split"].type)
             whole = whole.set_column(position, "split", pa.compute.if_else(gone, nothing, whole["split"]))
         return whole
+
+    def _refuse_outside(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.n_rows:
+            raise UsageError(f"{self.uri}: rows {start} to {stop} are outside 0 to {self.n_rows}")
 
     def _within(self, first: int, stop: int) -> Iterator[tuple[Part, int, int]]:
         """Yield the parts that have some of these rows, with the first and the one behind the last, counted in it."""
@@ -410,8 +418,7 @@ class Snapshot:
             VerificationError: The stored bytes are damaged.
         """
         self._know(measurement)
-        if not 0 <= start <= stop <= self.n_rows:
-            raise UsageError(f"{self.uri}: rows {start} to {stop} are outside 0 to {self.n_rows}")
+        self._refuse_outside(start, stop)
         pieces = [part.block(measurement, first, last) for part, first, last in self._within(start, stop)]
         if not pieces:
             pieces = [self.parts[0].block(measurement, 0, 0)]

@@ -18,7 +18,7 @@ import scipy.sparse
 import tiledbsoma
 from encoded import add_dataset, encoded_counts, numbered
 
-from store import schema
+from store import context, schema
 from store.errors import ConflictError, InputRefused, MissingError, UsageError, VerificationError
 from store.lake import Lake, create_lake, open_lake
 from store.schema import DatasetPlan, Features
@@ -249,6 +249,28 @@ def test_cells_that_lack_stray_or_are_of_another_dataset_are_found(
     assert [name for name, _ in problems] == [name for name, _ in expected]
     for (_, problem), (_, words) in zip(problems, expected, strict=True):
         assert words in problem
+
+
+def test_obs_that_comes_in_many_parts_is_the_same_with_texts_as_dictionaries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        for name, n_cells in (("a", 160), ("b", 90), ("c", 70)):
+            add_dataset(writer, name, n_cells, {"RNA": 9})
+    whole = open_lake(uri).obs("homo_sapiens", columns=["dataset_id", "donor_id", "time"])
+    monkeypatch.setattr(context, "BUFFER_BYTES", 1024)
+    context.tiledb_config.cache_clear()
+    try:
+        lake = open_lake(uri)
+        assert sum(1 for _ in lake.experiment("homo_sapiens").obs.read()) > 2
+        texts = ["dataset_id", "donor_id"]
+        coded = lake.obs("homo_sapiens", columns=["dataset_id", "donor_id", "time"], coded=texts)
+        assert all(pa.types.is_dictionary(coded[name].type) for name in texts)
+        assert coded.to_pylist() == whole.to_pylist()
+        assert [check for check in validate(lake) if check.problem] == []
+    finally:
+        context.tiledb_config.cache_clear()
 
 
 def test_a_damaged_read_back_stops_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import psutil
 import pytest
 import scipy.sparse
+import tiledb
 import tiledbsoma
 from encoded import add_dataset
 
 from store import records
-from store.build import builder_lock
+from store.build import CELL_ELEMENTS, builder_lock, cut
 from store.cluster import Tasks, in_this_process, ray_tasks
 from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
@@ -202,7 +203,7 @@ def stopping_after(n_tasks: int, done: list[Any]) -> Tasks:
 @pytest.fixture
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of a few cells each, so that a small lake takes many."""
-    monkeypatch.setattr("store.build.ELEMENTS", 900)
+    monkeypatch.setattr("store.build.ELEMENTS", 2500)
 
 
 @pytest.mark.usefixtures("small_tasks")
@@ -274,7 +275,7 @@ def test_a_task_killed_while_it_writes_leaves_nothing_twice(lake_uri: str, monke
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_tasks_of_any_size_make_the_same_rows(lake_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = create_snapshot(lake_uri, "alone", SnapshotSettings(seed=8, split_by="donor_id"))
-    monkeypatch.setattr("store.build.ELEMENTS", 1500)
+    monkeypatch.setattr("store.build.ELEMENTS", 4500)
     spread = create_snapshot(lake_uri, "spread", SnapshotSettings(seed=8, split_by="donor_id"), tasks=ray_tasks)
     here = create_snapshot(lake_uri, "here", SnapshotSettings(seed=8, split_by="donor_id"))
     spread.verify()
@@ -343,7 +344,11 @@ def test_a_subset_of_features_and_another_snapshots_vocabulary(lake_uri: str, al
         delete_snapshot(lake_uri, name)
 
 
-def test_a_refreshed_snapshot_reads_new_cells_only_and_leaves_out_those_that_went(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scanned_rows", [2**20, 25])
+def test_a_refreshed_snapshot_reads_new_cells_only_and_leaves_out_those_that_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned_rows: int
+) -> None:
+    monkeypatch.setattr("store.snapshot.SCANNED_ROWS", scanned_rows)
     uri = str(tmp_path / "lake")
     with LakeWriter(uri) as writer:
         add_dataset(writer, "a", 120, {"RNA": 30}, origin="a.h5ad")
@@ -390,6 +395,10 @@ def test_a_refreshed_snapshot_reads_new_cells_only_and_leaves_out_those_that_wen
     rows = [row for first, stop in spans for row in range(first, stop)]
     assert third.cells(spans=spans).to_pandas().equals(everything.take(rows).to_pandas())
     assert third.cells(["split"], [(189, 189)]).to_pylist() == []
+    with pytest.raises(UsageError, match="rows 400 to 447 are outside 0 to 446"):
+        third.cells(spans=[(400, 447)])
+    with pytest.raises(UsageError, match="no column 'tisue'; columns: row, soma_joinid"):
+        third.cells(["tisue"])
     for name in ("s3", "s2", "s"):
         delete_snapshot(uri, name)
     assert list_snapshots(uri) == ["anew"]
@@ -506,3 +515,42 @@ def test_arrays_that_are_read_for_long_are_opened_anew_meanwhile_and_keep_no_mem
         assert all(pool.map(read, range(3000)))
     assert part._opened is not opened
     assert process.memory_info().rss - before < 40 * 2**20  # TileDB keeps 12 KB for each of these 9,000 queries
+
+
+def test_tasks_stay_small_however_many_cells_there_are_and_count_their_labels() -> None:
+    size_C = np.full(30_000_000, CELL_ELEMENTS + 8, np.float32)
+    borders = cut(size_C, np.zeros(len(size_C), np.int32), 2**24)
+    assert borders[0] == 0
+    assert borders[-1] == len(size_C)
+    assert max(np.diff(borders)) <= 2**24 // (CELL_ELEMENTS + 8) + 1
+    assert cut(size_C[:9], np.array([0, 0, 0, 0, 1, 1, 1, 1, 1], np.int32), 80) == [0, 1, 3, 4, 5, 7, 9]
+    assert cut(size_C[:0], np.zeros(0, np.int32), 80) == [0]
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_cells_without_values_fill_a_task_with_their_labels(tmp_path: Path) -> None:
+    uri, done = str(tmp_path / "lake"), []
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 400, {"RNA": 1})
+    create_snapshot(uri, "s", SnapshotSettings(), tasks=stopping_after(-1, done)).verify()
+    sizes = [len(item.joinids_C) for name, item in done if name == "scatter"]
+    assert len(sizes) == 6
+    assert max(sizes) <= 2500 / CELL_ELEMENTS
+
+
+def test_a_part_whose_arrays_cannot_be_opened_anew_goes_on_with_those_that_are_open(
+    all_cells: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = open_snapshot(all_cells.lake_uri, all_cells.name).parts
+    before, opened = part.block("RNA", 0, 9), part._opened
+    monkeypatch.setattr("store.part.QUERIES", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(opened), "anew", failing)
+        assert all(np.array_equal(*pair) for pair in zip(part.block("RNA", 0, 9), before, strict=True))
+    assert part._opened is opened
+    part.block("RNA", 0, 9)
+    assert part._opened is not opened
+
+
+def failing(_: object) -> None:
+    raise tiledb.TileDBError("the store does not answer")

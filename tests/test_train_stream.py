@@ -242,7 +242,7 @@ def test_weights_make_labels_come_equally_often(one_measurement: Snapshot) -> No
         Stream(one_measurement, batch=32, block=16, window=4, weights=[1.0])
     with pytest.raises(UsageError, match="weights = 'colour' is none of"):
         Stream(one_measurement, batch=32, block=16, window=4, weights="colour")
-    with pytest.raises(UsageError, match="weights = 'cell_type' lets the values"):
+    with pytest.raises(UsageError, match="'cell_type' is not true or false"):
         Stream(one_measurement, batch=32, block=16, window=4, balance="cell_type")  # type: ignore[arg-type]
 
 

@@ -129,8 +129,8 @@ class Stream:
             raise UsageError(f"lanes = {lanes} does not divide window = {window}")
         if not isinstance(balance, bool):
             raise UsageError(
-                f"balance = {balance!r} is true or false, about ranks; weights = {balance!r} lets the values of a "
-                "label come equally often"
+                f"balance = {balance!r} is not true or false: it is about ranks; weights = 'cell_type' lets the values "
+                "of a label come equally often"
             )
         if tokens and controls:
             raise UsageError("controls come with ragged batches: leave tokens out, and make tokens of both")
