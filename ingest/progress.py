@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,8 @@ from store.writer import BlockStats
 
 SHOWN_EVERY_S = 10.0
 KEPT_EVERY_S = 2.0
+ENDED_SHOWN = 10
+"""Bars of datasets that have ended which stay in sight: all are drawn anew ten times a second."""
 
 
 class Progress:
@@ -48,6 +51,7 @@ class Progress:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, rich_progress.TaskID] = {}
+        self._ended: deque[str] = deque()
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -107,6 +111,9 @@ class Progress:
         self._show_left()
         if name in self._tasks:
             self._bars.update(self._tasks[name], speed=state)
+            self._ended.append(name)
+            if len(self._ended) > ENDED_SHOWN:
+                self._bars.remove_task(self._tasks.pop(self._ended.popleft()))
         self.tick(force=True)
 
     def tick(self, force: bool = False) -> None:

@@ -58,7 +58,7 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
     folder = scratch_folder() / hashlib.sha256(json.dumps([*identity, shape]).encode()).hexdigest()[:32]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             if not (folder / "done").exists():
                 _forget_old(folder.parent)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +76,8 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from making a scratch folder at the same time."""
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

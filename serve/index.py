@@ -21,9 +21,8 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from numpy.typing import NDArray
 from usearch.index import Index
 
 from store import records
-from store.embeddings import Generation, block_starts, list_embeddings, open_embeddings
+from store.embeddings import Generation, list_embeddings, open_embeddings
 from store.errors import InputRefused, MissingError
 from store.lake import Lake, open_lake, utc_now
 
@@ -75,10 +74,11 @@ def make_index(generation: Generation, *, threads: int = 1) -> dict[str, Any]:
     if standing is not None:
         return standing
     lake = open_lake(generation.lake_uri, int(generation.plan["commit"]))
-    table = _labels(lake, generation)
+    table, largest = _labels(lake, generation)
     with tempfile.TemporaryDirectory(prefix="somaflow-index-") as scratch:
         vectors, cells = Path(scratch) / VECTORS, Path(scratch) / CELLS
-        dtype = _write_vectors(generation, table["soma_joinid"].to_numpy(), vectors, threads)
+        dtype = "f16" if largest < HALF else "f32"
+        _write_vectors(generation, table["soma_joinid"].to_numpy(), vectors, dtype, threads)
         with pa.OSFile(str(cells), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
         manifest = {
@@ -100,25 +100,19 @@ def make_index(generation: Generation, *, threads: int = 1) -> dict[str, Any]:
     return manifest
 
 
-def _labels(lake: Lake, generation: Generation) -> pa.Table:
-    """Return the cells that embeddings hold, with their labels, ascending, in one piece."""
+def _labels(lake: Lake, generation: Generation) -> tuple[pa.Table, float]:
+    """Return the cells that embeddings hold, with their labels, ascending, in one piece, and their largest value."""
     texts = [name for name in LABELS if name != "cell_id"]
     obs = lake.obs(generation.organism, generation.plan["where"] or None, list(LABELS), coded=texts)
-    held = [found for _, found in _blocks(generation, obs["soma_joinid"].to_numpy())]
-    obs = obs.filter(pa.array(np.concatenate([np.zeros(0, bool), *held]))).combine_chunks()
-    return obs.select(["soma_joinid", *texts, "cell_id"])
+    held, largest = [np.zeros(0, bool)], 0.0
+    for part_CD, found_C in generation.blocks(obs["soma_joinid"].to_numpy()):
+        held.append(found_C)
+        largest = max(largest, float(np.abs(part_CD[found_C]).max(initial=0.0)))
+    obs = obs.filter(pa.array(np.concatenate(held))).combine_chunks()
+    return obs.select(["soma_joinid", *texts, "cell_id"]), largest
 
 
-def _blocks(
-    generation: Generation, joinid_N: NDArray[np.int64]
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-    for start, stop in pairwise(block_starts(joinid_N)):
-        yield generation.read(joinid_N[start:stop])
-
-
-def _write_vectors(generation: Generation, joinid_N: NDArray[np.int64], path: Path, threads: int) -> str:
-    largest = max((float(np.abs(part).max()) for part, _ in _blocks(generation, joinid_N)), default=0.0)
-    dtype = "f16" if largest < HALF else "f32"
+def _write_vectors(generation: Generation, joinid_N: NDArray[np.int64], path: Path, dtype: str, threads: int) -> None:
     index = Index(
         ndim=int(generation.plan["dimension"]),
         metric="l2sq",
@@ -127,11 +121,10 @@ def _write_vectors(generation: Generation, joinid_N: NDArray[np.int64], path: Pa
         expansion_add=EXPANSION_ADD,
     )
     start = 0
-    for part, _ in _blocks(generation, joinid_N):
+    for part, _ in generation.blocks(joinid_N):
         index.add(joinid_N[start : start + len(part)].astype(np.uint64), part, threads=threads)
         start += len(part)
     index.save(str(path))
-    return dtype
 
 
 def _described(path: Path) -> dict[str, Any]:

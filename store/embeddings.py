@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import soma_context, storage
+from store.context import read_parts, soma_context, storage
 from store.errors import ConflictError, MissingError, UsageError, VerificationError
-from store.fragments import FragmentWriter, fragments, remove_fragments
+from store.fragments import FragmentWriter, fragments, merge_footers, remove_fragments
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.writer import content_digest
@@ -45,6 +46,9 @@ ROW_TILE = 512
 BLOCK_CELLS = 4096
 """Cells of a block, about: what is embedded again when a worker dies."""
 READ_BYTES = 2**27
+OPENED_BLOCKS = 256
+"""Blocks that are read before the array is opened anew: TileDB keeps memory of each read until then."""
+COORDINATES = ("soma_dim_0", "soma_dim_1", "soma_data")
 IDENTITY = ("model_sha256", "where")
 """What a generation must share with the one before to take over its vectors, and its name without being told to."""
 MANIFEST = "somaflow_manifest"
@@ -114,13 +118,29 @@ class Generation:
 
     def read(self, joinid_C: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return embedding_CD of cells, ascending, and which of them it holds; NaN where it does not."""
+        with self._open() as array:
+            return self._read(array, joinid_C)
+
+    def blocks(self, joinid_C: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """Read cells, ascending, block by block, each as ``read`` would; the array is opened once for many blocks."""
+        borders = list(pairwise(block_starts(joinid_C).tolist()))
+        for first in range(0, len(borders), OPENED_BLOCKS):
+            with self._open() as array:
+                for start, stop in borders[first : first + OPENED_BLOCKS]:
+                    yield self._read(array, joinid_C[start:stop])
+
+    def _open(self) -> Any:
+        now = max(int(time.time() * 1000), int((self.manifest or {}).get("timestamp_ms", 0)))
+        return tiledbsoma.SparseNDArray.open(self.array_uri, context=soma_context(now, READ_BYTES, scattered=True))
+
+    def _read(self, array: Any, joinid_C: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         embedding_CD = np.full((len(joinid_C), int(self.plan["dimension"])), np.nan, np.float32)
         if len(joinid_C) == 0:
             return embedding_CD, np.zeros(0, bool)
         contiguous = int(joinid_C[-1] - joinid_C[0]) == len(joinid_C) - 1
         rows = slice(int(joinid_C[0]), int(joinid_C[-1])) if contiguous else pa.array(joinid_C)
-        now = max(int(time.time() * 1000), int((self.manifest or {}).get("timestamp_ms", 0)))
-        for row, column, value in _values(self.array_uri, rows, now):
+        for part in array.read((rows,)).tables():
+            row, column, value = (part[name].to_numpy() for name in COORDINATES)
             embedding_CD[np.searchsorted(joinid_C, row), column] = value
         return embedding_CD, np.asarray(np.isfinite(embedding_CD).all(axis=1))
 
@@ -131,13 +151,6 @@ def _folder(lake_uri: str, *parts: str) -> str:
 
 def _numbered(number: int) -> str:
     return f"{number:012d}"
-
-
-def _values(uri: str, rows: Any, timestamp_ms: int) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    context = soma_context(timestamp_ms, READ_BYTES, scattered=True)
-    with tiledbsoma.SparseNDArray.open(uri, context=context) as array:
-        for part in array.read((rows,)).tables():
-            yield tuple(part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
 
 
 def generations(lake_uri: str, organism: str, key: str) -> list[Generation]:
@@ -323,7 +336,9 @@ def write_block(
             writer.write(first, scipy.sparse.csr_matrix(part, shape=(last - first + 1, width)))
     rows = np.repeat(joinid_C, width)
     digest = content_digest(rows, np.tile(columns, len(joinid_C)), embedding_CD.ravel())
-    found = sum(content_digest(*part) for part in _values(generation.array_uri, pa.array(joinid_C), timestamp_ms))
+    span = slice(int(joinid_C[0]), int(joinid_C[-1]))
+    own = read_parts(generation.array_uri, timestamp_ms, timestamp_ms, rows=span, budget_bytes=READ_BYTES)
+    found = sum(content_digest(*(part[name].to_numpy() for name in COORDINATES)) for part in own)
     if found % 2**64 != digest:
         raise VerificationError(
             f"{generation.array_uri}: cells {joinid_C[0]} to {joinid_C[-1]} read back differ from what was written; "
@@ -366,6 +381,7 @@ def complete(generation: Generation, said: Mapping[str, Any]) -> dict[str, Any]:
     with storage(generation.lake_uri):
         there = fragments(generation.array_uri)
         remove_fragments(generation.array_uri, [one.name for one in there if one.name not in kept])
+        merge_footers(generation.array_uri)
         with tiledbsoma.SparseNDArray.open(generation.array_uri, "w", context=soma_context()) as array:
             array.metadata[MANIFEST] = json.dumps(manifest, sort_keys=True)
         _enter(generation)

@@ -49,9 +49,9 @@ class WriterLock:
         if not records.create(self._record(number + 1), mine):
             raise ConflictError(f"{self.lake_uri}: another driver was first; wait and run the same command again")
         self.number = number + 1
-        for old in range(max(0, self.number - 100), self.number):
-            for name in (self._record(old), self._record(old, "released"), self._record(old, "beat")):
-                records.remove(name)
+        for name in records.names(self.folder):
+            if (old := name.partition(".")[0]).isdigit() and int(old) < self.number:
+                records.remove(records.join(self.folder, name))
         self._thread = threading.Thread(target=self._beat, daemon=True, name="writer-lock")
         self._thread.start()
 

@@ -135,19 +135,24 @@ def _assigned(
     wanted = [(name, *item) for name, columns in settings.assign.items() for item in columns.items()]
     for name, column, values in wanted:
         number, (known, code_C) = names.index(name), by_name[column]
+        code_of = {value: code for code, value in enumerate(known)}
+        chosen_V = np.zeros(len(known), dtype=bool)
         for value in values:
-            if value not in known:
+            if value not in code_of:
                 near = difflib.get_close_matches(value, sorted(known), n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UsageError(f"assign.{name}.{column}: no chosen cell has {value!r}{hint}")
-            found = code_C == known.index(value)
-            other = assigned_C[found & (assigned_C >= 0) & (assigned_C != number)]
-            if len(other):
-                raise UsageError(
-                    f"assign.{name}.{column} = {value!r}: {len(other):,} of its cells are also assigned to "
-                    f"{names[other[0]]!r}"
-                )
-            assigned_C[found] = number
+            chosen_V[code_of[value]] = True
+        found_C = chosen_V[code_C]
+        twice = np.flatnonzero(found_C & (assigned_C >= 0) & (assigned_C != number))
+        if len(twice):
+            value = min((known[code] for code in np.unique(code_C[twice])), key=values.index)
+            other = assigned_C[twice][code_C[twice] == code_of[value]]
+            raise UsageError(
+                f"assign.{name}.{column} = {value!r}: {len(other):,} of its cells are also assigned to "
+                f"{names[other[0]]!r}"
+            )
+        assigned_C[found_C] = number
     return assigned_C
 
 

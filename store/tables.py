@@ -206,7 +206,9 @@ class _Removed:
         if standing:
             first = standing.dataset["obs_start"]
             obs = before.experiment(standing.dataset["organism"]).obs
-            self.obs = obs.read((slice(first, first + standing.dataset["n_obs"] - 1),)).concat()
+            wanted = ["is_primary_data", *_category_columns(), *map(schema.measured_column, schema.MEASUREMENTS)]
+            rows = (slice(first, first + standing.dataset["n_obs"] - 1),)
+            self.obs = obs.read(rows, column_names=wanted).concat()
         self._before = before
 
     def features(self, measurement: str) -> pd.DataFrame:
@@ -218,18 +220,18 @@ class _Removed:
         uri = records.join(self._before.uri, "census_data", dataset["organism"], "ms", measurement)
         at = soma_context(self._before.commit.timestamp_ms)
         nnz = np.zeros(schema.FEATURE_CAPACITY[measurement], np.int64)
-        cells: set[int] = set()
+        has_value_C = np.zeros(dataset["n_obs"], dtype=bool)
         rows = slice(dataset["obs_start"], dataset["obs_start"] + dataset["n_obs"] - 1)
         with tiledbsoma.SparseNDArray.open(records.join(uri, "X", content.layer), context=at) as layer:
             for part in layer.read((rows,)).tables():
                 nnz += np.bincount(part["soma_dim_1"].to_numpy(), minlength=len(nnz))
                 if content.layer != "raw":
-                    cells.update(np.unique(part["soma_dim_0"].to_numpy()).tolist())
+                    has_value_C[part["soma_dim_0"].to_numpy() - dataset["obs_start"]] = True
         joinid = dataset["dataset_joinid"]
         with tiledbsoma.SparseNDArray.open(records.join(uri, "feature_dataset_presence_matrix"), context=at) as matrix:
             found = matrix.read((slice(joinid, joinid),)).tables().concat()["soma_dim_1"].to_numpy()
         column = self.obs[schema.measured_column(measurement)].to_numpy()
-        n_measured = int(np.count_nonzero(column)) if content.layer == "raw" else len(cells)
+        n_measured = int(np.count_nonzero(column)) if content.layer == "raw" else int(has_value_C.sum())
         return pd.DataFrame({"nnz": nnz[found], "n_measured_obs": n_measured}, index=found)
 
 

@@ -100,6 +100,16 @@ def test_a_running_ingest_tells_rows_speed_and_what_is_left(lake: Lake) -> None:
     assert records.read_all(f"{lake.uri}/somaflow/running") == []
 
 
+def test_bars_of_datasets_that_ended_leave_the_terminal_but_for_the_last_ones() -> None:
+    with Progress(None) as progress:
+        for number in range(40):
+            progress.add(f"d{number}")
+            progress.size(f"d{number}", 10)
+            if number:
+                progress.done(f"d{number}", "committed")
+        assert [bar.description for bar in progress._bars.tasks] == ["d0", *(f"d{number}" for number in range(30, 40))]
+
+
 def test_the_commands_answer_people_and_programs(lake: Lake, tmp_path: Path) -> None:
     def ours(*words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "NO_COLOR": "1"}

@@ -9,6 +9,7 @@ import json
 import tarfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import anndata
 import h5py
@@ -23,6 +24,7 @@ import scipy.sparse
 from ingest.expand import expand
 from ingest.job import JobSettings, SourceSettings
 from ingest.run import Outcome, run
+from ingest.sources import tenx
 from store import records
 from store.errors import InputRefused, MissingError, UsageError
 from store.lake import Lake, open_lake
@@ -251,6 +253,24 @@ def test_metabolites_of_a_study_have_their_identifiers_samples_and_gaps(filled: 
     assert ranges.loc["urine", "layer"] == "value"
     assert ranges.loc["urine", "n_measured_obs"] == 132
     assert done["serum"].cells == 419
+
+
+def test_an_archive_is_unpacked_once_and_again_when_that_was_cut_short(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    unpack = mock.Mock(side_effect=tenx.members)
+    monkeypatch.setattr(tenx, "members", unpack)
+    uri = str(shared_data / "citeseq/pbmc_10k_protein_v3_mtx.tar.gz")
+    found = tenx._archive(uri)
+    assert set(found) == {"matrix", "features", "barcodes"}
+    assert tenx._archive(uri) == found
+    assert unpack.call_count == 1
+    (done,) = tmp_path.glob("*/done.json")
+    done.unlink()
+    Path(found["barcodes"]).write_bytes(b"half")
+    assert tenx._archive(uri) == found
+    assert gzip.decompress(Path(found["barcodes"]).read_bytes()).count(b"-1\n") > 700
 
 
 @pytest.mark.ray

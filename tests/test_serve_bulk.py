@@ -170,8 +170,9 @@ def test_a_stopped_run_shows_nothing_and_the_same_again_does_only_what_is_left(l
     [
         (embeddings, "_ensure_obsm"),
         (embeddings.records, "create"),
-        (embeddings, "_values"),
+        (embeddings, "read_parts"),
         (embeddings, "remove_fragments"),
+        (embeddings, "merge_footers"),
         (embeddings, "_enter"),
         (embeddings, "_forget_old"),
         (index, "_put"),
@@ -186,14 +187,14 @@ def test_killed_at_any_step_readers_see_all_or_nothing_and_the_same_again_ends_r
     for dies_at in itertools.count(1):
         calls, dead = itertools.count(1), False
 
-        def dies(*words: object, calls: Iterator[int] = calls, dies_at: int = dies_at) -> object:
+        def dies(*words: object, calls: Iterator[int] = calls, dies_at: int = dies_at, **named: object) -> object:
             nonlocal dead
             if str(words[0]).endswith(".released"):  # a dead process has no lock
-                return real(*words)
+                return real(*words, **named)
             dead = dead or next(calls) == dies_at
             if dead:
                 raise Broken
-            return real(*words)
+            return real(*words, **named)
 
         monkeypatch.setattr(module, name, dies)
         with suppress(Broken):

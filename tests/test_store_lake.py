@@ -273,6 +273,14 @@ def test_obs_that_comes_in_many_parts_is_the_same_with_texts_as_dictionaries(
         context.tiledb_config.cache_clear()
 
 
+def test_locks_that_were_given_back_are_removed_by_the_next_driver(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    for _ in range(4):
+        with LakeWriter(uri):
+            pass
+    assert {path.stem for path in (tmp_path / "lake/somaflow/locks").iterdir()} == {"000000000003"}
+
+
 def test_a_damaged_read_back_stops_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LakeWriter(str(tmp_path / "lake")) as writer:
         reservation = writer.reserve(plan())

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -87,6 +88,12 @@ def test_the_folder_stays_within_its_size_and_the_oldest_go_first(snapshot: Snap
         room.store(("s", number), np.array([300]), block, block)
         os.utime(tmp_path / "order/s" / str(number), (number, number))
     assert [path.name for path in files(tmp_path / "order")] == ["2", "3"]
+    many = BlockCache(tmp_path / "many", 100_000)
+    with mock.patch.object(many, "_files", side_effect=many._files) as looked:
+        for number in range(400):
+            many.store(("s", number), np.array([300]), blocks[0], blocks[0])
+    assert 70 < len(files(tmp_path / "many")) < 80
+    assert looked.call_count < 60
     room.store(("s", "huge"), np.array([9000]), np.zeros(9000, np.uint16), np.zeros(9000, np.uint16))
     assert len(files(tmp_path / "order")) == 2
 

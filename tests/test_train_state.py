@@ -80,9 +80,13 @@ def test_a_torn_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     torn = next(path for path in newest.iterdir() if path.suffix == ".distcp")
     torn.write_bytes(torn.read_bytes()[:-9])
     (tmp_path / "step_000000009_half").mkdir()  # killed between upload and manifest
-    manifest = States(tmp_path).load(*trained(0.0, steps=0))
+    resumed = States(tmp_path)
+    manifest = resumed.load(*trained(0.0, steps=0))
     assert manifest is not None
     assert manifest["global_step"] == 2
+    resumed.save(*trained(4.0, steps=1), {"global_step": 4})
+    resumed.finish()
+    assert not (tmp_path / "step_000000009_half").exists()
 
 
 def test_the_best_state_is_kept_beside_the_last_ones(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ STALE_S = 3600.0
 
 OPEN_FILES = 1024
 """Blocks that a process keeps mapped; the kernel allows some ten thousand maps."""
+SPARE = 0.1
+"""Share of the cache that is emptied when it is full: all files are looked at to find the oldest."""
 
 
 class BlockCache:
@@ -150,7 +152,7 @@ class BlockCache:
         return sorted(found)
 
     def _make_room(self, size: int) -> None:
-        """Count a file that is about to be written, and remove the oldest until it fits."""
+        """Count a file that is about to be written; where it does not fit, remove the oldest, and some room beside."""
         with self._lock:
             self._writing += size
             room = self.max_bytes - self._writing
@@ -158,13 +160,16 @@ class BlockCache:
                 return
             files = self._files()  # other processes write here too
             self._bytes = sum(held for _, held, _ in files)
+            gone = set()
             for _, held, path in files:
-                if self._bytes <= room:
+                if self._bytes <= room - SPARE * self.max_bytes:
                     break
+                gone.add(path)
                 self._open.pop(path, None)
                 with contextlib.suppress(OSError):
                     path.unlink()
                 self._bytes -= held
+            self._proved = {mark for mark in self._proved if mark[0] not in gone}
 
 
 def _whole(content: mmap.mmap) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from store.cluster import RayMetrics
 from train.record import PARTS, USEFUL
@@ -62,7 +62,7 @@ COUNTED = ("cells", "tokens", "operations")
 class Gauges:
     """What the first worker of a run shows."""
 
-    def __init__(self, settings: RunSettings, kept: Sequence[dict[str, float]] = ()) -> None:
+    def __init__(self, settings: RunSettings, kept: Iterable[dict[str, float]] = ()) -> None:
         """Begin; every figure carries the run's name. Ray must run.
 
         Args:
@@ -70,10 +70,13 @@ class Gauges:
             kept: Figures of the steps that the run goes on from, for the goodput.
         """
         self.run, self.metrics = settings.name, RayMetrics(METRICS)
-        self.useful_s = sum(_useful(row) for row in kept)
-        self.begun = kept[0]["time"] - _whole(kept[0]) if kept else None
+        self.useful_s, self.begun, last = 0.0, None, 0.0
+        for row in kept:
+            self.useful_s += _useful(row)
+            self.begun = row["time"] - _whole(row) if self.begun is None else self.begun
+            last = row["step"]
         self.committed, self.committed_at = -1.0, time.time()
-        self._set("step", kept[-1]["step"] if kept else 0)
+        self._set("step", last)
         self._set("last_step_unixtime", time.time())
         self._set("steps_wanted", settings.steps)
         self._set("checkpoint_every_steps", settings.checkpoint_every)

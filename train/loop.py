@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -42,7 +43,7 @@ from train.model import CellModel
 from train.novelty import HELD_OUT_CELLS, REFERENCE_CELLS, Reference, first_cells, make_reference
 from train.objective import Objective
 from train.predictor import Predictor
-from train.record import PARTS, Metrics, Summary, number_or_nan, read_metrics, read_summary, write_json
+from train.record import PARTS, Metrics, Summary, iter_metrics, number_or_nan, read_summary, write_json
 from train.schedule import learning_rate
 from train.settings import RunSettings
 from train.start import begin
@@ -416,18 +417,22 @@ class Run:
 
     def _summary(self, test: float) -> Summary:
         """Sum up the whole run, also the part before a resume, from its metrics."""
-        rows = read_metrics(self.folder / "metrics.jsonl")
-        last = rows[-20:]
-        seconds = sum(row.get(part, 0.0) for row in rows for part in PARTS)
+        first, last = math.nan, deque[float](maxlen=20)
+        seconds = cells = waited = 0.0
+        for row in iter_metrics(self.folder / "metrics.jsonl"):
+            first = first if last else row["loss"]
+            last.append(row["loss"])
+            seconds += sum(row.get(part, 0.0) for part in PARTS)
+            cells, waited = cells + row["cells"], waited + row["data_wait_s"]
         at_start = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
         return Summary(
             steps=self.step,
-            loss_first=rows[0]["loss"],
-            loss_last=sum(row["loss"] for row in last) / len(last),
+            loss_first=first,
+            loss_last=sum(last) / len(last),
             loss_test=test,
             loss_test_first=number_or_nan(at_start["loss_test"]),
-            cells_per_s=sum(row["cells"] for row in rows) / seconds,
-            data_wait_share=sum(row["data_wait_s"] for row in rows) / seconds,
+            cells_per_s=cells / seconds,
+            data_wait_share=waited / seconds,
             parameters=self.parameters,
             checkpoint=str(self.folder / exported(self.settings)),
             resumed_from=self.resumed_from,

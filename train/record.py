@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,33 @@ class Summary:
     resumed_from: int
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def iter_metrics(path: Path) -> Iterator[dict[str, float]]:
     """Read a run's metrics, one dictionary for each finished step; a last line that was cut off is not there."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
 
 
-def kept_metrics(path: Path, step: int) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read all of a run's metrics into memory: some 2 KB for each step."""
+    return list(iter_metrics(path))
+
+
+def kept_metrics(path: Path, step: int) -> Iterator[dict[str, float]]:
     """Read the metrics of the steps up to this one; none where a run begins."""
-    return [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+    return takewhile(lambda row: row["step"] <= step, iter_metrics(path)) if path.exists() else iter(())
+
+
+def _end_of(path: Path, step: int) -> int:
+    """Return where the whole lines of the steps up to this one end, in bytes."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    return end
 
 
 def read_summary(folder: Path) -> Summary:
@@ -74,8 +94,8 @@ class Metrics:
 
     def __enter__(self) -> Metrics:
         if self.rank == 0:
-            kept = [json.dumps(row) + "\n" for row in kept_metrics(self.path, self.step)]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            if self.path.exists():
+                os.truncate(self.path, _end_of(self.path, self.step))
             self.file = self.path.open("a", encoding="utf-8")
         return self
 

@@ -140,7 +140,7 @@ class States:
             self.error = error
 
     def _forget(self) -> None:
-        """Remove states that are not kept; the manifest goes first."""
+        """Remove states that are not kept, the manifest first, and what earlier attempts left half-written."""
         states = valid_states(self.folder)
         kept = states[-self.keep_last :]
         best = _best(states) if self.keep_best else None
@@ -148,6 +148,9 @@ class States:
             if old not in kept and old != best:
                 (old / MANIFEST).unlink()
                 shutil.rmtree(old, ignore_errors=True)
+        for left in self.folder.glob("step_*"):
+            if not left.name.endswith(f"_{self.attempt}") and not (left / MANIFEST).exists():
+                shutil.rmtree(left, ignore_errors=True)
 
     def _agreed(self, value: Any) -> Any:
         """Return what the first rank says."""

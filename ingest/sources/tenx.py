@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +29,7 @@ from ingest.sources.form import (
     fingerprint,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
-from ingest.turn import Coordinates, scratch_folder, turned
+from ingest.turn import Coordinates, locked, scratch_folder, turned
 from store.errors import InputRefused
 from store.records import is_local
 
@@ -148,9 +151,22 @@ def _folder(uri: str) -> dict[str, str]:
 
 def _archive(uri: str) -> dict[str, str]:
     """Unpack an archive's regular members, once on this machine."""
-    path = Path(uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}"))
     folder = scratch_folder() / hashlib.sha256(f"{uri}{fingerprint(uri)}archive".encode()).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "done.json"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):  # others read what is there
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "members").mkdir(parents=True)
+            whole = done.with_suffix(".part")
+            whole.write_text(json.dumps(_unpacked(uri, folder / "members")), encoding="utf-8")
+            whole.rename(done)
+        os.utime(folder)
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+
+
+def _unpacked(uri: str, folder: Path) -> dict[str, str]:
+    path = Path(uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}"))
     found: dict[str, str] = {}
     for member, placed in members(path, folder):
         for role, known in ROLES.items():
