@@ -112,8 +112,8 @@ class Progress:
         if name in self._tasks:
             self._bars.update(self._tasks[name], speed=state)
             self._ended.append(name)
-            if len(self._ended) > ENDED_SHOWN:
-                self._bars.remove_task(self._tasks.pop(self._ended.popleft()))
+            if len(self._ended) > ENDED_SHOWN and (bar := self._tasks.pop(self._ended.popleft(), None)) is not None:
+                self._bars.remove_task(bar)
         self.tick(force=True)
 
     def tick(self, force: bool = False) -> None:

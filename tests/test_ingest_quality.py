@@ -107,7 +107,8 @@ def test_bars_of_datasets_that_ended_leave_the_terminal_but_for_the_last_ones() 
             progress.size(f"d{number}", 10)
             if number:
                 progress.done(f"d{number}", "committed")
-        assert [bar.description for bar in progress._bars.tasks] == ["d0", *(f"d{number}" for number in range(30, 40))]
+        progress.done("d39", "committed")  # a name that is told of twice
+        assert [bar.description for bar in progress._bars.tasks] == ["d0", *(f"d{number}" for number in range(31, 40))]
 
 
 def test_the_commands_answer_people_and_programs(lake: Lake, tmp_path: Path) -> None:
