@@ -30,6 +30,8 @@ CELL = "observation_joinid"
 
 DIGEST_ROWS = 2**17
 
+ALL = slice(None)
+
 CELLS_OWN = {CELL, "cell_id"}
 """Columns in which cells differ from each other."""
 
@@ -67,22 +69,25 @@ def names(source: SourceSettings) -> list[str]:
 
 
 def _parts(
-    source: SourceSettings, experiment: Any, columns: list[str], dataset: str | None = None
+    source: SourceSettings, experiment: Any, columns: list[str], dataset: str | None = None, span: slice = ALL
 ) -> Iterator[pa.Table]:
-    """Read obs part by part: a Census has more cells than a reader has memory for."""
+    """Read obs part by part: a Census has more cells than a reader has memory for.
+
+    ``span`` is the joinids to look at, both ends included: a filter alone looks at all cells of the Census.
+    """
     filters = [f"({source.where})"] if source.where else []
     if dataset is not None:
         filters.append(f"dataset_id == {dataset!r}")
     try:
-        yield from experiment.obs.read(value_filter=" and ".join(filters) or None, column_names=columns)
+        yield from experiment.obs.read((span,), value_filter=" and ".join(filters) or None, column_names=columns)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{source.uri}: where = {source.where!r}: {reason}") from error
 
 
-def _obs(source: SourceSettings, experiment: Any, columns: list[str], dataset: str) -> pd.DataFrame:
+def _obs(source: SourceSettings, experiment: Any, columns: list[str], dataset: str, span: slice = ALL) -> pd.DataFrame:
     """Read columns of a dataset's cells, by joinid; texts that cells share as categoricals."""
-    parts = [_shared(part) for part in _parts(source, experiment, columns, dataset)]
+    parts = [_shared(part) for part in _parts(source, experiment, columns, dataset, span)]
     table = pa.concat_tables(parts).unify_dictionaries()
     del parts
     obs = table.to_pandas(split_blocks=True, self_destruct=True, types_mapper=OWN_TYPE.get)
@@ -117,11 +122,12 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     measured = [part["soma_dim_1"].to_numpy()[part["soma_data"].to_numpy() != 0] for part in presence.tables()]
     var = var[np.isin(var["soma_joinid"], np.concatenate([[], *measured]))].set_index("feature_id", drop=False)
     joinids = _obs(source, experiment, ["soma_joinid"], dataset_id)["soma_joinid"].to_numpy(np.int64)
+    span = slice(int(joinids.min(initial=0)), int(joinids.max(initial=0)))  # a dataset's cells lie together
     known = [column for column in OBS_DEFAULTS if column in experiment.obs.schema.names]
     named = CELL in known
 
     def obs() -> pd.DataFrame:
-        cells = _obs(source, experiment, ["soma_joinid", *known], dataset_id)
+        cells = _obs(source, experiment, ["soma_joinid", *known], dataset_id, span)
         whole = named and (cells[CELL] != "").all()  # a lake of ours has such names only of what came from a Census
         cells.index = pd.Index(cells[CELL].array if whole else joinids.astype(str))
         return cells[known]
@@ -133,7 +139,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
             "|".join([version, source.where or "", organism, dataset_id, f"{len(joinids)}|"]).encode()
         )
         if named:
-            names = _obs(source, experiment, ["soma_joinid", CELL], dataset_id)[CELL]
+            names = _obs(source, experiment, ["soma_joinid", CELL], dataset_id, span)[CELL]
             for start in range(0, len(names), DIGEST_ROWS):
                 total.update(("\n" * (start > 0) + "\n".join(map(str, names[start : start + DIGEST_ROWS]))).encode())
         return total.hexdigest()
