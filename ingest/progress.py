@@ -51,7 +51,7 @@ class Progress:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, rich_progress.TaskID] = {}
-        self._ended: deque[str] = deque()
+        self._ended: deque[rich_progress.TaskID] = deque()
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -110,10 +110,10 @@ class Progress:
         self._in_sight -= 1
         self._show_left()
         if name in self._tasks:
-            self._bars.update(self._tasks[name], speed=state)
-            self._ended.append(name)
-            if len(self._ended) > ENDED_SHOWN and (bar := self._tasks.pop(self._ended.popleft(), None)) is not None:
-                self._bars.remove_task(bar)
+            self._ended.append(self._tasks.pop(name))
+            self._bars.update(self._ended[-1], speed=state)
+            if len(self._ended) > ENDED_SHOWN:
+                self._bars.remove_task(self._ended.popleft())
         self.tick(force=True)
 
     def tick(self, force: bool = False) -> None:

@@ -57,15 +57,7 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
     """
     folder = scratch_folder() / hashlib.sha256(json.dumps([*identity, shape]).encode()).hexdigest()[:32]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            if not (folder / "done").exists():
-                _forget_old(folder.parent)
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                _turn(folder, shape, parts())
-                (folder / "done").touch()
-            os.utime(folder)
+        made_once(folder, lambda: _turn(folder, shape, parts()))
     except OSError as error:
         if isinstance(error, (InputRefused, StorageError)):
             raise
@@ -75,9 +67,21 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
     return _rows(folder, shape)
 
 
+def made_once(folder: Path, make: Callable[[], object]) -> None:
+    """Let ``make`` fill a scratch folder, once on this machine; others wait, and what was cut short goes first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not (folder / "done").exists():
+            _forget_old(folder.parent)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make()
+            (folder / "done").touch()
+        os.utime(folder)
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of this machine from making a scratch folder at the same time."""
+def _locked(folder: Path) -> Iterator[None]:
     with folder.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -34,12 +34,12 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import read_parts, soma_context, storage
+from store.context import soma_context, storage
 from store.errors import ConflictError, MissingError, UsageError, VerificationError
 from store.fragments import FragmentWriter, fragments, merge_footers, remove_fragments
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
-from store.writer import content_digest
+from store.writer import content_digest, read_back
 
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 ROW_TILE = 512
@@ -48,7 +48,6 @@ BLOCK_CELLS = 4096
 READ_BYTES = 2**27
 OPENED_BLOCKS = 256
 """Blocks that are read before the array is opened anew: TileDB keeps memory of each read until then."""
-COORDINATES = ("soma_dim_0", "soma_dim_1", "soma_data")
 IDENTITY = ("model_sha256", "where")
 """What a generation must share with the one before to take over its vectors, and its name without being told to."""
 MANIFEST = "somaflow_manifest"
@@ -140,7 +139,7 @@ class Generation:
         contiguous = int(joinid_C[-1] - joinid_C[0]) == len(joinid_C) - 1
         rows = slice(int(joinid_C[0]), int(joinid_C[-1])) if contiguous else pa.array(joinid_C)
         for part in array.read((rows,)).tables():
-            row, column, value = (part[name].to_numpy() for name in COORDINATES)
+            row, column, value = (part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
             embedding_CD[np.searchsorted(joinid_C, row), column] = value
         return embedding_CD, np.asarray(np.isfinite(embedding_CD).all(axis=1))
 
@@ -336,14 +335,7 @@ def write_block(
             writer.write(first, scipy.sparse.csr_matrix(part, shape=(last - first + 1, width)))
     rows = np.repeat(joinid_C, width)
     digest = content_digest(rows, np.tile(columns, len(joinid_C)), embedding_CD.ravel())
-    span = slice(int(joinid_C[0]), int(joinid_C[-1]))
-    own = read_parts(generation.array_uri, timestamp_ms, timestamp_ms, rows=span, budget_bytes=READ_BYTES)
-    found = sum(content_digest(*(part[name].to_numpy() for name in COORDINATES)) for part in own)
-    if found % 2**64 != digest:
-        raise VerificationError(
-            f"{generation.array_uri}: cells {joinid_C[0]} to {joinid_C[-1]} read back differ from what was written; "
-            "check the disk and run the same command again"
-        )
+    read_back(generation.array_uri, int(joinid_C[0]), int(joinid_C[-1]), digest, timestamp_ms)
     records.create(
         records.join(generation.folder, "done", f"{_numbered(number)}.json"),
         {

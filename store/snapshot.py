@@ -307,7 +307,7 @@ class Snapshot:
             for part, start, end in self._within(first, stop):
                 table = part.cells(start, end, columns)
                 rows = pa.array(table["row"].to_numpy() + part.first_row)
-                tables.append(table.set_column(table.schema.names.index("row"), "row", rows))
+                tables.append(table.set_column(0, "row", rows))
         whole = pa.concat_tables(tables)
         if len(self.dead) and "split" in whole.schema.names:
             gone = pa.array(np.isin(whole["row"].to_numpy(), self.dead))

@@ -160,7 +160,7 @@ def write_rows(
             stats.digest += _digest_rows(offset + row, placed)
             writer.write(offset + row, placed)
             row = until
-    _read_back(uri, offset + start, stop - start, stats.digest % 2**64, timestamp)
+    read_back(uri, offset + start, offset + stop - 1, stats.digest % 2**64, timestamp)
     return BlockStats(
         measurement=measurement,
         row_start=start,
@@ -237,14 +237,18 @@ def _refuse_impossible(
         )
 
 
-def _read_back(uri: str, first: int, n_rows: int, digest: int, timestamp: int) -> None:
+def read_back(uri: str, first: int, last: int, digest: int, timestamp: int) -> None:
+    """Read the values that were written to rows ``first`` to ``last`` at a timestamp, and no others.
+
+    Raises:
+        VerificationError: Their digest is another one.
+    """
     found = 0
-    rows = slice(first, first + n_rows - 1)
-    for part in read_parts(uri, timestamp, timestamp, rows=rows, budget_bytes=READ_BACK_BYTES):
+    for part in read_parts(uri, timestamp, timestamp, rows=slice(first, last), budget_bytes=READ_BACK_BYTES):
         found += content_digest(*(part[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")))
     if found % 2**64 != digest:
         raise VerificationError(
-            f"{uri}: cells {first} to {first + n_rows - 1} read back differ from what was written; nothing was "
+            f"{uri}: cells {first} to {last} read back differ from what was written; nothing was "
             "committed; check the disk and run the same command again"
         )
 

@@ -108,7 +108,7 @@ def test_bars_of_datasets_that_ended_leave_the_terminal_but_for_the_last_ones() 
             if number:
                 progress.done(f"d{number}", "committed")
         progress.done("d39", "committed")  # a name that is told of twice
-        assert [bar.description for bar in progress._bars.tasks] == ["d0", *(f"d{number}" for number in range(31, 40))]
+        assert [bar.description for bar in progress._bars.tasks] == ["d0", *(f"d{number}" for number in range(30, 40))]
 
 
 def test_the_commands_answer_people_and_programs(lake: Lake, tmp_path: Path) -> None:

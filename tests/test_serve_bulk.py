@@ -170,7 +170,7 @@ def test_a_stopped_run_shows_nothing_and_the_same_again_does_only_what_is_left(l
     [
         (embeddings, "_ensure_obsm"),
         (embeddings.records, "create"),
-        (embeddings, "read_parts"),
+        (embeddings, "read_back"),
         (embeddings, "remove_fragments"),
         (embeddings, "merge_footers"),
         (embeddings, "_enter"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +27,7 @@ from ingest.sources.form import (
     fingerprint,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
-from ingest.turn import Coordinates, locked, scratch_folder, turned
+from ingest.turn import Coordinates, made_once, scratch_folder, turned
 from store.errors import InputRefused
 from store.records import is_local
 
@@ -152,20 +150,13 @@ def _folder(uri: str) -> dict[str, str]:
 def _archive(uri: str) -> dict[str, str]:
     """Unpack an archive's regular members, once on this machine."""
     folder = scratch_folder() / hashlib.sha256(f"{uri}{fingerprint(uri)}archive".encode()).hexdigest()[:32]
-    done = folder / "done.json"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder):  # others read what is there
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            (folder / "members").mkdir(parents=True)
-            whole = done.with_suffix(".part")
-            whole.write_text(json.dumps(_unpacked(uri, folder / "members")), encoding="utf-8")
-            whole.rename(done)
-        os.utime(folder)
-        return dict(json.loads(done.read_text(encoding="utf-8")))
+    found = folder / "found.json"
+    made_once(folder, lambda: found.write_text(json.dumps(_unpacked(uri, folder / "members")), encoding="utf-8"))
+    return dict(json.loads(found.read_text(encoding="utf-8")))
 
 
 def _unpacked(uri: str, folder: Path) -> dict[str, str]:
+    folder.mkdir()
     path = Path(uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}"))
     found: dict[str, str] = {}
     for member, placed in members(path, folder):
