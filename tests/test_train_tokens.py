@@ -168,7 +168,7 @@ def test_a_budget_keeps_the_greatest_draws_however_they_are_spread(spread: str, 
         }[spread].astype(np.uint32)
         for budget in {1, n // 3, n - 1} - {0}:
             for low in (0, int(np.quantile(draws, 0.4)), int(draws.max())):
-                border, tied = kernels._lowest_kept(draws, n, np.uint32(low), budget, even, hist)
+                border, tied = kernels._lowest_kept(draws, n, np.uint32(low), draws.max(), budget, even, hist)
                 reached = int((draws >= border).sum())
                 if (draws >= low).sum() <= budget:
                     assert border == low

@@ -14,11 +14,15 @@ from typing import Any
 import numba
 import numpy as np
 
+from train.lanes import LANES, LINE, SMALL, compact, look_up, part, put_row, wait_for_stores
+
 U32 = np.uint32
 GUESSES = 16
 """Guesses of a border before it is found byte by byte; evenly spread draws take four or five, 1 cell in 700 more."""
 TABLE = 256
-"""Counts below this have their logarithm from a table that is made once for each cell."""
+"""Counts below this have their bin from a table that is made once for each cell, and their logarithm if that pays."""
+AROUND_BYTES = 2**22
+"""Tokens of this many bytes are written around the caches, which do not hold them until they are read."""
 
 
 def compiled(function: Any) -> Any:
@@ -30,7 +34,7 @@ def compiled(function: Any) -> Any:
         return numba.njit(**words)(function)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+@part
 def _longest(lengths_C: Any) -> Any:
     """Return the greatest of some lengths, and at least 1."""
     longest = 1
@@ -39,7 +43,7 @@ def _longest(lengths_C: Any) -> Any:
     return longest
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+@part
 def draw_of(feature: Any, key: Any) -> Any:
     """Hash a feature's number and a cell's key to 32 bits; the constants are Wellons's (2018, lowbias32)."""
     # numba's products of 32 bits have 64: each is cut back
@@ -51,7 +55,7 @@ def draw_of(feature: Any, key: Any) -> Any:
     return U32(x ^ (x >> U32(16)))
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+@part
 def _border(draws: Any, n: int, low: Any, below: Any, dropped: Any) -> Any:
     """Return a number that ``dropped`` of the draws are smaller than; -1 when none is found in a few guesses.
 
@@ -78,11 +82,12 @@ def _border(draws: Any, n: int, low: Any, below: Any, dropped: Any) -> Any:
     return np.int64(-1)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _lowest_kept(draws: Any, n: int, low: Any, budget: int, even: bool, hist: Any) -> Any:
+@part
+def _lowest_kept(draws: Any, n: int, low: Any, most: Any, budget: int, even: bool, hist: Any) -> Any:
     """Return a border that the ``budget`` greatest draws reach, or ``low`` when no more than those reach it.
 
-    Also say whether another draw, which is not among them, reaches it too. ``even`` says that draws are spread evenly.
+    Also say whether another draw, which is not among them, reaches it too. None is above ``most``; ``even`` says that
+    they are spread evenly.
     """
     reach = 0
     for i in range(n):
@@ -96,6 +101,9 @@ def _lowest_kept(draws: Any, n: int, low: Any, budget: int, even: bool, hist: An
     # byte by byte: where the border's is, among those whose bytes before are the border's
     need, lowest, known, bucket = budget, U32(0), U32(0), 0
     for shift in (U32(24), U32(16), U32(8), U32(0)):
+        if most >> shift == 0:
+            known = U32(known | U32(U32(255) << shift))
+            continue
         hist[:] = 0
         for i in range(n):
             hist[(draws[i] >> shift) & U32(255)] += U32(draws[i] & known) == lowest
@@ -108,26 +116,7 @@ def _lowest_kept(draws: Any, n: int, low: Any, budget: int, even: bool, hist: An
     return lowest, hist[bucket] > need
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _lowest_count(counts: Any, n: int, budget: int, hist: Any, edge: Any) -> Any:
-    """Return the smallest of the ``budget`` greatest counts of ``n`` > ``budget``; most counts are small."""
-    hist[:] = 0
-    for i in range(n):
-        hist[min(counts[i], U32(255))] += 1
-    need, bucket = budget, 255
-    while hist[bucket] < need:
-        need -= hist[bucket]
-        bucket -= 1
-    if bucket < 255:
-        return U32(bucket)
-    found = 0
-    for i in range(n):
-        edge[found] = counts[i]
-        found += counts[i] >= U32(255)
-    return np.sort(edge[:found])[found - need]
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+@part
 def _choose(draws: Any, n: int, lowest: Any, budget: int, keep: Any) -> int:
     """Note which draws reach ``lowest``; of those that tie with it, the first, so that it is ``budget`` at most."""
     kept = 0
@@ -146,6 +135,22 @@ def _choose(draws: Any, n: int, lowest: Any, budget: int, keep: Any) -> int:
         kept += (draws[i] > lowest) | (tie & (ties > 0))
         ties -= tie
     return kept
+
+
+@part
+def _log1p_of(count: Any, n: int, most: int, factor: Any, table: Any, value: Any, large: Any) -> None:
+    """Write log1p(count * factor) for each of ``n`` counts, none above ``most``; large ones are few in most cells."""
+    made = min(SMALL, most + 1)
+    for number in range(made):
+        table[number] = np.log1p(np.float32(number) * factor)
+    n_large = look_up(count, n, table, value, large)
+    if n_large > TABLE:
+        for number in range(SMALL, TABLE):
+            table[number] = np.log1p(np.float32(number) * factor)
+        made = TABLE
+    for j in range(n_large):
+        whole = count[large[j]]
+        value[large[j]] = table[whole] if whole < made else np.log1p(np.float32(whole) * factor)
 
 
 @compiled
@@ -184,10 +189,15 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
         depth_C: Answer: sum of each cell's counts, float32.
     """
     longest = _longest(lengths_C)
-    draws, edge = np.empty(longest, np.uint32), np.empty(longest + 1, np.uint32)
-    keep = np.empty(longest + 1, np.int32)
-    hist, table = np.empty(256, np.int32), np.empty(TABLE, np.float32)
+    draws = np.empty(longest, np.uint32)
+    keep, large = np.empty(longest + 1, np.int32), np.empty(longest + LANES, np.int32)
+    hist, table, nothing = np.empty(256, np.int32), np.zeros(TABLE, np.float32), np.zeros(LANES, np.int32)
+    # a cell's tokens, before they go where they belong
+    number, whole = np.empty(longest + LANES, np.int32), np.empty(longest + LANES, np.uint32)
+    log = np.empty(longest + LANES, np.float32)
     budget = feature_CL.shape[1]
+    around = 2 * feature_CL.nbytes >= AROUND_BYTES and budget % LANES == 0
+    around &= feature_CL.ctypes.data % LINE == 0 and value_CL.ctypes.data % LINE == 0
     for cell in range(len(lengths_C)):
         start, n, key = starts_C[cell], lengths_C[cell], keys_C[cell]
         feature, count = features_N[start : start + n], counts_N[start : start + n]
@@ -195,55 +205,42 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
         for i in range(n):
             total = U32(total + U32(count[i]))
             most = max(most, U32(count[i]))
-        depth, largest = np.int64(total), np.int64(most)
+        depth = np.int64(total)
         row = place_C[cell]
         depth_C[row] = depth
+        kept, tied = np.int64(n), False
         every = n <= budget and (not by_chance or hide_C[cell] == 0)
-        kept, tied = n, True
-        if not every:
-            if by_chance:
-                for i in range(n):
-                    draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
-                lowest, tied = _lowest_kept(draws, n, hide_C[cell], budget, True, hist)
-            else:
-                for i in range(n):
-                    draws[i] = U32(count[i])
-                lowest = _lowest_count(draws, n, budget, hist, edge)
-        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
-        for number in range(TABLE if largest >= TABLE else largest + 1):
-            table[number] = np.log1p(np.float32(number) * factor)
-        out, value = feature_CL[row], value_CL[row]
         if every:
             for j in range(n):
-                out[j] = np.int32(feature[j]) + np.int32(offset)
-                keep[j] = j
+                number[j] = np.int32(feature[j]) + np.int32(offset)
             for j in range(n):
-                value[j] = table[min(np.int64(count[j]), np.int64(TABLE - 1))]
-        elif not tied and largest < TABLE:
-            kept = 0
+                whole[j] = count[j]
+        elif by_chance:
             for i in range(n):
-                out[kept] = np.int32(feature[i]) + np.int32(offset)
-                value[kept] = table[count[i]]
-                kept += draws[i] >= lowest
-                if kept == budget:
-                    break
+                draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
+            lowest, tied = _lowest_kept(draws, n, hide_C[cell], U32(0xFFFFFFFF), budget, True, hist)
         else:
-            kept = _choose(draws, n, lowest, budget, keep)
+            for i in range(n):
+                draws[i] = U32(count[i])
+            lowest, tied = _lowest_kept(draws, n, U32(0), most, budget, False, hist)
+        if tied:
+            kept = np.int64(_choose(draws, n, lowest, budget, keep))
             for j in range(kept):
-                out[j] = np.int32(feature[keep[j]]) + np.int32(offset)
+                number[j] = np.int32(feature[keep[j]]) + np.int32(offset)
             for j in range(kept):
-                value[j] = table[min(np.int64(count[keep[j]]), np.int64(TABLE - 1))]
-        if largest >= TABLE:
-            for j in range(kept):
-                whole = count[keep[j]]
-                if whole >= TABLE:
-                    value[j] = np.log1p(np.float32(whole) * factor)
-        out[kept:] = 0
-        value[kept:] = 0
+                whole[j] = count[keep[j]]
+        elif not every:
+            kept = compact(draws, feature, count, n, lowest, offset, number, whole)
+        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
+        _log1p_of(whole, kept, np.int64(most), factor, table, log, large)
+        put_row(number, kept, nothing, feature_CL[row], around)
+        put_row(log, kept, nothing, value_CL[row], around)
         width_C[row] = kept
+    if around:
+        wait_for_stores()
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+@part
 def _bins_of(count: Any, n: int, largest: int, bins: int, below: Any, large: Any, table: Any, value: Any) -> None:
     """Write 1 + floor(bins * share of the counts that are smaller) for each of ``n`` counts."""
     below[:] = 0
@@ -317,7 +314,11 @@ def candidates(  # noqa: C901  stages of one loop; each is short
     share, value = np.empty(longest, np.float32), np.empty(longest, np.float32)
     bits = share.view(np.uint32)  # of numbers that are not negative the bits have the same order
     draws, large = np.empty(longest, np.uint32), np.empty(longest + 1, np.uint32)
-    below, table = np.empty(TABLE + 1, np.int64), np.empty(TABLE, np.float32)
+    below, table, places = (
+        np.empty(TABLE + 1, np.int64),
+        np.zeros(TABLE, np.float32),
+        np.empty(longest + LANES, np.int32),
+    )
     value[:] = 0
     for cell in range(len(lengths_C)):
         start, n, key, row = starts_C[cell], lengths_C[cell], keys_C[cell], place_C[cell]
@@ -334,13 +335,7 @@ def candidates(  # noqa: C901  stages of one loop; each is short
         if kind == BINS:
             _bins_of(count, n, largest, bins, below, large, table, value)
         elif kind == LOG1P:
-            for number in range(TABLE if largest >= TABLE else largest + 1):
-                table[number] = np.log1p(np.float32(number) * factor)
-            for i in range(n):
-                value[i] = table[min(np.int64(count[i]), np.int64(TABLE - 1))]
-            for i in range(n if largest >= TABLE else 0):
-                if count[i] >= TABLE:
-                    value[i] = np.log1p(share[i])
+            _log1p_of(count, n, largest, factor, table, value, places)
         elif len(factors) > 0:
             for i in range(n):
                 share[i] /= factors[np.int64(feature[i]) + offset]
@@ -370,7 +365,7 @@ def candidates(  # noqa: C901  stages of one loop; each is short
             fill_C[row] = fill + np.int64(seen)
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator, unused-ignore]
+@part
 def _by_priority(priority: Any, n: int, keep: Any, pairs: Any, spare: Any, hist: Any) -> None:
     """Write the indices of ``n`` priorities, greatest first, equal ones as they are: a radix sort, a byte at a time.
 
@@ -436,7 +431,7 @@ def choose_tokens(
         if ranked:
             _by_priority(priority, n, keep, pairs, spare, hist)
         elif n > budget:
-            lowest, _ = _lowest_kept(priority, n, U32(0), budget, by_chance, hist[0])
+            lowest, _ = _lowest_kept(priority, n, U32(0), U32(0xFFFFFFFF), budget, by_chance, hist[0])
             kept = _choose(priority, n, lowest, budget, keep)
         else:
             for i in range(n):

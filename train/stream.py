@@ -32,6 +32,7 @@ from train.cache import BlockCache
 from train.cells import NUMBERS, PROMPTS, Cells, Controls, Csr, Spans
 from train.controls import ControlGroups, MatchedControls, find_controls, group_controls
 from train.labels import FIELDS, Labels, read_labels
+from train.lanes import LINE
 from train.plan import RowOrder, Rows, SamplePlan
 from train.plan import Window as WindowKey
 from train.reader import Reader, Slot, Window
@@ -41,7 +42,7 @@ from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
 
 MEMORY_BYTES = 512 * 2**20
 CACHE_BYTES = 50 * 2**30
-GROUP_CELLS = 1024
+GROUP_CELLS = 2048
 """Steps are made together until they have so many cells: what a making costs anew is the same for one and for all."""
 GROUPS_AHEAD = 3
 WINDOWS_AHEAD = 1
@@ -668,9 +669,15 @@ class _Room:
         with self._lock:
             for number in range(len(self._blocks)):
                 # the list and getrefcount's argument: nobody else looks at it, by whatever view
-                if self._blocks[number].nbytes >= size and sys.getrefcount(self._blocks[number]) == 2:
-                    return self._blocks[number][:size].view(dtype)
+                if self._blocks[number].nbytes >= size + LINE and sys.getrefcount(self._blocks[number]) == 2:
+                    return _from_line(self._blocks[number], size).view(dtype)
             block = np.zeros(-(-size * 5 // 4 // 4096) * 4096 + 4096, np.uint8)
             if len(self._blocks) < 64:
                 self._blocks.append(block)
-        return block[:size].view(dtype)
+        return _from_line(block, size).view(dtype)
+
+
+def _from_line(block: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Return so many bytes of a block, from where a line of the processor's caches begins."""
+    first = -block.ctypes.data % LINE
+    return block[first : first + size]

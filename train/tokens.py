@@ -24,6 +24,7 @@ from train.cells import NUMBERS, PROMPTS, Cells, Csr, Spans
 
 try:
     from train import kernels
+    from train.lanes import LANES
 except ImportError:  # torch and numpy are enough
     kernels = None  # type: ignore[assignment]
 
@@ -322,7 +323,8 @@ def fast_tokens(
     for name in parts:
         for spans, place_C in parts[name]:
             lengths_C[place_C] += spans.lengths * shown[name][place_C]
-    width = max(1, min(settings.budget, int(lengths_C.max(initial=0))))
+    # whole lines of memory, if that is no more than the budget
+    width = max(1, min(settings.budget, -(-int(lengths_C.max(initial=0)) // LANES) * LANES))
     feature_CL = empty(cells.n_cells * width, np.int32).reshape(cells.n_cells, width)
     value_CL = empty(cells.n_cells * width, np.float32).reshape(cells.n_cells, width)
     if not parts:
