@@ -26,7 +26,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from ingest.sources.form import Rows
-from store.errors import InputRefused, StorageError
+from store.errors import InputRefused, SomaflowError, StorageError
 
 Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]
 """rows_N, columns_N, values_N of a part of a matrix; a coordinate may come again, its values are added."""
@@ -56,15 +56,22 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
         StorageError: The scratch folder is full or cannot be written.
     """
     folder = scratch_folder() / hashlib.sha256(json.dumps([*identity, shape]).encode()).hexdigest()[:32]
-    try:
+    with scratch_errors(folder):
         made_once(folder, lambda: _turn(folder, shape, parts()))
+    return _rows(folder, shape)
+
+
+@contextmanager
+def scratch_errors(folder: Path) -> Iterator[None]:
+    """Say of errors of the file system that they are about a scratch folder."""
+    try:
+        yield
     except OSError as error:
-        if isinstance(error, (InputRefused, StorageError)):
+        if isinstance(error, SomaflowError):
             raise
         raise StorageError(
             f"{folder}: cannot write intermediate files: {error}; free some space or set SOMAFLOW_SCRATCH=FOLDER"
         ) from error
-    return _rows(folder, shape)
 
 
 def made_once(folder: Path, make: Callable[[], object]) -> None:

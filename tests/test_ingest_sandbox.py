@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
@@ -16,16 +17,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+from encoded import add_dataset
 from hostile_files import CANARY, CORRUPTIONS, corrupt, honest, hostile_archives
 
 from ingest.job import JobSettings, SourceSettings
 from ingest.preflight import members
 from ingest.run import run
 from ingest.sandbox import PART_ROWS, Reader
+from ingest.sources import census
 from ingest.turn import turned
 from store.errors import InputRefused, StorageError
 from store.hdf5 import check_hdf5
 from store.lake import open_lake
+from store.writer import LakeWriter
 
 
 def reader(path: Path, **limits: float) -> Reader:
@@ -247,3 +251,59 @@ def test_a_lake_of_ours_is_read_as_a_census(tiny_lake: Path) -> None:
         rows = opened.rows("RNA", 3, 5, len(plan.features["RNA"]), values["fingerprint"])
     lake = open_lake(str(tiny_lake))
     assert (rows != lake.counts("homo_sapiens", "RNA", 150 + np.array([6, 8]))[:, : rows.shape[1]]).nnz == 0
+
+
+def test_all_cells_of_a_census_are_looked_at_once_on_a_machine_for_each_state_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path / "scratch"))
+    scans, read = [], census._parts
+
+    def counted(source: SourceSettings, obs: Any, columns: list[str], *words: Any) -> Any:
+        scans.append(source.where) if not words else None
+        return read(source, obs, columns, *words)
+
+    monkeypatch.setattr(census, "_parts", counted)
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 50, {"RNA": 40})
+        add_dataset(writer, "second", 30, {"RNA": 40})
+    whole, even = SourceSettings(uri=uri, kind="census"), SourceSettings(uri=uri, where="cell_type == 'even'")
+    assert census.names(whole) == ["homo_sapiens/first", "homo_sapiens/second"]
+    assert census.open_dataset(whole, "homo_sapiens/second").n_obs == 30
+    assert scans == [None]
+    assert census.open_dataset(even, "homo_sapiens/second").n_obs == 15
+    assert census.open_dataset(even, "homo_sapiens/first").n_obs == 25
+    assert scans == [None, even.where]
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "third", 20, {"RNA": 40})
+    census._open.cache_clear()
+    assert census.names(whole) == ["homo_sapiens/first", "homo_sapiens/second", "homo_sapiens/third"]
+    assert census.open_dataset(whole, "homo_sapiens/third").n_obs == 20
+    assert scans == [None, even.where, None]
+
+
+def test_a_census_whose_cells_change_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path / "scratch"))
+    uri, read = str(tmp_path / "lake"), census._parts
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 50, {"RNA": 40})
+    source = SourceSettings(uri=uri, kind="census")
+
+    def overtaken(*words: Any) -> Any:
+        yield from read(*words)
+        with LakeWriter(uri) as writer:
+            add_dataset(writer, "second", 30, {"RNA": 40})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(census, "_parts", overtaken)
+        with pytest.raises(InputRefused, match="changed while it was being read; run the same command again"):
+            census.names(source)
+    assert census.names(source) == ["homo_sapiens/first", "homo_sapiens/second"]
+    with pytest.raises(InputRefused, match="changed while it was being read"):  # this process opened it before
+        census.open_dataset(source, "homo_sapiens/second")
+    with pytest.raises(InputRefused, match="changed while it was being read"):
+        census.open_dataset(source, "homo_sapiens/none")
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", "/proc/none")
+    with pytest.raises(StorageError, match="SOMAFLOW_SCRATCH=FOLDER"):
+        census.names(source)

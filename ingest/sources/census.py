@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,11 +13,13 @@ import cellxgene_census
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import scipy.sparse
+import tiledb
+import tiledbsoma
 
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, SourceDataset
+from ingest.turn import made_once, scratch_errors, scratch_folder
 from store.context import tiledb_config
 from store.errors import InputRefused, StorageError, UsageError
 from store.schema import DATASET_INFO, OBS_DEFAULTS, ORGANISMS
@@ -57,19 +60,54 @@ def _experiments(census: Any) -> dict[str, Any]:
 
 def names(source: SourceSettings) -> list[str]:
     """Name each dataset of each organism as ``organism/dataset_id``, those with cells that fit the filter."""
-    found: list[str] = []
-    for organism, experiment in _experiments(_open(source.uri)).items():
-        known = dict[str, None]()
-        for part in _parts(source, experiment, ["dataset_id"]):
-            known |= dict.fromkeys(str(name) for name in pc.unique(part["dataset_id"]).to_pylist())
-        found += [f"{organism}/{name}" for name in known]
+    experiments = _experiments(_open(source.uri))
+    found = [f"{organism}/{name}" for organism in experiments for name in _cells(source, experiments[organism])]
     if not found:
         raise InputRefused(f"{source.uri}: no cell fits where = {source.where!r}")
     return found
 
 
+def _cells(source: SourceSettings, experiment: Any) -> dict[str, tuple[int, int, int]]:
+    """Return first and last joinid, and the number, of each dataset's cells that fit the filter, in their order.
+
+    All cells of the Census are looked at, once on a machine for each state of it: nothing says where a dataset lies.
+    """
+    written = _written(experiment)
+    identity = json.dumps([experiment.obs.uri, source.where, written])
+    folder = scratch_folder() / hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+    def make() -> None:
+        found: dict[str, tuple[int, int, int]] = {}
+        with tiledbsoma.DataFrame.open(experiment.obs.uri, context=experiment.context) as obs:
+            for part in _parts(source, obs, ["soma_joinid", "dataset_id"]):
+                named = pa.table({"name": part["dataset_id"].cast(pa.string()), "cell": part["soma_joinid"]})
+                shares = named.group_by("name").aggregate([("cell", "min"), ("cell", "max"), ("cell", "count")])
+                for share in shares.to_pylist():
+                    first, last, many = found.get(share["name"], (share["cell_min"], share["cell_max"], 0))
+                    these = min(first, share["cell_min"]), max(last, share["cell_max"]), many + share["cell_count"]
+                    found[share["name"]] = these
+        if _written(experiment) != written:
+            raise _changed(source)
+        (folder / "cells.json").write_text(json.dumps(found), encoding="utf-8")
+
+    with scratch_errors(folder):
+        made_once(folder, make)
+        return dict(json.loads((folder / "cells.json").read_text(encoding="utf-8")))
+
+
+def _written(experiment: Any) -> list[str]:
+    """Name everything that was ever written to obs: as long as nothing comes, its cells stay what they are."""
+    files = tiledb.VFS(ctx=tiledb.Ctx(experiment.context.tiledb_config))
+    folders = [folder for folder in (experiment.obs.uri, f"{experiment.obs.uri}/__commits") if files.is_dir(folder)]
+    return sorted(path.removeprefix(experiment.obs.uri) for folder in folders for path in files.ls(folder))
+
+
+def _changed(source: SourceSettings) -> InputRefused:
+    return InputRefused(f"{source.uri}: changed while it was being read; run the same command again")
+
+
 def _parts(
-    source: SourceSettings, experiment: Any, columns: list[str], dataset: str | None = None, span: slice = ALL
+    source: SourceSettings, obs: Any, columns: list[str], dataset: str | None = None, span: slice = ALL
 ) -> Iterator[pa.Table]:
     """Read obs part by part: a Census has more cells than a reader has memory for.
 
@@ -79,15 +117,15 @@ def _parts(
     if dataset is not None:
         filters.append(f"dataset_id == {dataset!r}")
     try:
-        yield from experiment.obs.read((span,), value_filter=" and ".join(filters) or None, column_names=columns)
+        yield from obs.read((span,), value_filter=" and ".join(filters) or None, column_names=columns)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{source.uri}: where = {source.where!r}: {reason}") from error
 
 
-def _obs(source: SourceSettings, experiment: Any, columns: list[str], dataset: str, span: slice = ALL) -> pd.DataFrame:
+def _obs(source: SourceSettings, experiment: Any, columns: list[str], dataset: str, span: slice) -> pd.DataFrame:
     """Read columns of a dataset's cells, by joinid; texts that cells share as categoricals."""
-    parts = [_shared(part) for part in _parts(source, experiment, columns, dataset, span)]
+    parts = [_shared(part) for part in _parts(source, experiment.obs, columns, dataset, span)]
     table = pa.concat_tables(parts).unify_dictionaries()
     del parts
     obs = table.to_pandas(split_blocks=True, self_destruct=True, types_mapper=OWN_TYPE.get)
@@ -116,13 +154,19 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     census = _open(source.uri)
     experiment = _experiments(census)[organism]
     datasets = census["census_info"]["datasets"].read().concat().to_pandas().set_index("dataset_id")
+    cells_of = _cells(source, experiment)
+    if dataset_id not in cells_of or dataset_id not in datasets.index:
+        raise _changed(source)
+    first, last, many = cells_of[dataset_id]
+    span = slice(first, last)  # a dataset's cells lie together
+    joinids = _obs(source, experiment, ["soma_joinid"], dataset_id, span)["soma_joinid"].to_numpy(np.int64)
+    if len(joinids) != many:
+        raise _changed(source)
     row = datasets.loc[dataset_id]
     var = experiment.ms["RNA"].var.read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
     presence = experiment.ms["RNA"]["feature_dataset_presence_matrix"].read((int(row["soma_joinid"]),))
     measured = [part["soma_dim_1"].to_numpy()[part["soma_data"].to_numpy() != 0] for part in presence.tables()]
     var = var[np.isin(var["soma_joinid"], np.concatenate([[], *measured]))].set_index("feature_id", drop=False)
-    joinids = _obs(source, experiment, ["soma_joinid"], dataset_id)["soma_joinid"].to_numpy(np.int64)
-    span = slice(int(joinids.min(initial=0)), int(joinids.max(initial=0)))  # a dataset's cells lie together
     known = [column for column in OBS_DEFAULTS if column in experiment.obs.schema.names]
     named = CELL in known
 
