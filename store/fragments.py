@@ -145,6 +145,16 @@ def fragments(array_uri: str) -> list[Fragment]:
     return sorted((item for item in found if item), key=lambda item: (item.first_ms, item.name))
 
 
+def written_files(array_uri: str, config: dict[str, Any]) -> list[str]:
+    """Name what stands in any array's folder and in that of its commits: as long as that is the same, so are its cells.
+
+    ``config`` is TileDB's, for arrays that are not ours: a public bucket is read without keys.
+    """
+    files = tiledb.VFS(ctx=tiledb.Ctx(config))
+    folders = [folder for folder in (array_uri, records.join(array_uri, "__commits")) if files.is_dir(folder)]
+    return sorted(path.removeprefix(array_uri) for folder in folders for path in files.ls(folder))
+
+
 def _fragment(name: str) -> Fragment | None:
     match = NAME.match(name)
     return Fragment(name, int(match[1]), int(match[2])) if match else None

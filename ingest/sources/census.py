@@ -14,14 +14,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse
-import tiledb
-import tiledbsoma
 
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, SourceDataset
 from ingest.turn import made_once, scratch_errors, scratch_folder
 from store.context import tiledb_config
 from store.errors import InputRefused, StorageError, UsageError
+from store.fragments import written_files
 from store.schema import DATASET_INFO, OBS_DEFAULTS, ORGANISMS
 
 BUFFERS = {"soma.init_buffer_bytes": 2**20, "sm.mem.total_budget": 2**28, "sm.mem.malloc_trim": "false"}
@@ -72,13 +71,14 @@ def _cells(source: SourceSettings, experiment: Any) -> dict[str, tuple[int, int,
 
     All cells of the Census are looked at, once on a machine for each state of it: nothing says where a dataset lies.
     """
-    written = _written(experiment)
-    identity = json.dumps([experiment.obs.uri, source.where, written])
+    uri, config = experiment.obs.uri, experiment.context.tiledb_config
+    written = written_files(uri, config)
+    identity = json.dumps([uri, source.where, written])
     folder = scratch_folder() / hashlib.sha256(identity.encode()).hexdigest()[:32]
 
     def make() -> None:
         found: dict[str, tuple[int, int, int]] = {}
-        with tiledbsoma.DataFrame.open(experiment.obs.uri, context=experiment.context) as obs:
+        with type(experiment.obs).open(uri, context=experiment.context) as obs:  # as it is now
             for part in _parts(source, obs, ["soma_joinid", "dataset_id"]):
                 named = pa.table({"name": part["dataset_id"].cast(pa.string()), "cell": part["soma_joinid"]})
                 shares = named.group_by("name").aggregate([("cell", "min"), ("cell", "max"), ("cell", "count")])
@@ -86,20 +86,13 @@ def _cells(source: SourceSettings, experiment: Any) -> dict[str, tuple[int, int,
                     first, last, many = found.get(share["name"], (share["cell_min"], share["cell_max"], 0))
                     these = min(first, share["cell_min"]), max(last, share["cell_max"]), many + share["cell_count"]
                     found[share["name"]] = these
-        if _written(experiment) != written:
+        if written_files(uri, config) != written:
             raise _changed(source)
         (folder / "cells.json").write_text(json.dumps(found), encoding="utf-8")
 
     with scratch_errors(folder):
         made_once(folder, make)
         return dict(json.loads((folder / "cells.json").read_text(encoding="utf-8")))
-
-
-def _written(experiment: Any) -> list[str]:
-    """Name everything that was ever written to obs: as long as nothing comes, its cells stay what they are."""
-    files = tiledb.VFS(ctx=tiledb.Ctx(experiment.context.tiledb_config))
-    folders = [folder for folder in (experiment.obs.uri, f"{experiment.obs.uri}/__commits") if files.is_dir(folder)]
-    return sorted(path.removeprefix(experiment.obs.uri) for folder in folders for path in files.ls(folder))
 
 
 def _changed(source: SourceSettings) -> InputRefused:
