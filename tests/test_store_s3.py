@@ -24,6 +24,7 @@ from local_s3 import forget_endpoint, local_s3
 
 from ingest.dataset import OpenDataset
 from ingest.job import SourceSettings
+from ingest.sandbox import Reader
 from store import context, records
 from store.errors import ConflictError, MissingError, StorageError
 from store.lake import open_lake
@@ -79,6 +80,11 @@ def test_a_lake_on_s3_is_written_read_proved_and_opens_in_the_census_client(
     with tiledbsoma.open(uri, context=client) as census:
         cells = cellxgene_census.get_anndata(census, "Homo sapiens", obs_value_filter="dataset_id == 'first'")
     assert (cells.X[:, :40] != encoded_counts(0, 70, 40)).nnz == 0
+    with Reader(SourceSettings(uri=uri), "homo_sapiens/second", memory_mb=1024, timeout_s=60) as opened:
+        assert opened.names() == ["homo_sapiens/first", "homo_sapiens/second"]
+        values, plan, _ = opened.inspect()
+        rows = opened.rows("RNA", 0, 30, len(plan.features["RNA"]), values["fingerprint"])
+    assert (rows[:, :50] != encoded_counts(0, 30, 50)).nnz == 0
 
 
 def test_snapshots_on_s3_come_and_go_whole(bucket: str) -> None:

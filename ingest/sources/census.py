@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 import scipy.sparse
 
 from ingest.job import SourceSettings
+from ingest.sources import is_census_name
 from ingest.sources.form import Part, SourceDataset
 from ingest.turn import made_once, scratch_errors, scratch_folder
 from store.context import tiledb_config
@@ -26,6 +26,12 @@ from store.schema import DATASET_INFO, OBS_DEFAULTS, ORGANISMS
 BUFFERS = {"soma.init_buffer_bytes": 2**20, "sm.mem.total_budget": 2**28, "sm.mem.malloc_trim": "false"}
 """What a read holds of each column before it hands a part over; the client's own gigabyte is too much for a worker, and
 obs has some thirty columns, each with offsets and validity."""
+
+PUBLIC = "s3://cellxgene-census-public-"
+"""How the addresses of the public Census begin."""
+
+SIGNED = {"vfs.s3.no_sign_request": "false", "vfs.s3.region": ""}
+"""TileDB's own defaults, for a Census in somebody's bucket."""
 
 CELL = "observation_joinid"
 """The Census's own name of a cell, which stays from release to release."""
@@ -43,9 +49,12 @@ OWN_TYPE = {pa.large_string(): pd.ArrowDtype(pa.large_string())}
 
 @lru_cache(maxsize=4)
 def _open(uri: str) -> Any:
-    config = BUFFERS | {key: value for key, value in tiledb_config().items() if key.endswith("concurrency_level")}
+    ours = tiledb_config()
+    config = BUFFERS | {key: value for key, value in ours.items() if key.endswith("concurrency_level")}
+    if not is_census_name(uri) and not uri.startswith(PUBLIC):  # the client would ask without keys, and in one region
+        config |= SIGNED | {key: value for key, value in ours.items() if key.startswith("vfs.s3.")}
     try:
-        if re.fullmatch(r"stable|latest|\d{4}-\d{2}-\d{2}", uri):
+        if is_census_name(uri):
             return cellxgene_census.open_soma(census_version=uri, tiledb_config=config)
         return cellxgene_census.open_soma(uri=uri, tiledb_config=config)
     except Exception as error:
