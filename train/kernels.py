@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from train.lanes import LANES, LINE, SMALL, compact, look_up, part, put_row, wait_for_stores
+from train.lanes import LANES, LINE, SMALL, WIDE, compact, look_up, part, put_row, wait_for_stores
 
 U32 = np.uint32
 GUESSES = 16
@@ -138,8 +138,20 @@ def _choose(draws: Any, n: int, lowest: Any, budget: int, keep: Any) -> int:
 
 
 @part
-def _log1p_of(count: Any, n: int, most: int, factor: Any, table: Any, value: Any, large: Any) -> None:
-    """Write log1p(count * factor) for each of ``n`` counts, none above ``most``; large ones are few in most cells."""
+def _log1p_plain(count: Any, n: int, most: int, factor: Any, table: Any, value: Any, large: Any) -> None:
+    """Write log1p(count * factor) for each of ``n`` counts, none above ``most``."""
+    for number in range(min(TABLE, most + 1)):
+        table[number] = np.log1p(np.float32(number) * factor)
+    for i in range(n):
+        value[i] = table[min(np.int64(count[i]), np.int64(TABLE - 1))]
+    for i in range(n if most >= TABLE else 0):
+        if count[i] >= TABLE:
+            value[i] = np.log1p(np.float32(count[i]) * factor)
+
+
+@part
+def _log1p_wide(count: Any, n: int, most: int, factor: Any, table: Any, value: Any, large: Any) -> None:
+    """Do what :func:`_log1p_plain` does; large counts are few in most cells."""
     made = min(SMALL, most + 1)
     for number in range(made):
         table[number] = np.log1p(np.float32(number) * factor)
@@ -151,6 +163,44 @@ def _log1p_of(count: Any, n: int, most: int, factor: Any, table: Any, value: Any
     for j in range(n_large):
         whole = count[large[j]]
         value[large[j]] = table[whole] if whole < made else np.log1p(np.float32(whole) * factor)
+
+
+@part
+def _keep_plain(
+    draws: Any, feature: Any, count: Any, n: int, lowest: Any, offset: int, most: int, factor: Any, room: Any
+) -> Any:
+    """Write the tokens of those of ``n`` features whose draws reach ``lowest`` into ``room``; return how many."""
+    number, whole, log, table, _ = room
+    for value in range(min(TABLE, most + 1)):
+        table[value] = np.log1p(np.float32(value) * factor)
+    kept = np.uintp(0)
+    for i in range(n):
+        number[kept] = np.int32(feature[i]) + np.int32(offset)
+        log[kept] = table[min(np.int64(count[i]), np.int64(TABLE - 1))]
+        kept += np.uintp(draws[i] >= lowest)
+    if most >= TABLE:
+        kept = np.uintp(0)
+        for i in range(n):
+            whole[kept] = count[i]
+            kept += np.uintp(draws[i] >= lowest)
+        for j in range(kept):
+            if whole[j] >= TABLE:
+                log[j] = np.log1p(np.float32(whole[j]) * factor)
+    return np.int64(kept)
+
+
+@part
+def _keep_wide(
+    draws: Any, feature: Any, count: Any, n: int, lowest: Any, offset: int, most: int, factor: Any, room: Any
+) -> Any:
+    """Do what :func:`_keep_plain` does."""
+    number, whole, log, table, large = room
+    kept = compact(draws, feature, count, n, lowest, offset, number, whole)
+    _log1p_wide(whole, kept, most, factor, table, log, large)
+    return kept
+
+
+_log1p_of, _keep = (_log1p_wide, _keep_wide) if WIDE else (_log1p_plain, _keep_plain)
 
 
 @compiled
@@ -195,6 +245,7 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
     # a cell's tokens, before they go where they belong
     number, whole = np.empty(longest + LANES, np.int32), np.empty(longest + LANES, np.uint32)
     log = np.empty(longest + LANES, np.float32)
+    room = number, whole, log, table, large
     budget = feature_CL.shape[1]
     around = 2 * feature_CL.nbytes >= AROUND_BYTES and budget % LANES == 0
     around &= feature_CL.ctypes.data % LINE == 0 and value_CL.ctypes.data % LINE == 0
@@ -208,13 +259,13 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
         depth = np.int64(total)
         row = place_C[cell]
         depth_C[row] = depth
+        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
         kept, tied = np.int64(n), False
         every = n <= budget and (not by_chance or hide_C[cell] == 0)
         if every:
             for j in range(n):
                 number[j] = np.int32(feature[j]) + np.int32(offset)
-            for j in range(n):
-                whole[j] = count[j]
+            _log1p_of(count, n, np.int64(most), factor, table, log, large)
         elif by_chance:
             for i in range(n):
                 draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
@@ -229,10 +280,9 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
                 number[j] = np.int32(feature[keep[j]]) + np.int32(offset)
             for j in range(kept):
                 whole[j] = count[keep[j]]
+            _log1p_of(whole, kept, np.int64(most), factor, table, log, large)
         elif not every:
-            kept = compact(draws, feature, count, n, lowest, offset, number, whole)
-        factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
-        _log1p_of(whole, kept, np.int64(most), factor, table, log, large)
+            kept = _keep(draws, feature, count, n, lowest, offset, np.int64(most), factor, room)
         put_row(number, kept, nothing, feature_CL[row], around)
         put_row(log, kept, nothing, value_CL[row], around)
         width_C[row] = kept

@@ -1,8 +1,8 @@
 """This module is what loops do to sixteen values at a time, in words of LLVM that numba has none for.
 
-Values that pass a border are put side by side by one instruction where the processor has AVX-512 (``WIDE``), and
-numbers below 32 are looked up in registers; elsewhere plain loops do the same. Rows that nobody reads before they have
-left the caches are written around them, on any processor. ``train.kernels`` keeps what it compiles on disk and looks
+Where the processor has AVX-512 (``WIDE``), values that pass a border are put side by side by one instruction, and
+numbers below 32 are looked up in registers. Rows that nobody reads before they have left the caches are written around
+them, on any processor. ``train.kernels`` keeps what it compiles on disk and looks
 at its own file alone: touch that one when this one is changed.
 """
 
@@ -147,20 +147,14 @@ def wait_for_stores(typing: Any) -> Any:
     return types.void(), write
 
 
-def compact_plain(
-    draws: Any, feature: Any, count: Any, n: int, lowest: Any, offset: int, to: Any, count_to: Any
-) -> Any:
+part = numba.njit(error_model="numpy")
+"""Compiles what loops have in common. Not ``inline="always"``: arrays that are handed on would then be counted
+atomically for each cell, which waits for what is being written around the caches."""
+
+
+@part
+def compact(draws: Any, feature: Any, count: Any, n: int, lowest: Any, offset: int, to: Any, count_to: Any) -> Any:
     """Write the features, plus ``offset``, and counts of those of ``n`` whose draws reach ``lowest``; say how many."""
-    kept = np.uintp(0)
-    for i in range(n):
-        to[kept] = np.int32(feature[i]) + np.int32(offset)
-        count_to[kept] = count[i]
-        kept += np.uintp(draws[i] >= lowest)
-    return np.int64(kept)
-
-
-def compact_wide(draws: Any, feature: Any, count: Any, n: int, lowest: Any, offset: int, to: Any, count_to: Any) -> Any:
-    """Do what :func:`compact_plain` does."""
     kept, whole = np.int64(0), n // LANES * LANES
     for i in range(0, whole, LANES):
         kept = _compact_lanes(
@@ -173,19 +167,9 @@ def compact_wide(draws: Any, feature: Any, count: Any, n: int, lowest: Any, offs
     return kept
 
 
-def look_up_plain(count: Any, n: int, table: Any, value: Any, large: Any) -> Any:
+@part
+def look_up(count: Any, n: int, table: Any, value: Any, large: Any) -> Any:
     """Write the table's value of each of ``n`` counts below ``SMALL``; note where the others are, and how many."""
-    n_large = np.uintp(0)
-    for i in range(n):
-        value[i] = table[np.uintp(count[i]) & np.uintp(SMALL - 1)]
-    for i in range(n):
-        large[n_large] = i
-        n_large += np.uintp(count[i] >= SMALL)
-    return np.int64(n_large)
-
-
-def look_up_wide(count: Any, n: int, table: Any, value: Any, large: Any) -> Any:
-    """Do what :func:`look_up_plain` does."""
     n_large, whole = np.int64(0), n // LANES * LANES
     for i in range(0, whole, LANES):
         n_large = _look_up_lanes(count, np.int64(i), table, value, large, n_large)
@@ -194,13 +178,6 @@ def look_up_wide(count: Any, n: int, table: Any, value: Any, large: Any) -> Any:
         large[n_large] = i
         n_large += np.int64(count[i] >= SMALL)
     return n_large
-
-
-part = numba.njit(error_model="numpy")
-"""Compiles what loops have in common. Not ``inline="always"``: arrays that are handed on would then be counted
-atomically for each cell, which waits for what is being written around the caches."""
-compact = part(compact_wide if WIDE else compact_plain)
-look_up = part(look_up_wide if WIDE else look_up_plain)
 
 
 @part

@@ -48,6 +48,9 @@ GROUPS_AHEAD = 3
 WINDOWS_AHEAD = 1
 REMOTE = 4
 """So many times more threads read from a remote store, and as many beside them: two arrays at the same time."""
+KEPT_BYTES = 31 * 2**20
+"""Freed once, a block of this size lets glibc keep what is freed from then on instead of giving its pages back: TileDB
+takes new buffers for whatever comes from a remote store, and new pages are slow."""
 SHARES = 2**30
 """Shares of sources are told to the plan in whole numbers of this sum."""
 
@@ -349,6 +352,8 @@ class Stream:
         self, decoders: ThreadPoolExecutor, beside: ThreadPoolExecutor, kept: list[list[Slot]]
     ) -> list[Reader]:
         """Return a reader for each source, and have the arrays opened side by side."""
+        if self._reading > self.threads:
+            np.empty(KEPT_BYTES, np.uint8)  # freed in this moment, which is all
         for source in self.sources:
             for array in source.part.arrays(self.measurements):
                 decoders.submit(source.part.warm, array)
