@@ -5,6 +5,7 @@ Requests say names; where a lake lies is said by the settings alone, and by no r
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from store.errors import ConflictError, InputRefused, MissingError, SomaflowErro
 
 FRESH_S = 2.0
 """Seconds for which nobody looks whether there are other indexes."""
+NEVER = -math.inf
 _SHOWN: tuple[type[SomaflowError], ...] = (MissingError, ConflictError, InputRefused, StorageError)
 
 
@@ -49,9 +51,9 @@ class Atlas:
 
     def __init__(self, lakes: Mapping[str, str]) -> None:
         self.lakes = {name: records.absolute(uri) for name, uri in lakes.items()}
-        self._lock = threading.Lock()
+        self._lock, self._looking = threading.Lock(), threading.Lock()
         self._listed: list[Named] = []
-        self._looked = -FRESH_S
+        self._looked = NEVER
         self._open: dict[tuple[str, str, str, int], VectorIndex] = {}
         self._opening: set[tuple[str, str, str, int]] = set()
         self.searcher = ThreadPoolExecutor(1, "neighbors")
@@ -69,15 +71,25 @@ class Atlas:
         return self.lakes[name]
 
     def indexes(self) -> list[Named]:
-        """Return the indexes of all lakes, as they were ``FRESH_S`` ago at most."""
-        with self._lock:
-            now = time.monotonic()
-            if now - self._looked >= FRESH_S:
-                self._listed = [Named(name, one) for name, uri in self.lakes.items() for one in list_indexes(uri)]
-                self._looked = now
-                alive = {one.known.id for one in self._listed}
-                self._open = {key: index for key, index in self._open.items() if key in alive}
-            return self._listed
+        """Return the indexes of all lakes, as they were ``FRESH_S`` ago at most.
+
+        One request looks when it is time; while it does, which takes long where a lake lies afar, others take what is
+        known, and wait only where nothing is.
+        """
+        if self._due() and self._looking.acquire(blocking=self._looked == NEVER):
+            try:
+                if self._due():
+                    listed = [Named(name, one) for name, uri in self.lakes.items() for one in list_indexes(uri)]
+                    alive = {one.known.id for one in listed}
+                    with self._lock:
+                        self._open = {key: index for key, index in self._open.items() if key in alive}
+                    self._listed, self._looked = listed, time.monotonic()
+            finally:
+                self._looking.release()
+        return self._listed
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._looked >= FRESH_S
 
     def find(self, wanted: str, model_sha256: str) -> tuple[Named, VectorIndex]:
         """Return the index that is meant, opened.

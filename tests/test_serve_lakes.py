@@ -6,8 +6,10 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -315,3 +317,41 @@ def test_a_job_is_the_same_for_the_same_question_and_its_record_survives(tmp_pat
     jobs.write(str(tmp_path), record.now(state="done", done=5))
     (found,) = jobs.read_all(str(tmp_path))
     assert (found.state, found.done, found.created) == ("done", 5, "2026-01-01")
+
+
+def test_others_take_what_is_known_while_one_request_looks_for_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atlas_module, "FRESH_S", 0.0)
+    asked, answered, there = threading.Event(), threading.Event(), ["first"]
+
+    def afar(uri: str) -> list[Any]:
+        found = [SimpleNamespace(id=name) for name in there]
+        asked.set()
+        assert answered.wait(30)
+        return found
+
+    monkeypatch.setattr(atlas_module, "list_indexes", afar)
+    atlas = Atlas({"atlas": "s3://lakes/atlas"})
+
+    def ids() -> list[str]:
+        return [str(one.known.id) for one in atlas.indexes()]
+
+    with ThreadPoolExecutor(3) as threads:
+        first = [threads.submit(ids) for _ in range(2)]
+        assert asked.wait(30)
+        assert not any(one.done() for one in first), "nothing is known yet"
+        answered.set()
+        assert [one.result(30) for one in first] == [["first"], ["first"]]
+        asked.clear()
+        answered.clear()
+        there.append("second")
+        looking = threads.submit(ids)
+        assert asked.wait(30)
+        assert ids() == ["first"]
+        answered.set()
+        assert looking.result(30) == ids() == ["first", "second"]
+        answered.clear()
+        monkeypatch.setattr(atlas_module, "list_indexes", lambda uri: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ids()
+        monkeypatch.setattr(atlas_module, "list_indexes", lambda uri: [])
+        assert ids() == []
