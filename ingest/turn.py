@@ -34,6 +34,10 @@ Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floatin
 SPILL = np.dtype([("row", "<i8"), ("column", "<i4"), ("value", "<f4")])
 PART = 2**20
 FORGOTTEN_S = 7 * 24 * 3600
+"""What nobody has opened for so long goes before something new is made."""
+SCARCE_S = 3600
+"""The same, where less than ``FREE`` of the disk is."""
+FREE = 0.2
 
 
 def scratch_folder() -> Path:
@@ -95,9 +99,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _forget_old(scratch: Path) -> None:
-    """Remove what no run has used for a week."""
-    for folder in scratch.iterdir():
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > FORGOTTEN_S:
+    """Remove what no run has opened for a week; where the disk gets full, for an hour, what was opened first first.
+
+    Who still has it mapped reads on; who opens it again makes it again.
+    """
+    for opened, folder in sorted((folder.stat().st_mtime, folder) for folder in scratch.iterdir() if folder.is_dir()):
+        disk = shutil.disk_usage(scratch)
+        if time.time() - opened > (SCARCE_S if disk.free < FREE * disk.total else FORGOTTEN_S):
             shutil.rmtree(folder, ignore_errors=True)
 
 

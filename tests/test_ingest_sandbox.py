@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -25,7 +26,7 @@ from ingest.preflight import members
 from ingest.run import run
 from ingest.sandbox import PART_ROWS, Reader
 from ingest.sources import census
-from ingest.turn import turned
+from ingest.turn import made_once, turned
 from store.errors import InputRefused, StorageError
 from store.hdf5 import check_hdf5
 from store.lake import open_lake
@@ -251,6 +252,29 @@ def test_a_lake_of_ours_is_read_as_a_census(tiny_lake: Path) -> None:
         rows = opened.rows("RNA", 3, 5, len(plan.features["RNA"]), values["fingerprint"])
     lake = open_lake(str(tiny_lake))
     assert (rows != lake.counts("homo_sapiens", "RNA", 150 + np.array([6, 8]))[:, : rows.shape[1]]).nnz == 0
+
+
+def test_intermediate_files_go_after_a_week_or_where_the_disk_gets_full_after_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    free = [50, 50, 50, 5, 5, 50]
+
+    def usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(total=100, free=free.pop(0))
+
+    def left(name: str) -> set[str]:
+        made_once(tmp_path / name, lambda: None)
+        return {path.name for path in tmp_path.iterdir() if path.is_dir()}
+
+    monkeypatch.setattr("ingest.turn.shutil.disk_usage", usage)
+    for name, hours in (("week", 24 * 8), ("day", 24), ("hours", 2)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - hours * 3600,) * 2)
+    assert left("new") == {"day", "hours", "new"}
+    assert left("other") == {"new", "other"}
+    monkeypatch.setattr("ingest.turn.shutil.disk_usage", lambda path: SimpleNamespace(total=100, free=5))
+    assert left("third") == {"new", "other", "third"}, "these are in use"
 
 
 def test_all_cells_of_a_census_are_looked_at_once_on_a_machine_for_each_state_of_it(
