@@ -267,10 +267,8 @@ def _serve(request: int, answer: int) -> None:
                     opened = opened or OpenDataset(source, words["name"])
                     values, tables = ANSWERS[words["do"]](opened, words)
                 header: dict[str, Any] = {"values": values}
-            except MemoryError:
-                sys.exit(FULL)
             except Exception as error:  # noqa: BLE001  every error is an answer
-                if "std::bad_alloc" in str(error):  # what a MemoryError is called in TileDB
+                if errors.is_of_memory(error):
                     sys.exit(FULL)
                 tables, header = {}, _error(error, source.uri)
             parts = {name: _parts(table, words["do"]) for name, table in tables.items()}

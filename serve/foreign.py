@@ -236,7 +236,7 @@ def translate(kind: str, body: bytes, limits: Limits) -> Read:
         FieldRefused: It cannot be used.
     """
     from serve import arrow, h5ad
-    from store.errors import InputRefused
+    from store.errors import InputRefused, is_of_memory
 
     chosen = ""
     try:
@@ -249,9 +249,9 @@ def translate(kind: str, body: bytes, limits: Limits) -> Read:
         raise
     except InputRefused as error:
         raise FieldRefused("file", str(error)[:500]) from None
-    except MemoryError:
-        raise FieldRefused("body", "needs more memory than a reader has; send fewer cells at a time") from None
     except Exception as error:  # noqa: BLE001 - foreign bytes make parsers raise anything
+        if is_of_memory(error):
+            raise FieldRefused("body", "needs more memory than a reader has; send fewer cells at a time") from None
         reason = (str(error).strip().splitlines() or [""])[0]
         raise FieldRefused("body", f"cannot be read: {type(error).__name__}: {reason[:200]}") from None
 

@@ -33,7 +33,7 @@ from serve.messages import CsrCounts
 from serve.npz import write_npz
 from serve.payload import counts_of, read_npz
 from serve.settings import Explore, Limits
-from store.errors import InputRefused, MissingError, SomaflowError, StorageError
+from store.errors import InputRefused, MissingError, SomaflowError, StorageError, is_of_memory
 
 NAMES = "cell"
 """The column of ``obs`` that holds the cells' names."""
@@ -161,11 +161,13 @@ def main(words: list[str]) -> None:
         arrays = _refusal(str(error), "missing")
     except StorageError as error:
         arrays = _refusal(str(error), "storage")
-    except (SomaflowError, MemoryError, ImportError) as error:  # libraries that find no memory cannot be loaded
-        text = str(error) if isinstance(error, SomaflowError) else f"{name}: needs more than {memory_mb} MB of memory"
-        arrays = _refusal(text, "input")
+    except SomaflowError as error:
+        arrays = _refusal(str(error), "input")
     except Exception as error:  # noqa: BLE001 - whatever a library finds wrong with a foreign file, it is refused
-        arrays = _refusal(f"{name}: cannot be read as {form} ({type(error).__name__}); is it damaged?", "input")
+        why = f"cannot be read as {form} ({type(error).__name__}); is it damaged?"
+        if is_of_memory(error):
+            why = f"needs more than {memory_mb} MB of memory"
+        arrays = _refusal(f"{name}: {why}", "input")
     out.write(write_npz(arrays))
     out.close()
 
@@ -225,9 +227,11 @@ def _labels(obs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 def _read_h5ad(
     path: str, where: str, most_cells: int, most_counts: int, most_features: int
 ) -> dict[str, NDArray[Any] | bytes]:
-    import h5py
-    from anndata.io import read_elem
-
+    try:
+        import h5py
+        from anndata.io import read_elem
+    except Exception as error:  # libraries that find no memory cannot be loaded, and say so in many ways
+        raise MemoryError from error
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:

@@ -18,6 +18,8 @@ inputs were refused".
 
 from __future__ import annotations
 
+import errno
+
 PARTIAL = 1
 
 
@@ -71,3 +73,10 @@ class VerificationError(SomaflowError, ValueError):
     """What was read back differs from what was promised when it was written."""
 
     exit_code = 8
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that no memory was left, however a library words it (TileDB, HDF5, the system)."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(words in str(error) for words in ("std::bad_alloc", "memory allocation failed"))

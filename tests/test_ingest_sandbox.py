@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ from ingest.run import run
 from ingest.sandbox import PART_ROWS, Reader
 from ingest.sources import census
 from ingest.turn import made_once, turned
-from store.errors import InputRefused, StorageError
+from store.errors import InputRefused, StorageError, is_of_memory
 from store.hdf5 import check_hdf5
 from store.lake import open_lake
 from store.writer import LakeWriter
@@ -331,3 +332,18 @@ def test_a_census_whose_cells_change_meanwhile_is_refused(tmp_path: Path, monkey
     monkeypatch.setenv("SOMAFLOW_SCRATCH", "/proc/none")
     with pytest.raises(StorageError, match="SOMAFLOW_SCRATCH=FOLDER"):
         census.names(source)
+
+
+@pytest.mark.parametrize(
+    ("error", "of_memory"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError("Can't synchronously read data (memory allocation failed for chunk)"), True),
+        (RuntimeError("TileDB internal: std::bad_alloc"), True),
+        (OSError("Can't synchronously read data (inflate() failed)"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_libraries_say_in_many_words_that_no_memory_is_left(error: Exception, of_memory: bool) -> None:
+    assert is_of_memory(error) == of_memory

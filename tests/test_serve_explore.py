@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.abc
 import subprocess
 import sys
 import time
@@ -287,6 +288,21 @@ def test_a_reader_that_dies_or_sleeps_harms_only_its_own_file(cells: Path) -> No
         read_h5ad_cells(cells.read_bytes(), Explore(memory_mb=40), Limits())
     with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
         read_h5ad_cells(cells.read_bytes(), Explore(read_s=0.01), Limits())
+
+
+@pytest.mark.parametrize("error", [OSError("cannot load shared object"), ImportError("x"), SystemError("x")])
+def test_a_library_that_finds_no_memory_to_be_loaded_in_is_no_damaged_file(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *words: Any) -> None:
+            if name == "h5py":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "h5py")
+    monkeypatch.setattr(sys, "meta_path", [Full(), *sys.meta_path])
+    with pytest.raises(MemoryError):
+        sources._read_h5ad("x.h5ad", "x", 1, 1, 1)
 
 
 def test_the_ingress_loads_no_umap() -> None:
