@@ -33,6 +33,7 @@ import scipy.sparse
 
 from ingest.job import SourceSettings
 from ingest.sources import kind_of
+from ingest.sources.form import changed
 from store import errors
 from store.errors import InputRefused, SomaflowError
 from store.schema import DatasetPlan, Features
@@ -354,7 +355,7 @@ def _text(value: Any) -> str | None:
 
 def _unchanged(opened: Any, fingerprint: str) -> None:
     if not fingerprint == opened.opened_as == opened.fingerprint():
-        raise InputRefused(f"{opened.source.uri}: changed while it was being read; run the same command again")
+        raise changed(opened.source.uri)
 
 
 def _check(opened: Any, words: dict[str, Any]) -> tuple[dict[str, Any], dict[str, pa.Table]]:

@@ -46,6 +46,11 @@ def scratch_folder() -> Path:
     return Path(given) if given else Path(tempfile.gettempdir()) / f"somaflow-{os.getuid()}"
 
 
+def scratch_of(*identity: object) -> Path:
+    """Return the folder of what is made of something: the same identity, the same folder."""
+    return scratch_folder() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+
 def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iterator[Coordinates]]) -> Rows:
     """Return the rows of a matrix that ``parts`` yields in any order.
 
@@ -59,7 +64,7 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
         InputRefused: A coordinate lies outside ``shape``.
         StorageError: The scratch folder is full or cannot be written.
     """
-    folder = scratch_folder() / hashlib.sha256(json.dumps([*identity, shape]).encode()).hexdigest()[:32]
+    folder = scratch_of(*identity, shape)
     with scratch_errors(folder):
         made_once(folder, lambda: _turn(folder, shape, parts()))
     return _rows(folder, shape)
@@ -103,10 +108,18 @@ def _forget_old(scratch: Path) -> None:
 
     Who still has it mapped reads on; who opens it again makes it again.
     """
-    for opened, folder in sorted((folder.stat().st_mtime, folder) for folder in scratch.iterdir() if folder.is_dir()):
+    for folder in sorted(filter(Path.is_dir, scratch.iterdir()), key=_opened):
         disk = shutil.disk_usage(scratch)
-        if time.time() - opened > (SCARCE_S if disk.free < FREE * disk.total else FORGOTTEN_S):
+        if time.time() - _opened(folder) > (SCARCE_S if disk.free < FREE * disk.total else FORGOTTEN_S):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _opened(folder: Path) -> float:
+    """Return when a folder was opened last; now, if another process has removed it meanwhile."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def _turn(folder: Path, shape: tuple[int, int], parts: Iterator[Coordinates]) -> None:

@@ -79,11 +79,12 @@ class Atlas:
         if self._due() and self._looking.acquire(blocking=self._looked == NEVER):
             try:
                 if self._due():
+                    now = time.monotonic()
                     listed = [Named(name, one) for name, uri in self.lakes.items() for one in list_indexes(uri)]
                     alive = {one.known.id for one in listed}
                     with self._lock:
                         self._open = {key: index for key, index in self._open.items() if key in alive}
-                    self._listed, self._looked = listed, time.monotonic()
+                    self._listed, self._looked = listed, now
             finally:
                 self._looking.release()
         return self._listed

@@ -165,7 +165,7 @@ def main(words: list[str]) -> None:
         arrays = _refusal(str(error), "input")
     except Exception as error:  # noqa: BLE001 - whatever a library finds wrong with a foreign file, it is refused
         why = f"cannot be read as {form} ({type(error).__name__}); is it damaged?"
-        if is_of_memory(error):
+        if is_of_memory(error) or isinstance(error, ImportError):  # there was no memory to load a library in
             why = f"needs more than {memory_mb} MB of memory"
         arrays = _refusal(f"{name}: {why}", "input")
     out.write(write_npz(arrays))

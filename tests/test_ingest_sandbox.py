@@ -22,6 +22,7 @@ import scipy.sparse
 from encoded import add_dataset
 from hostile_files import CANARY, CORRUPTIONS, corrupt, honest, hostile_archives
 
+from ingest import turn
 from ingest.job import JobSettings, SourceSettings
 from ingest.preflight import members
 from ingest.run import run
@@ -276,6 +277,7 @@ def test_intermediate_files_go_after_a_week_or_where_the_disk_gets_full_after_an
     assert left("other") == {"new", "other"}
     monkeypatch.setattr("ingest.turn.shutil.disk_usage", lambda path: SimpleNamespace(total=100, free=5))
     assert left("third") == {"new", "other", "third"}, "these are in use"
+    assert turn._opened(tmp_path / "removed by another process") > time.time() - 60
 
 
 def test_all_cells_of_a_census_are_looked_at_once_on_a_machine_for_each_state_of_it(

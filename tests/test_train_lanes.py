@@ -78,7 +78,7 @@ def test_a_row_is_written_whole_and_nothing_beside_it(dtype: Any, around: bool) 
     for kept in (0, 1, 16, 100, 127, 128):
         held[:] = 7
         row = np.arange(1, 129 + lanes.LANES, dtype=dtype)
-        lanes.put_row(row, kept, np.zeros(lanes.LANES, np.int32), rows[3], around)
+        lanes.put_row(row, kept, rows[3], around)
         assert rows[3].tolist() == [*range(1, kept + 1), *[0] * (128 - kept)]
         rows[3] = np.full(512, 7, np.uint8).view(dtype)
         assert (held == 7).all()

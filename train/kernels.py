@@ -138,10 +138,16 @@ def _choose(draws: Any, n: int, lowest: Any, budget: int, keep: Any) -> int:
 
 
 @part
+def _tabulate(table: Any, first: int, stop: int, factor: Any) -> None:
+    """Write log1p(number * factor) of the numbers from ``first`` to behind the last."""
+    for number in range(first, stop):
+        table[number] = np.log1p(np.float32(number) * factor)
+
+
+@part
 def _log1p_plain(count: Any, n: int, most: int, factor: Any, table: Any, value: Any, large: Any) -> None:
     """Write log1p(count * factor) for each of ``n`` counts, none above ``most``."""
-    for number in range(min(TABLE, most + 1)):
-        table[number] = np.log1p(np.float32(number) * factor)
+    _tabulate(table, 0, min(TABLE, most + 1), factor)
     for i in range(n):
         value[i] = table[min(np.int64(count[i]), np.int64(TABLE - 1))]
     for i in range(n if most >= TABLE else 0):
@@ -153,12 +159,10 @@ def _log1p_plain(count: Any, n: int, most: int, factor: Any, table: Any, value: 
 def _log1p_wide(count: Any, n: int, most: int, factor: Any, table: Any, value: Any, large: Any) -> None:
     """Do what :func:`_log1p_plain` does; large counts are few in most cells."""
     made = min(SMALL, most + 1)
-    for number in range(made):
-        table[number] = np.log1p(np.float32(number) * factor)
+    _tabulate(table, 0, made, factor)
     n_large = look_up(count, n, table, value, large)
     if n_large > TABLE:
-        for number in range(SMALL, TABLE):
-            table[number] = np.log1p(np.float32(number) * factor)
+        _tabulate(table, SMALL, TABLE, factor)
         made = TABLE
     for j in range(n_large):
         whole = count[large[j]]
@@ -171,8 +175,7 @@ def _keep_plain(
 ) -> Any:
     """Write the tokens of those of ``n`` features whose draws reach ``lowest`` into ``room``; return how many."""
     number, whole, log, table, _ = room
-    for value in range(min(TABLE, most + 1)):
-        table[value] = np.log1p(np.float32(value) * factor)
+    _tabulate(table, 0, min(TABLE, most + 1), factor)
     kept = np.uintp(0)
     for i in range(n):
         number[kept] = np.int32(feature[i]) + np.int32(offset)
@@ -241,7 +244,7 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
     longest = _longest(lengths_C)
     draws = np.empty(longest, np.uint32)
     keep, large = np.empty(longest + 1, np.int32), np.empty(longest + LANES, np.int32)
-    hist, table, nothing = np.empty(256, np.int32), np.zeros(TABLE, np.float32), np.zeros(LANES, np.int32)
+    hist, table = np.empty(256, np.int32), np.zeros(TABLE, np.float32)
     # a cell's tokens, before they go where they belong
     number, whole = np.empty(longest + LANES, np.int32), np.empty(longest + LANES, np.uint32)
     log = np.empty(longest + LANES, np.float32)
@@ -283,8 +286,8 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
             _log1p_of(whole, kept, np.int64(most), factor, table, log, large)
         elif not every:
             kept = _keep(draws, feature, count, n, lowest, offset, np.int64(most), factor, room)
-        put_row(number, kept, nothing, feature_CL[row], around)
-        put_row(log, kept, nothing, value_CL[row], around)
+        put_row(number, kept, feature_CL[row], around)
+        put_row(log, kept, value_CL[row], around)
         width_C[row] = kept
     if around:
         wait_for_stores()

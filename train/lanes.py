@@ -2,8 +2,8 @@
 
 Where the processor has AVX-512 (``WIDE``), values that pass a border are put side by side by one instruction, and
 numbers below 32 are looked up in registers. Rows that nobody reads before they have left the caches are written around
-them, on any processor. ``train.kernels`` keeps what it compiles on disk and looks
-at its own file alone: touch that one when this one is changed.
+them, on any processor. ``train.kernels`` keeps what it compiles on disk and looks at its own file alone: touch that one
+when this one is changed.
 """
 
 from __future__ import annotations
@@ -181,13 +181,12 @@ def look_up(count: Any, n: int, table: Any, value: Any, large: Any) -> Any:
 
 
 @part
-def put_row(row: Any, kept: int, nothing: Any, out: Any, around: bool) -> None:
+def put_row(row: Any, kept: int, out: Any, around: bool) -> None:
     """Write the first ``kept`` values of a row, and zeros behind; ``around`` the caches if ``out`` is whole lines.
 
     Args:
         row: 32 bits each, with room for ``LANES`` more, which are overwritten.
         kept: How many.
-        nothing: ``LANES`` zeros.
         out: Answer.
         around: Its length is a multiple of ``LANES``, and it begins with a line.
     """
@@ -197,7 +196,7 @@ def put_row(row: Any, kept: int, nothing: Any, out: Any, around: bool) -> None:
     for i in range(0, whole, LANES):
         _store_around(row, np.int64(i), out, np.int64(i))
     for i in range(whole, len(out) if around else 0, LANES):
-        _store_around(nothing, np.int64(0), out, np.int64(i))
+        _store_around(row, np.int64(kept), out, np.int64(i))  # the zeros
     for i in range(0 if around else kept):
         out[i] = row[i]
     for i in range(len(out) if around else kept, len(out)):

@@ -16,8 +16,8 @@ import scipy.sparse
 
 from ingest.job import SourceSettings
 from ingest.sources import is_census_name
-from ingest.sources.form import Part, SourceDataset
-from ingest.turn import made_once, scratch_errors, scratch_folder
+from ingest.sources.form import Part, SourceDataset, changed
+from ingest.turn import made_once, scratch_errors, scratch_of
 from store.context import tiledb_config
 from store.errors import InputRefused, StorageError, UsageError
 from store.fragments import written_files
@@ -82,8 +82,7 @@ def _cells(source: SourceSettings, experiment: Any) -> dict[str, tuple[int, int,
     """
     uri, config = experiment.obs.uri, experiment.context.tiledb_config
     written = written_files(uri, config)
-    identity = json.dumps([uri, source.where, written])
-    folder = scratch_folder() / hashlib.sha256(identity.encode()).hexdigest()[:32]
+    folder = scratch_of(uri, source.where, written)
 
     def make() -> None:
         found: dict[str, tuple[int, int, int]] = {}
@@ -96,16 +95,12 @@ def _cells(source: SourceSettings, experiment: Any) -> dict[str, tuple[int, int,
                     these = min(first, share["cell_min"]), max(last, share["cell_max"]), many + share["cell_count"]
                     found[share["name"]] = these
         if written_files(uri, config) != written:
-            raise _changed(source)
+            raise changed(source.uri)
         (folder / "cells.json").write_text(json.dumps(found), encoding="utf-8")
 
     with scratch_errors(folder):
         made_once(folder, make)
         return dict(json.loads((folder / "cells.json").read_text(encoding="utf-8")))
-
-
-def _changed(source: SourceSettings) -> InputRefused:
-    return InputRefused(f"{source.uri}: changed while it was being read; run the same command again")
 
 
 def _parts(
@@ -158,12 +153,12 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     datasets = census["census_info"]["datasets"].read().concat().to_pandas().set_index("dataset_id")
     cells_of = _cells(source, experiment)
     if dataset_id not in cells_of or dataset_id not in datasets.index:
-        raise _changed(source)
+        raise changed(source.uri)
     first, last, many = cells_of[dataset_id]
     span = slice(first, last)  # a dataset's cells lie together
     joinids = _obs(source, experiment, ["soma_joinid"], dataset_id, span)["soma_joinid"].to_numpy(np.int64)
     if len(joinids) != many:
-        raise _changed(source)
+        raise changed(source.uri)
     row = datasets.loc[dataset_id]
     var = experiment.ms["RNA"].var.read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
     presence = experiment.ms["RNA"]["feature_dataset_presence_matrix"].read((int(row["soma_joinid"]),))

@@ -17,7 +17,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
-from store.errors import MissingError
+from store.errors import InputRefused, MissingError
 
 Rows = Callable[[int, int], scipy.sparse.csr_matrix]
 """Rows start to stop (exclusive) of a matrix, as the source holds them."""
@@ -127,6 +127,11 @@ def fingerprint(uri: str) -> str:
         for name, info in sorted(found.items())
     ]
     return hashlib.sha256(repr(tags).encode()).hexdigest()
+
+
+def changed(uri: str) -> InputRefused:
+    """Return the error of a source that somebody writes to."""
+    return InputRefused(f"{uri}: changed while it was being read; run the same command again")
 
 
 def memory_rows(matrix: Any) -> Rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from ingest.sources.form import (
     fingerprint,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
-from ingest.turn import Coordinates, made_once, scratch_folder, turned
+from ingest.turn import Coordinates, made_once, scratch_of, turned
 from store.errors import InputRefused
 from store.records import is_local
 
@@ -149,7 +148,7 @@ def _folder(uri: str) -> dict[str, str]:
 
 def _archive(uri: str) -> dict[str, str]:
     """Unpack an archive's regular members, once on this machine."""
-    folder = scratch_folder() / hashlib.sha256(f"{uri}{fingerprint(uri)}archive".encode()).hexdigest()[:32]
+    folder = scratch_of(uri, fingerprint(uri), "archive")
     found = folder / "found.json"
     made_once(folder, lambda: found.write_text(json.dumps(_unpacked(uri, folder / "members")), encoding="utf-8"))
     return dict(json.loads(found.read_text(encoding="utf-8")))
