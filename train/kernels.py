@@ -138,10 +138,16 @@ def _choose(draws: Any, n: int, lowest: Any, budget: int, keep: Any) -> int:
 
 
 @part
+def _log1p(number: Any, factor: Any) -> Any:
+    """Return log1p(number * factor) as ``train.tokens.log1p`` does: the product is single, its logarithm double."""
+    return np.float32(np.log1p(np.float64(np.float32(number) * factor)))
+
+
+@part
 def _tabulate(table: Any, first: int, stop: int, factor: Any) -> None:
     """Write log1p(number * factor) of the numbers from ``first`` to behind the last."""
     for number in range(first, stop):
-        table[number] = np.log1p(np.float32(number) * factor)
+        table[number] = _log1p(number, factor)
 
 
 @part
@@ -152,7 +158,7 @@ def _log1p_plain(count: Any, n: int, most: int, factor: Any, table: Any, value: 
         value[i] = table[min(np.int64(count[i]), np.int64(TABLE - 1))]
     for i in range(n if most >= TABLE else 0):
         if count[i] >= TABLE:
-            value[i] = np.log1p(np.float32(count[i]) * factor)
+            value[i] = _log1p(count[i], factor)
 
 
 @part
@@ -166,7 +172,7 @@ def _log1p_wide(count: Any, n: int, most: int, factor: Any, table: Any, value: A
         made = TABLE
     for j in range(n_large):
         whole = count[large[j]]
-        value[large[j]] = table[whole] if whole < made else np.log1p(np.float32(whole) * factor)
+        value[large[j]] = table[whole] if whole < made else _log1p(whole, factor)
 
 
 @part
@@ -188,7 +194,7 @@ def _keep_plain(
             kept += np.uintp(draws[i] >= lowest)
         for j in range(kept):
             if whole[j] >= TABLE:
-                log[j] = np.log1p(np.float32(whole[j]) * factor)
+                log[j] = _log1p(whole[j], factor)
     return np.int64(kept)
 
 

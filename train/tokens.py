@@ -159,6 +159,11 @@ def draws(feature_N: Tensor, key_N: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def log1p(number: Tensor) -> Tensor:
+    """Return log1p as float32, by way of double precision: in single, devices and libraries differ in the last bit."""
+    return torch.log1p(number.double()).float()
+
+
 @dataclass(frozen=True)
 class _Nonzeros:
     """The non-zeros of one measurement of all cells, one line each."""
@@ -173,8 +178,8 @@ def _nonzeros(part: Csr, device: torch.device) -> _Nonzeros:
     length = torch.from_numpy(np.diff(part.indptr)).to(device)
     cell_N = torch.repeat_interleave(torch.arange(len(length), device=device), length)
     count_N = torch.from_numpy(part.counts).to(device).float()
-    depth_C = torch.zeros(len(length), device=device).index_add_(0, cell_N, count_N)
-    return _Nonzeros(cell_N, torch.from_numpy(part.features).to(device).long(), count_N, depth_C)
+    depth_C = torch.zeros(len(length), dtype=torch.float64, device=device).index_add_(0, cell_N, count_N.double())
+    return _Nonzeros(cell_N, torch.from_numpy(part.features).to(device).long(), count_N, depth_C.float())
 
 
 def dense_counts(part: Csr, n_features: int, device: torch.device) -> Tensor:
@@ -233,8 +238,9 @@ def make_tokens(
         found = _nonzeros(seen.counts[name], device)
         shown_C = torch.from_numpy(seen.measured[name]).to(device)
         feature_N = found.feature_N + offsets[name]
-        # log1p(count * (scale / depth)), in single precision, step by step as the kernel does it
-        share_N = found.count_N * (SCALE / found.depth_C.clamp(min=1))[found.cell_N]
+        # step by step as the kernel does it; a number over a tensor would be its reciprocal, rounded once more
+        factor_C = torch.full_like(found.depth_C, SCALE) / found.depth_C.clamp(min=1)
+        share_N = found.count_N * factor_C[found.cell_N]
         visible_N, priority_N = torch.ones_like(share_N, dtype=torch.bool), share_N.double()
         if chance is not None:
             mixed = drawn(cells.row, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
@@ -242,12 +248,12 @@ def make_tokens(
             draw_N = draws(feature_N, torch.from_numpy(keys(mixed[2])).to(device)[found.cell_N])
             visible_N = draw_N >= torch.from_numpy(_hidden(units(mixed[1]), settings)).to(device)[found.cell_N]
             priority_N = draw_N.double()
-        value_N = torch.log1p(share_N) if plain else share_N
+        value_N = log1p(share_N) if plain else share_N
         if name in settings.levels:
             value_N, depth_C = found.count_N, torch.zeros_like(found.depth_C)
             priority_N = priority_N if chance is not None else 2.0**32 + draws(feature_N, feature_N).double()
         else:
-            depth_C = torch.log1p(found.depth_C)
+            depth_C = log1p(found.depth_C)
         if settings.values == "bins":
             value_N = _bins(found, settings.bins)
         elif settings.values == "rank":
@@ -361,7 +367,7 @@ def fast_tokens(
         torch.from_numpy(feature_CL),
         torch.from_numpy(value_CL),
         tuple(offsets.values()),
-        torch.from_numpy(np.log1p(np.stack(list(depths.values()), axis=1))),
+        log1p(torch.from_numpy(np.stack(list(depths.values()), axis=1))),
         torch.from_numpy(np.stack(list(shown.values()), axis=1)),
         *_prompts(cells, chance, settings, torch.device("cpu")),
         row_C=torch.from_numpy(cells.row),

@@ -1,0 +1,116 @@
+"""On another device the same comes out, and no operation mixes it with the host's: what a GPU asks for, without one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from apart import DEVICE, Apart, device_apart, host
+from scipy.sparse import csr_matrix
+from small_checkpoint import write_checkpoint
+from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
+from test_train_tokens import OF
+
+from train import checkpoint
+from train.loop import Run
+from train.predictor import Predictor
+from train.tokens import TokenSettings, make_tokens
+
+
+def test_the_device_refuses_what_a_gpu_refuses() -> None:
+    with device_apart() as device:
+        there = torch.arange(6.0, device=device)
+        assert (there + 1 - torch.tensor(1)).sum().item() == 15
+        assert there.cpu().tolist() == there.tolist() == [0, 1, 2, 3, 4, 5]
+        with pytest.raises(RuntimeError, match="two devices"):
+            there + torch.ones(6)
+        with pytest.raises(RuntimeError, match="two devices"):
+            torch.ones(6)[there.long()]
+        with pytest.raises(TypeError, match="host's memory"):
+            there.numpy()
+
+
+@pytest.mark.parametrize("values", ["log1p", "bins", "rank"])
+@pytest.mark.parametrize("chance", [None, (3, 17)])
+@pytest.mark.parametrize("counts", OF)
+def test_tokens_made_there_are_those_made_here_to_the_bit(
+    values: Any, chance: tuple[int, int] | None, counts: str
+) -> None:
+    told, (batch, offsets) = TokenSettings(budget=20, values=values, bins=7), OF[counts]
+    here = make_tokens(batch, offsets, told, chance=chance)
+    with device_apart() as device:
+        there = make_tokens(batch, offsets, told, chance=chance, device=device)
+    for name, value in vars(here).items():
+        if isinstance(value, torch.Tensor):
+            found = getattr(there, name)
+            assert isinstance(found, Apart), name
+            assert torch.equal(torch.nan_to_num(host(found), -1.0), torch.nan_to_num(value, -1.0)), name
+
+
+@pytest.mark.parametrize("attention", ["full", "hybrid"])
+def test_a_run_there_takes_the_steps_of_a_run_here(
+    lake: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attention: str,
+) -> None:
+    data = {"global_batch": 24, "block": 64, "window": 2, "tokens": 32, "micro_batch": 8, "matched_controls": 0.3}
+    told = {
+        "steps": 5,
+        "model": {"width": 16, "layers": 4, "heads": 2, "attention": attention},
+        "data": data,
+        "evaluate_every": 2,
+        "recompute": attention == "hybrid",
+    }
+    AcceleratorState._reset_state(True)
+    Run(settings(lake, tmp_path / "here", **told), 1).train()
+    monkeypatch.setattr(Accelerator, "device", DEVICE)
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+    with device_apart():
+        run = Run(settings(lake, tmp_path / "there", **told), 1)
+        summary = run.train()
+        assert all(isinstance(weight.data, Apart) for weight in run.plain.parameters())
+    np.testing.assert_allclose(losses(tmp_path / "there"), losses(tmp_path / "here"), rtol=1e-5)
+    own = [Predictor.load(folder / "run/checkpoint") for folder in (tmp_path / "here", tmp_path / "there")]
+    assert str(summary.checkpoint) == str(tmp_path / "there/run/checkpoint")
+    for one, other in zip(*(predictor.model.parameters() for predictor in own), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+
+
+def test_a_predictor_there_answers_as_one_here(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    rng = np.random.default_rng(0)
+    counts = {
+        "RNA": rng.poisson(0.7, (30, 40)).astype(np.float32),
+        "protein": rng.poisson(3, (30, 5)).astype(np.float32),
+    }
+
+    def answers(predictor: Predictor) -> dict[str, Any]:
+        asked = predictor.cells({name: csr_matrix(part) for name, part in counts.items()}, {"tissue": ["lung"] * 30})
+        perturbed, later = predictor.perturb(asked, ["G1", "G2"]), predictor.forecast(asked, 3.0)
+        return {
+            "embed": predictor.embed(asked),
+            "annotate": predictor.annotate(asked),
+            "vectors": predictor.vectors("RNA", [0, 7, 39]),
+            "shares": predictor.shares(asked, "protein"),
+            "draw": predictor.draw(asked, "RNA", 1000.0).toarray().mean(0),
+        } | {
+            f"{name} of {what}": one[name].delta_G
+            for what, one in (("hit", perturbed), ("later", later))
+            for name in one
+        }
+
+    here = answers(Predictor.load(folder))
+    with device_apart() as device:
+        loaded = checkpoint.load(folder)
+        loaded.model.to(device)
+        there = answers(Predictor(loaded, str(device)))
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        np.testing.assert_allclose(there[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
