@@ -214,7 +214,7 @@ def _serve(settings: ServeSettings, token: str, *, as_json: bool) -> None:
         with ExitStack() as stack:
             with command.console.status("starting Ray and loading the model ..."):
                 # Ray's own handlers would end the process, however far it has come, three seconds after SIGTERM
-                url = stack.enter_context(serving(settings, joined=_listen_to_signals))
+                url = stack.enter_context(serving(settings, joined=_listen_to_signals, waits=command.console.print))
             _announce(url, token, as_json=as_json)
             threading.Event().wait()
     except KeyboardInterrupt:

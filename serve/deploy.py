@@ -41,7 +41,7 @@ from serve.replica import Loader, Replica
 from serve.settings import ServeSettings
 from serve.workers import RayJobs
 from store.cluster import cluster_address, probe, runtime_env
-from store.errors import InputRefused, MissingError, SomaflowError
+from store.errors import InputRefused, MissingError, SomaflowError, UsageError
 from store.settings import parse_settings
 
 T = TypeVar("T")
@@ -187,15 +187,27 @@ def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.s
                 "downscale_delay_s": scaling.down_s,
             }
         }
-    n_gpus = 1 if settings.device.startswith("cuda") else 0
     model = deployment(
         ModelReplica,
         **copies,
         user_config={"checkpoint": settings.checkpoint},
-        ray_actor_options={"num_cpus": settings.threads, "num_gpus": n_gpus},
+        ray_actor_options={"num_cpus": settings.threads, "num_gpus": _n_gpus(settings)},
     )
     ingress = deployment(Ingress, ray_actor_options={"num_cpus": 0})
     return ingress.bind(values, model.bind(values, load))
+
+
+def _n_gpus(settings: ServeSettings) -> int:
+    """Return the GPUs of a copy."""
+    return 1 if settings.device.startswith("cuda") else 0
+
+
+def _lacking(settings: ServeSettings) -> str:
+    """Say what the cluster has too little of for the copies that are there from the start; nothing if it has enough."""
+    there, copies = ray.cluster_resources(), settings.replicas
+    needed = {"CPU": copies * settings.threads, "GPU": copies * _n_gpus(settings)}
+    lacks = [f"{there.get(name, 0):g} {name}s of {n}" for name, n in needed.items() if there.get(name, 0) < n]
+    return " and ".join(lacks)
 
 
 def build(args: dict[str, Any]) -> ray.serve.Application:
@@ -205,7 +217,11 @@ def build(args: dict[str, Any]) -> ray.serve.Application:
 
 @contextmanager
 def serving(
-    settings: ServeSettings, load: Loader = load_predictor, *, joined: Callable[[], None] = lambda: None
+    settings: ServeSettings,
+    load: Loader = load_predictor,
+    *,
+    joined: Callable[[], None] = lambda: None,
+    waits: Callable[[str], None] = lambda _: None,
 ) -> Iterator[str]:
     """Serve a checkpoint while the block runs; yield the URL.
 
@@ -216,12 +232,14 @@ def serving(
         settings: What to serve, where and how.
         load: Loads the model in a copy.
         joined: Called as soon as Ray runs here, before anything is served: joining it has replaced handlers of signals.
+        waits: Told what a running cluster has too little of: copies wait for nodes that may join it.
 
     Raises:
         MissingError: No Ray cluster answers at the address.
-        UsageError: The address is a dashboard's.
+        UsageError: The address is a dashboard's, or this machine has fewer GPUs than copies that need one.
         InputRefused: The model did not start.
     """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     address = settings.address or None
     started = not ray.is_initialized()
     if started:
@@ -229,6 +247,10 @@ def serving(
         _start_ray(settings, address)
     try:
         joined()
+        if lacking := _lacking(settings):
+            if started and not address:
+                raise UsageError(f"this machine has {lacking} that the copies need: fewer --replicas, or device=cpu")
+            waits(f"waiting for nodes: the cluster has {lacking} that the copies need")
         _start_serve(settings, load)
         yield f"http://{_host_in_url(settings.host)}:{settings.port}"
     finally:
@@ -267,7 +289,6 @@ def _for_jobs(settings: ServeSettings) -> int:
 def _start_serve(settings: ServeSettings, load: Loader) -> None:
     logs = ray.serve.schema.LoggingConfig(log_level="WARNING", enable_access_log=False)
     http = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.timeout_s + 5}
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.serve.start(http_options=http, logging_config=logs)
     try:
         ray.serve.run(application(settings, load), name=APP, route_prefix="/", logging_config=logs)

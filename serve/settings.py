@@ -120,8 +120,8 @@ class ServeSettings(Settings):
     """Copies of the model that answer side by side."""
     threads: int = Field(default=1, gt=0)
     """CPU threads of each copy."""
-    device: str = "cpu"
-    """Torch device of each copy, as in ``cpu`` or ``cuda``."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Torch device of each copy, ``cpu`` or ``cuda``; on CUDA each copy gets a GPU of the cluster for itself."""
     address: str = ""
     """A running Ray cluster, HOST:PORT or ``auto``; empty, ``RAY_ADDRESS``, and without that Ray is started here and
     stopped at the end, as by ``local``."""

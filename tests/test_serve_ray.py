@@ -13,11 +13,12 @@ import httpx
 import numpy as np
 import pytest
 from fake_predictor import FakePredictor
+from pydantic import ValidationError
 
 from serve.__main__ import free_port
 from serve.client import Client
 from serve.settings import Limits, ServeSettings
-from store.errors import InputRefused
+from store.errors import InputRefused, UsageError
 
 pytestmark = [
     pytest.mark.ray,
@@ -112,3 +113,28 @@ def test_work_of_a_client_that_left_is_dropped(url: str) -> None:
     assert after.done_pieces - before.done_pieces < 4 * 64 / 2
     with Client(url) as client:
         np.testing.assert_array_equal(client.embed([{"G0": 3}]).values[0], [3, 0, 0, 3])
+
+
+def test_copies_that_need_more_than_there_is_are_told_of(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from serve import deploy
+
+    assert not deploy._lacking(ServeSettings(checkpoint="c", threads=2))
+    settings = ServeSettings(checkpoint="c", replicas=3, device="cuda", address="head:6379")
+    assert deploy._lacking(settings) == "2 CPUs of 3 and 0 GPUs of 3"
+    told: list[str] = []
+    for name in ("_start_ray", "_start_serve"):
+        monkeypatch.setattr(deploy, name, lambda *_: None)
+    with monkeypatch.context() as patch:
+        for name in ("shutdown", "is_initialized"):
+            patch.setattr(ray, name, lambda: False)
+        for name in ("shutdown", "delete"):
+            patch.setattr(ray.serve, name, lambda *_: None)
+        with deploy.serving(settings, waits=told.append):
+            assert told == ["waiting for nodes: the cluster has 2 CPUs of 3 and 0 GPUs of 3 that the copies need"]
+        here = settings.model_copy(update={"address": ""})
+        with pytest.raises(UsageError, match=r"this machine has .* 0 GPUs of 3 that the copies need"):
+            deploy.serving(here).__enter__()
+    with pytest.raises(ValidationError, match="device"):
+        ServeSettings(checkpoint="c", device="gpu")

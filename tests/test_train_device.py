@@ -14,10 +14,14 @@ from accelerate.state import AcceleratorState
 from apart import DEVICE, Apart, device_apart, host
 from scipy.sparse import csr_matrix
 from small_checkpoint import write_checkpoint
+from studies import perturbed
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 from test_train_tokens import OF
 
+from store.errors import UsageError
 from train import checkpoint
+from train.evaluation.ours import cells_of
+from train.evaluation.scratch import ScratchSettings, adapt_on, train_on
 from train.loop import Run
 from train.predictor import Predictor
 from train.tokens import TokenSettings, make_tokens
@@ -114,3 +118,38 @@ def test_a_predictor_there_answers_as_one_here(tmp_path: Path) -> None:
     assert here.keys() == there.keys()
     for name, value in here.items():
         np.testing.assert_allclose(there[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_an_adapter_is_trained_where_its_model_is() -> None:
+    study, quick = perturbed(["t0"], n_cells=20), ScratchSettings(steps=3, model={"width": 16, "layers": 1, "heads": 2})
+    base = train_on(study, quick)
+    here = adapt_on(base, study, quick)
+    with device_apart() as device:
+        base.model.to(device)
+        there = adapt_on(
+            Predictor(
+                checkpoint.Checkpoint(base.model, base.tokens, base.vocabulary, base.prompts, base.manifest),
+                str(device),
+            ),
+            study,
+            quick,
+        )
+        assert all(isinstance(weight.data, Apart) for weight in there.model.parameters())
+        found = there.embed(cells_of(there, study, ["RNA"], ["cell_type"]))
+    np.testing.assert_allclose(found, here.embed(cells_of(here, study, ["RNA"], ["cell_type"])), rtol=1e-3, atol=1e-4)
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    with pytest.raises(UsageError, match=r"device 'cuda': torch .* finds none on this machine; say cpu"):
+        Predictor.load(folder, "cuda")
+    with pytest.raises(UsageError, match="device 'gpu': torch knows no such device; say cpu, or cuda"):
+        Predictor.load(folder, "gpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert checkpoint.device_of("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match=r"device 'cuda:2': .* finds 2 cuda on"):
+        checkpoint.device_of("cuda:2")

@@ -139,6 +139,7 @@ def evaluate(
         typer.Option("--null", help="Judge null arms too: ours with labels, prompts, pairs or gene sets dealt anew."),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods and of splits in halves.")] = 3,
+    device: Annotated[str, typer.Option(help="Torch device of the checkpoint, as in cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder of evaluation.json and evaluation.html.")] = Path("evaluation"),
     json: Json = False,
 ) -> None:
@@ -168,7 +169,7 @@ def evaluate(
         members,
         null,
     )
-    judged = judge(question, checkpoint)
+    judged = judge(question, checkpoint, device)
     scores = judged.scores
     about = {
         "suite": suite,

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from store.errors import InputRefused, MissingError
+from store.errors import InputRefused, MissingError, UsageError
 from store.lake import utc_now
 from train.config import ModelConfig
 from train.model import CellModel
@@ -182,14 +182,35 @@ def code_commit() -> str:
     return found.stdout.strip()
 
 
+def device_of(name: str) -> torch.device:
+    """Return a device of this machine by torch's name for it.
+
+    Raises:
+        UsageError: Torch knows no such device, or this machine has none that torch can use.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r}: torch knows no such device; say cpu, or cuda for a GPU") from None
+    if device.type == "cpu":
+        return device
+    own = torch.accelerator.current_accelerator(check_available=True)
+    n_own = 0 if own is None else torch.accelerator.device_count()
+    if own is None or own.type != device.type or (device.index or 0) >= n_own:
+        has = f"{n_own} {own.type}" if own is not None else "none"
+        raise UsageError(f"device {name!r}: torch {torch.__version__} finds {has} on this machine; say cpu")
+    return device
+
+
 def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
     """Load an export after comparing every file with the manifest; nothing in it can run code.
 
     Raises:
         MissingError: No checkpoint there.
         InputRefused: It is damaged or of another format.
+        UsageError: The device is not there.
     """
-    folder = Path(folder)
+    folder, where = Path(folder), device_of(device)
     manifest = read_manifest(folder)
     unlisted = [name for name in EXPORTED if name not in manifest["files"]]
     if unlisted:
@@ -210,7 +231,7 @@ def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
         reference = Reference(**load_file(folder / REFERENCE)) if REFERENCE in manifest["files"] else None
     except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputRefused(f"{folder}: not a checkpoint of this version: {error}") from error
-    model = model.to(torch.device(device)).eval()
+    model = model.to(where).eval()
     return Checkpoint(model, tokens, ordered, dict(words["prompts"]), manifest, reference)
 
 

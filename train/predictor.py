@@ -69,6 +69,7 @@ class Predictor:
         Raises:
             MissingError: No checkpoint there.
             InputRefused: A file differs from the manifest, or the format is another.
+            UsageError: The device is not there.
         """
         return cls(checkpoint.load(path, device), device)
 

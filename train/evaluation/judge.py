@@ -120,14 +120,19 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C)
 
 
-def judge(question: Question, checkpoint: str | Path | None = None) -> Judgement:
+def judge(question: Question, checkpoint: str | Path | None = None, device: str = "cpu") -> Judgement:
     """Evaluate the floor, and a checkpoint or the transition head where one is asked for.
+
+    Args:
+        question: What is asked.
+        checkpoint: Who answers, beside floor and replicate.
+        device: Where the checkpoint, and adapters beside it, work.
 
     Raises:
         VerificationError: The audit found a leak; no number is made.
-        UsageError: A suite that checkpoints cannot do.
+        UsageError: A suite that checkpoints cannot do, or a device that is not there.
     """
-    predictor = None if checkpoint is None else Predictor.load(checkpoint)
+    predictor = None if checkpoint is None else Predictor.load(checkpoint, device)
     study, folds, findings = look_for_leaks(question, predictor)
     refuse_leaks(findings)
     gates: list[Gate] = []

@@ -128,13 +128,13 @@ def adapt_on(
     model = adapted(predictor.model, adapter or AdapterSettings(), seed)
     _train(model, _cells(predictor, study), settings, seed)
     parts = (predictor.tokens, predictor.vocabulary, predictor.prompts, predictor.manifest)
-    return Predictor(Checkpoint(model.eval(), *parts))
+    return Predictor(Checkpoint(model.eval(), *parts), str(predictor.device))
 
 
 def objective_of(model: CellModel, settings: ScratchSettings, seed: int) -> Objective:
     """Return the training objective of a model whose cells measure every feature."""
     panels = {name: np.ones((1, size), dtype=bool) for name, size in model.config.n_features.items()}
-    return Objective(panels, settings.tokens, seed, torch.device("cpu"), settings.queries)
+    return Objective(panels, settings.tokens, seed, next(model.parameters()).device, settings.queries)
 
 
 def held_out_loss(predictor: Predictor, study: Study, settings: ScratchSettings, seed: int = 0) -> float:
