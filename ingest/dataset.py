@@ -27,7 +27,7 @@ from store.errors import InputRefused
 from store.records import absolute
 from store.schema import DatasetPlan, measured_column
 
-TRANSFORM_VERSION = 2
+TRANSFORM_VERSION = 3
 """Raised when the same source and settings would be written differently."""
 
 SPAN_CELLS = (2**12, 2**14)
@@ -201,6 +201,7 @@ class OpenDataset:
         try:
             plan = self._plan()
             notes += [note for mapped in self.maps.values() for note in mapped.notes]
+            problems += self._other_organism()
         except InputRefused as error:
             raise InputRefused(f"{self.source.uri}: " + " | ".join([*problems, str(error)])) from error
         for measurement, part in self.form.parts.items():
@@ -213,6 +214,14 @@ class OpenDataset:
         mapped = {name: float(found.mapped) for name, found in self.maps.items()}
         self.form.__dict__.pop("obs", None)  # values are read next, and need the room
         return Inspected(plan, obs, sides, self._spans(), mapped, problems, notes, self.opened_as)
+
+    def _other_organism(self) -> list[str]:
+        """Say why the genes are not those of the organism that the source is taken for; nothing if they may be."""
+        if "RNA" not in self.maps or self.form.organism == "synthetic_construct":
+            return []
+        said = "organism" in self.source.model_fields_set
+        found = harmonize.other_organism(self.maps["RNA"].features, self.form.organism, said=said)
+        return [found] if found else []
 
     def _obs_given(self) -> dict[str, str]:
         table = self.source.obs_table

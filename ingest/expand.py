@@ -17,6 +17,8 @@ from store.records import is_local
 from store.settings import parse_settings
 
 MANIFESTS = (".tsv", ".csv", ".parquet")
+FILES = ("genes", "hgnc", "obs_table", "peaks", "barcodes")
+"""Keys of a source that name files beside its own."""
 DEEPEST = 6
 
 
@@ -58,7 +60,7 @@ def allow(source: SourceSettings, schemes: Sequence[str]) -> None:
     Raises:
         UsageError: The address is of another kind, or carries a password.
     """
-    addresses = [source.uri, source.genes, source.hgnc, source.obs_table, source.peaks, source.barcodes]
+    addresses = [source.uri, *(getattr(source, key) for key in FILES)]
     for address in filter(None, addresses):
         scheme = _scheme(address)
         if scheme not in schemes:
@@ -155,8 +157,10 @@ def _manifest(uri: str) -> list[dict[str, Any]] | None:
     rows = []
     for row in table.to_dict("records"):
         filled = {str(key): value for key, value in row.items() if value is not None and str(value) != ""}
-        if "://" not in filled["uri"] and not filled["uri"].startswith("/") and ":" not in filled["uri"]:
-            filled["uri"] = f"{base}/{filled['uri']}"
+        for key in ("uri", *FILES):
+            address = filled.get(key, "")
+            if address and not address.startswith("/") and ":" not in address:
+                filled[key] = f"{base}/{address}"
         rows.append(filled)
     if not rows:
         raise InputRefused(f"{uri}: the manifest lists nothing")

@@ -164,6 +164,47 @@ def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = No
     return replace(made, mapped=1 - len(unmapped) / max(1, len(names)))
 
 
+GENE_IDS = {
+    "homo_sapiens": "ENSG0",
+    "mus_musculus": "ENSMUSG",
+    "callithrix_jacchus": "ENSCJAG",
+    "macaca_mulatta": "ENSMMUG",
+    "pan_troglodytes": "ENSPTRG",
+    "caenorhabditis_elegans": "WBGene",
+    "danio_rerio": "ENSDARG",
+    "drosophila_melanogaster": "FBgn",
+    "rattus_norvegicus": "ENSRNOG",
+}
+"""How Ensembl's ids of an organism's genes begin."""
+
+
+def other_organism(features: Features, organism: str, *, said: bool) -> str:
+    """Say why genes are not of an organism, by most of their Ensembl ids; nothing if they may be.
+
+    Where nobody ``said`` which organism it is, names count too: symbols of mice and rats have one capital, the first
+    (``Sox17``; guidelines of MGI and RGD), human ones have capitals alone (HGNC's, Bruford et al. 2020).
+    """
+    ids = pd.Series(features.feature_id, dtype=object).astype(str)
+    own = GENE_IDS.get(organism)
+    if own is None:
+        return ""
+    for other, prefix in GENE_IDS.items():
+        theirs = ids.str.startswith(prefix)
+        if other != organism and 2 * int(theirs.sum()) > len(ids):
+            example = ids[theirs].iloc[0]
+            return f"most genes are of {other} by their ids ({example}, ...), not of {organism}; say organism={other}"
+    if said or organism != "homo_sapiens":
+        return ""
+    murine = ids[ids.str.match(r"[A-Z][a-z][A-Za-z]*\d*[a-z]?$")]
+    stems = murine.str.extract("([A-Za-z]+)")[0].nunique()  # Gene1, Gene2, ... has one
+    if 2 * len(murine) <= len(ids) or 10 * stems <= len(murine):
+        return ""
+    return (
+        f"most genes' names ({', '.join(murine[:3])}, ...) are written as those of mice and rats are; say "
+        "organism=mus_musculus or whose they are, organism=homo_sapiens where they are human"
+    )
+
+
 def _ensembl(values: pd.Series) -> pd.Series:
     found = values.astype(str).str.extract(ENSEMBL)
     return found[0].where(found[0].notna(), found[3])
@@ -256,7 +297,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
                 f"obs.{column} = {source!r}: the source has no such column; columns: {', '.join(obs.columns)}"
             )
         if isinstance(default, float):
-            quantity = read_quantity(obs[source])
+            quantity = read_quantity(obs[source], TIMES if column == "time" else {})
             if quantity is None and column not in given:
                 continue  # a column that only looks like it by name stays in the side table
             if quantity is not None:
@@ -293,12 +334,19 @@ def _recognised(column: str, obs: pd.DataFrame) -> str | None:
 
 
 QUANTITY = re.compile(r"^\s*([A-Za-z]*)\s*([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ%][A-Za-zµμ%/]*)?\s*$")
-UNITS = {"e": "day", "d": "day", "day": "day", "days": "day", "h": "hour", "hr": "hour", "hrs": "hour", "hour": "hour"}
-UNITS |= {"hours": "hour", "m": "minute", "min": "minute", "mins": "minute", "w": "week", "wk": "week", "weeks": "week"}
+TIMES = {"e": "day", "d": "day", "day": "day", "days": "day", "h": "hour", "hr": "hour", "hrs": "hour", "hour": "hour"}
+TIMES |= {"hours": "hour", "m": "minute", "min": "minute", "mins": "minute", "w": "week", "wk": "week", "weeks": "week"}
 
 
-def read_quantity(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.object_] | None] | None:
+Quantities = tuple[NDArray[np.float64], NDArray[np.object_] | None]
+
+
+def read_quantity(values: pd.Series, units: Mapping[str, str] = TIMES) -> Quantities | None:
     """Read numbers, with a unit before or behind them or without one: ``10``, ``50 uM``, ``6 HR``, ``d8``, ``E3.5``.
+
+    Args:
+        values: As the source has them.
+        units: How units, in lower case, are written here; others stay as they are.
 
     Returns:
         The numbers (NaN where there is nothing), and their units where any has one; none when some value is neither.
@@ -306,11 +354,11 @@ def read_quantity(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.ob
     if pd.api.types.is_numeric_dtype(values.dtype):
         return values.to_numpy(np.float64), None
     codes, found = distinct.coded(values)
-    read = _quantities(pd.Series(found, dtype=object))
+    read = _quantities(pd.Series(found, dtype=object), units)
     return read and (read[0][codes], None if read[1] is None else read[1][codes])
 
 
-def _quantities(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.object_] | None] | None:
+def _quantities(values: pd.Series, units: Mapping[str, str]) -> Quantities | None:
     numbers = pd.to_numeric(values, errors="coerce").astype(np.float64)
     empty = values.isna() | values.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none", "unknown"])
     if (numbers.notna() | empty).all():
@@ -319,7 +367,7 @@ def _quantities(values: pd.Series) -> tuple[NDArray[np.float64], NDArray[np.obje
     if not (found[1].notna() | empty).all():
         return None
     unit = found[2].fillna(found[0]).fillna("")
-    known = unit.str.lower().map(UNITS)
+    known = unit.str.lower().map(dict(units))
     return found[1].where(~empty).to_numpy(np.float64), known.fillna(unit).to_numpy(np.object_)
 
 
@@ -383,13 +431,24 @@ def perturbation_kind(value: Any) -> str:
     return next((kind for pattern, kind in PERTURBATION_KINDS if re.search(pattern, text, re.IGNORECASE)), text)
 
 
+NAME = re.compile(r"[A-Za-z][^,\s'-]{1,}")
+"""How a name begins that stands alone: ``KLF1``; locants of a compound (``2``, ``N``, ``3'``) do not."""
+
+
+def _names(text: str) -> list[str]:
+    """Return the names between commas; the whole where commas belong to one name, as in ``N,N-dimethyltryptamine``."""
+    parts = [part.strip() for part in text.split(",")]
+    return parts if all(NAME.match(part) for part in parts if part) else [text.strip()]
+
+
 def perturbation_name(value: Any) -> str:
     """Write a perturbation the lake's way: ``""``, ``control``, or targets sorted and joined by ``+``.
 
-    Non-targeting guides and vehicles come under many names; each is ``control``. ``A+ctrl`` is ``A``.
+    Non-targeting guides and vehicles come under many names; each is ``control``. ``A+ctrl`` is ``A``. A comma stands
+    between targets where each side is a name (``CEBPA,KLF1``), and within one elsewhere (``2,4-dinitrophenol``).
     """
     if value is None or value != value or str(value).strip().lower() in ("", "nan", "none", "na", "unperturbed"):
         return ""
-    parts = [part.strip() for part in re.split(r"[+,|]", str(value)) if part.strip()]
+    parts = [name for part in re.split(r"[+|]", str(value)) for name in _names(part) if name]
     targets = sorted({part for part in parts if not CONTROL.match(part)})
     return "+".join(targets) or "control"

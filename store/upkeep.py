@@ -81,14 +81,17 @@ def _abort_uploads(lake_uri: str) -> int:
 
     filesystem = s3fs.S3FileSystem()
     bucket, _, prefix = lake_uri.removeprefix("s3://").partition("/")
-    aborted = 0
-    for upload in filesystem.list_multipart_uploads(bucket):
-        if upload["Key"].startswith(prefix):
+    aborted, more = 0, {"Prefix": f"{prefix.rstrip('/')}/" if prefix else ""}  # not of "lake-2" beside "lake"
+    while more:
+        found = filesystem.call_s3("list_multipart_uploads", Bucket=bucket, **more)
+        for upload in found.get("Uploads", ()):
             with suppress(FileNotFoundError):  # gone: the reply to an earlier try was lost
                 filesystem.call_s3(
                     "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
             aborted += 1
+        markers = {"KeyMarker": found.get("NextKeyMarker"), "UploadIdMarker": found.get("NextUploadIdMarker")}
+        more = more | markers if found.get("IsTruncated") else {}
     return aborted
 
 

@@ -11,7 +11,15 @@ import pytest
 import scipy.sparse
 
 from ingest import check, distinct
-from ingest.harmonize import guide_target, map_genes, map_obs, map_plain, perturbation_name, read_quantity
+from ingest.harmonize import (
+    guide_target,
+    map_genes,
+    map_obs,
+    map_plain,
+    other_organism,
+    perturbation_name,
+    read_quantity,
+)
 from store.errors import InputRefused, MissingError
 
 TABLE = """\
@@ -99,6 +107,13 @@ def test_antibodies_and_peaks_keep_the_names_of_the_source() -> None:
         ("unperturbed", ""),
         ("NTRK1", "NTRK1"),
         ("CTRL1", "control"),
+        ("KLF1, CEBPA", "CEBPA+KLF1"),
+        ("KLF1|CEBPA", "CEBPA+KLF1"),
+        ("2,4-dinitrophenol", "2,4-dinitrophenol"),
+        ("N,N-dimethyltryptamine+DMSO", "N,N-dimethyltryptamine"),
+        ("1,25-dihydroxyvitamin D3", "1,25-dihydroxyvitamin D3"),
+        ("NKX2-1,T1R3", "NKX2-1+T1R3"),
+        ("STAT1,ctrl", "STAT1"),
     ],
 )
 def test_perturbations_are_written_in_one_way(given: object, written: str) -> None:
@@ -231,8 +246,39 @@ def test_what_is_no_quantity_stays_beside_and_a_column_asked_for_must_be_one() -
     frame, beside = map_obs(pd.DataFrame({"dose": ["1+1", "2"]}), {})
     assert "dose" not in frame
     assert list(beside) == ["dose"]
+    frame, _ = map_obs(pd.DataFrame({"dose": ["10 M", "1 m"], "time": ["10 M", "1 d"]}), {})  # molar, and minutes
+    assert frame["dose_unit"].tolist() == ["M", "m"]
+    assert frame["time_unit"].tolist() == ["minute", "day"]
     with pytest.raises(InputRefused, match="not numbers"):
         map_obs(pd.DataFrame({"amount": ["low", "high"]}), {"dose": "amount"})
+
+
+@pytest.mark.parametrize(
+    ("names", "organism", "said", "found"),
+    [
+        ([f"ENSMUSG{number:011d}" for number in range(9)], "homo_sapiens", True, "say organism=mus_musculus"),
+        ([f"ENSG{number:011d}" for number in range(9)], "mus_musculus", True, "say organism=homo_sapiens"),
+        ([f"ENSG{number:011d}" for number in range(9)], "homo_sapiens", False, ""),
+        ([f"WBGene{number:08d}" for number in range(9)], "homo_sapiens", False, "say organism=caenorhabditis_elegans"),
+        (
+            ["Sox17", "Xkr4", "Rp1", "Actb", "H2-K1", "mt-Co1", "ENSG00000139618"],
+            "homo_sapiens",
+            False,
+            "mice and rats",
+        ),
+        (["Sox17", "Xkr4", "Rp1", "Actb"], "homo_sapiens", True, ""),
+        (["Sox17", "Xkr4", "Rp1", "Actb"], "rattus_norvegicus", True, ""),
+        (["SOX17", "XKR4", "C1orf112", "ACTB", "Xkr4"], "homo_sapiens", False, ""),
+        ([f"Gene{number}" for number in range(90)], "homo_sapiens", False, ""),
+        ([f"gene{number}" for number in range(90)], "homo_sapiens", False, ""),
+    ],
+)
+def test_genes_of_another_organism_are_known_by_ids_and_names(
+    names: list[str], organism: str, said: bool, found: str
+) -> None:
+    told = other_organism(map_plain(var(*names), "gene").features, organism, said=said)
+    assert found in told
+    assert bool(found) == bool(told)
 
 
 def test_guides_name_their_targets_and_genes_with_numbers_stay_genes() -> None:

@@ -365,6 +365,12 @@ def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tm
         ("first", {"tissue": "=lung"}, "", "all"),
         ("second", {}, "raw", "all"),
     ]
+    assert [one.uri for one in listed] == [f"{tmp_path}/a.h5ad", f"{tmp_path}/b.h5ad"]
+    (tmp_path / "files.csv").write_text(
+        "uri,genes,obs_table,hgnc\na.h5ad,genes.csv,s3://bucket/more.tsv,/at/hgnc.txt\n"
+    )
+    (one,) = expand(SourceSettings(uri=str(tmp_path / "files.csv")), SCHEMES)
+    assert (one.genes, one.obs_table, one.hgnc) == (f"{tmp_path}/genes.csv", "s3://bucket/more.tsv", "/at/hgnc.txt")
     pd.DataFrame({"uri": ["a.h5ad"], "organism": ["mus_musculus"]}).to_parquet(tmp_path / "list.parquet")
     assert expand(SourceSettings(uri=str(tmp_path / "list.parquet")), SCHEMES)[0].organism == "mus_musculus"
     assert len(expand(SourceSettings(uri=str(shared_data / "census-mini/soma")), SCHEMES)) == 1

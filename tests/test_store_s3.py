@@ -170,14 +170,22 @@ def test_versions_gc_vacuum_and_consolidation_work_on_s3(bucket: str, monkeypatc
         add_dataset(writer, "a", 100, {"RNA": 40}, origin="a")
         add_dataset(writer, "a", 70, {"RNA": 30}, origin="a", version=1)
     boto3.client("s3").create_multipart_upload(Bucket="lakes", Key="kept/census_data/left")
+    boto3.client("s3").create_multipart_upload(Bucket="lakes", Key="kept-2/census_data/of-another-lake")
     left = collect(uri)
     assert (left.writes, left.fragments, left.uploads) == (0, 0, 1)
+    others = boto3.client("s3").list_multipart_uploads(Bucket="lakes")["Uploads"]
+    assert [upload["Key"] for upload in others] == ["kept-2/census_data/of-another-lake"]
     gone = boto3.client("s3").create_multipart_upload(Bucket="lakes", Key="kept/census_data/gone")
     boto3.client("s3").abort_multipart_upload(Bucket="lakes", Key="kept/census_data/gone", UploadId=gone["UploadId"])
-    told = [{"Key": "kept/census_data/gone", "UploadId": gone["UploadId"]}]
+    told = {"Uploads": [{"Key": "kept/census_data/gone", "UploadId": gone["UploadId"]}]}
+    call = s3fs.S3FileSystem.call_s3
     with monkeypatch.context() as patched:  # as after a reply that was lost: it is gone, and tried again
-        patched.setattr(s3fs.S3FileSystem, "list_multipart_uploads", lambda *_: told)
-        collect(uri)
+        patched.setattr(
+            s3fs.S3FileSystem,
+            "call_s3",
+            lambda self, name, **words: told if name == "list_multipart_uploads" else call(self, name, **words),
+        )
+        assert collect(uri).uploads == 1
     assert open_lake(uri, 1).obs("homo_sapiens").num_rows == 100
     consolidate(uri)
     assert open_lake(uri, 1).obs("homo_sapiens").num_rows == 100

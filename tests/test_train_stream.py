@@ -194,12 +194,30 @@ def test_a_saved_state_goes_on_where_it_stood_also_with_other_ranks(one_measurem
 
 
 def test_too_large_a_window_is_refused_with_what_it_takes(one_measurement: Snapshot) -> None:
-    with pytest.raises(UsageError, match=r"3 windows of RNA take .* MiB are allowed; choose a smaller window"):
+    with pytest.raises(UsageError, match=r"3 windows take .* \(RNA .* MiB are allowed; choose a smaller window"):
         next(Stream(one_measurement, batch=16, memory_bytes=1000).epoch(0))
     with pytest.raises(UsageError, match="larger than a window of 32"):
         Stream(one_measurement, batch=40, block=16, window=2)
     with pytest.raises(UsageError, match="no measurement 'ATAC'"):
         Stream(one_measurement, batch=40, measurements=["ATAC"])
+
+
+def test_memory_is_that_of_all_measurements_together(snapshot: Snapshot) -> None:
+    def fits(allowed: int, measurements: list[str]) -> bool:
+        try:
+            next(Stream(snapshot, batch=16, measurements=measurements, memory_bytes=allowed).epoch(0))
+        except UsageError:
+            return False
+        return True
+
+    least = {}
+    for names in (["RNA"], ["protein"], ["RNA", "protein"]):
+        low, high = 0, 2**20
+        while high - low > 64:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle, names) else (middle, high)
+        least[len(names) - 1, names[0]] = high
+    assert least[1, "RNA"] >= least[0, "RNA"] + least[0, "protein"] - 192
 
 
 def test_twenty_epochs_leave_no_threads_files_or_memory_behind(one_measurement: Snapshot, tmp_path: Path) -> None:

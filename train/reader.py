@@ -213,11 +213,14 @@ class Reader:
     def _room(self, slot: Slot, name: str, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
         if name not in slot.features or len(slot.features[name]) < size:
             kinds = [self.part.dtype(name, member) for member in ("features", "counts")]
-            needed = self._n_slots * size * sum(kind.itemsize for kind in kinds)
+            others = [held[one] for held in (slot.features, slot.counts) for one in held if one != name]
+            own = size * sum(kind.itemsize for kind in kinds)
+            needed = self._n_slots * (own + sum(part.nbytes for part in others))
             if needed > self.memory_bytes:
                 raise UsageError(
-                    f"{self.part.uri}: {self._n_slots} windows of {name} take {needed / 2**20:,.0f} MiB and "
-                    f"{self.memory_bytes / 2**20:,.0f} MiB are allowed; choose a smaller window or block, or allow more"
+                    f"{self.part.uri}: {self._n_slots} windows take {needed / 2**20:,.0f} MiB ({name} "
+                    f"{self._n_slots * own / 2**20:,.0f}) and {self.memory_bytes / 2**20:,.0f} MiB are allowed; choose "
+                    "a smaller window or block, or allow more"
                 )
             room = int(size * 1.05) + 1
             # every page is touched once, here; np.zeros would leave that to the first read
