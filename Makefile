@@ -74,7 +74,7 @@ bench-commits: setup  ## what a commit costs, and opening the lake, up to 1,000 
 image-proof: setup  ## run the image's steps in a clean root, and the image in it, without Docker (root, debootstrap; 10 minutes)
 	$(BIN)/python infra/image/prove.py $(PROOF)
 
-test-quick: setup  ## run the tests that need no cluster (seconds)
+test-quick: setup  ## run the tests that need no cluster (a quarter of an hour)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"
 
 check: setup  ## lint, format, types, dependency contracts, manifests, image, dashboards

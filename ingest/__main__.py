@@ -231,13 +231,18 @@ def simulate_files(
     cells: Annotated[int, typer.Option(help="Cells.")] = 3000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same cells.")] = 0,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="genes, proteins, peaks, targets, ...")] = None,
+    json: JsonOption = False,
 ) -> None:
     """Make simulated cells of known truth, in files as other tools leave them.
 
     Example: python -m ingest simulate demo/source --cells 900 --seed 7
     """
     settings = load_settings(SimulationSettings, None, [f"cells={cells}", f"seed={seed}", *(overrides or ())])
-    for path in write_files(folder, simulate(settings)):
+    written = write_files(folder, simulate(settings))
+    if json:
+        answer("ingest-simulate/v1", files=[str(path) for path in written])
+        return
+    for path in written:
         console.print(f"wrote {path}", soft_wrap=True)
 
 

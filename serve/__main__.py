@@ -61,7 +61,7 @@ def run(
 ) -> None:
     """Serve CHECKPOINT until Ctrl-C.
 
-    Example: `python -m serve run runs/demo/checkpoint --port 8000`
+    Example: `python -m serve run demo/runs/demo/checkpoint --port 8000`
 
     Then ask `POST /v1/embed` and `POST /v1/perturb`; `GET /openapi.json` describes everything with examples,
     `GET /v1/models`, `/v1/features`, `/v1/perturbations` and `/v1/prompts` say what the model knows.
@@ -126,7 +126,7 @@ def embed_lake(
 
     Stopped or killed, the same command goes on; when the lake has grown, it embeds what came since.
 
-    Example: `python -m serve embed-lake runs/demo/checkpoint --lake ./lake --where "tissue == 'blood'"`
+    Example: `python -m serve embed-lake demo/runs/demo/checkpoint --organism homo_sapiens --where "tissue == 'blood'"`
     """
     from serve.bulk import Asked, Bulk  # here, so that --help need not wait for torch
     from serve.workers import ray_crew

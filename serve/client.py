@@ -25,7 +25,7 @@ from serve.arrow import ARROW, read_reply, write_request
 from serve.errors import Overloaded, Unavailable
 from serve.h5ad import FORM
 from serve.npz import NPZ, REPLY, REQUEST, unpacked, write_npz
-from store.errors import ConflictError, InputRefused, MissingError, SomaflowError
+from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
 
 RETRIED = frozenset({429, 503})
 CHUNK_CELLS = 1_000
@@ -399,10 +399,13 @@ class Client:
             prompts: As for :meth:`embed`; only the organism counts.
 
         Raises:
+            UsageError: This client asks an adapter, which puts cells elsewhere than the index has them.
             MissingError: There is no such index.
             ConflictError: Another model made it.
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
+        if self._adapter:
+            raise UsageError("an index holds where the checkpoint itself puts cells; ask with a client without adapter")
         options = {} if columns is None else {"columns": list(columns)}
         replies = self._in_chunks("/v1/neighbors", cells, prompts, {"k": k, "index": index, "options": options})
         found = [cell for reply in replies for cell in reply["cells"]]

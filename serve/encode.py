@@ -144,14 +144,18 @@ def perturb_reply(
     )
 
 
+NO_NOVELTY = "min_novelty_p has no effect: this model keeps no cells that say what is new (an adapter, few test cells)"
+
+
 def annotate_reply(
     told: NDArray[np.float32], options: AnnotateOptions, decoded: Decoded, description: Description
 ) -> AnnotateReply:
     """Write which types cells are, the type above those that are likely, and how likely a known kind is."""
+    unheeded = options.min_novelty_p > 0 and len(told) > 0 and bool(np.isnan(told[:, 0]).all())
     return AnnotateReply.model_construct(
         cells=what_each_is(told, options, description),
         coverage=decoded.coverage,
-        warnings=decoded.warnings,
+        warnings=[*decoded.warnings, NO_NOVELTY] if unheeded else decoded.warnings,
         provenance=provenance(description),
     )
 

@@ -174,6 +174,7 @@ def remove(
     dataset: Annotated[str, typer.Argument(help="The dataset's name.")],
     lake: LakeOption = "lake",
     organism: Annotated[str | None, typer.Option(help="Which, when two organisms have one of the name.")] = None,
+    json: JsonOption = False,
 ) -> None:
     """Take a dataset out of a lake; earlier commits still have it, until a vacuum.
 
@@ -181,6 +182,9 @@ def remove(
     """
     with LakeWriter(lake) as writer:
         made = writer.remove(dataset, organism)
+    if json:
+        answer("store-remove/v1", dataset_id=dataset, commit=made.number)
+        return
     console.print(f"{dataset} is not in commit {made.number} any more", markup=False)
 
 
@@ -345,22 +349,32 @@ def snapshot_show(name: NameArgument, lake: LakeOption = "lake", json: JsonOptio
 
 
 @snapshots.command("card")
-def snapshot_card(name: NameArgument, lake: LakeOption = "lake") -> None:
+def snapshot_card(name: NameArgument, lake: LakeOption = "lake", json: JsonOption = False) -> None:
     """Print a snapshot's dataset card, in Markdown: query, datasets, splits, what the cells are."""
-    print(snapshot.read_card(lake, name), end="")
+    card = snapshot.read_card(lake, name)
+    if json:
+        answer("store-snapshot-card/v1", snapshot=name, card=card)
+        return
+    print(card, end="")
 
 
 @snapshots.command("verify")
-def snapshot_verify(name: NameArgument, lake: LakeOption = "lake") -> None:
+def snapshot_verify(name: NameArgument, lake: LakeOption = "lake", json: JsonOption = False) -> None:
     """Read a snapshot again and compare it with its checksums; exit code 8 when they differ."""
     snapshot.open_snapshot(lake, name).verify()
+    if json:
+        answer("store-snapshot-verify/v1", snapshot=name, ok=True)
+        return
     console.print(f"[green]snapshot {name} is what was written[/]")
 
 
 @snapshots.command("delete")
-def snapshot_delete(name: NameArgument, lake: LakeOption = "lake") -> None:
+def snapshot_delete(name: NameArgument, lake: LakeOption = "lake", json: JsonOption = False) -> None:
     """Delete a snapshot, or what is there of a half-made one; the lake's cells stay."""
     snapshot.delete_snapshot(lake, name)
+    if json:
+        answer("store-snapshot-delete/v1", snapshot=name)
+        return
     console.print(f"deleted snapshot {name}")
 
 

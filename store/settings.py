@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
+from datetime import date
+from datetime import time as dtime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +52,8 @@ def _read_toml(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        found: dict[str, Any] = _texts(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        return found
     except FileNotFoundError:
         raise MissingError(f"{path}: no such settings file; check the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -74,9 +77,18 @@ def _overlay(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return _texts(tomllib.loads(f"value = {text}")["value"])
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _texts(value: Any) -> Any:
+    """Return what TOML says, days and times as the texts that settings have them as."""
+    if isinstance(value, dict):
+        return {key: _texts(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_texts(part) for part in value]
+    return value.isoformat() if isinstance(value, date | dtime) else value
 
 
 def _explain(model: type[BaseModel], item: Any, where: str) -> str:

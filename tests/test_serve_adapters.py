@@ -20,7 +20,7 @@ from serve.client import Client
 from serve.errors import FieldRefused, StaleModel
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
-from store.errors import InputRefused
+from store.errors import InputRefused, UsageError
 from train.adapter import AdapterSettings, adapted, adapter_weights, save_adapter
 from train.predictor import Predictor
 
@@ -155,6 +155,16 @@ def test_one_that_cannot_be_used_is_said_and_refused(client: TestClient) -> None
         pytest.raises(InputRefused, match="adapter: this server knows"),
     ):
         asking.embed(CELLS)
+
+
+def test_what_goes_by_the_checkpoint_alone_is_said(client: TestClient) -> None:
+    asked = {"counts": {"RNA": CELLS}, "adapter": "lung", "options": {"min_novelty_p": 0.05}}
+    assert "min_novelty_p has no effect" in client.post("/v1/annotate", json=asked).json()["warnings"][0]
+    with (
+        Client("http://here", adapter="lung", transport=InProcess(client)) as asking,
+        pytest.raises(UsageError, match="ask with a client without adapter"),
+    ):
+        asking.neighbors(CELLS)
 
 
 def test_one_that_is_written_anew_answers_from_then_on(folder: Path, tmp_path: Path) -> None:

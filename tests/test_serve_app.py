@@ -115,6 +115,7 @@ def test_a_cell_of_no_known_kind_is_called_unknown(client: TestClient) -> None:
         reply = client.post("/v1/annotate", json={"counts": cells, "options": {"min_novelty_p": least}}).json()
         assert [cell["cell_type"] for cell in reply["cells"]] == expected
         assert [round(cell["novelty_p"], 4) for cell in reply["cells"]] == [0.5, 0.001]
+        assert not reply["warnings"]
 
 
 def test_translate_gives_the_features_that_were_asked_for(client: TestClient) -> None:

@@ -210,6 +210,20 @@ def test_the_commands_audit_and_judge(
     assert delta_G.shape == (len(control.features["RNA"]),)
     assert said("head", str(tmp_path / "head"), *place)[0] == 6
     assert said("eval", *place, "--suite", "dance")[0] == 2
+    assert said("eval", *place, "--suite", "translate")[0] == 2, "RNA from itself"
+    code, out = said(
+        "eval",
+        *place,
+        "--suite",
+        "perturb",
+        "--sets",
+        "go.gmt",
+        "--set",
+        "by=split",
+        "--set",
+        "knowledge_until=2020-01-01",
+    )
+    assert code == 8, "nobody knows the day of go.gmt"
     assert said("eval", "--lake", lake)[0] == 2
     assert said("eval", *place, "--set", "bye=donor_id")[0] == 3
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from scipy.sparse import csr_matrix
 from studies import perturbed
 
@@ -131,3 +132,10 @@ def test_the_audit_fails_closed_on_what_it_cannot_know(cells: Study) -> None:
         refuse_leaks(findings)
     assert "old.gmt" not in str(raised.value)
     assert raised.value.exit_code == 8
+    unsaid = FoldSettings(by="target", held=("z",))
+    (finding,) = audit(cells, folds, unsaid, chosen=("RNA",))
+    assert "chosen features of RNA" in finding.message
+    assert "selection=train" in finding.message
+    assert audit(cells, folds, FoldSettings(by="target", held=("z",), selection="train"), chosen=("RNA",)) == []
+    with pytest.raises(ValidationError, match="knowledge_until = 'last year' is no day; write it as 2024-12-31"):
+        FoldSettings(by="target", knowledge_until="last year")

@@ -53,6 +53,7 @@ def audit(
     *,
     knowledge: dict[str, str] | None = None,
     pretrained_C: NDArray[np.bool_] | None = None,
+    chosen: tuple[str, ...] = (),
 ) -> list[Finding]:
     """Look for leaks between what methods are fitted on (training and calibration) and what judges them.
 
@@ -62,11 +63,12 @@ def audit(
         settings: What the folds were made from.
         knowledge: Knowledge file to the day (YYYY-MM-DD) of its newest source; empty text is not known.
         pretrained_C: Cells that a checkpoint saw before; None where there is no checkpoint.
+        chosen: Measurements of which the snapshot holds chosen features only.
 
     Returns:
         The findings; none is a pass.
     """
-    findings = _selection(settings) + _knowledge(settings, knowledge or {}) + _primary(study, folds)
+    findings = _selection(settings, chosen) + _knowledge(settings, knowledge or {}) + _primary(study, folds)
     for name, part in study.counts.items():
         exact_C, near = _hashes(part), _near_pairs(part)
         for fold in folds:
@@ -98,7 +100,10 @@ def refuse_leaks(findings: list[Finding]) -> None:
         raise VerificationError("the audit found leaks; no number is made:\n" + "\n".join(lines) + more)
 
 
-def _selection(settings: FoldSettings) -> list[Finding]:
+def _selection(settings: FoldSettings, chosen: tuple[str, ...]) -> list[Finding]:
+    if settings.selection == "none" and chosen:
+        what = f"the snapshot holds chosen features of {', '.join(chosen)}, and nobody says by which cells"
+        return [Finding("selection", "", f"{what}; say --set selection=train, or all")]
     if settings.selection != "all":
         return []
     return [Finding("selection", "", "features were chosen on all cells; choose them on training cells only")]

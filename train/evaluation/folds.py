@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,8 @@ class FoldSettings(Settings):
     """Features were chosen: ``none``; ``train``: on training cells only; ``all``: on all cells, which is a leak."""
     knowledge_until: str = ""
     """The day (YYYY-MM-DD) up to which knowledge files may say what was published; empty does not ask."""
+    days: dict[str, str] = Field(default_factory=dict)
+    """Files of ``--sets``, as they are named there, to the day of their newest source; a checkpoint says its own."""
 
     @model_validator(mode="after")
     def _words_agree(self) -> FoldSettings:
@@ -51,6 +54,12 @@ class FoldSettings(Settings):
             raise ValueError(f"calibrate_on: {', '.join(set(self.held) & set(self.calibrate_on))} is held out")
         if self.calibrate and self.calibrate_on:
             raise ValueError("calibrate and calibrate_on: say one of them")
+        for name, day in (("knowledge_until", self.knowledge_until), *self.days.items()):
+            if day:
+                try:
+                    date.fromisoformat(day)
+                except ValueError:
+                    raise ValueError(f"{name} = {day!r} is no day; write it as 2024-12-31") from None
         if self.selection not in ("none", "train", "all"):
             raise ValueError(f"selection={self.selection!r}: say none, train or all")
         return self

@@ -87,6 +87,8 @@ class Question:
             raise UsageError(f"--members goes with --suite annotate or calibration, not {self.suite}")
         if self.gated and self.suite not in ("perturb", "forecast", "translate"):
             raise UsageError(f"--gated goes with --suite perturb, forecast or translate, not {self.suite}")
+        if self.suite == "translate" and self.source == self.measurement:
+            raise UsageError(f"--suite translate tells {self.measurement} from itself; say --source and --measurement")
         if self.gated and self.suite == "translate" and not (self.folds.calibrate or self.folds.calibrate_on):
             raise UsageError("--gated needs groups to choose by: say --set calibrate=0.3, or calibrate_on")
 
@@ -113,11 +115,13 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     snapshot = open_snapshot(question.lake, question.snapshot)
     study = read_study(snapshot, question.max_cells)
     folds = make_folds(study, question.folds)
-    if predictor is None:
-        return study, folds, audit(study, folds, question.folds)
-    known = {path: entry["day"] for path, entry in predictor.manifest.get("knowledge", {}).items()}
-    seen_C = pretrained(predictor, study, snapshot)
-    return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C)
+    known = {path: question.folds.days.get(path, "") for path in question.sets}
+    seen_C = None
+    if predictor is not None:
+        known |= {path: entry["day"] for path, entry in predictor.manifest.get("knowledge", {}).items()}
+        seen_C = pretrained(predictor, study, snapshot)
+    chosen = tuple(snapshot.manifest["settings"].get("features") or ())
+    return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C, chosen=chosen)
 
 
 def judge(question: Question, checkpoint: str | Path | None = None, device: str = "cpu") -> Judgement:
