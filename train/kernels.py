@@ -212,6 +212,13 @@ def _keep_wide(
 _log1p_of, _keep = (_log1p_wide, _keep_wide) if WIDE else (_log1p_plain, _keep_plain)
 
 
+@part
+def _goes_around(feature_CL: Any, value_CL: Any) -> bool:
+    """Say whether tokens are many, and rows whole lines of memory, so that they are written around the caches."""
+    around = 2 * feature_CL.nbytes >= AROUND_BYTES and feature_CL.shape[1] % LANES == 0
+    return around and feature_CL.ctypes.data % LINE == 0 and value_CL.ctypes.data % LINE == 0
+
+
 @compiled
 def tokens_of_one(  # noqa: C901  stages of one loop; each is short
     starts_C: Any,
@@ -256,8 +263,7 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
     log = np.empty(longest + LANES, np.float32)
     room = number, whole, log, table, large
     budget = feature_CL.shape[1]
-    around = 2 * feature_CL.nbytes >= AROUND_BYTES and budget % LANES == 0
-    around &= feature_CL.ctypes.data % LINE == 0 and value_CL.ctypes.data % LINE == 0
+    around = _goes_around(feature_CL, value_CL)
     for cell in range(len(lengths_C)):
         start, n, key = starts_C[cell], lengths_C[cell], keys_C[cell]
         feature, count = features_N[start : start + n], counts_N[start : start + n]
@@ -323,7 +329,8 @@ def _bins_of(count: Any, n: int, largest: int, bins: int, below: Any, large: Any
             value[i] = np.float32(1 + bins * smaller // n)
 
 
-LOG1P, BINS, RANK = 0, 1, 2
+LOG1P, BINS, RANK, COUNT = 0, 1, 2, 3
+"""Kinds of values; ``COUNT`` ranks by counts themselves, whose order is that of shares in one measurement."""
 
 
 @compiled
@@ -359,7 +366,7 @@ def candidates(  # noqa: C901  stages of one loop; each is short
         by_chance: Hide by draws and, but for ranks, let draws decide what is kept; else the greatest shares are kept.
         offset: Added to features.
         scale: Shares are counts per this many.
-        kind: ``LOG1P``, ``BINS`` or ``RANK``.
+        kind: ``LOG1P``, ``BINS``, ``RANK`` or ``COUNT``.
         bins: Bins of a cell.
         factors: For ranks: what shares are divided by, by feature with offset, float32; of length 0 for ones.
         place_C: The place of each cell in the batch.
@@ -379,6 +386,11 @@ def candidates(  # noqa: C901  stages of one loop; each is short
         np.empty(longest + LANES, np.int32),
     )
     value[:] = 0
+    value_bits = value.view(np.uint32)
+    # what is seen of a cell, before it goes where it belongs: _reach writes more than that
+    number, number_seen = np.empty(longest, np.int32), np.empty(longest + LANES, np.int32)
+    value_seen = np.empty(longest + LANES, np.uint32)
+    value_seen_log = value_seen.view(np.float32)
     for cell in range(len(lengths_C)):
         start, n, key, row = starts_C[cell], lengths_C[cell], keys_C[cell], place_C[cell]
         feature, count = features_N[start : start + n], counts_N[start : start + n]
@@ -389,17 +401,21 @@ def candidates(  # noqa: C901  stages of one loop; each is short
         depth, largest = np.int64(total), np.int64(most)
         depth_C[row] = depth
         factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
-        for i in range(n):
-            share[i] = np.float32(count[i]) * factor
+        if kind == COUNT:
+            for i in range(n):
+                bits[i] = U32(count[i])
+        else:
+            for i in range(n):
+                share[i] = np.float32(count[i]) * factor
         if kind == BINS:
             _bins_of(count, n, largest, bins, below, large, table, value)
         elif kind == LOG1P:
             _log1p_of(count, n, largest, factor, table, value, places)
-        elif len(factors) > 0:
+        elif kind == RANK and len(factors) > 0:
             for i in range(n):
                 share[i] /= factors[np.int64(feature[i]) + offset]
         low = hide_C[cell] if by_chance else U32(0)
-        by_draw = by_chance and kind != RANK
+        by_draw = by_chance and kind < RANK
         if by_draw or low > 0:
             for i in range(n):
                 draws[i] = draw_of(U32(U32(feature[i]) + U32(offset)), key)
@@ -415,45 +431,79 @@ def candidates(  # noqa: C901  stages of one loop; each is short
                 priority_out[i] = priority[i]
             fill_C[row] = fill + n
         else:
-            seen = np.uintp(0)
             for i in range(n):
-                feature_out[seen] = np.int32(feature[i]) + np.int32(offset)
-                value_out[seen] = value[i]
-                priority_out[seen] = priority[i]
-                seen += np.uintp(draws[i] >= low)
-            fill_C[row] = fill + np.int64(seen)
+                number[i] = np.int32(feature[i]) + np.int32(offset)
+            seen = _reach(draws, number, value_bits, n, low, number_seen, value_seen)
+            for i in range(seen):
+                feature_out[i] = number_seen[i]
+            for i in range(seen):
+                value_out[i] = value_seen_log[i]
+            _reach(draws, number, priority, n, low, number_seen, value_seen)
+            for i in range(seen):
+                priority_out[i] = value_seen[i]
+            fill_C[row] = fill + seen
+
+
+DIGIT_BITS = 11
+"""Bits that a pass of the sort by priority looks at, at most, of those in which priorities differ."""
 
 
 @part
 def _by_priority(priority: Any, n: int, keep: Any, pairs: Any, spare: Any, hist: Any) -> None:
-    """Write the indices of ``n`` priorities, greatest first, equal ones as they are: a radix sort, a byte at a time.
+    """Write the indices of ``n`` priorities, greatest first, equal ones as they are: a radix sort.
 
-    Priority and index travel in one word, and a byte that all have alike is passed over.
+    Priority and index travel in one word.
     """
-    hist[:] = 0
+    lowest, highest = U32(0xFFFFFFFF), U32(0)
     for j in range(n):
-        key = ~priority[j]
-        pairs[j] = (np.uint64(key) << np.uint64(32)) | np.uint64(j)
-        hist[0, key & U32(255)] += 1
-        hist[1, (key >> U32(8)) & U32(255)] += 1
-        hist[2, (key >> U32(16)) & U32(255)] += 1
-        hist[3, key >> U32(24)] += 1
-    for byte in range(4):
-        place, shift = 0, np.uint64(32 + 8 * byte)
-        if n == 0 or hist[byte, (pairs[0] >> shift) & np.uint64(255)] == n:
-            continue
-        for number in range(256):
-            held = hist[byte, number]
-            hist[byte, number] = place
+        lowest, highest = min(lowest, priority[j]), max(highest, priority[j])
+    bits = 1
+    while bits < 32 and (np.uint64(highest) - np.uint64(min(lowest, highest))) >> np.uint64(bits):
+        bits += 1
+    digits = (bits + DIGIT_BITS - 1) // DIGIT_BITS
+    width = np.uint64((bits + digits - 1) // digits)
+    size = 1 << np.int64(width)
+    mask = np.uint64(size - 1)
+    for j in range(n):
+        pairs[j] = ((np.uint64(highest) - np.uint64(priority[j])) << np.uint64(32)) | np.uint64(j)
+    ordered, free = pairs, spare
+    for digit in range(digits):
+        shift = np.uint64(32) + np.uint64(digit) * width
+        hist[:size] = 0
+        for j in range(n):
+            hist[(ordered[j] >> shift) & mask] += 1
+        place = 0
+        for number in range(size):
+            held = hist[number]
+            hist[number] = place
             place += held
         for j in range(n):
-            number = (pairs[j] >> shift) & np.uint64(255)
-            spare[hist[byte, number]] = pairs[j]
-            hist[byte, number] += 1
-        for j in range(n):
-            pairs[j] = spare[j]
+            number = (ordered[j] >> shift) & mask
+            free[hist[number]] = ordered[j]
+            hist[number] += 1
+        ordered, free = free, ordered
     for j in range(n):
-        keep[j] = pairs[j] & np.uint64(0xFFFFFFFF)
+        keep[j] = ordered[j] & np.uint64(0xFFFFFFFF)
+
+
+@part
+def _reach_plain(priority: Any, feature: Any, value: Any, n: int, lowest: Any, number: Any, bits: Any) -> Any:
+    """Write those of ``n`` features whose priorities reach ``lowest``, and their values' bits; return how many."""
+    kept = np.uintp(0)
+    for i in range(n):
+        number[kept] = feature[i]
+        bits[kept] = value[i]
+        kept += np.uintp(priority[i] >= lowest)
+    return np.int64(kept)
+
+
+@part
+def _reach_wide(priority: Any, feature: Any, value: Any, n: int, lowest: Any, number: Any, bits: Any) -> Any:
+    """Do what :func:`_reach_plain` does."""
+    return compact(priority, feature, value, n, lowest, 0, number, bits)
+
+
+_reach = _reach_wide if WIDE else _reach_plain
 
 
 @compiled
@@ -481,26 +531,42 @@ def choose_tokens(
     """
     feature_CL, value_CL, width_C = tokens
     budget, longest = feature_CL.shape[1], _longest(fill_C - first_C)
-    keep, hist = np.empty(longest + 1, np.int32), np.empty((4, 256), np.int32)
+    keep, hist = np.empty(longest + 1, np.int32), np.empty(1 << DIGIT_BITS, np.int32)
     pairs, spare = np.empty(longest + 1, np.uint64), np.empty(longest + 1, np.uint64)
+    # a cell's tokens, before they go where they belong
+    number, log = np.empty(longest + LANES, np.int32), np.empty(longest + LANES, np.float32)
+    bits, value_bits_K = log.view(np.uint32), value_K.view(np.uint32)
+    around = _goes_around(feature_CL, value_CL)
     for cell in range(len(first_C)):
         first, n = first_C[cell], fill_C[cell] - first_C[cell]
+        feature, value = feature_K[first : first + n], value_bits_K[first : first + n]
         priority = priority_K[first : first + n]
-        kept = min(n, budget)
+        kept = np.int64(min(n, budget))
         if ranked:
             _by_priority(priority, n, keep, pairs, spare, hist)
+            for j in range(kept):
+                number[j] = feature[keep[j]]
+            for j in range(kept):
+                log[j] = np.float32(j)
         elif n > budget:
-            lowest, _ = _lowest_kept(priority, n, U32(0), U32(0xFFFFFFFF), budget, by_chance, hist[0])
-            kept = _choose(priority, n, lowest, budget, keep)
+            lowest, tied = _lowest_kept(priority, n, U32(0), U32(0xFFFFFFFF), budget, by_chance, hist[:256])
+            if tied:
+                kept = np.int64(_choose(priority, n, lowest, budget, keep))
+                for j in range(kept):
+                    number[j] = feature[keep[j]]
+                    bits[j] = value[keep[j]]
+            else:
+                kept = _reach(priority, feature, value, n, lowest, number, bits)
         else:
-            for i in range(n):
-                keep[i] = i
-        for j in range(kept):
-            feature_CL[cell, j] = feature_K[first + keep[j]]
-            value_CL[cell, j] = np.float32(j) if ranked else value_K[first + keep[j]]
-        feature_CL[cell, kept:] = 0
-        value_CL[cell, kept:] = 0
+            for j in range(n):
+                number[j] = feature[j]
+            for j in range(n):
+                bits[j] = value[j]
+        put_row(number, kept, feature_CL[cell], around)
+        put_row(log, kept, value_CL[cell], around)
         width_C[cell] = kept
+    if around:
+        wait_for_stores()
 
 
 @compiled

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from store.errors import UsageError
@@ -78,6 +79,8 @@ class Stream:
         split: The split.
         tokens: How cells become :class:`~train.tokens.Tokens`, by chance as training needs it; without it batches are
             ragged :class:`~train.cells.Cells`.
+        factors: For ranks: measurement to what its features' counts are divided by, factor_G, as
+            :func:`train.ranks.rank_factors` finds it; ones where left out.
         measurements: Which measurements; all when left out.
         block: Consecutive rows that are read together.
         window: Blocks whose rows are mixed. Sources share ``block`` times ``window`` rows by their shares of a batch.
@@ -103,8 +106,8 @@ class Stream:
         telemetry: How well batches are mixed so far.
 
     Raises:
-        UsageError: No cell is in the split, a measurement is unknown, a batch is larger than a window, or vocabularies
-            differ.
+        UsageError: No cell is in the split, a measurement is unknown, a batch is larger than a window, vocabularies
+            differ, or factors are not those of the features.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Stream:
         tokens: TokenSettings | None = None,
         seed: int = 0,
         split: str = "train",
+        factors: Mapping[str, NDArray[np.float32]] | None = None,
         measurements: Sequence[str] | None = None,
         block: int = 2048,
         window: int = 4,
@@ -181,6 +185,7 @@ class Stream:
         self._drawn_for: dict[int, tuple[int, NDArray[np.int64]]] = {}
         self.step = 0
         self._offsets = first_numbers({name: sizes[name] for name in self.measurements})
+        self._factors = self._divisors(factors, sizes) if factors is not None else None
         self._room = _Room()
         self._slots: list[list[list[Slot]]] = []
 
@@ -215,6 +220,22 @@ class Stream:
             if key != "step" and state[key] != mine:
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
         self.step = int(state["step"])
+
+    def _divisors(self, factors: Mapping[str, NDArray[np.float32]], sizes: dict[str, int]) -> torch.Tensor:
+        """Return what counts are divided by, by the number of the feature among all; 0 is padding."""
+        if self.tokens is None or self.tokens.values != "rank":
+            raise UsageError("factors are for ranks: say tokens=TokenSettings(values='rank')")
+        if unknown := sorted(set(factors) - set(self.measurements)):
+            raise UsageError(f"factors: no measurement {unknown[0]!r} is streamed; {', '.join(self.measurements)} are")
+        parts = [np.ones(1, np.float32)]
+        for name in self.measurements:
+            factor_G = np.asarray(factors.get(name, np.ones(sizes[name])), np.float32)
+            if factor_G.shape != (sizes[name],):
+                raise UsageError(f"factors: {factor_G.shape} of {name}, which has {sizes[name]:,} features")
+            if not (np.isfinite(factor_G) & (factor_G > 0)).all():
+                raise UsageError(f"factors: some of {name} are not finite numbers above 0")
+            parts.append(factor_G)
+        return torch.from_numpy(np.concatenate(parts))
 
     # ----------------------------------------------------------------------------------------------------- weights
     def _weigh(self, weights: Sequence[float] | NDArray[Any] | str, split: str) -> NDArray[np.float64]:
@@ -430,7 +451,7 @@ class Stream:
             whole = all(part.counts.dtype.kind == "u" for some in spans.values() for part, _ in some)
             if whole and not self.tokens.levels:
                 chance = (self.plan.seed, np.repeat(np.array(steps), lengths))
-                words = {"ends": ends, "empty": self._room.take}
+                words = {"ends": ends, "empty": self._room.take, "factors": self._factors}
                 made = fast_tokens(spans, cells.measured, cells, self._offsets, self.tokens, chance, **words)
                 return list(zip(made, datasets, strict=True))
         cells = self._with_counts(cells, held)
@@ -440,7 +461,10 @@ class Stream:
         if not self.tokens:
             return list(zip(batches, datasets, strict=True))
         return [
-            (make_tokens(batch, self._offsets, self.tokens, chance=(self.plan.seed, step)), which)
+            (
+                make_tokens(batch, self._offsets, self.tokens, chance=(self.plan.seed, step), factors=self._factors),
+                which,
+            )
             for step, batch, which in zip(steps, batches, datasets, strict=True)
         ]
 

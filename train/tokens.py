@@ -342,6 +342,10 @@ def fast_tokens(
     room = 0 if one else int(lengths_C.sum()) + 1
     fill_C, found = first_C.copy(), [empty(room, kind) for kind in (np.int32, np.float32, np.uint32)]
     divisors = np.empty(0, np.float32) if factors is None else factors.numpy().astype(np.float32)
+    kind = {"log1p": kernels.LOG1P, "bins": kernels.BINS, "rank": kernels.RANK}[settings.values]
+    small = all(spans.counts.itemsize < 4 for some in parts.values() for spans, _ in some)  # larger ones may tie
+    if settings.values == "rank" and factors is None and len(parts) == 1 and small:
+        kind = kernels.COUNT
     for name, offset in offsets.items():
         for spans, place_C in parts.get(name, ()):
             these = (
@@ -358,7 +362,6 @@ def fast_tokens(
             if one:
                 kernels.tokens_of_one(*these, place_C, feature_CL, value_CL, width_C, depths[name])
             else:
-                kind = {"log1p": kernels.LOG1P, "bins": kernels.BINS, "rank": kernels.RANK}[settings.values]
                 kernels.candidates(*these, kind, settings.bins, divisors, place_C, fill_C, *found, depths[name])
     if not one:
         ranked = settings.values == "rank"
