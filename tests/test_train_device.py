@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,24 @@ from small_checkpoint import write_checkpoint
 from studies import perturbed
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 from test_train_tokens import OF
+from torch import Tensor
 
 from store.errors import UsageError
 from train import checkpoint
+from train.attention import _masked, _varlen
 from train.evaluation.ours import cells_of
 from train.evaluation.scratch import ScratchSettings, adapt_on, train_on
 from train.loop import Run
 from train.predictor import Predictor
 from train.tokens import TokenSettings, make_tokens
+
+
+@pytest.fixture(autouse=True)
+def other_precisions() -> Iterator[None]:
+    """Let runs of this process have other precisions than those before: Accelerate keeps the first."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 def test_the_device_refuses_what_a_gpu_refuses() -> None:
@@ -72,7 +83,6 @@ def test_a_run_there_takes_the_steps_of_a_run_here(
         "evaluate_every": 2,
         "recompute": attention == "hybrid",
     }
-    AcceleratorState._reset_state(True)
     Run(settings(lake, tmp_path / "here", **told), 1).train()
     monkeypatch.setattr(Accelerator, "device", DEVICE)
     monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
@@ -85,6 +95,47 @@ def test_a_run_there_takes_the_steps_of_a_run_here(
     assert str(summary.checkpoint) == str(tmp_path / "there/run/checkpoint")
     for one, other in zip(*(predictor.model.parameters() for predictor in own), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+
+
+def obvious_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, *, scale: float
+) -> Tensor:
+    """What torch's flash attention over variable lengths does, in single precision; it takes what that one takes."""
+    for x, cu, longest in ((q, cu_q, longest_q), (k, cu_k, longest_k), (v, cu_k, longest_k)):
+        assert x.dtype in (torch.float16, torch.bfloat16)
+        assert (x.dtype, x.device, cu.device) == (q.dtype, q.device, q.device)
+        assert x.stride(-1) == 1
+        assert x.shape[-1] % 8 == 0
+        assert x.shape[-1] <= 256
+        assert cu.dtype == torch.int32
+        assert (int(cu[0]), int(cu[-1])) == (0, len(x))
+        assert int(cu.diff().max()) == longest
+    assert (cu_k.diff() > 0).all(), "a segment without keys gives what nobody defines"
+    out = []
+    for a, b, c in zip(
+        *(x.float().split(cu.diff().tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))), strict=True
+    ):
+        weight = (torch.einsum("nhd,khd->hnk", a, b) * scale).softmax(-1)
+        out.append(torch.einsum("hnk,khd->nhd", weight, c))
+    return torch.cat(out).to(q.dtype)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype:UserWarning")  # torch, of its norms in half precision on CPU
+@pytest.mark.parametrize("attention", ["full", "hybrid"])
+def test_a_run_in_half_precision_gives_the_kernel_of_gpus_what_it_takes(
+    lake: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attention: str,
+) -> None:
+    told = {"precision": "bf16", "steps": 4, "model": {"width": 16, "layers": 4, "heads": 2, "attention": attention}}
+    Run(settings(lake, tmp_path / "masked", **told), 1).train()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", obvious_varlen)
+    monkeypatch.setattr(
+        "train.attention._masked", lambda q, *rest: (_varlen if q.dtype == torch.bfloat16 else _masked)(q, *rest)
+    )
+    Run(settings(lake, tmp_path / "varlen", **told), 1).train()
+    np.testing.assert_allclose(losses(tmp_path / "varlen"), losses(tmp_path / "masked"), rtol=0.01)
 
 
 def test_a_predictor_there_answers_as_one_here(tmp_path: Path) -> None:
