@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import shutil
+import subprocess
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -50,6 +52,39 @@ def test_an_overlay_changes_what_it_says(checker: ModuleType, base: Any) -> None
     worker = changed["somaflow-serve"]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     assert worker["containers"][0]["image"].endswith("-gpu")
     assert worker["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    trains = {item["metadata"]["name"]: item for _, item in checker.overlaid(FOLDER / "overlays" / "train-gpu", base)}
+    spec = trains["somaflow-train"]["spec"]["rayClusterSpec"]
+    (worker,) = spec["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    assert worker["image"].endswith("-gpu")
+    assert worker["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": "1"}
+    assert "nvidia.com/gpu" not in str(spec["headGroupSpec"])
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+@pytest.mark.parametrize("overlay", ["gpu", "train-gpu"])
+def test_kustomize_makes_of_an_overlay_what_is_checked(checker: ModuleType, base: Any, overlay: str) -> None:
+    command = ["kubectl", "kustomize", "--load-restrictor", "LoadRestrictionsNone", str(FOLDER / "overlays" / overlay)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 0, told.stderr
+    made = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(told.stdout)}
+    checked = {
+        (item["kind"], item["metadata"]["name"]): item
+        for _, item in checker.overlaid(FOLDER / "overlays" / overlay, base)
+    }
+    assert made.keys() <= checked.keys()
+    assert ("RayJob", "somaflow-train") in made or ("RayService", "somaflow-serve") in made
+    for name, item in made.items():
+        part = "spec" if "spec" in item else "data"
+        assert bare(item[part]) == bare(checked[name][part]), name
+
+
+def bare(value: Any) -> Any:
+    """Leave out the ends of texts, where kustomize drops an empty line."""
+    if isinstance(value, dict):
+        return {key: bare(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [bare(part) for part in value]
+    return value.rstrip() if isinstance(value, str) else value
 
 
 Plant = Callable[[dict[str, Any]], Any]

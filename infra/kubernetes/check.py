@@ -372,7 +372,7 @@ def main(folder: Path = HERE) -> int:
     for line in dict.fromkeys(wrong):
         print(line)
     if not wrong:
-        print(f"as they should be: {len(base)} objects, {len(overlays)} overlay, {len(launchers)} launcher files")
+        print(f"as they should be: {len(base)} objects, {len(overlays)} overlays, {len(launchers)} launcher files")
     return bool(wrong)
 
 
