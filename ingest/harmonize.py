@@ -438,7 +438,8 @@ NAME = re.compile(r"[A-Za-z][^,\s'-]{1,}")
 def _names(text: str) -> list[str]:
     """Return the names between commas; the whole where commas belong to one name, as in ``N,N-dimethyltryptamine``."""
     parts = [part.strip() for part in text.split(",")]
-    return parts if all(NAME.match(part) for part in parts if part) else [text.strip()]
+    apart = any(CONTROL.match(part) for part in parts) or all(NAME.match(part) for part in parts if part)
+    return parts if apart else [text.strip()]
 
 
 def perturbation_name(value: Any) -> str:

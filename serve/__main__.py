@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -112,7 +112,7 @@ def embed_lake(
     organism: Annotated[str, typer.Option(help="Whose cells; may be left out where the lake holds one.")] = "",
     name: Annotated[str, typer.Option(help="Name of the embeddings; taken from the model when left out.")] = "",
     workers: Annotated[int, typer.Option(help="Processes that embed.", min=1)] = 2,
-    device: Annotated[str, typer.Option(help="Torch device of each, as in cpu or cuda.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Torch device of each worker.")] = "cpu",
     address: Annotated[
         str | None,
         typer.Option(help="A running Ray cluster; RAY_ADDRESS if left out, and without that Ray is started here."),

@@ -249,7 +249,7 @@ def serving(
         joined()
         if lacking := _lacking(settings):
             if started and not address:
-                raise UsageError(f"this machine has {lacking} that the copies need: fewer --replicas, or device=cpu")
+                raise UsageError(f"this machine has {lacking} that the copies need: say fewer, or --set device=cpu")
             waits(f"waiting for nodes: the cluster has {lacking} that the copies need")
         _start_serve(settings, load)
         yield f"http://{_host_in_url(settings.host)}:{settings.port}"

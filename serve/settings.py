@@ -120,7 +120,7 @@ class ServeSettings(Settings):
     """Copies of the model that answer side by side."""
     threads: int = Field(default=1, gt=0)
     """CPU threads of each copy."""
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    device: str = Field(default="cpu", pattern="^(cpu|cuda)$")
     """Torch device of each copy, ``cpu`` or ``cuda``; on CUDA each copy gets a GPU of the cluster for itself."""
     address: str = ""
     """A running Ray cluster, HOST:PORT or ``auto``; empty, ``RAY_ADDRESS``, and without that Ray is started here and

@@ -102,7 +102,7 @@ def _outcome(reference: Any) -> Done:
 
 @contextmanager
 def ray_crew(common: Common, *, workers: int, cpus: float) -> Iterator[Crew]:
-    """Hold workers on the cluster that this process is connected to.
+    """Hold workers on the cluster that this process is connected to; on GPUs, no more than it has.
 
     Raises:
         StorageError: The cluster has no room for one of them, ever.
@@ -114,6 +114,8 @@ def ray_crew(common: Common, *, workers: int, cpus: float) -> Iterator[Crew]:
     for name, needed in (("CPU", cpus), ("GPU", n_gpus)):
         if there.get(name, 0) < needed:
             raise StorageError(f"the Ray cluster has {there.get(name, 0):g} {name}; a worker needs {needed:g}")
+    if n_gpus:  # one that waits for a GPU would keep the piece that it is given
+        workers = min(workers, int(there["GPU"]))
     actor = ray.remote(num_cpus=cpus, num_gpus=n_gpus, max_restarts=3, max_task_retries=3)(LowPriority)
     shared = Common(common.checkpoint, common.device, common.generation, max(1, int(cpus)))
     actors = [actor.remote(shared) for _ in range(workers)]

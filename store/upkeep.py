@@ -91,7 +91,8 @@ def _abort_uploads(lake_uri: str) -> int:
                 )
             aborted += 1
         markers = {"KeyMarker": found.get("NextKeyMarker"), "UploadIdMarker": found.get("NextUploadIdMarker")}
-        more = more | markers if found.get("IsTruncated") else {}
+        markers = {key: value for key, value in markers.items() if value}
+        more = {"Prefix": more["Prefix"], **markers} if found.get("IsTruncated") and markers else {}
     return aborted
 
 

@@ -114,6 +114,8 @@ def test_antibodies_and_peaks_keep_the_names_of_the_source() -> None:
         ("1,25-dihydroxyvitamin D3", "1,25-dihydroxyvitamin D3"),
         ("NKX2-1,T1R3", "NKX2-1+T1R3"),
         ("STAT1,ctrl", "STAT1"),
+        ("T,ctrl", "T"),
+        ("3-MA,DMSO", "3-MA"),
     ],
 )
 def test_perturbations_are_written_in_one_way(given: object, written: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import cellxgene_census
 import numpy as np
@@ -16,7 +17,7 @@ import pandas as pd
 import pytest
 from encoded import add_dataset, encoded_counts, numbered
 
-from store import lock, records
+from store import lock, records, upkeep
 from store.errors import ConflictError, MissingError, UsageError
 from store.fragments import fragments
 from store.lake import Lake, layer_uris, open_lake, table_uris
@@ -268,3 +269,23 @@ def test_no_flipped_bit_is_read_as_if_nothing_had_happened(tmp_path: Path) -> No
         finally:
             path.write_bytes(good)
     assert found > 20
+
+
+def test_uploads_are_aborted_however_many_lists_they_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = {f"lake/{number}": f"id{number}" for number in range(5)} | {"lake-2/0": "other"}
+
+    class Store:
+        """S3 that lists two uploads at a time."""
+
+        def call_s3(self, method: str, Bucket: str, **words: str) -> Any:  # noqa: N803  S3's own names
+            assert Bucket == "bucket"
+            if method == "abort_multipart_upload":
+                del left[words["Key"]]
+                return {}
+            found = sorted(key for key in left if key.startswith(words["Prefix"]) and key > words.get("KeyMarker", ""))
+            answer: dict[str, Any] = {"Uploads": [{"Key": key, "UploadId": left[key]} for key in found[:2]]}
+            return answer | ({"IsTruncated": True, "NextKeyMarker": found[1]} if len(found) > 2 else {})
+
+    monkeypatch.setattr("s3fs.S3FileSystem", Store)
+    assert upkeep._abort_uploads("s3://bucket/lake") == 5
+    assert left == {"lake-2/0": "other"}

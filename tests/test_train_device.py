@@ -130,12 +130,19 @@ def test_a_run_in_half_precision_gives_the_kernel_of_gpus_what_it_takes(
 ) -> None:
     told = {"precision": "bf16", "steps": 4, "model": {"width": 16, "layers": 4, "heads": 2, "attention": attention}}
     Run(settings(lake, tmp_path / "masked", **told), 1).train()
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", obvious_varlen)
+    asked = []
+
+    def varlen_attn(*inputs: Any, **words: Any) -> Tensor:
+        asked.append(len(inputs))
+        return obvious_varlen(*inputs, **words)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(
         "train.attention._masked", lambda q, *rest: (_varlen if q.dtype == torch.bfloat16 else _masked)(q, *rest)
     )
     Run(settings(lake, tmp_path / "varlen", **told), 1).train()
     np.testing.assert_allclose(losses(tmp_path / "varlen"), losses(tmp_path / "masked"), rtol=0.01)
+    assert len(asked) >= 4 * 5, "in each step, of each block"
 
 
 def test_a_predictor_there_answers_as_one_here(tmp_path: Path) -> None:

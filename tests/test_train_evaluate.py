@@ -211,19 +211,13 @@ def test_the_commands_audit_and_judge(
     assert said("head", str(tmp_path / "head"), *place)[0] == 6
     assert said("eval", *place, "--suite", "dance")[0] == 2
     assert said("eval", *place, "--suite", "translate")[0] == 2, "RNA from itself"
-    code, out = said(
-        "eval",
-        *place,
-        "--suite",
-        "perturb",
-        "--sets",
-        "go.gmt",
-        "--set",
-        "by=split",
-        "--set",
-        "knowledge_until=2020-01-01",
-    )
-    assert code == 8, "nobody knows the day of go.gmt"
+    asked = ("--sets", "go.gmt", "--set", "by=split", "--set", "knowledge_until=2020-01-01")
+    assert said("eval", *place, "--suite", "perturb", *asked)[0] == 8, "nobody knows the day of go.gmt"
+    code, out = said("audit", *place, *asked, "--json")
+    assert (code, [one["check"] for one in json.loads(out)["findings"]]) == (8, ["knowledge"])
+    code, out = said("audit", *place, *asked, "--set", 'days={"go.gmt" = 2019-12-31}', "--json")
+    assert (code, json.loads(out)["findings"]) == (0, [])
+    assert said("audit", *place, *asked, "--set", 'days={"other.gmt" = 2019-12-31}')[0] == 2, "no file of --sets"
     assert said("eval", "--lake", lake)[0] == 2
     assert said("eval", *place, "--set", "bye=donor_id")[0] == 3
 

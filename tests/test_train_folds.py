@@ -126,7 +126,9 @@ def test_the_audit_finds_every_planted_leak(cells: Study) -> None:
 def test_the_audit_fails_closed_on_what_it_cannot_know(cells: Study) -> None:
     settings = FoldSettings(by="target", held=("z",), selection="all", knowledge_until="2020-01-01")
     folds = make_folds(cells, settings)
-    findings = audit(cells, folds, settings, knowledge={"go.gmt": "", "old.gmt": "2019-05-01", "new.gmt": "2021-01-01"})
+    findings = audit(
+        cells, folds, settings, knowledge=[("go.gmt", ""), ("old.gmt", "2019-05-01"), ("new.gmt", "2021-01-01")]
+    )
     assert sorted(finding.check for finding in findings) == ["knowledge", "knowledge", "selection"]
     with pytest.raises(VerificationError, match=r"(?s)no number is made.*new.gmt is from 2021-01-01") as raised:
         refuse_leaks(findings)

@@ -45,7 +45,9 @@ def test_factors_are_the_medians_of_the_cells_that_have_a_feature(snapshot: Snap
     for name, of in shares.items():
         expected = [median(of[feature]) if feature in of else 1.0 for feature in range(len(found[name]))]
         np.testing.assert_allclose(found[name], expected, rtol=1e-6)
-    some = rank_factors(snapshot, measurements=["RNA"], n_cells=50)
+    with pytest.raises(UsageError, match="allow more"):
+        rank_factors(snapshot, memory_bytes=100)
+    some = rank_factors(snapshot, measurements=["RNA"], n_cells=50, block=16, window=64)
     assert list(some) == ["RNA"]
     assert (some["RNA"] > 0).all()
 
@@ -91,6 +93,7 @@ def test_counts_of_all_sizes_are_ranked_in_one_way(monkeypatch: pytest.MonkeyPat
 
     for largest, dtype in ((9, np.uint8), (60_000, np.uint16), (2**24, np.uint32)):
         batch = whole(60, 1, largest, dtype)
+        assert batch.counts["RNA"].counts.max() == largest
         settings = TokenSettings(budget=70, values="rank")
         fast = make_tokens(batch, {"RNA": 5}, settings, chance=(1, 2))
         with monkeypatch.context() as patch:

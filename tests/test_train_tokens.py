@@ -118,6 +118,8 @@ def whole(n_cells: int, seed: int, largest: int, dtype: type[np.generic]) -> Cel
     rng = np.random.default_rng(seed)
     dense = rng.negative_binomial(0.3, 0.05, (n_cells, 400)).clip(max=largest)
     dense[3] = 0
+    dense[4::5] = np.exp(rng.uniform(0, np.log(largest + 1), dense[4::5].shape)) * (dense[4::5] > 0)
+    dense[9:10, ::3] = largest  # of which many tie
     indptr = np.concatenate([[0], np.cumsum((dense > 0).sum(1))]).astype(np.int64)
     row, column = np.nonzero(dense)
     part = Csr(indptr, column.astype(np.uint16), dense[row, column].astype(dtype))

@@ -265,6 +265,7 @@ def look(
     lake: Lake = "lake",
     folds: Folds = None,
     overrides: Overrides = None,
+    sets: Annotated[list[str] | None, typer.Option(help="GMT files of gene sets that will be used.")] = None,
     json: Json = False,
 ) -> None:
     """Look for leaks between what is learned from and what judges it; ends with status 8 where there is one.
@@ -278,7 +279,7 @@ def look(
     from train.evaluation.judge import Question, look_for_leaks
     from train.predictor import Predictor
 
-    question = Question("annotate", lake, snapshot, _held_out(folds, overrides))
+    question = Question("annotate", lake, snapshot, _held_out(folds, overrides), sets=tuple(sets or ()))
     study, made, findings = look_for_leaks(question, None if checkpoint is None else Predictor.load(checkpoint))
     if json:
         answer("train-audit/v1", cells=study.n_cells, folds=len(made), findings=[vars(one) for one in findings])

@@ -267,11 +267,10 @@ def tokens_of_one(  # noqa: C901  stages of one loop; each is short
     for cell in range(len(lengths_C)):
         start, n, key = starts_C[cell], lengths_C[cell], keys_C[cell]
         feature, count = features_N[start : start + n], counts_N[start : start + n]
-        total, most = U32(0), U32(0)
+        depth, most = np.int64(0), U32(0)
         for i in range(n):
-            total = U32(total + U32(count[i]))
+            depth += np.int64(count[i])
             most = max(most, U32(count[i]))
-        depth = np.int64(total)
         row = place_C[cell]
         depth_C[row] = depth
         factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
@@ -394,11 +393,11 @@ def candidates(  # noqa: C901  stages of one loop; each is short
     for cell in range(len(lengths_C)):
         start, n, key, row = starts_C[cell], lengths_C[cell], keys_C[cell], place_C[cell]
         feature, count = features_N[start : start + n], counts_N[start : start + n]
-        total, most = U32(0), U32(0)
+        depth, most = np.int64(0), U32(0)
         for i in range(n):
-            total = U32(total + U32(count[i]))
+            depth += np.int64(count[i])
             most = max(most, U32(count[i]))
-        depth, largest = np.int64(total), np.int64(most)
+        largest = np.int64(most)
         depth_C[row] = depth
         factor = np.float32(scale) / np.float32(max(depth, np.int64(1)))
         if kind == COUNT:

@@ -7,6 +7,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ def rank_factors(
     split: str = "train",
     n_cells: int = 20_000,
     seed: int = 0,
+    **reading: Any,
 ) -> dict[str, NDArray[np.float32]]:
     """Return each feature's median count per ``SCALE`` among the cells that have it, factor_G of each measurement.
 
@@ -35,15 +37,17 @@ def rank_factors(
 
     Args:
         snapshot: Whose cells are looked at.
-        measurements: Of counts; all when left out.
+        measurements: Of counts; all of counts when left out.
         split: Whose cells.
         n_cells: Cells that are looked at, drawn by the seed; each value takes 12 bytes meanwhile.
         seed: Decides which.
+        reading: Handed on to :class:`~train.stream.Stream`: ``block``, ``window``, ``memory_bytes``, ``cache``.
 
     Raises:
-        UsageError: No such measurement, or no cell in the split.
+        UsageError: No such measurement, no cell in the split, or a window that does not fit into ``memory_bytes``.
     """
-    stream = Stream(snapshot, batch=BATCH, seed=seed, split=split, measurements=measurements)
+    of_counts = [name for name in snapshot.measurements if name not in snapshot.levels]
+    stream = Stream(snapshot, batch=BATCH, seed=seed, split=split, measurements=measurements or of_counts, **reading)
     features: dict[str, list[NDArray[np.uint32]]] = {name: [] for name in stream.measurements}
     shares: dict[str, list[NDArray[np.float32]]] = {name: [] for name in stream.measurements}
     seen, sizes = 0, vocabulary_sizes([snapshot])

@@ -177,9 +177,9 @@ class _Nonzeros:
 def _nonzeros(part: Csr, device: torch.device) -> _Nonzeros:
     length = torch.from_numpy(np.diff(part.indptr)).to(device)
     cell_N = torch.repeat_interleave(torch.arange(len(length), device=device), length)
-    count_N = torch.from_numpy(part.counts).to(device).float()
-    depth_C = torch.zeros(len(length), dtype=torch.float64, device=device).index_add_(0, cell_N, count_N.double())
-    return _Nonzeros(cell_N, torch.from_numpy(part.features).to(device).long(), count_N, depth_C.float())
+    count_N = torch.from_numpy(part.counts).to(device).double()
+    depth_C = torch.zeros(len(length), dtype=torch.float64, device=device).index_add_(0, cell_N, count_N)
+    return _Nonzeros(cell_N, torch.from_numpy(part.features).to(device).long(), count_N.float(), depth_C.float())
 
 
 def dense_counts(part: Csr, n_features: int, device: torch.device) -> Tensor:

@@ -8,10 +8,10 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import combinations, pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ def audit(
     folds: list[Fold],
     settings: FoldSettings,
     *,
-    knowledge: dict[str, str] | None = None,
+    knowledge: Sequence[tuple[str, str]] = (),
     pretrained_C: NDArray[np.bool_] | None = None,
     chosen: tuple[str, ...] = (),
 ) -> list[Finding]:
@@ -61,14 +61,14 @@ def audit(
         study: The cells.
         folds: The folds.
         settings: What the folds were made from.
-        knowledge: Knowledge file to the day (YYYY-MM-DD) of its newest source; empty text is not known.
+        knowledge: Knowledge files, each with the day (YYYY-MM-DD) of its newest source; empty text is not known.
         pretrained_C: Cells that a checkpoint saw before; None where there is no checkpoint.
         chosen: Measurements of which the snapshot holds chosen features only.
 
     Returns:
         The findings; none is a pass.
     """
-    findings = _selection(settings, chosen) + _knowledge(settings, knowledge or {}) + _primary(study, folds)
+    findings = _selection(settings, chosen) + _knowledge(settings, knowledge) + _primary(study, folds)
     for name, part in study.counts.items():
         exact_C, near = _hashes(part), _near_pairs(part)
         for fold in folds:
@@ -109,16 +109,14 @@ def _selection(settings: FoldSettings, chosen: tuple[str, ...]) -> list[Finding]
     return [Finding("selection", "", "features were chosen on all cells; choose them on training cells only")]
 
 
-def _knowledge(settings: FoldSettings, knowledge: dict[str, str]) -> list[Finding]:
+def _knowledge(settings: FoldSettings, knowledge: Sequence[tuple[str, str]]) -> list[Finding]:
     if not settings.knowledge_until:
         return []
     until, findings = date.fromisoformat(settings.knowledge_until), []
-    for path, day in knowledge.items():
-        name = Path(path).name
+    for name, day in knowledge:
         if not day:
-            findings.append(
-                Finding("knowledge", "", f"nobody knows from when {name} is; give its day, or leave it out")
-            )
+            how = "give its day (--set 'days={\"FILE\" = 2024-05-01}'; of a run: knowledge.days), or leave it out"
+            findings.append(Finding("knowledge", "", f"nobody knows from when {name} is; {how}"))
         elif date.fromisoformat(day) > until:
             findings.append(Finding("knowledge", "", f"{name} is from {day}, after {until}; use an older release"))
     return findings

@@ -83,6 +83,8 @@ class Question:
             raise UsageError(f"--suite {self.suite}: one of {', '.join(SUITES)}")
         if not self.snapshot:
             raise UsageError("--snapshot is needed: whose cells judge?")
+        if unknown := sorted(set(self.folds.days) - set(self.sets)):
+            raise UsageError(f"days: {unknown[0]!r} is no file of --sets ({', '.join(self.sets) or 'none is named'})")
         if self.members and self.suite not in ("annotate", "calibration"):
             raise UsageError(f"--members goes with --suite annotate or calibration, not {self.suite}")
         if self.gated and self.suite not in ("perturb", "forecast", "translate"):
@@ -115,11 +117,12 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     snapshot = open_snapshot(question.lake, question.snapshot)
     study = read_study(snapshot, question.max_cells)
     folds = make_folds(study, question.folds)
-    known = {path: question.folds.days.get(path, "") for path in question.sets}
-    seen_C = None
+    learned, seen_C = {}, None
     if predictor is not None:
-        known |= {path: entry["day"] for path, entry in predictor.manifest.get("knowledge", {}).items()}
+        learned = predictor.manifest.get("knowledge", {})
         seen_C = pretrained(predictor, study, snapshot)
+    known = [(f"{path} (of the checkpoint)", entry["day"]) for path, entry in learned.items()]
+    known += [(path, question.folds.days.get(path, "")) for path in question.sets]
     chosen = tuple(snapshot.manifest["settings"].get("features") or ())
     return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C, chosen=chosen)
 
