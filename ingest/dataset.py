@@ -201,7 +201,8 @@ class OpenDataset:
         try:
             plan = self._plan()
             notes += [note for mapped in self.maps.values() for note in mapped.notes]
-            problems += self._other_organism()
+            if other := self._other_organism():
+                (notes if self._says_organism() else problems).append(other)
         except InputRefused as error:
             raise InputRefused(f"{self.source.uri}: " + " | ".join([*problems, str(error)])) from error
         for measurement, part in self.form.parts.items():
@@ -215,13 +216,15 @@ class OpenDataset:
         self.form.__dict__.pop("obs", None)  # values are read next, and need the room
         return Inspected(plan, obs, sides, self._spans(), mapped, problems, notes, self.opened_as)
 
-    def _other_organism(self) -> list[str]:
+    def _says_organism(self) -> bool:
+        """Say whether somebody named the organism: then genes of another one may be its orthologs there."""
+        return "organism" in self.source.model_fields_set or self.form.organism != "homo_sapiens"
+
+    def _other_organism(self) -> str:
         """Say why the genes are not those of the organism that the source is taken for; nothing if they may be."""
         if "RNA" not in self.maps or self.form.organism == "synthetic_construct":
-            return []
-        said = "organism" in self.source.model_fields_set
-        found = harmonize.other_organism(self.maps["RNA"].features, self.form.organism, said=said)
-        return [found] if found else []
+            return ""
+        return harmonize.other_organism(self.maps["RNA"].features, self.form.organism, said=self._says_organism())
 
     def _obs_given(self) -> dict[str, str]:
         table = self.source.obs_table

@@ -192,7 +192,8 @@ def other_organism(features: Features, organism: str, *, said: bool) -> str:
         theirs = ids.str.startswith(prefix)
         if other != organism and 2 * int(theirs.sum()) > len(ids):
             example = ids[theirs].iloc[0]
-            return f"most genes are of {other} by their ids ({example}, ...), not of {organism}; say organism={other}"
+            told = f"most genes are of {other} by their ids ({example}, ...), not of {organism}"
+            return f"{told}; they are kept under {organism}" if said else f"{told}; say organism={other}"
     if said or organism != "homo_sapiens":
         return ""
     murine = ids[ids.str.match(r"[A-Z][a-z][A-Za-z]*\d*[a-z]?$")]

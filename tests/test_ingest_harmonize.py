@@ -258,8 +258,8 @@ def test_what_is_no_quantity_stays_beside_and_a_column_asked_for_must_be_one() -
 @pytest.mark.parametrize(
     ("names", "organism", "said", "found"),
     [
-        ([f"ENSMUSG{number:011d}" for number in range(9)], "homo_sapiens", True, "say organism=mus_musculus"),
-        ([f"ENSG{number:011d}" for number in range(9)], "mus_musculus", True, "say organism=homo_sapiens"),
+        ([f"ENSMUSG{number:011d}" for number in range(9)], "homo_sapiens", False, "say organism=mus_musculus"),
+        ([f"ENSG{number:011d}" for number in range(9)], "mus_musculus", True, "are of homo_sapiens"),
         ([f"ENSG{number:011d}" for number in range(9)], "homo_sapiens", False, ""),
         ([f"WBGene{number:08d}" for number in range(9)], "homo_sapiens", False, "say organism=caenorhabditis_elegans"),
         (

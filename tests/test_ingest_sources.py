@@ -21,6 +21,7 @@ import scanpy
 import scipy.io
 import scipy.sparse
 
+from ingest.dataset import OpenDataset
 from ingest.expand import expand
 from ingest.job import JobSettings, SourceSettings
 from ingest.run import Outcome, run
@@ -345,6 +346,17 @@ def _named_by_joinid(lake: Lake, dataset: str) -> dict[tuple[str, str], float]:
     obs = lake.obs("homo_sapiens", f"dataset_id == {dataset!r}", ["cell_id", "observation_joinid"]).to_pandas()
     other = dict(zip(obs["cell_id"], obs["observation_joinid"], strict=True))
     return {(other[cell], feature): value for (cell, feature), value in lake_non_zeros(lake, dataset).items()}
+
+
+def test_genes_of_another_organism_are_refused_unless_somebody_says_whose_they_are(shared_data: Path) -> None:
+    uri = str(shared_data / "derived/worm_l2.h5ad")
+    unsaid = OpenDataset(SourceSettings(uri=uri), "").inspect()
+    assert any("say organism=caenorhabditis_elegans" in problem for problem in unsaid.problems)
+    worm = OpenDataset(SourceSettings(uri=uri, organism="caenorhabditis_elegans"), "").inspect()
+    assert not any("organism" in sentence for sentence in (*worm.problems, *worm.notes))
+    orthologs = OpenDataset(SourceSettings(uri=uri, organism="homo_sapiens"), "").inspect()
+    assert not any("organism" in problem for problem in orthologs.problems)
+    assert any("most genes are of caenorhabditis_elegans" in note for note in orthologs.notes)
 
 
 def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tmp_path: Path) -> None:
