@@ -201,8 +201,10 @@ class OpenDataset:
         try:
             plan = self._plan()
             notes += [note for mapped in self.maps.values() for note in mapped.notes]
-            if other := self._other_organism():
-                (notes if self._says_organism() else problems).append(other)
+            if "RNA" in self.maps:
+                said = self._says_organism()
+                other = harmonize.other_organism(self.maps["RNA"].features, self.form.organism, said=said)
+                (notes if said else problems).extend([other] if other else [])
         except InputRefused as error:
             raise InputRefused(f"{self.source.uri}: " + " | ".join([*problems, str(error)])) from error
         for measurement, part in self.form.parts.items():
@@ -219,12 +221,6 @@ class OpenDataset:
     def _says_organism(self) -> bool:
         """Say whether somebody named the organism: then genes of another one may be its orthologs there."""
         return "organism" in self.source.model_fields_set or self.form.organism != "homo_sapiens"
-
-    def _other_organism(self) -> str:
-        """Say why the genes are not those of the organism that the source is taken for; nothing if they may be."""
-        if "RNA" not in self.maps or self.form.organism == "synthetic_construct":
-            return ""
-        return harmonize.other_organism(self.maps["RNA"].features, self.form.organism, said=self._says_organism())
 
     def _obs_given(self) -> dict[str, str]:
         table = self.source.obs_table

@@ -185,8 +185,7 @@ def other_organism(features: Features, organism: str, *, said: bool) -> str:
     (``Sox17``; guidelines of MGI and RGD), human ones have capitals alone (HGNC's, Bruford et al. 2020).
     """
     ids = pd.Series(features.feature_id, dtype=object).astype(str)
-    own = GENE_IDS.get(organism)
-    if own is None:
+    if organism not in GENE_IDS:
         return ""
     for other, prefix in GENE_IDS.items():
         theirs = ids.str.startswith(prefix)
@@ -222,7 +221,7 @@ def _from_symbols(ids: list[str], names: list[str], table: pd.DataFrame) -> list
 
 
 def _mouse(table: pd.DataFrame) -> bool:
-    return bool(str(table.index[0]).startswith("ENSMUSG"))
+    return bool(str(table.index[0]).startswith(GENE_IDS["mus_musculus"]))
 
 
 def _known(ids: list[str], table: pd.DataFrame | None, var: pd.DataFrame) -> tuple[list[str], list[int]]:

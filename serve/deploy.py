@@ -38,7 +38,7 @@ from serve.explore import Offer
 from serve.held import load_predictor
 from serve.model import Columns, Description, Question
 from serve.replica import Loader, Replica
-from serve.settings import ServeSettings
+from serve.settings import ServeSettings, gpus_of
 from serve.workers import RayJobs
 from store.cluster import cluster_address, probe, runtime_env
 from store.errors import InputRefused, MissingError, SomaflowError, UsageError
@@ -191,21 +191,16 @@ def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.s
         ModelReplica,
         **copies,
         user_config={"checkpoint": settings.checkpoint},
-        ray_actor_options={"num_cpus": settings.threads, "num_gpus": _n_gpus(settings)},
+        ray_actor_options={"num_cpus": settings.threads, "num_gpus": gpus_of(settings.device)},
     )
     ingress = deployment(Ingress, ray_actor_options={"num_cpus": 0})
     return ingress.bind(values, model.bind(values, load))
 
 
-def _n_gpus(settings: ServeSettings) -> int:
-    """Return the GPUs of a copy."""
-    return 1 if settings.device.startswith("cuda") else 0
-
-
 def _lacking(settings: ServeSettings) -> str:
     """Say what the cluster has too little of for the copies that are there from the start; nothing if it has enough."""
     there, copies = ray.cluster_resources(), settings.replicas
-    needed = {"CPU": copies * settings.threads, "GPU": copies * _n_gpus(settings)}
+    needed = {"CPU": copies * settings.threads, "GPU": copies * gpus_of(settings.device)}
     lacks = [f"{there.get(name, 0):g} {name}s of {n}" for name, n in needed.items() if there.get(name, 0) < n]
     return " and ".join(lacks)
 

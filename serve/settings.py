@@ -141,3 +141,8 @@ class ServeSettings(Settings):
     limits: Limits = Limits()
     explore: Explore = Explore()
     batching: Batching = Batching()
+
+
+def gpus_of(device: str) -> int:
+    """Return the GPUs that a process has for itself whose model is on a torch device."""
+    return 1 if device.startswith("cuda") else 0

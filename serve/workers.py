@@ -25,7 +25,7 @@ import torch
 
 from serve import jobs
 from serve.bulk import Asked, Bulk, Common, Crew, Done, Hire, Task, Worker
-from serve.settings import JobSettings
+from serve.settings import JobSettings, gpus_of
 from store.context import THREADS
 from store.errors import ConflictError, InterruptedRun, SomaflowError, StorageError
 
@@ -109,7 +109,7 @@ def ray_crew(common: Common, *, workers: int, cpus: float) -> Iterator[Crew]:
     """
     import ray
 
-    n_gpus = 1 if common.device.startswith("cuda") else 0
+    n_gpus = gpus_of(common.device)
     there = ray.cluster_resources()
     for name, needed in (("CPU", cpus), ("GPU", n_gpus)):
         if there.get(name, 0) < needed:

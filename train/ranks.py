@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from store.snapshot import Snapshot
-from train.cells import Csr
 from train.sources import vocabulary_sizes
 from train.stream import Stream
-from train.tokens import SCALE
+from train.tokens import shares
 
 BATCH = 1024
 
@@ -49,30 +48,20 @@ def rank_factors(
     of_counts = [name for name in snapshot.measurements if name not in snapshot.levels]
     stream = Stream(snapshot, batch=BATCH, seed=seed, split=split, measurements=measurements or of_counts, **reading)
     features: dict[str, list[NDArray[np.uint32]]] = {name: [] for name in stream.measurements}
-    shares: dict[str, list[NDArray[np.float32]]] = {name: [] for name in stream.measurements}
+    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in stream.measurements}
     seen, sizes = 0, vocabulary_sizes([snapshot])
     for cells in stream.epoch(0):
         for name, part in cells.counts.items():
             features[name].append(part.features.astype(np.uint32))
-            shares[name].append(_shares(part))
+            found[name].append(shares(part).numpy())
         seen += cells.n_cells
         if seen >= n_cells:
             break
-    return {name: _medians(features.pop(name), shares.pop(name), sizes[name]) for name in stream.measurements}
-
-
-def _shares(part: Csr) -> NDArray[np.float32]:
-    """Return counts per ``SCALE`` of each cell's counts, share_N."""
-    lengths = np.diff(part.indptr)
-    cell_N = np.repeat(np.arange(len(lengths)), lengths)
-    count_N = part.counts.astype(np.float64)
-    depth_C = np.bincount(cell_N, weights=count_N, minlength=len(lengths))
-    share_N: NDArray[np.float32] = (count_N * (SCALE / np.maximum(depth_C, 1))[cell_N]).astype(np.float32)
-    return share_N
+    return {name: _medians(features.pop(name), found.pop(name), sizes[name]) for name in stream.measurements}
 
 
 def _medians(
-    features: list[NDArray[np.uint32]], shares: list[NDArray[np.float32]], n_features: int
+    features: list[NDArray[np.uint32]], found: list[NDArray[np.float32]], n_features: int
 ) -> NDArray[np.float32]:
     """Return each feature's median share; both lists are used up."""
     counted_G = np.zeros(n_features, np.int64)
@@ -81,7 +70,7 @@ def _medians(
     ends_G = np.cumsum(counted_G)
     place_G, ordered = ends_G - counted_G, np.empty(int(counted_G.sum()), np.float32)
     while features:  # each feature's values side by side, a batch at a time
-        feature_N, share_N = features.pop(), shares.pop()
+        feature_N, share_N = features.pop(), found.pop()
         order = np.argsort(feature_N, kind="stable")
         sorted_N = feature_N[order]
         within = np.arange(len(order)) - np.searchsorted(sorted_N, sorted_N)

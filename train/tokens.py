@@ -173,6 +173,12 @@ class _Nonzeros:
     count_N: Tensor
     depth_C: Tensor
 
+    @property
+    def share_N(self) -> Tensor:  # noqa: N802
+        """Counts per ``SCALE`` of the cell's, step by step as the kernels do it."""
+        # a number over a tensor would be its reciprocal, rounded once more
+        return self.count_N * (torch.full_like(self.depth_C, SCALE) / self.depth_C.clamp(min=1))[self.cell_N]
+
 
 def _nonzeros(part: Csr, device: torch.device) -> _Nonzeros:
     length = torch.from_numpy(np.diff(part.indptr)).to(device)
@@ -180,6 +186,11 @@ def _nonzeros(part: Csr, device: torch.device) -> _Nonzeros:
     count_N = torch.from_numpy(part.counts).to(device).double()
     depth_C = torch.zeros(len(length), dtype=torch.float64, device=device).index_add_(0, cell_N, count_N)
     return _Nonzeros(cell_N, torch.from_numpy(part.features).to(device).long(), count_N.float(), depth_C.float())
+
+
+def shares(part: Csr) -> Tensor:
+    """Return counts per ``SCALE`` of each cell's counts in the measurement, share_N, float32."""
+    return _nonzeros(part, torch.device("cpu")).share_N
 
 
 def dense_counts(part: Csr, n_features: int, device: torch.device) -> Tensor:
@@ -238,9 +249,7 @@ def make_tokens(
         found = _nonzeros(seen.counts[name], device)
         shown_C = torch.from_numpy(seen.measured[name]).to(device)
         feature_N = found.feature_N + offsets[name]
-        # step by step as the kernel does it; a number over a tensor would be its reciprocal, rounded once more
-        factor_C = torch.full_like(found.depth_C, SCALE) / found.depth_C.clamp(min=1)
-        share_N = found.count_N * factor_C[found.cell_N]
+        share_N = found.share_N
         visible_N, priority_N = torch.ones_like(share_N, dtype=torch.bool), share_N.double()
         if chance is not None:
             mixed = drawn(cells.row, chance_salts(chance, (2 * number, 2 * number + 1, KEY)))
