@@ -27,9 +27,10 @@ TEMPLATE = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_n
 def table(lake: Lake) -> list[dict[str, Any]]:
     """Return one row for each dataset and measurement of a lake, as ``ingest.quality.summary`` has it."""
     rows = []
-    for commit in lake.current:
-        dataset = commit.dataset
-        for measurement, figures in quality.read(lake.uri, dataset["number"]).items():
+    datasets = [commit.dataset for commit in lake.current]
+    found = quality.read(lake.uri, [dataset["number"] for dataset in datasets])
+    for dataset, measured in zip(datasets, found, strict=True):
+        for measurement, figures in measured.items():
             about = {"dataset": dataset["dataset_id"], "organism": dataset["organism"], "measurement": measurement}
             rows.append({**about, **figures})
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,10 @@ def keep(lake_uri: str, plan_number: int, figures: dict[str, Any]) -> None:
     records.replace(_uri(lake_uri, plan_number), figures)
 
 
-def read(lake_uri: str, plan_number: int) -> dict[str, Any]:
-    """Read a dataset's figures; empty where there are none."""
-    return records.read(_uri(lake_uri, plan_number)) or {}
+def read(lake_uri: str, plan_numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Read datasets' figures, all at once; empty where there are none."""
+    found = records.read_each([_uri(lake_uri, number) for number in plan_numbers])
+    return [figures or {} for figures in found]
 
 
 def _uri(lake_uri: str, plan_number: int) -> str:

@@ -147,12 +147,12 @@ def embed_lake(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Show how many cells are done; yield what is told of it."""
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show what is being made and how much of it is done; yield what is told of it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=command.console, transient=True) as shown:
         task = shown.add_task("cells", total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+        yield lambda what, done, total: shown.update(task, description=what, completed=done, total=total)
 
 
 def _own_token(settings: ServeSettings) -> str:

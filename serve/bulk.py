@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from serve.decode import FeatureIndex
-from serve.index import make_index
+from serve.index import complete_index, make_part, part_numbers, standing_index
 from store import embeddings
 from store.embeddings import BLOCK_CELLS, Generation
 from store.errors import ConflictError, InputRefused, InterruptedRun, UsageError
@@ -34,8 +34,9 @@ from store.schema import measured_column
 from train.checkpoint import Vocabulary, read_manifest
 from train.predictor import Predictor
 
-Progress = Callable[[int, int], None]
-"""Told how many cells are done, of how many."""
+Progress = Callable[[str, int, int], None]
+"""Told what is being made, ``CELLS`` or ``PARTS``, how much of it is done, and of how much."""
+CELLS, PARTS = "cells", "parts of the index"
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ class Block:
 
 
 @dataclass(frozen=True)
-class MakeIndex:
-    """The last task: an index of what was embedded."""
+class IndexPart:
+    """A part of the index of what was embedded."""
+
+    number: int
 
 
-Task = Block | MakeIndex
+Task = Block | IndexPart
 Done = dict[str, Any]
 """What a task came to."""
 
@@ -300,8 +303,8 @@ class Bulk:
 
         Args:
             hire: Gives the workers.
-            progress: Told after each block.
-            stop: Asked after each block; True ends the run, which the same question resumes.
+            progress: Told after each block of cells and each part of the index.
+            stop: Asked after each of them; True ends the run, which the same question resumes.
 
         Raises:
             InterruptedRun: It was stopped.
@@ -312,20 +315,20 @@ class Bulk:
         total = sum(len(block.joinid_C) for block in self.blocks)
         n_done = total - sum(len(block.joinid_C) for block in left)
         new: list[Done] = []
-        progress(n_done, total)
+        progress(CELLS, n_done, total)
         with hire(Common(self.asked.checkpoint, self.asked.device, generation)) as crew:
             for record in crew.do(left):
                 if record is not None:
                     new.append(record)
                     n_done += record["cells"]
-                    progress(n_done, total)
+                    progress(CELLS, n_done, total)
                 if stop() and n_done < total:
                     raise InterruptedRun(
                         f"{self.asked.lake}: stopped at {n_done:,} of {total:,} cells; ask again to go on"
                     )
             self._lock.check()
             manifest = embeddings.complete(generation, self._said())
-            index = next(record for record in crew.do([MakeIndex()]) if record is not None)
+            index = standing_index(generation) or self._index(crew, progress, stop)
         return Outcome(
             organism=self.organism,
             key=self.key,
@@ -336,6 +339,23 @@ class Bulk:
             manifest=manifest,
             index=index,
         )
+
+    def _index(self, crew: Crew, progress: Progress, stop: Callable[[], bool]) -> dict[str, Any]:
+        """Have the index made, part by part; return its manifest."""
+        numbers = part_numbers(np.concatenate([block.joinid_C for block in self.blocks]))
+        n_done = 0
+        progress(PARTS, n_done, len(numbers))
+        for record in crew.do([IndexPart(number) for number in numbers]):
+            if record is not None:
+                n_done += 1
+                progress(PARTS, n_done, len(numbers))
+            if stop() and n_done < len(numbers):
+                raise InterruptedRun(
+                    f"{self.asked.lake}: all cells are embedded; stopped at {n_done:,} of {len(numbers):,} parts of "
+                    "their index; ask again to go on"
+                )
+        self._lock.check()
+        return complete_index(self.generation, numbers)
 
     def _said(self) -> dict[str, Any]:
         """Sum up what blocks say of their cells."""
@@ -382,7 +402,9 @@ class Worker:
 
     def do(self, task: Task) -> Done:
         """Do one task; return what is to be known of it."""
-        return self.embed(task) if isinstance(task, Block) else make_index(self.generation, threads=self.common.threads)
+        if isinstance(task, Block):
+            return self.embed(task)
+        return make_part(self.generation, task.number, threads=self.common.threads)
 
     def embed(self, block: Block) -> Done:
         """Embed a block and write it; vectors of the generation before are taken over."""

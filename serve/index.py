@@ -3,14 +3,20 @@
 ::
 
     <lake>/somaflow/embeddings/<organism>/<key>/<generation>/index/
-        vectors.usearch      the graph and the vectors, in half precision where that holds them; read in place (mmap)
-        cells.arrow          joinids and labels of the same cells, in ascending order; read in place too
-        manifest.json        SHA-256 of both; last, so that without it there is no index
+        000000000000/            cells whose joinids lie in the same stretch of ``PART_CELLS``
+            vectors.usearch      their graph and vectors, in half precision where that holds them; read in place (mmap)
+            cells.arrow          their joinids and labels, in ascending order; read in place too
+            part.json            SHA-256 of both; last, so that without it there is no such part
+        index.json               the parts; last, so that without it there is no index
+
+Each part is made by itself, in one worker's memory, and what a lake that grows adds goes into its last parts: those
+before are taken over. A question is put to all parts, and the nearest of their answers are the answer.
 
 Distances are Euclidean, as those that novelty is told by (``train.novelty``): far means the same in both.
 
 Shape letters used in this module:
-    C  cells that are asked about      K  neighbours      D  width of an embedding      N  cells of the index
+    C  cells that are asked about      K  neighbours      D  width of an embedding      N  cells of a part
+    P  parts                           F  cells that parts found
 """
 
 from __future__ import annotations
@@ -22,7 +28,9 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +42,13 @@ from numpy.typing import NDArray
 from usearch.index import Index
 
 from store import records
-from store.embeddings import Generation, list_embeddings, open_embeddings
+from store.embeddings import Generation, generations, list_embeddings, open_embeddings, previous
 from store.errors import InputRefused, MissingError
-from store.lake import Lake, open_lake, utc_now
+from store.lake import open_lake, utc_now
 
-VECTORS, CELLS, MANIFEST = "vectors.usearch", "cells.arrow", "manifest.json"
+VECTORS, CELLS, PART, MANIFEST = "vectors.usearch", "cells.arrow", "part.json", "index.json"
+PART_CELLS = 2**17
+"""Joinids of a part. Smaller graphs are built faster and find more, but each costs a question its time."""
 LABELS = (
     "cell_type",
     "cell_type_ontology_term_id",
@@ -64,46 +74,78 @@ def folder_of(generation: Generation) -> str:
     return records.join(generation.folder, "index")
 
 
-def make_index(generation: Generation, *, threads: int = 1) -> dict[str, Any]:
-    """Build the index of complete embeddings, the manifest last; return the manifest. One that stands is left alone.
+def standing_index(generation: Generation) -> dict[str, Any] | None:
+    """Return the manifest of the index of embeddings; None while it is not complete."""
+    return records.read(records.join(folder_of(generation), MANIFEST))
 
-    Vectors are read block by block; what is built has all of them in memory, at 2 bytes a value and some 150 a cell.
+
+def part_numbers(joinid_C: NDArray[np.int64]) -> list[int]:
+    """Return the parts that cells lie in."""
+    return [int(number) for number in np.unique(joinid_C // PART_CELLS)]
+
+
+def make_part(generation: Generation, number: int, *, threads: int = 1) -> dict[str, Any]:
+    """Build a part of the index of complete embeddings; return its record. One that stands is left alone.
+
+    May run in any process, and again in another. Vectors are read block by block; what is built has those of the part
+    in memory, at 2 bytes a value and some 150 a cell. A part of the generation before is gone on with if it has lost no
+    cell since.
     """
-    folder = folder_of(generation)
-    standing = records.read(records.join(folder, MANIFEST))
+    folder = _part_folder(generation, number)
+    standing = records.read(records.join(folder, PART))
     if standing is not None:
         return standing
-    lake = open_lake(generation.lake_uri, int(generation.plan["commit"]))
-    table, largest = _labels(lake, generation)
+    table, largest = _labels(generation, number)
+    joinid_N, dtype = table["soma_joinid"].to_numpy(), "f16" if largest < HALF else "f32"
     with tempfile.TemporaryDirectory(prefix="somaflow-index-") as scratch:
         vectors, cells = Path(scratch) / VECTORS, Path(scratch) / CELLS
-        dtype = "f16" if largest < HALF else "f32"
-        _write_vectors(generation, table["soma_joinid"].to_numpy(), vectors, dtype, threads)
+        index, new_N = _begun(generation, number, joinid_N, dtype)
+        _add(index, generation, joinid_N[new_N], threads)
+        index.save(str(vectors))
         with pa.OSFile(str(cells), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        manifest = {
-            "organism": generation.organism,
-            "key": generation.key,
-            "generation": generation.number,
-            "model_sha256": generation.plan["model_sha256"],
-            "dimension": int(generation.plan["dimension"]),
+        record = {
+            "part": number,
             "n_cells": table.num_rows,
-            "metric": "euclidean",
+            "n_taken_over": int((~new_N).sum()),
             "dtype": dtype,
-            "commit": generation.plan["commit"],
             "files": {path.name: _described(path) for path in (vectors, cells)},
-            "created": utc_now(),
         }
         for path in (vectors, cells):
             _put(path, records.join(folder, path.name))
-    records.create(records.join(folder, MANIFEST), manifest)
+    records.create(records.join(folder, PART), record)
+    return record
+
+
+def complete_index(generation: Generation, numbers: Sequence[int]) -> dict[str, Any]:
+    """Let readers see an index all of whose parts are made; return its manifest. Killed, it may be called again."""
+    parts = records.read_each([records.join(_part_folder(generation, number), PART) for number in numbers])
+    manifest = {
+        "organism": generation.organism,
+        "key": generation.key,
+        "generation": generation.number,
+        "model_sha256": generation.plan["model_sha256"],
+        "dimension": int(generation.plan["dimension"]),
+        "n_cells": sum(part["n_cells"] for part in parts if part is not None),
+        "metric": "euclidean",
+        "commit": generation.plan["commit"],
+        "parts": parts,
+        "created": utc_now(),
+    }
+    records.create(records.join(folder_of(generation), MANIFEST), manifest)
     return manifest
 
 
-def _labels(lake: Lake, generation: Generation) -> tuple[pa.Table, float]:
-    """Return the cells that embeddings hold, with their labels, ascending, in one piece, and their largest value."""
+def _part_folder(generation: Generation, number: int) -> str:
+    return records.join(folder_of(generation), f"{number:012d}")
+
+
+def _labels(generation: Generation, number: int) -> tuple[pa.Table, float]:
+    """Return a part's cells that embeddings hold, with labels, ascending, in one piece, and their largest value."""
+    lake = open_lake(generation.lake_uri, int(generation.plan["commit"]))
     texts = [name for name in LABELS if name != "cell_id"]
-    obs = lake.obs(generation.organism, generation.plan["where"] or None, list(LABELS), coded=texts)
+    span = (number * PART_CELLS, (number + 1) * PART_CELLS - 1)
+    obs = lake.obs(generation.organism, generation.plan["where"] or None, list(LABELS), span, coded=texts)
     held, largest = [np.zeros(0, bool)], 0.0
     for part_CD, found_C in generation.blocks(obs["soma_joinid"].to_numpy()):
         held.append(found_C)
@@ -112,7 +154,18 @@ def _labels(lake: Lake, generation: Generation) -> tuple[pa.Table, float]:
     return obs.select(["soma_joinid", *texts, "cell_id"]), largest
 
 
-def _write_vectors(generation: Generation, joinid_N: NDArray[np.int64], path: Path, dtype: str, threads: int) -> None:
+def _begun(
+    generation: Generation, number: int, joinid_N: NDArray[np.int64], dtype: str
+) -> tuple[Index, NDArray[np.bool_]]:
+    """Return the graph to go on with, and which cells it lacks: the part before, or an empty one."""
+    before = previous(generation)
+    record = records.read(records.join(_part_folder(before, number), PART)) if before else None
+    if before and record and record["dtype"] == dtype:
+        with suppress(MissingError, InputRefused), _Part(_part_folder(before, number), record["files"]) as part:
+            if np.isin(part.joinid_N, joinid_N, assume_unique=True).all():
+                index = Index.restore(part.vectors)
+                index.expansion_add = EXPANSION_ADD
+                return index, ~np.isin(joinid_N, part.joinid_N, assume_unique=True)
     index = Index(
         ndim=int(generation.plan["dimension"]),
         metric="l2sq",
@@ -120,11 +173,14 @@ def _write_vectors(generation: Generation, joinid_N: NDArray[np.int64], path: Pa
         connectivity=CONNECTIVITY,
         expansion_add=EXPANSION_ADD,
     )
+    return index, np.ones(len(joinid_N), bool)
+
+
+def _add(index: Index, generation: Generation, joinid_C: NDArray[np.int64], threads: int) -> None:
     start = 0
-    for part, _ in generation.blocks(joinid_N):
-        index.add(joinid_N[start : start + len(part)].astype(np.uint64), part, threads=threads)
-        start += len(part)
-    index.save(str(path))
+    for part_CD, _ in generation.blocks(joinid_C):
+        index.add(joinid_C[start : start + len(part_CD)].astype(np.uint64), part_CD, threads=threads)
+        start += len(part_CD)
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -162,9 +218,70 @@ class Known:
 
 
 def list_indexes(lake_uri: str) -> list[Known]:
-    """Return the indexes of the newest complete embeddings of every name."""
-    found = ((one, records.read(records.join(folder_of(one), MANIFEST))) for one in list_embeddings(lake_uri))
-    return [Known(generation, manifest) for generation, manifest in found if manifest is not None]
+    """Return the newest index of every name: that of the embeddings before while the newest have none yet."""
+    found = (_newest(one) for one in list_embeddings(lake_uri))
+    return [known for known in found if known is not None]
+
+
+def _newest(newest: Generation) -> Known | None:
+    """Return the newest index of a name, of whose complete embeddings the newest are given."""
+    manifest = standing_index(newest)
+    if manifest is not None:
+        return Known(newest, manifest)
+    for one in reversed(generations(newest.lake_uri, newest.organism, newest.key)):
+        if one.number < newest.number and one.manifest and (manifest := standing_index(one)) is not None:
+            return Known(one, manifest)
+    return None
+
+
+class _Part:
+    """A part of an index, mapped into memory; from an object store, its files are fetched first.
+
+    Attributes:
+        vectors: Where its graph lies.
+        cells: Joinids and labels.
+        joinid_N: The joinids, ascending.
+    """
+
+    def __init__(self, folder: str, files: dict[str, Any]) -> None:
+        """Compare its files with what is promised of them.
+
+        Raises:
+            InputRefused: A file is not what its record says.
+            MissingError: A file is gone.
+        """
+        self._scratch = ExitStack()
+        weakref.finalize(self, self._scratch.close)
+        places = {name: self._local(records.join(folder, name), files[name]) for name in (VECTORS, CELLS)}
+        self.vectors = str(places[VECTORS])
+        self.cells = pa.ipc.open_file(pa.memory_map(str(places[CELLS]))).read_all()
+        self.joinid_N: NDArray[np.int64] = self.cells["soma_joinid"].to_numpy()
+
+    def _local(self, uri: str, promised: dict[str, Any]) -> Path:
+        path = Path(uri)
+        if not records.is_local(uri):
+            scratch = self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="somaflow-index-"))
+            path = Path(scratch) / path.name
+            filesystem, there = fsspec.core.url_to_fs(uri)
+            filesystem.get_file(there, str(path))
+        if not path.is_file():
+            raise MissingError(f"{uri}: is gone; embed the lake again with: python -m serve embed-lake")
+        if _described(path) != promised:
+            raise InputRefused(f"{uri}: its SHA-256 differs from the manifest's; remove its folder and embed again")
+        return path
+
+    def __enter__(self) -> _Part:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._scratch.close()
+
+    @cached_property
+    def graph(self) -> Index:
+        """Its graph and vectors, read in place."""
+        graph = Index.restore(self.vectors, view=True)
+        graph.expansion_search = EXPANSION_SEARCH
+        return graph
 
 
 class VectorIndex:
@@ -182,46 +299,47 @@ class VectorIndex:
             MissingError: A file is gone.
         """
         self.known = known
-        places = {name: self._local(name) for name in (VECTORS, CELLS)}
-        self._index = Index.restore(str(places[VECTORS]), view=True)
-        self._index.expansion_search = EXPANSION_SEARCH
-        self._cells = pa.ipc.open_file(pa.memory_map(str(places[CELLS]))).read_all()
-        self._joinid_N = self._cells["soma_joinid"].to_numpy()
+        self._parts = [
+            _Part(_part_folder(known.generation, one["part"]), one["files"]) for one in known.manifest["parts"]
+        ]
+        self._first_P = np.array([part.joinid_N[0] for part in self._parts])
+        self._n_cells = sum(len(part.joinid_N) for part in self._parts)
         self._lock = threading.Lock()
 
-    def _local(self, name: str) -> Path:
-        uri = records.join(folder_of(self.known.generation), name)
-        path = Path(uri)
-        if not records.is_local(uri):
-            scratch = tempfile.mkdtemp(prefix="somaflow-index-")
-            weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-            path = Path(scratch) / name
-            filesystem, there = fsspec.core.url_to_fs(uri)
-            filesystem.get_file(there, str(path))
-        if not path.is_file():
-            raise MissingError(f"{uri}: is gone; embed the lake again with: python -m serve embed-lake")
-        if _described(path) != self.known.manifest["files"][name]:
-            raise InputRefused(f"{uri}: its SHA-256 differs from the manifest's; remove its folder and embed again")
-        return path
-
     def __len__(self) -> int:
-        return len(self._joinid_N)
+        return self._n_cells
 
     def search(self, embedding_CD: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return joinid_CK and distance_CK of the nearest cells, nearest first; K is k, or all cells if fewer."""
-        n_found = min(k, len(self))
+        query_CD = np.ascontiguousarray(embedding_CD, np.float32)
         with self._lock:
-            found = self._index.search(np.ascontiguousarray(embedding_CD, np.float32), n_found, threads=1)
-        shape = (len(embedding_CD), n_found)
-        distance_CK = np.sqrt(np.maximum(np.asarray(found.distances, np.float32), 0)).reshape(shape)
-        return np.asarray(found.keys).astype(np.int64).reshape(shape), distance_CK
+            found = [_search(part, query_CD, k) for part in self._parts]
+        joinid_CF, distance_CF = (np.concatenate(one, axis=1) for one in zip(*found, strict=True))
+        nearest_CK = np.argsort(distance_CF, axis=1, kind="stable")[:, :k]
+        distance_CK = np.sqrt(np.maximum(np.take_along_axis(distance_CF, nearest_CK, axis=1), 0))
+        return np.take_along_axis(joinid_CF, nearest_CK, axis=1), distance_CK
 
     def labels(self, joinids: NDArray[np.int64], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return these columns of obs of cells of the index, a row for each joinid in the order asked."""
-        rows = np.searchsorted(self._joinid_N, joinids)
-        taken = self._cells.select(list(columns)).take(pa.array(rows))
-        by_column = {name: taken[name].to_pylist() for name in columns}
-        return [{name: values[row] for name, values in by_column.items()} for row in range(len(joinids))]
+        part_C = np.searchsorted(self._first_P, joinids, side="right") - 1
+        rows: list[dict[str, Any]] = [{} for _ in joinids]
+        for number in np.unique(part_C):
+            part, asked = self._parts[number], np.flatnonzero(part_C == number)
+            taken = part.cells.select(list(columns)).take(pa.array(np.searchsorted(part.joinid_N, joinids[asked])))
+            for name in columns:
+                for row, value in zip(asked, taken[name].to_pylist(), strict=True):
+                    rows[row][name] = value
+        return rows
+
+
+def _search(part: _Part, query_CD: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return joinids and squared distances of a part's nearest cells."""
+    n_found = min(k, len(part.joinid_N))
+    found = part.graph.search(query_CD, n_found, threads=1)
+    shape = (len(query_CD), n_found)
+    return np.asarray(found.keys).astype(np.int64).reshape(shape), np.asarray(found.distances, np.float32).reshape(
+        shape
+    )
 
 
 def open_index(lake_uri: str, organism: str, key: str) -> VectorIndex:
@@ -231,8 +349,8 @@ def open_index(lake_uri: str, organism: str, key: str) -> VectorIndex:
         MissingError: There are no such embeddings, or they have no index.
         InputRefused: It is damaged.
     """
-    generation = open_embeddings(lake_uri, organism, key)
-    manifest = records.read(records.join(folder_of(generation), MANIFEST))
-    if manifest is None:
-        raise MissingError(f"{lake_uri}: {generation.name} has no index yet; run the same embed-lake command again")
-    return VectorIndex(Known(generation, manifest))
+    newest = open_embeddings(lake_uri, organism, key)
+    known = _newest(newest)
+    if known is None:
+        raise MissingError(f"{lake_uri}: {newest.name} has no index yet; run the same embed-lake command again")
+    return VectorIndex(known)

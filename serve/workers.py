@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from serve import jobs
-from serve.bulk import Asked, Bulk, Common, Crew, Done, Hire, Task, Worker
+from serve.bulk import CELLS, Asked, Bulk, Common, Crew, Done, Hire, Task, Worker
 from serve.settings import JobSettings, gpus_of
 from store.context import THREADS
 from store.errors import ConflictError, InterruptedRun, SomaflowError, StorageError
@@ -175,10 +175,13 @@ class Driver:
             self._say(state="failed", message=f"{type(error).__name__}; the server's log may say more")
         ray.kill(ray.get_runtime_context().current_actor)
 
-    def _progress(self, done: int, total: int) -> None:
-        if time.monotonic() - self._written > RECORD_S or done == total:
+    def _progress(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self._written > RECORD_S or done in (0, total):
             self._written = time.monotonic()
-            self._say(done=done, total=total, message="" if done else "waiting for a worker")
+            if what == CELLS:
+                self._say(done=done, total=total, message="" if done else "waiting for a worker")
+            else:
+                self._say(message=f"{done:,} of {total:,} {what}")
 
     def _say(self, **values: Any) -> None:
         self._record = self._record.now(**values)

@@ -10,6 +10,7 @@ import datetime as dt
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,23 @@ def read_all(folder: str) -> list[dict[str, Any]]:
     wanted = [join(path, name) for name in names(folder) if name.endswith(".json")]
     contents = filesystem.cat(wanted) if len(wanted) > 1 else {name: filesystem.cat_file(name) for name in wanted}
     return [_unmarked(json.loads(contents[name])) for name in sorted(contents)]
+
+
+def read_each(uris: Sequence[str]) -> list[dict[str, Any] | None]:
+    """Read records that stand in one place of storage, at the same time; none for each that is not there."""
+    if not uris:
+        return []
+    filesystem, paths = fsspec.core.url_to_fs(uris[0])[0], [fsspec.core.url_to_fs(uri)[1] for uri in uris]
+    contents = filesystem.cat(paths, on_error="return")
+    return [_content(contents[path]) for path in paths]
+
+
+def _content(content: bytes | Exception) -> dict[str, Any] | None:
+    if isinstance(content, FileNotFoundError):
+        return None
+    if isinstance(content, Exception):
+        raise content
+    return _unmarked(json.loads(content))
 
 
 def exists(uri: str) -> bool:

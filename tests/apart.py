@@ -18,6 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
 COPIES = ("_to_copy", "copy_", "set_")
+ASK = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_consecutive", "equal")
+"""Operations whose answer the host has to wait for on a GPU: a number, or a shape that follows from values."""
+waits: list[str] = []
+"""What the host has waited for; whoever counts clears it."""
 
 
 class Apart(torch.Tensor):
@@ -42,6 +46,7 @@ class Apart(torch.Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if function is torch.Tensor.tolist:
+                waits.append("tolist")
                 return args[0].held.tolist()
             if function is torch.Tensor.numpy:
                 raise TypeError("a tensor of the device is not the host's memory")
@@ -61,6 +66,8 @@ def _run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if there and here and name not in COPIES:
         shapes = [(type(tensor).__name__, tuple(tensor.shape)) for tensor in tensors]
         raise RuntimeError(f"{operation}: tensors of two devices: {shapes}")
+    if there and _waits(name, args, kwargs):
+        waits.append(name)
     said = kwargs.get("device")
     goes_there = bool(there) if said is None else torch.device(said) == DEVICE
     if name in ("copy_", "set_"):
@@ -78,6 +85,19 @@ def _run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return Apart(leaf) if known is None else known
 
     return tree_map(back, out)
+
+
+def _waits(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Say whether a GPU would be waited for."""
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    if name == "_to_copy":
+        return torch.device(kwargs.get("device") or DEVICE) != DEVICE
+    if name == "copy_":
+        return not isinstance(args[0], Apart)
+    return name in ASK
 
 
 class _Mode(TorchDispatchMode):

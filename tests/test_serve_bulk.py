@@ -73,7 +73,7 @@ def embed(
     asked: Asked,
     stop: Callable[[], bool] = lambda: False,
     hire: bulk.Hire = in_this_process,
-    progress: bulk.Progress = lambda done, total: None,
+    progress: bulk.Progress = lambda what, done, total: None,
 ) -> Outcome:
     with Bulk(asked) as run:
         return run.run(hire, progress, stop)
@@ -157,9 +157,10 @@ def test_a_stopped_run_shows_nothing_and_the_same_again_does_only_what_is_left(l
     assert list_embeddings(lake) == []
     with pytest.raises(ValueError, match="cells"):
         seen_by_others(lake)
-    told: list[tuple[int, int]] = []
-    outcome = embed(asked, progress=lambda done, total: told.append((done, total)))
-    assert told == [(1_024, N_CELLS), (N_CELLS, N_CELLS)]
+    told: list[tuple[str, int, int]] = []
+    outcome = embed(asked, progress=lambda *what: told.append(what))
+    assert told[:2] == [(bulk.CELLS, 1_024, N_CELLS), (bulk.CELLS, N_CELLS, N_CELLS)]
+    assert told[2:] == [(bulk.PARTS, 0, 1), (bulk.PARTS, 1, 1)]
     assert (outcome.n_embedded, outcome.n_blocks) == (N_CELLS - 1_024, 1)
     assert (embed(asked).n_embedded, embed(asked).n_blocks) == (0, 0)
     assert np.isfinite(seen_by_others(lake)).all()
@@ -304,7 +305,7 @@ def test_a_checkpoint_that_changed_under_a_run_is_noticed(lake: str, tmp_path: P
     with Bulk(Asked(str(folder), lake)) as run:
         write_checkpoint(tmp_path / "model", seed=5)
         with pytest.raises(InputRefused, match="was to embed"):
-            run.run(in_this_process, lambda done, total: None)
+            run.run(in_this_process, lambda what, done, total: None)
 
 
 def test_numbers_that_are_none_are_never_written(lake: str, checkpoint: str) -> None:
@@ -335,8 +336,11 @@ def clustered(n_cells: int, width: int) -> np.ndarray:
     return (centres[random.integers(30, size=n_cells)] + random.normal(size=(n_cells, width))).astype(np.float32)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e5])
-def test_the_index_finds_what_looking_at_every_cell_finds(scale: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "part_cells"), [(1.0, index.PART_CELLS), (1e5, index.PART_CELLS), (1.0, 1_000)])
+def test_the_index_finds_what_looking_at_every_cell_finds(
+    scale: float, part_cells: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "PART_CELLS", part_cells)
     lake = make_lake(tmp_path / "lake", 4_000)
     values = clustered(4_000, 64) * np.float32(scale)
     wanted = dict.fromkeys(("where", "vocabulary_hash"), "") | {"model_sha256": "a" * 64, "dimension": 64}
@@ -347,7 +351,11 @@ def test_the_index_finds_what_looking_at_every_cell_finds(scale: float, tmp_path
         rows = np.arange(start, min(start + 1_024, 4_000))
         embeddings.write_block(generation, number, rows, values[rows], {})
     embeddings.complete(generation, {})
-    assert index.make_index(generation)["dtype"] == ("f16" if scale == 1 else "f32")
+    numbers = index.part_numbers(np.arange(4_000))
+    parts = [index.make_part(generation, number) for number in numbers]
+    assert [part["n_cells"] for part in parts] == [min(part_cells, 4_000)] * len(numbers)
+    assert {part["dtype"] for part in parts} == {"f16" if scale == 1 else "f32"}
+    index.complete_index(generation, numbers)
     opened = open_index(lake, HUMAN, "random")
     queries = clustered(4_500, 64)[4_000:] * np.float32(scale)
     far = np.sqrt(((queries[:, None, :].astype(np.float64) - values[None]) ** 2).sum(-1))
@@ -357,11 +365,83 @@ def test_the_index_finds_what_looking_at_every_cell_finds(scale: float, tmp_path
     assert recall >= 0.95, recall
     np.testing.assert_allclose(distances, np.take_along_axis(far, joinids, axis=1), rtol=2e-3)
     assert (np.diff(distances, axis=1) >= 0).all()
+    everything, _ = opened.search(queries[:2], 5_000)
+    assert sorted(everything[0]) == sorted(everything[1]) == list(range(4_000))
+    asked = everything[0][:50]
+    names = open_lake(lake).obs(HUMAN, columns=["cell_id"])["cell_id"].to_numpy()
+    assert [row["cell_id"] for row in opened.labels(asked, ["cell_id", "tissue"])] == list(names[asked])
+
+
+def made_anew(lake: str, joinids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What an exact search finds for the vectors of these cells."""
+    every = open_lake(lake).obs(HUMAN)["soma_joinid"].to_numpy()
+    values, _ = open_embeddings(lake, HUMAN, "cells").read(every)
+    queries = values[np.searchsorted(every, joinids)].astype(np.float64)
+    far = np.sqrt(((queries[:, None] - values[None].astype(np.float64)) ** 2).sum(-1))
+    nearest = np.argsort(far, axis=1, kind="stable")[:, :5]
+    return every[nearest], np.take_along_axis(far, nearest, axis=1)
+
+
+def test_parts_that_lost_no_cell_are_gone_on_with_and_the_index_before_answers_meanwhile(
+    lake: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "PART_CELLS", 600)
+    asked = Asked(checkpoint, lake, key="cells")
+    first = embed(asked).index
+    assert [(one["part"], one["n_cells"], one["n_taken_over"]) for one in first["parts"]] == [
+        (0, 600, 0),
+        (1, 600, 0),
+        (2, 200, 0),
+    ]
+    with LakeWriter(lake) as writer:
+        add_cells(writer, "third", 500, seed=2)
+    with pytest.raises(InterruptedRun, match="all cells are embedded; stopped at 1 of 4 parts"):
+        embed(asked, stop_after(2))  # blocks, then a part
+    assert open_embeddings(lake, HUMAN, "cells").number == 1
+    assert (open_index(lake, HUMAN, "cells").known.generation.number, len(list_indexes(lake))) == (0, 1)
+    second = embed(asked)
+    assert second.n_blocks == 0
+    assert [(one["n_cells"], one["n_taken_over"]) for one in second.index["parts"]] == [
+        (600, 600),
+        (600, 600),
+        (600, 200),
+        (100, 0),
+    ]
+    with LakeWriter(lake) as writer:
+        writer.remove("second")  # 1,100 to 1,399
+    third = embed(asked).index
+    assert [(one["n_cells"], one["n_taken_over"]) for one in third["parts"]] == [
+        (600, 600),
+        (500, 0),
+        (400, 0),
+        (100, 100),
+    ]
+    opened = open_index(lake, HUMAN, "cells")
+    some = np.array([3, 590, 601, 1_099, 1_400, 1_799, 1_801, 1_899])
+    (joinids, far), values = made_anew(lake, some), opened.known.generation.read(some)[0]
+    found, distances = opened.search(values, 5)
+    assert np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.tolist(), joinids.tolist(), strict=True)]) > 0.9
+    np.testing.assert_allclose(distances, far, atol=0.02)
+
+
+def test_a_part_before_that_is_damaged_is_made_anew(
+    lake: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "PART_CELLS", 1_000)
+    asked = Asked(checkpoint, lake, key="cells")
+    embed(asked)
+    folder = Path(index.folder_of(open_embeddings(lake, HUMAN, "cells")))
+    (folder / "000000000000" / index.VECTORS).write_bytes(b"nothing")
+    (folder / "000000000001" / index.CELLS).unlink()
+    with LakeWriter(lake) as writer:
+        add_cells(writer, "third", 100, seed=2)
+    assert [one["n_taken_over"] for one in embed(asked).index["parts"]] == [0, 0]
+    assert len(open_index(lake, HUMAN, "cells")) == 1_500
 
 
 def test_an_index_that_was_changed_is_refused(lake: str, checkpoint: str) -> None:
     embed(Asked(checkpoint, lake, key="cells"))
-    place = Path(index.folder_of(open_embeddings(lake, HUMAN, "cells"))) / index.VECTORS
+    place = Path(index.folder_of(open_embeddings(lake, HUMAN, "cells"))) / "000000000000" / index.VECTORS
     data = bytearray(place.read_bytes())
     data[len(data) // 2] ^= 1
     place.write_bytes(data)
@@ -388,7 +468,7 @@ def test_a_worker_that_is_killed_does_its_block_again(
             killed.append(ray.get(crew.actors[0].pid.remote()))  # type: ignore[attr-defined]
             yield crew
 
-    def progress(done: int, total: int) -> None:
+    def progress(what: str, done: int, total: int) -> None:
         if done == 512:
             os.kill(killed[0], signal.SIGKILL)
 

@@ -68,7 +68,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory, checkpoint: str) -> str:
     """A lake that is embedded; read-only."""
     folder = make_lake(tmp_path_factory.mktemp("lakes") / "lake", 900)
     with Bulk(Asked(checkpoint, folder, key="cells")) as run:
-        run.run(in_this_process, lambda done, total: None)
+        run.run(in_this_process, lambda what, done, total: None)
     return folder
 
 
@@ -213,7 +213,7 @@ class ThreadJobs:
             done = record
             try:
                 with stack:
-                    run.run(in_this_process, lambda done, total: None, stop.is_set)
+                    run.run(in_this_process, lambda what, done, total: None, stop.is_set)
                 done = record.now(state="done", done=900, total=900)
             finally:
                 jobs.write(asked.lake, done)

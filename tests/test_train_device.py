@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import apart
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,35 @@ def test_a_run_there_takes_the_steps_of_a_run_here(
     assert str(summary.checkpoint) == str(tmp_path / "there/run/checkpoint")
     for one, other in zip(*(predictor.model.parameters() for predictor in own), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_waits_for_the_device_a_few_times_whatever_the_number_of_layers(
+    lake: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def waited(layers: int, micro_batch: int) -> list[str]:
+        model = {"width": 16, "layers": layers, "heads": 2, "attention": "hybrid"}
+        data = {"global_batch": 24, "block": 64, "window": 2, "tokens": 32, "micro_batch": micro_batch}
+        run = Run(settings(lake, tmp_path / f"{layers}-{micro_batch}", model=model, data=data), 1)
+        batch = next(run.stream.steps(0, 1, rank=0, world=1))
+        run._one(batch)  # the first makes what stays
+        apart.waits.clear()
+        run._one(batch)
+        return list(apart.waits)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *_: Any, **__: Any) -> Tensor:
+        return q * 0.1 + v.mean() * 0.1  # waits for nothing
+
+    monkeypatch.setattr(Accelerator, "device", DEVICE)
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr("train.attention._masked", _varlen)
+    with device_apart():
+        few, many, parts = waited(4, 0), waited(12, 0), waited(4, 12)
+    assert few == many
+    assert len(few) <= 18, Counter(few)
+    assert len(parts) - len(few) <= 16, "a part more waits for its own shapes, and for no sums"
 
 
 def obvious_varlen(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train.blocks import Block
 from train.config import ModelConfig
 from train.model import CellModel, Queries
-from train.tokens import Tokens
+from train.tokens import Tokens, tally
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def seen_in(config: ModelConfig, tokens: Tokens, queries: Queries) -> Seen:
     """Count what a batch reads; one value waits for the device."""
     n_cells, n_measurements = tokens.measured_CM.shape
     valid_CL = tokens.valid_CL
-    cell_N, place_N = torch.nonzero(valid_CL, as_tuple=True)
-    key_N = cell_N * n_measurements + tokens.measurement_CL[cell_N, place_N].long()
-    visible_CM = torch.bincount(key_N, minlength=n_cells * n_measurements).view(n_cells, n_measurements).double()
+    first_C = torch.arange(n_cells, device=valid_CL.device)[:, None] * n_measurements
+    padding = n_cells * n_measurements
+    key_CL = torch.where(valid_CL, first_C + tokens.measurement_CL, padding)
+    visible_CM = tally(key_CL.flatten(), padding + 1)[:-1].view(n_cells, n_measurements).double()
     head = 1 + config.prompt_tokens + config.pathways
     room_CM = config.bottlenecks * tokens.measured_CM.double()
     piece_CM = room_CM + visible_CM

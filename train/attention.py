@@ -25,19 +25,32 @@ Backend = Literal["varlen", "masked"]
 class Segments:
     """Consecutive pieces of a packed buffer; a piece may be empty.
 
+    What the host has to know of them is asked of the device once, so that no block of a model waits for it.
+
     Attributes:
         cu: int32, the S + 1 borders of the pieces, ascending from 0.
+        total: The length of all pieces.
         longest: The length of the longest piece.
+        empty: How many pieces are empty.
     """
 
     cu: Tensor
+    total: int
     longest: int
+    empty: int
 
     @classmethod
     def of(cls, lengths_S: Tensor) -> Segments:
         """Return the segments of these lengths."""
-        cu = functional.pad(torch.cumsum(lengths_S, 0), (1, 0)).to(torch.int32)
-        return cls(cu, int(lengths_S.max()) if len(lengths_S) else 0)
+        return cls.each_of(lengths_S)[0]
+
+    @classmethod
+    def each_of(cls, *lengths: Tensor) -> list[Segments]:
+        """Return the segments of each of these lengths_S, int64; they are asked of the device together."""
+        asked = [torch.stack([one.sum(), one.max(), (one == 0).sum()]) for one in lengths if len(one)]
+        told = iter(torch.stack(asked).tolist() if asked else [])
+        borders = (functional.pad(torch.cumsum(one, 0), (1, 0)).to(torch.int32) for one in lengths)
+        return [cls(cu, *(next(told) if len(one) else (0, 0, 0))) for cu, one in zip(borders, lengths, strict=True)]
 
     @property
     def n_segments(self) -> int:
@@ -52,18 +65,30 @@ class Segments:
     @cached_property
     def segment_N(self) -> Tensor:  # noqa: N802
         """The segment of each token."""
-        return torch.repeat_interleave(torch.arange(self.n_segments, device=self.cu.device), self.lengths)
+        number_S = torch.arange(self.n_segments, device=self.cu.device)
+        return torch.repeat_interleave(number_S, self.lengths, output_size=self.total)
 
     @cached_property
     def place_N(self) -> Tensor:  # noqa: N802
         """The place of each token in a padded [S, longest] buffer, flat."""
-        within = torch.arange(len(self.segment_N), device=self.cu.device) - self.cu[:-1].long()[self.segment_N]
-        return self.segment_N * self.longest + within
+        return self.segment_N * self.longest + self._within_N
+
+    @cached_property
+    def _within_N(self) -> Tensor:  # noqa: N802
+        """The place of each token in its segment."""
+        return torch.arange(self.total, device=self.cu.device) - self.cu[:-1].long()[self.segment_N]
 
     @cached_property
     def valid_SL(self) -> Tensor:  # noqa: N802
         """Which places of a padded [S, longest] buffer hold a token."""
         return torch.arange(self.longest, device=self.cu.device)[None, :] < self.lengths[:, None]
+
+    @cached_property
+    def filled(self) -> tuple[Segments, Tensor]:
+        """The segments with one more token in each that is empty, and where each token lies in them."""
+        borders = functional.pad(torch.cumsum(self.lengths.clamp(min=1), 0), (1, 0)).to(torch.int32)
+        filled = Segments(borders, self.total + self.empty, max(1, self.longest), 0)
+        return filled, filled.cu[:-1].long()[self.segment_N] + self._within_N
 
 
 def attend(
@@ -148,14 +173,10 @@ def _varlen(q_NHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, cu_q: Segments, cu_k: S
 
 def _never_empty(k_KHD: Tensor, v_KHD: Tensor, cu_k: Segments) -> tuple[Tensor, Tensor, Segments]:
     """Give each segment without keys one key whose value is zero."""
-    lengths = cu_k.lengths
-    if bool((lengths > 0).all()):
+    if cu_k.empty == 0:
         return k_KHD, v_KHD, cu_k
-    filled = Segments.of(lengths.clamp(min=1))
-    place_K = filled.cu[:-1].long()[cu_k.segment_N] + (
-        torch.arange(len(k_KHD), device=k_KHD.device) - cu_k.cu[:-1].long()[cu_k.segment_N]
-    )
-    shape = (int(filled.cu[-1]), *k_KHD.shape[1:])
+    filled, place_K = cu_k.filled
+    shape = (filled.total, *k_KHD.shape[1:])
     return (
         k_KHD.new_zeros(shape).index_copy(0, place_K, k_KHD),
         v_KHD.new_zeros(shape).index_copy(0, place_K, v_KHD),

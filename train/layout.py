@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from train.attention import Segments
-from train.tokens import Tokens
+from train.tokens import Tokens, tally
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Layout:
     @property
     def n_tokens(self) -> int:
         """The length of the buffer."""
-        return len(self.pieces.segment_N)
+        return self.pieces.total
 
 
 def lay_out(tokens: Tokens, n_head: int, n_bottlenecks: int) -> Layout:
@@ -68,12 +68,12 @@ def lay_out(tokens: Tokens, n_head: int, n_bottlenecks: int) -> Layout:
     key_N = cell_N * n_measurements + tokens.measurement_CL.flatten()[source_N].long()
     order_N = torch.argsort(key_N, stable=True)
     source_N, cell_N, key_N = source_N[order_N], cell_N[order_N], key_N[order_N]
-    count_K = torch.bincount(key_N, minlength=n_cells * n_measurements)
+    count_K = tally(key_N, n_cells * n_measurements)
     room_CM = n_bottlenecks * shown_CM.long()
     lengths = torch.cat(
         [count_K.new_full((n_cells, 1), n_head), room_CM + count_K.view(n_cells, n_measurements)], dim=1
     )
-    pieces = Segments.of(lengths.flatten())
+    pieces, cells, hubs = Segments.each_of(lengths.flatten(), lengths.sum(1), n_head + room_CM.sum(1))
     start_CM = pieces.cu[:-1].long().view(n_cells, 1 + n_measurements)
     head_CP = start_CM[:, :1] + torch.arange(n_head, device=source_N.device)
     groups = torch.nonzero(shown_CM)
@@ -83,10 +83,10 @@ def lay_out(tokens: Tokens, n_head: int, n_bottlenecks: int) -> Layout:
     feature_N = (start_CM[:, 1:] + room_CM).flatten()[key_N] + within_N
     hub_H = torch.cat([head_CP.flatten(), bottleneck_GB.flatten()]).sort().values
     return Layout(
-        cells=Segments.of(lengths.sum(1)),
+        cells=cells,
         pieces=pieces,
         hub_H=hub_H,
-        hubs=Segments.of(n_head + room_CM.sum(1)),
+        hubs=hubs,
         head_CP=head_CP,
         bottleneck_B=bottleneck_GB.flatten(),
         bottleneck_measurement=groups[:, 1].repeat_interleave(n_bottlenecks),

@@ -336,7 +336,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         guess = float(self.settings.data.global_batch)  # of pairs, so that small gradients do not vanish on the way
-        totals, moved_s = torch.zeros(6, dtype=torch.float64), 0.0
+        totals, moved_s = torch.zeros(6, dtype=torch.float64, device=self.device), 0.0
         parts = split(cells, n_parts(self.settings.data.micro_batch, self.settings.data.global_batch, self.world))
         for number, part in enumerate(parts):
             start = time.monotonic()
@@ -346,15 +346,14 @@ class Run:
                 loss = self.objective.loss(self.model, self.plain, batch)
                 self.accelerator.backward(loss.total / guess)
             done = operations(self.plain, batch.seen)
-            sums = (loss.rebuilt.detach(), loss.pairs, part.n_cells, batch.seen.tokens, loss.asked.detach(), done)
-            totals += torch.tensor([float(value) for value in sums], dtype=torch.float64)
-        sums_6 = self._sum(*totals)
-        mean = float(sums_6[0] / sums_6[1])
+            totals += self._together(loss.rebuilt, loss.pairs, part.n_cells, batch.seen.tokens, loss.asked, done)
+        rebuilt, pairs, n_cells, n_tokens, asked, done = self._sum(totals)
+        mean = rebuilt / pairs if pairs else math.nan
         these = f"rows {cells.row[:8].tolist()}... of snapshot {self.snapshot.name!r}; lower optim.lr or look at them"
         if not math.isfinite(mean):
             raise VerificationError(f"step {self.step}: the loss is {mean}; {these}")
         gradients = [weight.grad for weight in self.plain.parameters() if weight.grad is not None]
-        torch._foreach_mul_(gradients, guess * self.world / float(sums_6[1]))  # ranks were averaged
+        torch._foreach_mul_(gradients, guess * self.world / pairs)  # ranks were averaged
         norm = _plain(self.accelerator.clip_grad_norm_(self.plain.parameters(), self.settings.optim.clip_norm))
         if not math.isfinite(norm) and self.settings.precision != "fp16":  # there the scaler leaves the step out
             bad = [name for name, one in self.plain.named_parameters() if not _finite(one.grad)]
@@ -366,12 +365,12 @@ class Run:
         end = time.monotonic()
         return {
             "loss": mean,
-            "loss_asked": float(sums_6[4] / sums_6[1]),
+            "loss_asked": asked / pairs,
             "lr": rate,
             "grad_norm": norm,
-            "cells": float(sums_6[2]),
-            "tokens": float(sums_6[3]),
-            "operations": float(sums_6[5]),
+            "cells": n_cells,
+            "tokens": n_tokens,
+            "operations": done,
             "h2d_s": moved_s,
             "forward_backward_s": middle - begin - moved_s,
             "optimizer_s": end - middle,
@@ -391,12 +390,17 @@ class Run:
             with self.accelerator.no_sync(self.model):
                 yield
 
-    def _sum(self, *values: Any) -> torch.Tensor:
-        """Add up values over all ranks."""
-        sums = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
+    def _together(self, *values: Any) -> torch.Tensor:
+        """Return numbers of the host and of the device in one tensor of it, float64, without waiting for it."""
+        here = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        return torch.stack(here).detach()
+
+    def _sum(self, totals: torch.Tensor) -> list[float]:
+        """Add up numbers over all ranks and wait for them."""
         if self.world > 1:
-            dist.all_reduce(sums)
-        return sums
+            dist.all_reduce(totals)
+        found: list[float] = totals.tolist()
+        return found
 
     def evaluate(self) -> float:
         """Return the mean loss on the test split, over at most ``EVALUATION_STEPS`` batches; NaN when there is none."""
@@ -405,15 +409,15 @@ class Run:
             return math.nan
         stream = self._stream(split)
         steps = min(stream.plan.steps_per_epoch, EVALUATION_STEPS)
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.plain.eval()
         with torch.no_grad():
             for batch in stream.steps(0, steps, rank=self.rank, world=self.world):
                 loss, *_ = self.objective(self.plain, self.plain, with_absent(batch, self.absent), None)
-                total += torch.tensor([float(loss.rebuilt), float(loss.pairs)], dtype=torch.float64)
+                total += self._together(loss.rebuilt, loss.pairs)
         self.plain.train()
-        sums = self._sum(*total)
-        return float(sums[0] / sums[1])
+        rebuilt, pairs = self._sum(total)
+        return rebuilt / pairs if pairs else math.nan
 
     def _summary(self, test: float) -> Summary:
         """Sum up the whole run, also the part before a resume, from its metrics."""

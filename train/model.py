@@ -32,7 +32,7 @@ from train.layout import Layout, lay_out
 from train.likelihood import DISPERSED
 from train.niche import Company, Niche
 from train.prototypes import Prototypes
-from train.tokens import Tokens
+from train.tokens import Tokens, tally
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class CellModel(nn.Module):
         summed_CD = torch.zeros_like(prompts[:, 0]).index_add_(
             0, layout.cell_N, (identity * value_N[:, None]).to(prompts.dtype)
         )
-        n_features_C = torch.bincount(layout.cell_N, minlength=len(prompts)).clamp(min=1)
+        n_features_C = tally(layout.cell_N, len(prompts)).clamp(min=1)
         pooled_CD = self.pool(summed_CD / n_features_C[:, None])
         head_CPD = torch.cat([head_CPD[:, :1] + pooled_CD[:, None], head_CPD[:, 1:]], dim=1)
         if self.pathways is not None:

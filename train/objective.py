@@ -21,7 +21,18 @@ from train.cells import CONTROL, PROMPTS, Cells, Csr
 from train.likelihood import COVERAGE, Targets, cost, mean_cost, outputs
 from train.model import CellModel, Queries
 from train.niche import Company
-from train.tokens import Tokens, TokenSettings, chance_salts, dense_counts, drawn, draws, keys, make_tokens, units
+from train.tokens import (
+    Tokens,
+    TokenSettings,
+    chance_salts,
+    dense_counts,
+    drawn,
+    draws,
+    keys,
+    make_tokens,
+    tally,
+    units,
+)
 
 ASK, UNKNOWN, QUERY, ZEROS = 52, 59, 62, 63
 """What a cell's chances are for, beside those of its tokens."""
@@ -234,20 +245,22 @@ class Objective:
         )
         number_CL = tokens.feature_CL.long() - first
         shown_CL = (number_CL >= 0) & (number_CL < n_features) & torch.from_numpy(itself_C).to(self.device)[:, None]
-        visible_CG = torch.zeros_like(targets.known)
-        visible_CG[torch.nonzero(shown_CL)[:, 0], number_CL[shown_CL]] = True
-        cell_N, feature_N = torch.nonzero(targets.found & targets.known & ~visible_CG, as_tuple=True)
+        hidden_CG = torch.ones(cells.n_cells, n_features + 1, dtype=torch.bool, device=self.device)
+        hidden_CG.scatter_(1, torch.where(shown_CL, number_CL, n_features), False)
+        cell_N, feature_N = torch.nonzero(targets.found & targets.known & hidden_CG[:, :-1], as_tuple=True)
         order_N = torch.argsort((cell_N << 32) | draws(feature_N + first, key_C[cell_N]))
         cell_N, feature_N = cell_N[order_N], feature_N[order_N]
-        size_C = torch.bincount(cell_N, minlength=cells.n_cells)
-        kept_N = torch.arange(len(cell_N), device=self.device) - (torch.cumsum(size_C, 0) - size_C)[cell_N] < each
+        size_C = tally(cell_N, cells.n_cells)
+        place_N = torch.arange(len(cell_N), device=self.device) - (torch.cumsum(size_C, 0) - size_C)[cell_N]
+        kept_K = torch.nonzero(place_N < each).squeeze(1)
         turn = torch.arange(each, device=self.device)
         zero_CE = (draws(turn[None, :], zero_key_C[:, None]) * n_features) >> 32
         zero_C = torch.arange(cells.n_cells, device=self.device)[:, None].expand_as(zero_CE)
         empty_CE = targets.known[zero_C, zero_CE] & ~targets.found[zero_C, zero_CE]
+        zero_K = torch.nonzero(empty_CE.flatten()).squeeze(1)
         return (
-            torch.cat([cell_N[kept_N], zero_C[empty_CE]]),
-            torch.cat([feature_N[kept_N], zero_CE[empty_CE]]),
+            torch.cat([cell_N[kept_K], zero_C.flatten()[zero_K]]),
+            torch.cat([feature_N[kept_K], zero_CE.flatten()[zero_K]]),
         )
 
     def _loss(
@@ -269,13 +282,13 @@ class Objective:
             likelihood, dispersion_G = model.config.likelihood_of(name), model.log_dispersion(name)
             output_CG = outputs(likelihood, logits[name], of.known | ~has_C[:, None])
             nll_C = mean_cost(likelihood, of, output_CG, dispersion_G)
-            rebuilt = rebuilt + nll_C[has_C].sum() + 0.0 * logits[name].sum()
+            rebuilt = rebuilt + nll_C.sum() + 0.0 * logits[name].sum()
             pairs = pairs + has_C.sum()
             cell_Q, feature_Q = asked[name]
             output_Q = output_CG.detach()[cell_Q, feature_Q] + correction_Q[start : start + len(cell_Q)]
             dispersion_Q = None if dispersion_G is None else dispersion_G.detach()[feature_Q]
             cost_Q = cost(likelihood, of.at(cell_Q, feature_Q), output_Q, dispersion_Q)
-            size_C = torch.bincount(cell_Q, minlength=len(has_C)).clamp(min=1)
+            size_C = tally(cell_Q, len(has_C)).clamp(min=1)
             asked_total = asked_total + (cost_Q / size_C[cell_Q]).sum()
             start += len(cell_Q)
         return Loss(rebuilt + asked_total, rebuilt, asked_total, pairs)
@@ -283,8 +296,9 @@ class Objective:
     def _with_types(self, loss: Loss, model: CellModel, log_type_CY: Tensor, batch: Batch) -> Loss:
         """Add the cost of telling types: of cells that are labelled, and to whose type no prompt gave away."""
         assert model.prototypes is not None
-        asked_C = (batch.type_C > 0) & (batch.tokens.prompt_CF[:, PROMPTS.index("cell_type")] == 0)
-        told = model.prototypes.cost(log_type_CY[asked_C], batch.type_C[asked_C]).sum()
+        untold_C = batch.tokens.prompt_CF[:, PROMPTS.index("cell_type")] == 0
+        asked_K = torch.nonzero((batch.type_C > 0) & untold_C).squeeze(1)
+        told = model.prototypes.cost(log_type_CY[asked_K], batch.type_C[asked_K]).sum()
         return replace(loss, total=loss.total + TYPES * (told + 0.0 * log_type_CY[:, 1:].sum()))
 
     def targets(self, cells: Cells, model: CellModel) -> dict[str, Targets]:
@@ -345,4 +359,4 @@ def _together(asked: dict[str, tuple[Tensor, Tensor]], offsets: dict[str, int], 
     cell_Q = torch.cat([cell for cell, _ in asked.values()])
     feature_Q = torch.cat([feature + offsets[name] for name, (_, feature) in asked.items()])
     order_Q = torch.argsort(cell_Q, stable=True)
-    return Queries(feature_Q[order_Q], Segments.of(torch.bincount(cell_Q, minlength=n_cells))), order_Q
+    return Queries(feature_Q[order_Q], Segments.of(tally(cell_Q, n_cells))), order_Q

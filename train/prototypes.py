@@ -48,7 +48,8 @@ class Prototypes(nn.Module):
     def forward(self, summary_CD: Tensor) -> Tensor:
         """Return log_probability_CY."""
         n_terms_Y = torch.diff(torch.cat([self.first_Y, self.first_Y.new_tensor([len(self.term_E)])]))
-        weight_E = torch.repeat_interleave(n_terms_Y.clamp(min=1).to(summary_CD.dtype).rsqrt(), n_terms_Y)
+        weight_Y = n_terms_Y.clamp(min=1).to(summary_CD.dtype).rsqrt()
+        weight_E = torch.repeat_interleave(weight_Y, n_terms_Y, output_size=len(self.term_E))
         prototype_YD = self.terms(self.term_E, self.first_Y, per_sample_weights=weight_E.to(self.terms.weight.dtype))
         logits_CY = self.read(summary_CD) @ prototype_YD.T + self.bias
         return functional.log_softmax(logits_CY.index_fill(1, self.first_Y.new_zeros(1), -torch.inf), dim=1)

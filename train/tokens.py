@@ -159,6 +159,11 @@ def draws(feature_N: Tensor, key_N: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def tally(number_N: Tensor, n: int) -> Tensor:
+    """Return how often each number below ``n`` occurs; unlike ``bincount``, a GPU need not be waited for."""
+    return torch.zeros(n, dtype=torch.int64, device=number_N.device).index_add_(0, number_N, torch.ones_like(number_N))
+
+
 def log1p(number: Tensor) -> Tensor:
     """Return log1p as float32, by way of double precision: in single, devices and libraries differ in the last bit."""
     return torch.log1p(number.double()).float()
@@ -182,7 +187,7 @@ class _Nonzeros:
 
 def _nonzeros(part: Csr, device: torch.device) -> _Nonzeros:
     length = torch.from_numpy(np.diff(part.indptr)).to(device)
-    cell_N = torch.repeat_interleave(torch.arange(len(length), device=device), length)
+    cell_N = torch.repeat_interleave(torch.arange(len(length), device=device), length, output_size=len(part.counts))
     count_N = torch.from_numpy(part.counts).to(device).double()
     depth_C = torch.zeros(len(length), dtype=torch.float64, device=device).index_add_(0, cell_N, count_N)
     return _Nonzeros(cell_N, torch.from_numpy(part.features).to(device).long(), count_N.float(), depth_C.float())
@@ -399,16 +404,16 @@ def _padded(
     order = torch.argsort(feature, stable=True)
     order = order[torch.argsort(priority[order], descending=True, stable=True)]
     order = order[torch.argsort(cell[order], stable=True)]
-    length = torch.bincount(cell, minlength=n_cells)
+    length = tally(cell, n_cells)
     start = torch.cumsum(length, 0) - length
-    place = torch.arange(len(order), device=device) - torch.repeat_interleave(start, length)
+    place = torch.arange(len(order), device=device) - start[cell[order]]
     order = order[place < budget]
     if settings.values != "rank":
         order = order[torch.argsort(feature[order], stable=True)]
         order = order[torch.argsort(cell[order], stable=True)]
     kept = length.clamp(max=budget)
     start = torch.cumsum(kept, 0) - kept
-    place = torch.arange(len(order), device=device) - torch.repeat_interleave(start, kept)
+    place = torch.arange(len(order), device=device) - start[cell[order]]
     shape = (n_cells, max(1, int(kept.max()) if n_cells else 1))
     features = torch.zeros(shape, dtype=torch.int32, device=device)
     values = torch.zeros(shape, device=device)
@@ -422,7 +427,7 @@ def _bins(found: _Nonzeros, bins: int) -> Tensor:
     order = torch.argsort(found.count_N, stable=True)
     order = order[torch.argsort(found.cell_N[order], stable=True)]
     cell, count = found.cell_N[order], found.count_N[order]
-    length = torch.bincount(cell, minlength=len(found.depth_C))
+    length = tally(cell, len(found.depth_C))
     start = torch.cumsum(length, 0) - length
     place = torch.arange(len(order), device=order.device)
     first = torch.ones_like(place, dtype=torch.bool)
