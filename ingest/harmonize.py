@@ -435,6 +435,14 @@ NAME = re.compile(r"[A-Za-z][^,\s'-]{1,}")
 """How a name begins that stands alone: ``KLF1``; locants of a compound (``2``, ``N``, ``3'``) do not."""
 
 
+ROTATION = re.compile(r"\((\+/?[-\u2212]|[-\u2212]/?\+|\+)\)")
+"""Which way a compound turns light, or that it is both: ``(+)-JQ1``, ``(+/-)-verapamil``."""
+
+
+def _rotation(found: re.Match[str]) -> str:
+    return "(plus)" if found[1] == "+" else "(±)"
+
+
 def _names(text: str) -> list[str]:
     """Return the names between commas; the whole where commas belong to one name, as in ``N,N-dimethyltryptamine``."""
     parts = [part.strip() for part in text.split(",")]
@@ -446,10 +454,11 @@ def perturbation_name(value: Any) -> str:
     """Write a perturbation the lake's way: ``""``, ``control``, or targets sorted and joined by ``+``.
 
     Non-targeting guides and vehicles come under many names; each is ``control``. ``A+ctrl`` is ``A``. A comma stands
-    between targets where each side is a name (``CEBPA,KLF1``), and within one elsewhere (``2,4-dinitrophenol``).
+    between targets where each side is a name (``CEBPA,KLF1``), and within one elsewhere (``2,4-dinitrophenol``). As a
+    plus is between targets, ``(+)-JQ1`` is written ``(plus)-JQ1``, and ``(+/-)-verapamil`` ``(±)-verapamil``.
     """
     if value is None or value != value or str(value).strip().lower() in ("", "nan", "none", "na", "unperturbed"):
         return ""
-    parts = [name for part in re.split(r"[+|]", str(value)) for name in _names(part) if name]
+    parts = [name for part in re.split(r"[+|]", ROTATION.sub(_rotation, str(value))) for name in _names(part) if name]
     targets = sorted({part for part in parts if not CONTROL.match(part)})
     return "+".join(targets) or "control"

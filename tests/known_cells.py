@@ -57,7 +57,7 @@ def add_cells(
     writer.commit(reservation, obs, blocks)
 
 
-def make_lake(folder: Path, n_cells: int = 1_400) -> str:
+def make_lake(folder: Path | str, n_cells: int = 1_400) -> str:
     """Make a lake of two datasets, one with proteins."""
     with LakeWriter(str(folder)) as writer:
         add_cells(writer, "first", n_cells - 300)

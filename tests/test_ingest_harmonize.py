@@ -116,6 +116,10 @@ def test_antibodies_and_peaks_keep_the_names_of_the_source() -> None:
         ("STAT1,ctrl", "STAT1"),
         ("T,ctrl", "T"),
         ("3-MA,DMSO", "3-MA"),
+        ("(+)-JQ1", "(plus)-JQ1"),
+        ("STAT1+(+)-JQ1|DMSO", "(plus)-JQ1+STAT1"),
+        ("(+/-)-verapamil", "(\u00b1)-verapamil"),
+        ("(-)-nutlin-3+(+-)-nutlin-3", "(-)-nutlin-3+(\u00b1)-nutlin-3"),
     ],
 )
 def test_perturbations_are_written_in_one_way(given: object, written: str) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,15 @@ import s3fs
 import tiledbsoma
 from encoded import add_dataset, encoded_counts
 from fault_proxy import fault_proxy
+from known_cells import add_cells, make_lake
 from local_s3 import forget_endpoint, local_s3
+from small_checkpoint import write_checkpoint
 
 from ingest.dataset import OpenDataset
 from ingest.job import SourceSettings
 from ingest.sandbox import Reader
+from serve import index
+from serve.bulk import Asked, Bulk, Outcome, in_this_process
 from store import context, records
 from store.errors import ConflictError, MissingError, StorageError
 from store.lake import open_lake
@@ -229,3 +234,32 @@ def test_an_ingestion_reads_from_s3_and_writes_to_s3(bucket: str, shared_data: P
     assert [check for check in validate(lake) if check.problem] == []
     expected = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad").X
     assert lake.counts("homo_sapiens", "RNA", np.arange(700)).sum() == expected.sum()
+
+
+def test_a_lake_is_embedded_there_and_its_index_is_searched_and_gone_on_with(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "PART_CELLS", 300)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    uri = make_lake(f"{bucket}/embedded", 400)
+    asked = Asked(str(write_checkpoint(tmp_path / "model")), uri, key="cells", block_cells=512)
+
+    def embed() -> Outcome:
+        with Bulk(asked) as run:
+            return run.run(in_this_process, lambda what, done, total: None)
+
+    assert [one["n_taken_over"] for one in embed().index["parts"]] == [0, 0]
+    with LakeWriter(uri) as writer:
+        add_cells(writer, "third", 50, seed=2)
+    grown = embed()
+    assert (grown.n_embedded, grown.n_taken_over) == (50, 400)
+    assert [(one["n_cells"], one["n_taken_over"]) for one in grown.index["parts"]] == [(300, 300), (150, 100)]
+    opened = index.open_index(uri, "homo_sapiens", "cells")
+    values, held = opened.known.generation.read(np.arange(450))
+    assert held.all()
+    found, distances = opened.search(values, 1)
+    np.testing.assert_allclose(distances, 0, atol=0.05)
+    assert (found[:, 0] == np.arange(450)).mean() > 0.9, "cells that are alike may stand for each other"
+    assert opened.labels(np.array([449, 0]), ["dataset_id"]) == [{"dataset_id": "third"}, {"dataset_id": "first"}]
+    del opened
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("somaflow-index-")]
