@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -38,8 +39,21 @@ ANATOMY = {
 SHORTHAND = {
     "sex": {"f": "PATO:0000383", "female": "PATO:0000383", "m": "PATO:0000384", "male": "PATO:0000384"},
     "disease": {"healthy": "PATO:0000461", "normal": "PATO:0000461", "control": "PATO:0000461", "none": "PATO:0000461"},
+    "cell_type": {
+        f"cd{number}{mark} t cell": f"CL:{term}"
+        for number, term in ((4, "0000624"), (8, "0000625"))
+        for mark in ("", "-positive")
+    },
 }
 """Words that everybody uses and no ontology has as a name in the right place."""
+MARKED = re.compile(r"((?:[A-Za-z0-9]+\+(?:\s*[/,]\s*|\s*))+)(.+)")
+"""Markers that a cell has, then what it is: ``CD14+ Monocyte``, ``CD14+/CD16+ monocyte``."""
+SEVERAL = re.compile(r"(?<=[A-Za-z]{3}[a-rt-z])s$")
+"""The ending of many: of a word, not of an abbreviation, which may mean another thing without it."""
+ADJECTIVE = re.compile(r"(?!(?i:alpha|beta|gamma|delta|epsilon)$)(.*[A-Za-z][a-z]{3,}|.+ [BT]|(?:.+ )?NK)")
+"""What ``cell`` may be missing behind: ``Dendritic``, ``Memory B``; ``EC`` and ``Alpha`` may be several things."""
+OF_ORGANISM = {"(Mmus)": "mus_musculus", "(Hsap)": "homo_sapiens"}
+"""Endings of the names of terms that are one organism's."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,7 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
     answers: dict[tuple[str, str], tuple[str, str]] = {}
     unmatched: list[tuple[int, str]] = []
     renamed: list[str] = []
+    respelt: list[str] = []
     for at in np.argsort(-cells, kind="stable"):
         (label, term), n_cells = pairs[at], int(cells[at])
         has_label, has_id = label.lower() not in ABSENT, term.lower() not in ABSENT
@@ -108,11 +123,16 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
             answers[label, term] = (label if has_label else name, term)
         elif has_label:
             found = _id_of(label, column, organism)
+            if not found and (found := _id_of_spelling(label, column, organism)):
+                respelt.append(f"{label!r} is {_term_label(found)!r}")
             answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
             if not found:
                 unmatched.append((n_cells, label))
     if renamed:
         made.notes.append(f"{column}: labels kept that are not their term's name: {', '.join(renamed[:3])}")
+    if respelt:
+        more = f" and {len(respelt) - 3:,} more" if len(respelt) > 3 else ""
+        made.notes.append(f"{column}: labels written as their terms are: {', '.join(respelt[:3])}{more}")
     if unmatched:
         made.notes.append(_unmatched_note(column, unmatched, organism))
     resolved = [answers.get(pair, pair) for pair in pairs]
@@ -145,7 +165,7 @@ def _id_problem(terms: str, label: str, column: str, organism: str) -> str:
 
 
 def _suggestion(label: str, column: str, organism: str) -> str:
-    found = _id_of(label, column, organism) if label else ""
+    found = _id_of(label, column, organism) or _id_of_spelling(label, column, organism) if label else ""
     return f"; {label!r} is {found}" if found else ""
 
 
@@ -159,6 +179,8 @@ def _unmatched_note(column: str, unmatched: list[tuple[int, str]], organism: str
 
 
 def _near(label: str, column: str, organism: str) -> str:
+    if not re.search(r"[^\W\d_]{3}", label):  # a cluster's number is near to anything
+        return ""
     pool: dict[str, str] = {}
     for prefix in allowed(column, organism):
         if prefix != "CVCL":  # 167,000 names of cell lines are near to anything
@@ -212,10 +234,37 @@ def _id_of(label: str, column: str, organism: str) -> str:
     if short:
         return short
     for prefix in allowed(column, organism):
-        found = _index(prefix).get(plain, ())
+        found = [term for term in _index(prefix).get(plain, ()) if _may_have(organism, term)]
         if len(found) == 1:
             return found[0]
     return ""
+
+
+def _may_have(organism: str, term: str) -> bool:
+    """Say whether a term is no other organism's."""
+    return OF_ORGANISM.get(_term_label(term).rpartition(" ")[2], organism) == organism
+
+
+def _id_of_spelling(label: str, column: str, organism: str) -> str:
+    """Return the one term of a cell type that a label names in another spelling than ontologies have."""
+    if column != "cell_type":
+        return ""
+    return next(filter(None, (_id_of(spelling, column, organism) for spelling in _spellings(label))), "")
+
+
+def _spellings(label: str) -> Iterator[str]:
+    """Spell a cell type's label as ontologies do: one cell, markers in words, ``cell`` said; nothing else changes.
+
+    ``CD14+ Monocytes`` is ``CD14-positive Monocyte``, ``Dendritic`` is ``Dendritic cell``.
+    """
+    plain = SEVERAL.sub("", re.sub(r"[\s_]+", " ", label.strip()))
+    marked = MARKED.fullmatch(plain)
+    if marked:
+        markers = [f"{marker}-positive" for marker in re.findall(r"[A-Za-z0-9]+", marked[1])]
+        plain = f"{', '.join(markers)} {marked[2]}"
+    yield plain
+    if ADJECTIVE.fullmatch(plain) and not plain.casefold().endswith("cell"):
+        yield f"{plain} cell"
 
 
 def _tissue_general(obs: pd.DataFrame) -> None:

@@ -163,12 +163,10 @@ def _fragment(name: str) -> Fragment | None:
 def remove_fragments(array_uri: str, names: list[str]) -> None:
     """Remove fragments of an array for good; those that are gone already do not matter."""
     there = {item.name for item in fragments(array_uri)}
-    for name in names:
-        if name in there:
-            # the commit file first: a fragment without one is invisible, the other way round would be an error
-            for ending in (".wrt", ""):
-                folder = "__commits" if ending else "__fragments"
-                records.remove(records.join(array_uri, folder, name + ending))
+    names = [name for name in names if name in there]
+    # the commit files first: a fragment without one is invisible, the other way round would be an error
+    records.remove_each([records.join(array_uri, "__commits", f"{name}.wrt") for name in names], files=True)
+    records.remove_each([records.join(array_uri, "__fragments", name) for name in names], files=False)
 
 
 def roll_back(array_uri: str, after_ms: int) -> int:

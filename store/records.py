@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,20 @@ def remove(uri: str) -> None:
     filesystem, path = fsspec.core.url_to_fs(uri)
     if filesystem.exists(path):
         filesystem.rm(path, recursive=True)
+
+
+def remove_each(uris: Sequence[str], *, files: bool) -> None:
+    """Remove files, or folders with all that is in them, of one place of storage: on S3 a thousand files a request.
+
+    Those that are gone already do not matter.
+    """
+    if not uris or is_local(uris[0]):
+        for uri in uris:
+            remove(uri)
+        return
+    filesystem = fsspec.core.url_to_fs(uris[0])[0]
+    with suppress(FileNotFoundError):
+        filesystem.rm([fsspec.core.url_to_fs(uri)[1] for uri in uris], recursive=not files)
 
 
 def folders(uri: str) -> list[str]:

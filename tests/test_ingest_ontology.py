@@ -47,6 +47,45 @@ def test_a_typing_error_is_kept_and_the_nearest_term_offered() -> None:
 
 
 @pytest.mark.parametrize(
+    ("label", "term"),
+    [
+        ("B cells", "B cell"),
+        ("Fibroblasts", "fibroblast"),
+        ("NK", "natural killer cell"),
+        ("Dendritic", "dendritic cell"),
+        ("plasma_cells", "plasma cell"),
+        ("Memory B", "memory B cell"),
+        ("CD14+ Monocytes", "CD14-positive monocyte"),
+        ("CD14+/CD16+ monocyte", "CD14-positive, CD16-positive monocyte"),
+        ("CD4+ T", "CD4-positive, alpha-beta T cell"),
+        ("CD8 T cells", "CD8-positive, alpha-beta T cell"),
+        ("EC", ""),
+        ("ECs", ""),
+        ("B", ""),
+        ("Alpha", ""),
+        ("alpha cell", ""),
+        ("19", ""),
+        ("CD4+/CD45RA+/CD25- Naive T", ""),
+        ("FCGR3A+ Monocytes", ""),
+    ],
+)
+def test_cell_types_are_understood_as_people_spell_them_and_abbreviations_left_alone(label: str, term: str) -> None:
+    found = resolve(obs(cell_type=[label] * 2), "homo_sapiens")
+    assert found.obs["cell_type"].tolist() == [term or label] * 2
+    assert (found.obs["cell_type_ontology_term_id"] != "unknown").all() == bool(term)
+    said = f"labels written as their terms are: {label!r} is {term!r}" if term else f"no ontology term for {label!r}"
+    assert len(found.notes) == 1
+    assert said in found.notes[0]
+    if label == "19":
+        assert "did you mean" not in found.notes[0]
+
+
+def test_terms_of_another_organism_are_not_taken() -> None:
+    for organism, term in (("mus_musculus", "alpha retinal ganglion cell (Mmus)"), ("homo_sapiens", "alpha cell")):
+        assert resolve(obs(cell_type=["alpha cell"]), organism).obs["cell_type"].tolist() == [term]
+
+
+@pytest.mark.parametrize(
     ("column", "term", "organism", "said"),
     [
         ("cell_type", "CL:9999999", "homo_sapiens", "is no term of CL"),

@@ -129,10 +129,16 @@ def test_h5ads_of_all_ages_and_forms_hold_what_anndata_reads(
     expected = frame_of(counts.X, list(counts.obs_names), list(counts.var_names))
     for name in ("plain", "by columns", "dense", "restored", "old"):
         pd.testing.assert_frame_equal(lake_frame(tmp_path / "lake", name), expected, check_dtype=False)
+    terms = {
+        "Dendritic": "dendritic cell",
+        "CD14+ Monocyte": "CD14-positive monocyte",
+        "CD19+ B": "B cell, CD19-positive",
+    }
+    labels = [terms.get(label, label) for label in counts.obs["bulk_labels"].astype(str)]
     for name in ("plain", "restored", "old"):
         where = f"dataset_id == {name!r}"
         obs = open_lake(str(tmp_path / "lake")).obs("homo_sapiens", where, ["cell_id", "cell_type"])
-        assert obs["cell_type"].to_pylist() == counts.obs["bulk_labels"].astype(str).tolist()
+        assert obs["cell_type"].to_pylist() == labels
 
 
 @pytest.mark.ray
