@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -376,7 +377,10 @@ def columns_of(lake: Lake, organism: str, measurement: str, index: FeatureIndex)
 
 
 class Worker:
-    """Embeds blocks of one generation, in any process."""
+    """Embeds blocks of one generation, in any process; threads may do tasks together.
+
+    The model works on one block at a time; another thread reads the next one meanwhile, or writes the last.
+    """
 
     def __init__(self, common: Common) -> None:
         """Load the model.
@@ -385,6 +389,7 @@ class Worker:
             InputRefused: The checkpoint is damaged, or another one was written in its place.
         """
         self.common = common
+        self._turn = threading.Lock()
         self.generation = common.generation
         self.predictor = Predictor.load(common.checkpoint, device=common.device)
         found, planned = self.predictor.manifest["model_sha256"], self.generation.plan["model_sha256"]
@@ -400,16 +405,21 @@ class Worker:
             for name in self.generation.plan["measurements"]
         }
 
+    @property
+    def _width(self) -> int:
+        return int(self.generation.plan["dimension"])
+
     def do(self, task: Task) -> Done:
         """Do one task; return what is to be known of it."""
         if isinstance(task, Block):
             return self.embed(task)
-        return make_part(self.generation, task.number, threads=self.common.threads)
+        with self._turn:
+            return make_part(self.generation, task.number, threads=self.common.threads)
 
     def embed(self, block: Block) -> Done:
         """Embed a block and write it; vectors of the generation before are taken over."""
-        width = int(self.generation.plan["dimension"])
-        embedding_CD, found_C = np.empty((len(block.joinid_C), width), np.float32), np.zeros(len(block.joinid_C), bool)
+        n_cells = len(block.joinid_C)
+        embedding_CD, found_C = np.empty((n_cells, self._width), np.float32), np.zeros(n_cells, bool)
         if self.before is not None:
             embedding_CD, found_C = self.before.read(block.joinid_C)
         said = {"counts": 0.0, "understood": 0.0, "empty": 0, "taken_over": int(found_C.sum())}
@@ -418,9 +428,9 @@ class Worker:
             counts = self._counts(block.joinid_C[rows], int(kind), said)
             said["empty"] += int((np.sum([np.diff(part.indptr) for part in counts.values()], axis=0) == 0).sum())
             embedding_CD[rows] = self._embed(counts, len(rows))
-        said["embedded"] = len(block.joinid_C) - said["taken_over"]
+        said["embedded"] = n_cells - said["taken_over"]
         embeddings.write_block(self.generation, block.number, block.joinid_C, embedding_CD, said)
-        return {**said, "cells": len(block.joinid_C)}
+        return {**said, "cells": n_cells}
 
     def _counts(self, joinid_C: NDArray[np.int64], kind: int, said: Done) -> dict[str, csr_matrix]:
         """Read the cells' counts, columns in the vocabulary's order."""
@@ -444,8 +454,9 @@ class Worker:
         prompts = {"organism": [self.generation.organism] * n_cells}
         cells = self.predictor.cells(counts, prompts)
         order = np.argsort(self.predictor.n_tokens(cells), kind="stable")
-        embedding_CD = np.empty((n_cells, int(self.generation.plan["dimension"])), np.float32)
-        embedding_CD[order] = self.predictor.embed(cells.take(order))
+        embedding_CD, sorted_cells = np.empty((n_cells, self._width), np.float32), cells.take(order)
+        with self._turn:
+            embedding_CD[order] = self.predictor.embed(sorted_cells)
         return embedding_CD
 
 

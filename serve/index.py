@@ -43,7 +43,7 @@ from usearch.index import Index
 
 from store import records
 from store.embeddings import Generation, generations, list_embeddings, open_embeddings, previous
-from store.errors import InputRefused, MissingError
+from store.errors import InputRefused, MissingError, VerificationError
 from store.lake import open_lake, utc_now
 
 VECTORS, CELLS, PART, MANIFEST = "vectors.usearch", "cells.arrow", "part.json", "index.json"
@@ -118,15 +118,23 @@ def make_part(generation: Generation, number: int, *, threads: int = 1) -> dict[
 
 
 def complete_index(generation: Generation, numbers: Sequence[int]) -> dict[str, Any]:
-    """Let readers see an index all of whose parts are made; return its manifest. Killed, it may be called again."""
-    parts = records.read_each([records.join(_part_folder(generation, number), PART) for number in numbers])
+    """Let readers see an index all of whose parts are made; return its manifest. Killed, it may be called again.
+
+    Raises:
+        VerificationError: A part is gone.
+    """
+    found = records.read_each([records.join(_part_folder(generation, number), PART) for number in numbers])
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(numbers):
+        gone = numbers[found.index(None)]
+        raise VerificationError(f"{folder_of(generation)}: part {gone} is gone; run the same embed-lake command again")
     manifest = {
         "organism": generation.organism,
         "key": generation.key,
         "generation": generation.number,
         "model_sha256": generation.plan["model_sha256"],
         "dimension": int(generation.plan["dimension"]),
-        "n_cells": sum(part["n_cells"] for part in parts if part is not None),
+        "n_cells": sum(part["n_cells"] for part in parts),
         "metric": "euclidean",
         "commit": generation.plan["commit"],
         "parts": parts,

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,23 +37,26 @@ RECORD_S = 1.0
 PATIENCE_S = 0.5
 """So often it is looked whether to stop while no block ends."""
 TRIES = 4
+TOGETHER = 2
+"""Tasks that a worker has at a time: the model need not wait while the next block is read and the last is written."""
 
 
 class LowPriority:
     """A :class:`Worker` in a process of its own that makes room for others."""
 
     def __init__(self, common: Common) -> None:
-        os.nice(NICENESS)
+        self._niceness = os.nice(NICENESS)
         os.environ.setdefault(THREADS, str(common.threads))
         torch.set_num_threads(common.threads)
         self._common = common
-
-    @cached_property
-    def _worker(self) -> Worker:
-        return Worker(self._common)  # here and not at once: what it raises is then the task's own error
+        self._worker: Worker | None = None
+        self._beginning = threading.Lock()
 
     def do(self, task: Task) -> Done:
         """See :class:`Worker`."""
+        os.setpriority(os.PRIO_PROCESS, 0, self._niceness)  # Linux keeps it for each thread
+        with self._beginning:  # here and not at once: what it raises is then the task's own error
+            self._worker = self._worker or Worker(self._common)
         return self._worker.do(task)
 
     def pid(self) -> int:
@@ -73,7 +76,7 @@ class RayCrew:
 
         waiting = list(reversed(tasks))
         busy: dict[Any, Any] = {}
-        idle = list(self.actors)
+        idle = self.actors * TOGETHER
         while waiting or busy:
             while idle and waiting:
                 actor = idle.pop()
@@ -116,7 +119,8 @@ def ray_crew(common: Common, *, workers: int, cpus: float) -> Iterator[Crew]:
             raise StorageError(f"the Ray cluster has {there.get(name, 0):g} {name}; a worker needs {needed:g}")
     if n_gpus:  # one that waits for a GPU would keep the piece that it is given
         workers = min(workers, int(there["GPU"]))
-    actor = ray.remote(num_cpus=cpus, num_gpus=n_gpus, max_restarts=3, max_task_retries=3)(LowPriority)
+    options = {"num_cpus": cpus, "num_gpus": n_gpus, "max_concurrency": TOGETHER + 1}  # and one question how it is
+    actor = ray.remote(max_restarts=3, max_task_retries=3, **options)(LowPriority)
     shared = Common(common.checkpoint, common.device, common.generation, max(1, int(cpus)))
     actors = [actor.remote(shared) for _ in range(workers)]
     try:

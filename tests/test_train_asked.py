@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_cells import OFFSETS, cells
 from scipy.sparse import csr_matrix
 from studies import FEATURES, study
 from test_train_model import CONFIG, SETTINGS
-from test_train_tokens import OFFSETS, cells
 
 from store.errors import InputRefused
 from train.asked import TASKS, ask

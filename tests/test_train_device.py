@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,11 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from apart import DEVICE, Apart, device_apart, host
+from made_cells import OF
 from scipy.sparse import csr_matrix
 from small_checkpoint import write_checkpoint
 from studies import perturbed
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
-from test_train_tokens import OF
 from torch import Tensor
 
 from store.errors import UsageError
@@ -30,6 +32,8 @@ from train.evaluation.scratch import ScratchSettings, adapt_on, train_on
 from train.loop import Run
 from train.predictor import Predictor
 from train.tokens import TokenSettings, make_tokens
+
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,29 @@ def test_tokens_made_there_are_those_made_here_to_the_bit(
             found = getattr(there, name)
             assert isinstance(found, Apart), name
             assert torch.equal(torch.nan_to_num(host(found), -1.0), torch.nan_to_num(value, -1.0)), name
+
+
+def test_what_a_gpu_is_asked_runs_with_torch_and_numpy_alone() -> None:
+    absent = (
+        "accelerate",
+        "hypothesis",
+        "numba",
+        "pandas",
+        "pyarrow",
+        "pytest",
+        "ray",
+        "scipy",
+        "tiledb",
+        "tiledbsoma",
+    )
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); sys.argv[1:] = ['--device', 'cpu']; "
+        f"sys.path[:0] = [{str(TESTS.parent)!r}, {str(TESTS)!r}]; runpy.run_path({str(TESTS / 'on_gpu.py')!r}, "
+        "run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"device": "cpu", "checks": 17, "failed": [], "waits": 0}
 
 
 @pytest.mark.parametrize("attention", ["full", "hybrid"])

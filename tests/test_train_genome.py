@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_cells import OFFSETS, cells
 from test_train_loop import lake, settings  # noqa: F401
 from test_train_model import CONFIG, SETTINGS
-from test_train_tokens import OFFSETS, cells
 
 from store.errors import InputRefused, MissingError
 from store.settings import parse_settings

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_train_tokens import whole
+from made_cells import whole
 
 from train import kernels, lanes
 from train.stream import _Room

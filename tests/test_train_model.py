@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_train_tokens import OFFSETS, cells
+from made_cells import OFFSETS, cells
 
 from train.cells import NUMBERS, PROMPTS, Controls
 from train.config import ModelConfig

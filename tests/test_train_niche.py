@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from encoded import add_dataset
+from made_cells import OFFSETS, cells
 from scipy.sparse import csr_matrix
 from test_train_model import CONFIG, SETTINGS
-from test_train_tokens import OFFSETS, cells
 
 from store.errors import InputRefused
 from store.settings import parse_settings

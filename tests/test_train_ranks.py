@@ -89,7 +89,7 @@ def test_factors_that_are_not_those_of_the_features_are_refused(snapshot: Snapsh
 
 
 def test_counts_of_all_sizes_are_ranked_in_one_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from test_train_tokens import whole
+    from made_cells import whole
 
     for largest, dtype in ((9, np.uint8), (60_000, np.uint16), (2**24, np.uint32)):
         batch = whole(60, 1, largest, dtype)

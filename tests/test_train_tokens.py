@@ -8,34 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import on_gpu
 import pytest
 import torch
+from made_cells import OF, OFFSETS, cells, whole
 
 from train import kernels
-from train.cells import NUMBERS, PROMPTS, Cells, Csr
+from train.cells import PROMPTS, Cells
 from train.tokens import CRUTCHES, SCALE, Tokens, TokenSettings, drawn, make_tokens, pack, units
-
-OFFSETS = {"RNA": 1, "protein": 31}
-
-
-def cells(n_cells: int = 40, seed: int = 0) -> Cells:
-    rng = np.random.default_rng(seed)
-    counts = {}
-    for name, size in (("RNA", 30), ("protein", 8)):
-        dense = rng.poisson(0.8, (n_cells, size))
-        indptr = np.concatenate([[0], np.cumsum((dense > 0).sum(1))]).astype(np.int64)
-        row, column = np.nonzero(dense)
-        counts[name] = Csr(indptr, column.astype(np.int32), dense[row, column].astype(np.float32))
-    return Cells(
-        n_cells,
-        counts,
-        {name: np.ones(n_cells, bool) for name in counts},
-        np.zeros(n_cells, np.int32),
-        {name: np.full(n_cells, 3, np.int32) for name in PROMPTS},
-        np.full((n_cells, 2), 2, np.int32),
-        {name: np.full(n_cells, 24.0, np.float32) for name in NUMBERS},
-        np.arange(100, 100 + n_cells),
-    )
 
 
 def seen(tokens: Tokens, cell: int) -> dict[int, float]:
@@ -111,20 +91,6 @@ def test_the_hash_is_uniform_and_independent_of_neighbouring_keys_and_salts() ->
         assert ((histogram - 1000) ** 2 / 1000).sum() < 60  # chi-squared, 19 degrees of freedom: p < 1e-5 beyond
         assert abs(np.corrcoef(line[:-1], line[1:])[0, 1]) < 0.03
     assert abs(np.corrcoef(draws[0], draws[1])[0, 1]) < 0.03
-
-
-def whole(n_cells: int, seed: int, largest: int, dtype: type[np.generic]) -> Cells:
-    """Cells of one measurement with whole counts as a snapshot stores them; some are empty, some very deep."""
-    rng = np.random.default_rng(seed)
-    dense = rng.negative_binomial(0.3, 0.05, (n_cells, 400)).clip(max=largest)
-    dense[3] = 0
-    dense[4::5] = np.exp(rng.uniform(0, np.log(largest + 1), dense[4::5].shape)) * (dense[4::5] > 0)
-    dense[9:10, ::3] = largest  # of which many tie
-    indptr = np.concatenate([[0], np.cumsum((dense > 0).sum(1))]).astype(np.int64)
-    row, column = np.nonzero(dense)
-    part = Csr(indptr, column.astype(np.uint16), dense[row, column].astype(dtype))
-    said = cells(n_cells)
-    return replace(said, counts={"RNA": part}, measured={"RNA": np.arange(n_cells) % 7 != 0})
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(9, np.uint8), (3000, np.uint16)])
@@ -287,23 +253,10 @@ def test_packing_leaves_out_the_padding_and_keeps_within_the_budget() -> None:
     assert len(pack(tokens, budget=1)) == 40
 
 
-OF = {"several measurements": (cells(400), OFFSETS), "whole counts": (whole(400, 1, 3000, np.uint16), {"RNA": 5})}
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("values", ["log1p", "bins", "rank"])
 @pytest.mark.parametrize("chance", [None, (3, 17)])
 @pytest.mark.parametrize("counts", OF)
 def test_tokens_made_on_cuda_are_those_made_on_cpu(values: Any, chance: tuple[int, int] | None, counts: str) -> None:
-    settings, (batch, offsets) = TokenSettings(budget=20, values=values, bins=7), OF[counts]
-    here, there = (
-        make_tokens(batch, offsets, settings, chance=chance, device=torch.device(at)) for at in ("cpu", "cuda")
-    )
-    for name, value in vars(here).items():
-        found = getattr(there, name)
-        if isinstance(value, torch.Tensor):
-            assert found.is_cuda
-            assert torch.equal(torch.nan_to_num(found.cpu(), -1.0), torch.nan_to_num(value, -1.0)), name
-        else:
-            assert found == value
+    on_gpu.tokens(torch.device("cuda"), counts, values, chance)
