@@ -52,6 +52,9 @@ SEVERAL = re.compile(r"(?<=[A-Za-z]{3}[a-rt-z])s$")
 """The ending of many: of a word, not of an abbreviation, which may mean another thing without it."""
 ADJECTIVE = re.compile(r"(?!(?i:alpha|beta|gamma|delta|epsilon)$)(.*[A-Za-z][a-z]{3,}|.+ [BT]|(?:.+ )?NK)")
 """What ``cell`` may be missing behind: ``Dendritic``, ``Memory B``; ``EC`` and ``Alpha`` may be several things."""
+AGE = re.compile(r"(\d+)[\s_-]*(y|mo|w|d)(?:r|ear|nth|k|eek|ay)?s?(?:[\s_-]*old)?", re.IGNORECASE)
+"""An age: ``45 years``, ``45 yr old``, ``8-week-old``."""
+UNITS = {"y": "year", "mo": "month", "w": "week", "d": "day"}
 OF_ORGANISM = {"(Mmus)": "mus_musculus", "(Hsap)": "homo_sapiens"}
 """Endings of the names of terms that are one organism's."""
 
@@ -246,13 +249,20 @@ def _may_have(organism: str, term: str) -> bool:
 
 
 def _id_of_spelling(label: str, column: str, organism: str) -> str:
-    """Return the one term of a cell type that a label names in another spelling than ontologies have."""
-    if column != "cell_type":
+    """Return the one term of a cell type or an age that a label names in another spelling than ontologies have."""
+    spellings = {"cell_type": _cell_types, "development_stage": _stages}.get(column)
+    if spellings is None:
         return ""
-    return next(filter(None, (_id_of(spelling, column, organism) for spelling in _spellings(label))), "")
+    return next(filter(None, (_id_of(spelling, column, organism) for spelling in spellings(label))), "")
 
 
-def _spellings(label: str) -> Iterator[str]:
+def _stages(label: str) -> Iterator[str]:
+    """Spell an age or a stage as ontologies do: ``45 years`` is ``45-year-old stage``, ``adult`` is ``adult stage``."""
+    age = AGE.fullmatch(label.strip())
+    yield f"{age[1]}-{UNITS[age[2].lower()]}-old stage" if age else f"{label.strip()} stage"
+
+
+def _cell_types(label: str) -> Iterator[str]:
     """Spell a cell type's label as ontologies do: one cell, markers in words, ``cell`` said; nothing else changes.
 
     ``CD14+ Monocytes`` is ``CD14-positive Monocyte``, ``Dendritic`` is ``Dendritic cell``.

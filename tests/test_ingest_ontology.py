@@ -80,6 +80,25 @@ def test_cell_types_are_understood_as_people_spell_them_and_abbreviations_left_a
         assert "did you mean" not in found.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("label", "organism", "term"),
+    [
+        ("45 years", "homo_sapiens", "45-year-old stage"),
+        ("45 yr old", "homo_sapiens", "45-year-old stage"),
+        ("45y", "homo_sapiens", "45-year-old stage"),
+        ("6 months", "homo_sapiens", "6-month-old stage"),
+        ("8 weeks", "mus_musculus", "8-week-old stage"),
+        ("Fetal", "homo_sapiens", "fetal stage"),
+        ("24 w", "homo_sapiens", ""),
+        ("45", "homo_sapiens", ""),
+    ],
+)
+def test_ages_are_understood_as_people_write_them(label: str, organism: str, term: str) -> None:
+    found = resolve(obs(development_stage=[label]), organism)
+    assert found.obs["development_stage"].tolist() == [term or label]
+    assert (found.obs["development_stage_ontology_term_id"][0] != "unknown") == bool(term)
+
+
 def test_terms_of_another_organism_are_not_taken() -> None:
     for organism, term in (("mus_musculus", "alpha retinal ganglion cell (Mmus)"), ("homo_sapiens", "alpha cell")):
         assert resolve(obs(cell_type=["alpha cell"]), organism).obs["cell_type"].tolist() == [term]
