@@ -39,8 +39,20 @@ def problems(counts_CF: scipy.sparse.csr_matrix, features: Sequence[str], first_
     return found
 
 
+FEW_VALUES = 1000
+"""So many values are no logarithms by chance if all are whole numbers."""
+
+
+def lognorm_problems(values_CF: scipy.sparse.csr_matrix, features: Sequence[str], first_cell: int) -> list[str]:
+    """Say what makes a block unfit as logarithms of normalised counts: they are finite, and no counts."""
+    data = values_CF.data
+    if len(data) >= FEW_VALUES and np.all(data == np.rint(data)) and data.max() > 1:
+        return [f"values are whole numbers up to {data.max():g}, such as counts, and are to be kept as lognorm"]
+    return level_problems(values_CF, features, first_cell)
+
+
 def level_problems(values_CF: scipy.sparse.csr_matrix, features: Sequence[str], first_cell: int) -> list[str]:
-    """Say what makes a block unfit as levels or normalised values: they are finite."""
+    """Say what makes a block unfit as levels: they are finite."""
     wrong = ~np.isfinite(values_CF.data)
     return [_example(values_CF, wrong, "not finite", features, first_cell)] if wrong.any() else []
 
@@ -51,7 +63,7 @@ def _example(
     at = int(np.flatnonzero(wrong)[0])
     cell = first_cell + int(np.searchsorted(values_CF.indptr, at, side="right")) - 1
     return (
-        f"{int(wrong.sum()):,} of {len(values_CF.data):,} values are {what}, such as {values_CF.data[at]:g} "
+        f"{int(wrong.sum()):,} of {len(values_CF.data):,} values are {what}, such as {values_CF.data[at]:.8g} "
         f"(cell {cell}, feature {features[int(values_CF.indices[at])]!r})"
     )
 

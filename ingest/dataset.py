@@ -141,6 +141,7 @@ class OpenDataset:
         """Read a span's values once: what is wrong with them, and what they add up to."""
         part, mapped = self.form.parts[measurement], self.maps[measurement]
         judge = check.problems if self.counted(measurement) else check.level_problems
+        judge = check.lognorm_problems if self.values(measurement) == "lognorm" else judge
         names = [str(name) for name in part.var.index]
         widest = max(1, 2**25 // max(1, len(names)))
         found: list[str] = []
@@ -188,7 +189,9 @@ class OpenDataset:
         notes = list(self.form.notes)
         obs, leftovers = pd.DataFrame(index=range(self.form.n_obs)), pd.DataFrame()
         try:
-            obs, leftovers = harmonize.map_obs(self.form.obs, self._obs_given())
+            found = harmonize.map_obs(self.form.obs, self._obs_given(), self.source.controls)
+            obs, leftovers = found.frame, found.aside
+            notes += found.notes
             resolved = ontology.resolve(obs, self.form.organism)
             obs = resolved.obs
             problems += resolved.problems

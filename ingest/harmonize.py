@@ -7,7 +7,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -39,11 +39,29 @@ OBS_ALIASES = {
 """Customary names of columns, used where the source has no column of the lake's own name."""
 
 CONTROL = re.compile(
-    r"^(nt|non[-_ ]?target(ing)?|control|ctrl|neg(ative)?[-_ ]?c(on)?tr(o)?l|safe[-_ ]?targeting|vehicle|dmso)"
-    r"([-_ ]?g?\d+)*$",
+    r"^(\d+(\.\d+)? ?% )?"
+    r"(((sg|g|si|sh)[-_ ]?)?(ntc?|non[-_ ]?target(ing)?|control|ctrl|neg(ative)?[-_ ]?c(on)?tr(o)?l|"
+    r"safe[-_ ]?(targeting|harbou?r)|scrambled?)|"
+    r"intergenic|mock|un(treated|stimulated|stim)|no[-_ ]?treatment|vehicle|dmso|dimethyl[-_ ]?sulfoxide|pbs|medium|"
+    r"wild[-_ ]?type|wt(?![-_ ]?\d))"
+    r"([-_ ](control|ctrl|human|mouse|guide|s?g?rna|s[ih]rna|tf))*([-_ ]?g?\d+)*([-_ ]?\d+(\.\d+)? ?%)?$",
     re.IGNORECASE,
 )
-"""Names of controls, numbered or not: ``NT``, ``NTg4``, ``non-targeting_2``; ``NTRK1`` is a gene."""
+"""Names of controls, numbered or not: ``NT``, ``NTg4``, ``non-targeting_2``, ``sgNTC``, ``DMSO 0.1%``, ``untreated``;
+``NTRK1`` and ``WT1`` are genes."""
+SAYS_WHAT_WAS_DONE = (
+    "condition",
+    "perturb",
+    "gene",
+    "guide",
+    "compound",
+    "drug",
+    "treatment",
+    "stim",
+    "stimulation",
+    "cytokine",
+)
+"""Columns that may hold perturbations, or other things: nobody is asked to guess, but told."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +145,12 @@ def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = No
     index = var.index.astype(str)
     ids = _ensembl(pd.Series(index))
     if ids.notna().mean() < 0.5:
+        texts = [str(column) for column in var if not pd.api.types.is_numeric_dtype(var[column].dtype)]
         ids = next(
             (
                 found
-                for column in ID_COLUMNS
-                if column in var and (found := _ensembl(var[column])).notna().mean() >= 0.5
+                for column in dict.fromkeys([*(name for name in ID_COLUMNS if name in var), *texts])
+                if (found := _ensembl(var[column])).notna().mean() >= 0.5
             ),
             ids,
         )
@@ -266,15 +285,28 @@ def _unique(
     return FeatureMap(features, np.array([position[name] for name in ids], dtype=np.int64), notes)
 
 
-def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+@dataclass(frozen=True)
+class MappedObs:
+    """A source's obs in the lake's columns.
+
+    Attributes:
+        frame: The lake's columns.
+        aside: The columns that have no place among them, or lost words on the way (for the side table).
+        notes: What people should know.
+    """
+
+    frame: pd.DataFrame
+    aside: pd.DataFrame
+    notes: list[str]
+
+
+def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str] = ()) -> MappedObs:
     """Bring obs into the lake's columns.
 
     Args:
         obs: As the source has it, indexed by its names of the cells.
         given: Column of the lake to a column of the source or ``=text``; wins over what is recognised.
-
-    Returns:
-        The lake's columns, and the columns that have no place among them (for the side table).
+        controls: Words of perturbations that mean a control, beside :data:`CONTROL`.
 
     Raises:
         InputRefused: ``given`` names a column that one of the two does not have, or values do not fit.
@@ -282,7 +314,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
     unknown = sorted(set(given) - set(OBS_DEFAULTS))
     if unknown:
         raise InputRefused(f"obs.{unknown[0]}: not a column of the lake; columns: {', '.join(OBS_DEFAULTS)}")
-    names = obs.index
+    names, notes = obs.index, list[str]()
     mapped: dict[str, Any] = {"cell_id": names.array if _in_arrow(names) else names.astype(str).to_numpy()}
     used: set[str] = set()
     for column, default in OBS_DEFAULTS.items():
@@ -297,11 +329,13 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
                 f"obs.{column} = {source!r}: the source has no such column; columns: {', '.join(obs.columns)}"
             )
         if isinstance(default, float):
-            quantity = read_quantity(obs[source], TIMES if column == "time" else {})
+            quantity, note = _quantity(column, obs[source])
             if quantity is None and column not in given:
-                continue  # a column that only looks like it by name stays in the side table
+                notes.append(note)  # a column that only looks like it by name stays in the side table
+                continue
             if quantity is not None:
                 mapped[column] = quantity[0]
+                notes += [note] if note else []
                 unit = f"{column}_unit"
                 if quantity[1] is not None and unit in OBS_DEFAULTS and unit not in given and unit not in obs:
                     mapped[unit] = quantity[1]
@@ -312,8 +346,38 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str]) -> tuple[pd.DataFrame, 
     frame = pd.DataFrame(mapped)
     if "perturbation" not in frame and "perturbation_id" in frame:
         frame["perturbation"] = distinct.changed(frame["perturbation_id"], guide_target)
-    _normalise(frame)
-    return frame, obs[[column for column in obs if column not in used]]
+    kinds = frame.get("perturbation_type")
+    notes += _said_of_controls(frame, obs, controls)
+    _normalise(frame, controls)
+    if not _same_words(kinds, frame.get("perturbation_type")):
+        used.discard(given.get("perturbation_type") or "perturbation_type")
+    return MappedObs(frame, obs[[column for column in obs if column not in used]], notes)
+
+
+def _same_words(before: pd.Series | None, after: pd.Series | None) -> bool:
+    if before is None or after is None:
+        return True
+    (_, old), (_, new) = distinct.coded(before), distinct.coded(after)
+    return {str(value) for value in old} <= {str(value) for value in new}
+
+
+def _said_of_controls(frame: pd.DataFrame, obs: pd.DataFrame, controls: Sequence[str]) -> list[str]:
+    """Say what is taken for a control, that nothing is, or that nothing is taken for a perturbation."""
+    if "perturbation" not in frame:
+        likely = [str(name) for name in obs if str(name).lower() in SAYS_WHAT_WAS_DONE and obs[name].nunique() > 1]
+        hint = "perturbation: none is known; if column {0!r} holds them, say obs.perturbation={0}"
+        return [hint.format(name) for name in likely[:1]]
+    _, words = distinct.coded(frame["perturbation"])
+    named = {str(word): perturbation_name(word, controls) for word in words}
+    taken = sorted(word for word, name in named.items() if name == "control" and word != "control")
+    others = sorted(word for word, name in named.items() if name not in ("", "control"))
+    if others and "control" not in named.values():
+        return [f'perturbation: none of {_some(others)} is a control; if one is, say controls=["WORD"]']
+    return [f"perturbation: taken for controls: {_some(taken)}"] if taken else []
+
+
+def _some(words: Sequence[str]) -> str:
+    return ", ".join(map(repr, words[:4])) + (" ..." if len(words) > 4 else "")
 
 
 def _compact(values: pd.Series, column: str) -> Any:
@@ -330,12 +394,17 @@ def _in_arrow(values: pd.Series | pd.Index) -> bool:
 
 
 def _recognised(column: str, obs: pd.DataFrame) -> str | None:
+    if column == "cell_id" and column in obs and obs[column].duplicated().any():
+        return None  # its cells have better names
     return next((name for name in (column, *OBS_ALIASES.get(column, ())) if name in obs), None)
 
 
 QUANTITY = re.compile(r"^\s*([A-Za-z]*)\s*([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ%][A-Za-zµμ%/]*)?\s*$")
 TIMES = {"e": "day", "d": "day", "day": "day", "days": "day", "h": "hour", "hr": "hour", "hrs": "hour", "hour": "hour"}
 TIMES |= {"hours": "hour", "m": "minute", "min": "minute", "mins": "minute", "w": "week", "wk": "week", "weeks": "week"}
+TIMES |= {"minute": "minute", "minutes": "minute", "week": "week", "p": "day", "mo": "month", "months": "month"}
+TIMES |= {"month": "month", "y": "year", "yr": "year", "yrs": "year", "year": "year", "years": "year"}
+"""Units of time in lower case, ``E`` and ``P`` of development among them; a capital ``M`` may be months."""
 
 
 Quantities = tuple[NDArray[np.float64], NDArray[np.object_] | None]
@@ -360,15 +429,34 @@ def read_quantity(values: pd.Series, units: Mapping[str, str] = TIMES) -> Quanti
 
 def _quantities(values: pd.Series, units: Mapping[str, str]) -> Quantities | None:
     numbers = pd.to_numeric(values, errors="coerce").astype(np.float64)
-    empty = values.isna() | values.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none", "unknown"])
+    empty = values.isna() | values.astype(str).map(_no_number)
     if (numbers.notna() | empty).all():
         return np.asarray(numbers, dtype=np.float64), None
     found = values.astype(str).str.extract(QUANTITY)
     if not (found[1].notna() | empty).all():
         return None
     unit = found[2].fillna(found[0]).fillna("")
-    known = unit.str.lower().map(dict(units))
+    known = unit.where(unit == "M", unit.str.lower()).map(dict(units))
     return found[1].where(~empty).to_numpy(np.float64), known.fillna(unit).to_numpy(np.object_)
+
+
+def _no_number(text: str) -> bool:
+    """Say whether a text stands where a quantity is not said: of a control, or before the first time."""
+    plain = text.strip().lower()
+    return plain in ("", "nan", "na", "none", "unknown", "baseline") or bool(CONTROL.match(plain))
+
+
+def _quantity(column: str, values: pd.Series) -> tuple[Quantities | None, str]:
+    """Return a column's quantities, and what people should know of them."""
+    found = read_quantity(values, TIMES if column == "time" else {})
+    if found is None:
+        _, words = distinct.coded(values)
+        odd = next(repr(str(word)) for word in words if _quantities(pd.Series([word], dtype=object), {}) is None)
+        return None, f"{column}: column {values.name!r} is left aside: {odd} is no quantity"
+    units = [] if found[1] is None or column != "time" else sorted(set(found[1].tolist()) - {"", *TIMES.values()})
+    if units:
+        return found, f"time: units kept as they are: {', '.join(units)}; say obs.time_unit==day, or what it is"
+    return found, ""
 
 
 def guide_target(value: Any) -> str:
@@ -378,7 +466,13 @@ def guide_target(value: Any) -> str:
     underscore or a full stop before the number makes it a guide's.
     """
     parts = [part.strip() for part in re.split(r"[+,|;]", str(value)) if part.strip()]
+    pairs = [part.split("_") for part in parts]  # KLF1_NegCtrl0: one of two guides is a control
+    parts = [one for part, pair in zip(parts, pairs, strict=True) for one in (pair if _with_control(pair) else [part])]
     return "+".join(part if CONTROL.match(part) else _target(part) for part in parts)
+
+
+def _with_control(pair: list[str]) -> bool:
+    return len(pair) == 2 and any(re.fullmatch(r"(?i)neg(ative)?c(on)?tr(o)?l\d*|ctrl\d*", one) for one in pair)
 
 
 def _target(guide: str) -> str:
@@ -386,7 +480,7 @@ def _target(guide: str) -> str:
     return found[1] if found else guide
 
 
-def _normalise(frame: pd.DataFrame) -> None:
+def _normalise(frame: pd.DataFrame, controls: Sequence[str] = ()) -> None:
     for column, default in OBS_DEFAULTS.items():
         if column not in frame:
             continue
@@ -400,7 +494,9 @@ def _normalise(frame: pd.DataFrame) -> None:
         elif isinstance(default, bool):
             frame[column] = np.asarray(distinct.changed(frame[column], _truth), dtype=bool)
     if "perturbation" in frame:
-        frame["perturbation"] = distinct.changed(frame["perturbation"], perturbation_name)
+        frame["perturbation"] = distinct.changed(
+            frame["perturbation"], lambda value: perturbation_name(value, controls)
+        )
         if "perturbation_type" not in frame:
             kinds = distinct.changed(frame["perturbation"], lambda name: "genetic" if name else "none")
             frame["perturbation_type"] = kinds
@@ -417,7 +513,8 @@ def _truth(value: Any) -> bool:
 
 
 PERTURBATION_KINDS = (
-    (r"crispr|cas9|knock|overexpress|sirna|shrna|genetic|^ko$|^oe$", "genetic"),
+    (r"crispr[-_ ]?a(ct.*)?$|over[-_ ]?express|^oe$|^orf$", "activation"),
+    (r"crispr|cas9|knock|sirna|shrna|genetic|^ko$", "genetic"),
     (r"drug|compound|chemical|small.?molecule", "drug"),
     (r"stimul|cytokine|ligand|growth.?factor|infect", "stimulation"),
 )
@@ -446,19 +543,25 @@ def _rotation(found: re.Match[str]) -> str:
 def _names(text: str) -> list[str]:
     """Return the names between commas; the whole where commas belong to one name, as in ``N,N-dimethyltryptamine``."""
     parts = [part.strip() for part in text.split(",")]
+    if re.search(r",\s+[a-z]", text):  # a salt, a form: ``Hydroxyzine, dihydrochloride``, ``TNF, alpha``
+        return [text.strip()]
     apart = any(CONTROL.match(part) for part in parts) or all(NAME.match(part) for part in parts if part)
     return parts if apart else [text.strip()]
 
 
-def perturbation_name(value: Any) -> str:
+def perturbation_name(value: Any, controls: Sequence[str] = ()) -> str:
     """Write a perturbation the lake's way: ``""``, ``control``, or targets sorted and joined by ``+``.
 
     Non-targeting guides and vehicles come under many names; each is ``control``. ``A+ctrl`` is ``A``. A comma stands
     between targets where each side is a name (``CEBPA,KLF1``), and within one elsewhere (``2,4-dinitrophenol``). As a
     plus is between targets, ``(+)-JQ1`` is written ``(plus)-JQ1``, and ``(+/-)-verapamil`` ``(±)-verapamil``.
+
+    Args:
+        value: As the source has it.
+        controls: Words that mean a control here, beside the customary ones.
     """
     if value is None or value != value or str(value).strip().lower() in ("", "nan", "none", "na", "unperturbed"):
         return ""
     parts = [name for part in re.split(r"[+|]", ROTATION.sub(_rotation, str(value))) for name in _names(part) if name]
-    targets = sorted({part for part in parts if not CONTROL.match(part)})
+    targets = sorted({part for part in parts if not CONTROL.match(part) and part not in controls})
     return "+".join(targets) or "control"

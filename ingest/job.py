@@ -35,7 +35,8 @@ class SourceSettings(Settings):
     values: Values | dict[str, Values] = "counts"
     """What the matrix holds, for all measurements or one by one (``values.RNA``).
 
-    ``counts``: whole numbers. ``log1p``: log1p of scaled counts; the counts are restored where that is provably exact.
+    ``counts``: whole numbers. ``log1p``: log1p of scaled counts; the counts are restored if all values
+    of a cell are multiples of its smallest, which is taken for one count (or two, or three).
     ``lognorm``: log1p of normalised counts, kept as such in a layer of that name. ``value``: levels such as
     intensities, concentrations or fractions, in a layer of that name.
     """
@@ -61,6 +62,8 @@ class SourceSettings(Settings):
     """For a Census: a value filter on obs."""
     obs: dict[str, str] = Field(default_factory=dict)
     """Column of the lake to a column of the source, or to ``=text`` for the same text in every cell."""
+    controls: tuple[str, ...] = ()
+    """Words of the perturbation column that mean a control, beside the customary ones."""
     obs_table: str | None = None
     """A tab-separated table with more columns of obs; its first column names the cells."""
     simulation: SimulationSettings = SimulationSettings()

@@ -43,20 +43,26 @@ SHORTHAND = {
         f"cd{number}{mark} t cell": f"CL:{term}"
         for number, term in ((4, "0000624"), (8, "0000625"))
         for mark in ("", "-positive")
-    },
+    }
+    | {"nk": "CL:0000623"},
 }
 """Words that everybody uses and no ontology has as a name in the right place."""
 MARKED = re.compile(r"((?:[A-Za-z0-9]+\+(?:\s*[/,]\s*|\s*))+)(.+)")
 """Markers that a cell has, then what it is: ``CD14+ Monocyte``, ``CD14+/CD16+ monocyte``."""
 SEVERAL = re.compile(r"(?<=[A-Za-z]{3}[a-rt-z])s$")
 """The ending of many: of a word, not of an abbreviation, which may mean another thing without it."""
-ADJECTIVE = re.compile(r"(?!(?i:alpha|beta|gamma|delta|epsilon)$)(.*[A-Za-z][a-z]{3,}|.+ [BT]|(?:.+ )?NK)")
-"""What ``cell`` may be missing behind: ``Dendritic``, ``Memory B``; ``EC`` and ``Alpha`` may be several things."""
+VAGUE = re.compile(
+    r"(alpha|beta|gamma|delta|epsilon|[ac-su-z])( cell)?|cell|motile|cultured|circulating|contractile|diploid|somatic",
+    re.IGNORECASE,
+)
+"""What may be several things, or is none: letters (but B and T), and words that any cell may have."""
+ADJECTIVE = re.compile(r".*[A-Za-z][a-z]{3,}|.+ [BT]|.+ NK")
+"""What ``cell`` may be missing behind: ``Dendritic``, ``Memory B``; ``EC`` may be several things."""
 AGE = re.compile(r"(\d+)[\s_-]*(y|mo|w|d)(?:r|ear|nth|k|eek|ay)?s?(?:[\s_-]*old)?", re.IGNORECASE)
 """An age: ``45 years``, ``45 yr old``, ``8-week-old``."""
 UNITS = {"y": "year", "mo": "month", "w": "week", "d": "day"}
-OF_ORGANISM = {"(Mmus)": "mus_musculus", "(Hsap)": "homo_sapiens"}
-"""Endings of the names of terms that are one organism's."""
+OF_SOME = re.compile(r" \((Mmus|Hsap|Primate|Homo sapiens|Mus musculus|sensu [^()]+)\)$")
+"""Endings of the names of terms that are some organisms' alone; their synonyms do not say so."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,8 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
     for at in np.argsort(-cells, kind="stable"):
         (label, term), n_cells = pairs[at], int(cells[at])
         has_label, has_id = label.lower() not in ABSENT, term.lower() not in ABSENT
+        if not has_label and not has_id:
+            answers[label, term] = (UNKNOWN, UNKNOWN)
         if has_id:
             problem = _id_problem(term, label if has_label else "", column, organism)
             if problem:
@@ -125,12 +133,12 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
                 renamed.append(f"{label!r} for {term} ({name})")
             answers[label, term] = (label if has_label else name, term)
         elif has_label:
-            found = _id_of(label, column, organism)
-            if not found and (found := _id_of_spelling(label, column, organism)):
-                respelt.append(f"{label!r} is {_term_label(found)!r}")
-            answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
+            found, as_said = _id_of(label, column, organism), _says_so(label, column)
             if not found:
-                unmatched.append((n_cells, label))
+                found, as_said = _id_of_spelling(label, column, organism), False
+            answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
+            unmatched += [] if found else [(n_cells, label)]
+            respelt += [f"{label!r} is {_term_label(found)!r}"] if found and not as_said else []
     if renamed:
         made.notes.append(f"{column}: labels kept that are not their term's name: {', '.join(renamed[:3])}")
     if respelt:
@@ -187,9 +195,10 @@ def _near(label: str, column: str, organism: str) -> str:
     pool: dict[str, str] = {}
     for prefix in allowed(column, organism):
         if prefix != "CVCL":  # 167,000 names of cell lines are near to anything
-            pool |= {name: term for name, (term, *_) in _index(prefix).items()}
-    found = difflib.get_close_matches(label.casefold(), list(pool), n=1, cutoff=0.8)
-    return _term_label(pool[found[0]]) if found else ""
+            pool |= {name: term for name, (term, *_) in _index(prefix).items() if not OF_SOME.search(_term_label(term))}
+    found = difflib.get_close_matches(label.casefold(), list(pool), n=5, cutoff=0.8)
+    numbers = set(re.findall(r"\d+", label))  # CD4 is not CD8
+    return next((_term_label(pool[name]) for name in found if numbers == set(re.findall(r"\d+", name))), "")
 
 
 @cache
@@ -236,16 +245,26 @@ def _id_of(label: str, column: str, organism: str) -> str:
     short = SHORTHAND.get(column, {}).get(plain)
     if short:
         return short
-    for prefix in allowed(column, organism):
-        found = [term for term in _index(prefix).get(plain, ()) if _may_have(organism, term)]
+    own = ANATOMY.get(organism, ()) if column == "cell_type" else ()
+    for prefix in dict.fromkeys((*own, *allowed(column, organism))):
+        found = [
+            term
+            for term in _index(prefix).get(plain, ())
+            if _named(term, plain) or not OF_SOME.search(_term_label(term))
+        ]
         if len(found) == 1:
             return found[0]
     return ""
 
 
-def _may_have(organism: str, term: str) -> bool:
-    """Say whether a term is no other organism's."""
-    return OF_ORGANISM.get(_term_label(term).rpartition(" ")[2], organism) == organism
+def _says_so(label: str, column: str) -> bool:
+    """Say whether a label that was found needs no word about it: types that are taken for others do."""
+    return column != "cell_type" or label.strip().casefold() not in SHORTHAND[column]
+
+
+def _named(term: str, name: str) -> bool:
+    """Say whether this is the term's own name, not a synonym."""
+    return _term_label(term).casefold() == name.strip().casefold()
 
 
 def _id_of_spelling(label: str, column: str, organism: str) -> str:
@@ -253,28 +272,40 @@ def _id_of_spelling(label: str, column: str, organism: str) -> str:
     spellings = {"cell_type": _cell_types, "development_stage": _stages}.get(column)
     if spellings is None:
         return ""
-    return next(filter(None, (_id_of(spelling, column, organism) for spelling in spellings(label))), "")
+    for spelling, only_names in spellings(label):
+        found = _id_of(spelling, column, organism)
+        if found and (_named(found, spelling) or not (only_names or (column == "cell_type" and organism in ANATOMY))):
+            return found
+    return ""
 
 
-def _stages(label: str) -> Iterator[str]:
+Spellings = Iterator[tuple[str, bool]]
+"""Spellings, and whether each may be a term's own name only: synonyms say too much of what was only completed."""
+
+
+def _stages(label: str) -> Spellings:
     """Spell an age or a stage as ontologies do: ``45 years`` is ``45-year-old stage``, ``adult`` is ``adult stage``."""
     age = AGE.fullmatch(label.strip())
-    yield f"{age[1]}-{UNITS[age[2].lower()]}-old stage" if age else f"{label.strip()} stage"
+    yield (f"{age[1]}-{UNITS[age[2].lower()]}-old stage" if age else f"{label.strip()} stage"), False
 
 
-def _cell_types(label: str) -> Iterator[str]:
+def _cell_types(label: str) -> Spellings:
     """Spell a cell type's label as ontologies do: one cell, markers in words, ``cell`` said; nothing else changes.
 
     ``CD14+ Monocytes`` is ``CD14-positive Monocyte``, ``Dendritic`` is ``Dendritic cell``.
     """
     plain = SEVERAL.sub("", re.sub(r"[\s_]+", " ", label.strip()))
+    if VAGUE.fullmatch(plain):
+        return
+    yield plain, False
     marked = MARKED.fullmatch(plain)
     if marked:
         markers = [f"{marker}-positive" for marker in re.findall(r"[A-Za-z0-9]+", marked[1])]
         plain = f"{', '.join(markers)} {marked[2]}"
-    yield plain
-    if ADJECTIVE.fullmatch(plain) and not plain.casefold().endswith("cell"):
-        yield f"{plain} cell"
+        yield plain, False
+    of_anatomy = plain.casefold() in _index("UBERON")  # an organ's cells are of many types
+    if ADJECTIVE.fullmatch(plain) and not of_anatomy and not plain.casefold().endswith("cell"):
+        yield f"{plain} cell", marked is None
 
 
 def _tissue_general(obs: pd.DataFrame) -> None:

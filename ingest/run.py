@@ -280,10 +280,14 @@ def _conclude(dataset: _Dataset) -> None:
         parts = [part for (name, _), part in sorted(dataset.checked.items()) if name == measurement]
         found: list[str] = next((part["problems"] for part in parts if part["problems"]), [])
         if found:
-            problems.append(
-                f"{measurement}: {'; '.join(found)}. Counts are wanted: name their layer with layer=raw or layer=NAME, "
-                "or say values=log1p (scaled counts, to be restored), values=lognorm or values=value (kept as such)"
+            key = "values" if len(dataset.plan.features) == 1 else f"values.{measurement}"
+            way = (
+                f"Counts are wanted: name their layer with layer=raw or layer=NAME, or say {key}=log1p (scaled counts, "
+                f"to be restored), {key}=lognorm or {key}=value (kept as such)"
             )
+            if measurement in dataset.plan.layers:
+                way = "Say it of other measurements alone (values.NAME=lognorm), or name another matrix with layer=NAME"
+            problems.append(f"{measurement}: {'; '.join(found)}. {way}")
     if problems:
         outcome.refuse(f"{outcome.source}: {problems[0]}", *problems[1:])
     if outcome.problems:

@@ -120,8 +120,8 @@ class Atlas:
         if not of_model:
             raise ConflictError(
                 f"index {fitting[0].name} was made by model {fitting[0].model_sha256[:12]}, and {model_sha256[:12]} "
-                "answers now; embed the lake with the new one: POST /v1/jobs, or python -m serve embed-lake CHECKPOINT "
-                "--lake LAKE"
+                "answers now; embed the lake with the new one, to the end of its index: POST /v1/jobs, or python -m "
+                "serve embed-lake CHECKPOINT --lake LAKE"
             )
         if len(of_model) > 1:
             raise FieldRefused("index", f"several fit; say which: {', '.join(one.name for one in of_model)}")

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from serve.decode import FeatureIndex
-from serve.index import complete_index, make_part, part_numbers, standing_index
+from serve.index import complete_index, make_part, part_numbers, usable_index
 from store import embeddings
 from store.embeddings import BLOCK_CELLS, Generation
 from store.errors import ConflictError, InputRefused, InterruptedRun, UsageError
@@ -329,7 +329,8 @@ class Bulk:
                     )
             self._lock.check()
             manifest = embeddings.complete(generation, self._said())
-            index = standing_index(generation) or self._index(crew, progress, stop)
+            index = usable_index(generation) or self._index(crew, progress, stop)
+            embeddings.forget_old(generation)
         return Outcome(
             organism=self.organism,
             key=self.key,

@@ -4,9 +4,9 @@
 
     <lake>/somaflow/embeddings/<organism>/<key>/<generation>/index/
         000000000000/            cells whose joinids lie in the same stretch of ``PART_CELLS``
-            vectors.usearch      their graph and vectors, in half precision where that holds them; read in place (mmap)
-            cells.arrow          their joinids and labels, in ascending order; read in place too
-            part.json            SHA-256 of both; last, so that without it there is no such part
+            *.usearch            their graph and vectors, in half precision where that holds them; read in place (mmap)
+            *.arrow              their joinids and labels, in ascending order; read in place too
+            part.json            names and SHA-256 of both; last, so that without it there is no such part
         index.json               the parts; last, so that without it there is no index
 
 Each part is made by itself, in one worker's memory, and what a lake that grows adds goes into its last parts: those
@@ -42,11 +42,12 @@ from numpy.typing import NDArray
 from usearch.index import Index
 
 from store import records
-from store.embeddings import Generation, generations, list_embeddings, open_embeddings, previous
+from store.embeddings import Generation, earlier, generations, list_embeddings, open_embeddings
 from store.errors import InputRefused, MissingError, VerificationError
 from store.lake import open_lake, utc_now
 
-VECTORS, CELLS, PART, MANIFEST = "vectors.usearch", "cells.arrow", "part.json", "index.json"
+VECTORS, CELLS = ".usearch", ".arrow"
+PART, MANIFEST = "part.json", "index.json"
 PART_CELLS = 2**17
 """Joinids of a part. Smaller graphs are built faster and find more, but each costs a question its time."""
 LABELS = (
@@ -66,6 +67,8 @@ LABELS = (
 """Columns of obs that an index keeps, and that can be asked for."""
 HALF = 2.0**14
 """Vectors whose values stay below are kept in half precision."""
+FEW = 4096
+"""In parts of so many cells all are looked at, and where so many are asked for that a graph may miss some."""
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 128, 128
 
 
@@ -77,6 +80,30 @@ def folder_of(generation: Generation) -> str:
 def standing_index(generation: Generation) -> dict[str, Any] | None:
     """Return the manifest of the index of embeddings; None while it is not complete."""
     return records.read(records.join(folder_of(generation), MANIFEST))
+
+
+def usable_index(generation: Generation) -> dict[str, Any] | None:
+    """Return the manifest of an index that stands; where a file of it is gone or cut off, the index is no more.
+
+    So the parts whose folders somebody removed, as errors tell people to, are made again, and only they.
+    """
+    manifest = standing_index(generation)
+    if manifest is None or all(_stands(generation, part) for part in manifest["parts"]):
+        return manifest
+    records.remove(records.join(folder_of(generation), MANIFEST))
+    return None
+
+
+def _stands(generation: Generation, part: dict[str, Any]) -> bool:
+    folder = _part_folder(generation, part["part"])
+    if records.read(records.join(folder, PART)) is None:
+        return False
+    for ending in (VECTORS, CELLS):
+        filesystem, path = fsspec.core.url_to_fs(records.join(folder, part["files"][ending]["name"]))
+        if not filesystem.exists(path) or filesystem.size(path) != part["files"][ending]["bytes"]:
+            records.remove(records.join(folder, PART))
+            return False
+    return True
 
 
 def part_numbers(joinid_C: NDArray[np.int64]) -> list[int]:
@@ -98,7 +125,7 @@ def make_part(generation: Generation, number: int, *, threads: int = 1) -> dict[
     table, largest = _labels(generation, number)
     joinid_N, dtype = table["soma_joinid"].to_numpy(), "f16" if largest < HALF else "f32"
     with tempfile.TemporaryDirectory(prefix="somaflow-index-") as scratch:
-        vectors, cells = Path(scratch) / VECTORS, Path(scratch) / CELLS
+        vectors, cells = Path(scratch) / f"made{VECTORS}", Path(scratch) / f"made{CELLS}"
         index, new_N = _begun(generation, number, joinid_N, dtype)
         _add(index, generation, joinid_N[new_N], threads)
         index.save(str(vectors))
@@ -109,11 +136,12 @@ def make_part(generation: Generation, number: int, *, threads: int = 1) -> dict[
             "n_cells": table.num_rows,
             "n_taken_over": int((~new_N).sum()),
             "dtype": dtype,
-            "files": {path.name: _described(path) for path in (vectors, cells)},
+            "files": {path.suffix: _named(path) for path in (vectors, cells)},
         }
         for path in (vectors, cells):
-            _put(path, records.join(folder, path.name))
-    records.create(records.join(folder, PART), record)
+            _put(path, records.join(folder, record["files"][path.suffix]["name"]))
+    if not records.create(records.join(folder, PART), record):  # a worker that was given up was still at it
+        return records.read(records.join(folder, PART)) or record
     return record
 
 
@@ -166,9 +194,10 @@ def _begun(
     generation: Generation, number: int, joinid_N: NDArray[np.int64], dtype: str
 ) -> tuple[Index, NDArray[np.bool_]]:
     """Return the graph to go on with, and which cells it lacks: the part before, or an empty one."""
-    before = previous(generation)
-    record = records.read(records.join(_part_folder(before, number), PART)) if before else None
-    if before and record and record["dtype"] == dtype:
+    for before in earlier(generation):
+        record = records.read(records.join(_part_folder(before, number), PART))
+        if record is None or record["dtype"] != dtype:
+            continue
         with suppress(MissingError, InputRefused), _Part(_part_folder(before, number), record["files"]) as part:
             if np.isin(part.joinid_N, joinid_N, assume_unique=True).all():
                 index = Index.restore(part.vectors)
@@ -189,6 +218,12 @@ def _add(index: Index, generation: Generation, joinid_C: NDArray[np.int64], thre
     for part_CD, _ in generation.blocks(joinid_C):
         index.add(joinid_C[start : start + len(part_CD)].astype(np.uint64), part_CD, threads=threads)
         start += len(part_CD)
+
+
+def _named(path: Path) -> dict[str, Any]:
+    """Describe a file under a name of its own, so that two makers of a part do not write over each other."""
+    said = _described(path)
+    return {"name": f"{said['sha256'][:16]}{path.suffix}", **said}
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -260,22 +295,25 @@ class _Part:
         """
         self._scratch = ExitStack()
         weakref.finalize(self, self._scratch.close)
-        places = {name: self._local(records.join(folder, name), files[name]) for name in (VECTORS, CELLS)}
+        places = {ending: self._local(folder, files[ending]) for ending in (VECTORS, CELLS)}
         self.vectors = str(places[VECTORS])
         self.cells = pa.ipc.open_file(pa.memory_map(str(places[CELLS]))).read_all()
         self.joinid_N: NDArray[np.int64] = self.cells["soma_joinid"].to_numpy()
 
-    def _local(self, uri: str, promised: dict[str, Any]) -> Path:
+    def _local(self, folder: str, promised: dict[str, Any]) -> Path:
+        uri = records.join(folder, promised["name"])
         path = Path(uri)
+        again = f"remove {folder} and embed the lake again: python -m serve embed-lake"
         if not records.is_local(uri):
             scratch = self._scratch.enter_context(tempfile.TemporaryDirectory(prefix="somaflow-index-"))
             path = Path(scratch) / path.name
             filesystem, there = fsspec.core.url_to_fs(uri)
-            filesystem.get_file(there, str(path))
+            with suppress(FileNotFoundError):
+                filesystem.get_file(there, str(path))
         if not path.is_file():
-            raise MissingError(f"{uri}: is gone; embed the lake again with: python -m serve embed-lake")
-        if _described(path) != promised:
-            raise InputRefused(f"{uri}: its SHA-256 differs from the manifest's; remove its folder and embed again")
+            raise MissingError(f"{uri}: is gone; {again}")
+        if _described(path)["sha256"] != promised["sha256"]:
+            raise InputRefused(f"{uri}: its SHA-256 differs from the manifest's; {again}")
         return path
 
     def __enter__(self) -> _Part:
@@ -320,12 +358,16 @@ class VectorIndex:
     def search(self, embedding_CD: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return joinid_CK and distance_CK of the nearest cells, nearest first; K is k, or all cells if fewer."""
         query_CD = np.ascontiguousarray(embedding_CD, np.float32)
+        joinid_CK, distance_CK = np.empty((len(query_CD), 0), np.int64), np.empty((len(query_CD), 0), np.float32)
         with self._lock:
-            found = [_search(part, query_CD, k) for part in self._parts]
-        joinid_CF, distance_CF = (np.concatenate(one, axis=1) for one in zip(*found, strict=True))
-        nearest_CK = np.argsort(distance_CF, axis=1, kind="stable")[:, :k]
-        distance_CK = np.sqrt(np.maximum(np.take_along_axis(distance_CF, nearest_CK, axis=1), 0))
-        return np.take_along_axis(joinid_CF, nearest_CK, axis=1), distance_CK
+            for part in self._parts:  # only the nearest so far are kept: parts may be hundreds
+                joinid_CF, distance_CF = _search(part, query_CD, k)
+                joinid_CF = np.concatenate([joinid_CK, joinid_CF], axis=1)
+                distance_CF = np.concatenate([distance_CK, distance_CF], axis=1)
+                nearest_CK = np.argsort(distance_CF, axis=1, kind="stable")[:, :k]
+                joinid_CK = np.take_along_axis(joinid_CF, nearest_CK, axis=1)
+                distance_CK = np.take_along_axis(distance_CF, nearest_CK, axis=1)
+        return joinid_CK, np.sqrt(np.maximum(distance_CK, 0))
 
     def labels(self, joinids: NDArray[np.int64], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Return these columns of obs of cells of the index, a row for each joinid in the order asked."""
@@ -341,13 +383,25 @@ class VectorIndex:
 
 
 def _search(part: _Part, query_CD: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return joinids and squared distances of a part's nearest cells."""
-    n_found = min(k, len(part.joinid_N))
-    found = part.graph.search(query_CD, n_found, threads=1)
+    """Return joinids and squared distances of a part's nearest cells, as many as are asked for and there are.
+
+    A graph does not reach all cells that are alike (empty ones, say): where it finds too few, all are looked at.
+    """
+    n_cells = len(part.joinid_N)
+    n_found = min(k, n_cells)
+    if len(query_CD) == 0:
+        return np.empty((0, n_found), np.int64), np.empty((0, n_found), np.float32)
+    for exact in (True,) if n_cells <= FEW or 2 * n_found > n_cells else (False, True):
+        found = part.graph.search(query_CD, n_found, threads=1, exact=exact)
+        if len(query_CD) == 1:
+            complete = len(found.keys) == n_found
+        else:
+            complete = bool((np.asarray(found.counts) == n_found).all())
+        if complete:
+            break
     shape = (len(query_CD), n_found)
-    return np.asarray(found.keys).astype(np.int64).reshape(shape), np.asarray(found.distances, np.float32).reshape(
-        shape
-    )
+    joinid_CK, distance_CK = np.asarray(found.keys).astype(np.int64), np.asarray(found.distances, np.float32)
+    return joinid_CK.reshape(shape), distance_CK.reshape(shape)
 
 
 def open_index(lake_uri: str, organism: str, key: str) -> VectorIndex:

@@ -238,6 +238,11 @@ def _taken(lake: Lake, standing: Generation, wanted: Mapping[str, Any]) -> str:
 
 def previous(generation: Generation) -> Generation | None:
     """Return the complete generation of the same model before this one: its vectors need not be made again."""
+    return next(iter(earlier(generation)), None)
+
+
+def earlier(generation: Generation) -> list[Generation]:
+    """Return all complete generations of the same model before this one, the newest first."""
     same = [
         one
         for one in generations(generation.lake_uri, generation.organism, generation.key)
@@ -245,7 +250,7 @@ def previous(generation: Generation) -> Generation | None:
         and one.manifest
         and all(one.plan[name] == generation.plan[name] for name in ("model_sha256", "measurements"))
     ]
-    return same[-1] if same else None
+    return same[::-1]
 
 
 def make_array(generation: Generation) -> None:
@@ -379,7 +384,6 @@ def complete(generation: Generation, said: Mapping[str, Any]) -> dict[str, Any]:
         _enter(generation)
         records.create(records.join(generation.folder, "manifest.json"), manifest)
         vars(generation).pop("manifest", None)
-        _forget_old(generation)
     return manifest
 
 
@@ -399,8 +403,11 @@ def _enter(generation: Generation) -> None:
         obsm.set(generation.key, array, use_relative_uri=True)
 
 
-def _forget_old(generation: Generation) -> None:
-    """Remove generations before this one, but for the last that was complete: somebody may read it."""
+def forget_old(generation: Generation) -> None:
+    """Remove generations before this one, but for the last that was complete: somebody may read it.
+
+    To be called when nothing is left to be made of this one.
+    """
     older = generations(generation.lake_uri, generation.organism, generation.key)
     older = [one for one in older if one.number < generation.number]
     keep = max((one.number for one in older if one.manifest), default=-1)

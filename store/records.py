@@ -130,10 +130,8 @@ def names(folder: str) -> list[str]:
 
 def read_all(folder: str) -> list[dict[str, Any]]:
     """Read every record of a folder in the order of its names."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    wanted = [join(path, name) for name in names(folder) if name.endswith(".json")]
-    contents = filesystem.cat(wanted) if len(wanted) > 1 else {name: filesystem.cat_file(name) for name in wanted}
-    return [_unmarked(json.loads(contents[name])) for name in sorted(contents)]
+    found = read_each([join(folder, name) for name in names(folder) if name.endswith(".json")])
+    return [record for record in found if record is not None]
 
 
 def read_each(uris: Sequence[str]) -> list[dict[str, Any] | None]:
@@ -141,8 +139,8 @@ def read_each(uris: Sequence[str]) -> list[dict[str, Any] | None]:
     if not uris:
         return []
     filesystem, paths = fsspec.core.url_to_fs(uris[0])[0], [fsspec.core.url_to_fs(uri)[1] for uri in uris]
-    contents = filesystem.cat(paths, on_error="return")
-    return [_content(contents[path]) for path in paths]
+    # unlike cat, this takes no path for a pattern
+    return [_content(content) for content in filesystem.cat_ranges(paths, None, None, on_error="return")]
 
 
 def _content(content: bytes | Exception) -> dict[str, Any] | None:

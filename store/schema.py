@@ -95,8 +95,8 @@ OBS_DEFAULTS: dict[str, Any] = {
 
 Beyond the Census's columns: ``cell_id`` is the source's own name of the cell; ``perturbation`` is empty for a cell
 that nobody perturbed, ``control`` for a non-targeting guide or a vehicle, else the targets, sorted and joined by ``+``;
-``perturbation_type`` is ``none``, ``genetic``, ``drug`` or ``stimulation``; ``perturbation_id`` names the guide or
-compound; ``dose`` and ``time`` carry their units beside them; ``x`` and ``y`` are positions in space.
+``perturbation_type`` is ``none``, ``genetic``, ``activation``, ``drug`` or ``stimulation``; ``perturbation_id`` names
+the guide or compound; ``dose`` and ``time`` carry their units beside them; ``x`` and ``y`` are positions in space.
 """
 
 OBS_STATISTICS: dict[str, pa.DataType] = {

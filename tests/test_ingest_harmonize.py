@@ -116,6 +116,40 @@ def test_antibodies_and_peaks_keep_the_names_of_the_source() -> None:
         ("STAT1,ctrl", "STAT1"),
         ("T,ctrl", "T"),
         ("3-MA,DMSO", "3-MA"),
+        ("Hydroxyzine, dihydrochloride", "Hydroxyzine, dihydrochloride"),
+        ("TNF, alpha", "TNF, alpha"),
+        ("WT1", "WT1"),
+        ("GPBS", "GPBS"),
+        ("SIX1", "SIX1"),
+        ("MOCKS1", "MOCKS1"),
+        *(
+            (word, "control")
+            for word in (
+                "NTC",
+                "NTC_12",
+                "sgNTC",
+                "sgNT-1",
+                "non-targeting control",
+                "Non-Targeting-Human-0012",
+                "scramble",
+                "untreated",
+                "unstimulated",
+                "mock",
+                "PBS",
+                "Medium",
+                "no_treatment",
+                "WT",
+                "vehicle control",
+                "DMSO 0.1%",
+                "0.1% DMSO",
+                "DMSO_TF",
+                "Dimethyl Sulfoxide",
+                "safe-harbor",
+                "intergenic",
+                "Control siRNA",
+                "NegCtrl0",
+            )
+        ),
         ("(+)-JQ1", "(plus)-JQ1"),
         ("STAT1+(+)-JQ1|DMSO", "(plus)-JQ1+STAT1"),
         ("(+/-)-verapamil", "(\u00b1)-verapamil"),
@@ -137,7 +171,9 @@ def test_obs_columns_are_recognised_mapped_and_kept_aside() -> None:
         },
         index=["c1", "c2"],
     )
-    mapped, aside = map_obs(obs, {"time": "hours", "tissue": "=blood"})
+    found = map_obs(obs, {"time": "hours", "tissue": "=blood"})
+    mapped, aside = found.frame, found.aside
+    assert found.notes == ["perturbation: taken for controls: 'NT'"]
     assert mapped["cell_id"].tolist() == ["c1", "c2"]
     assert mapped["cell_type"].tolist() == ["T", "B"]
     assert mapped["batch"].tolist() == ["r1", "r2"]
@@ -249,12 +285,17 @@ def test_quantities_are_read_with_their_units(
 
 def test_what_is_no_quantity_stays_beside_and_a_column_asked_for_must_be_one() -> None:
     assert read_quantity(pd.Series(["1+1", "x"])) is None
-    frame, beside = map_obs(pd.DataFrame({"dose": ["1+1", "2"]}), {})
-    assert "dose" not in frame
-    assert list(beside) == ["dose"]
-    frame, _ = map_obs(pd.DataFrame({"dose": ["10 M", "1 m"], "time": ["10 M", "1 d"]}), {})  # molar, and minutes
-    assert frame["dose_unit"].tolist() == ["M", "m"]
-    assert frame["time_unit"].tolist() == ["minute", "day"]
+    found = map_obs(pd.DataFrame({"dose": ["1+1", "2"]}), {})
+    assert "dose" not in found.frame
+    assert list(found.aside) == ["dose"]
+    assert found.notes == ["dose: column 'dose' is left aside: '1+1' is no quantity"]
+    found = map_obs(pd.DataFrame({"dose": ["10 M", "1 m", "vehicle"], "time": ["10 M", "1 d", "baseline"]}), {})
+    assert found.frame["dose_unit"].tolist()[:2] == ["M", "m"]
+    assert found.frame["dose"].isna().tolist() == [False, False, True]
+    assert found.frame["time_unit"].tolist()[:2] == ["M", "day"], "months, or minutes"
+    assert "time: units kept as they are: M; say obs.time_unit==day" in found.notes[0]
+    found = map_obs(pd.DataFrame({"time": ["6 mo", "P7", "3 weeks", "2 min"]}), {})
+    assert found.frame["time_unit"].tolist() == ["month", "day", "week", "minute"]
     with pytest.raises(InputRefused, match="not numbers"):
         map_obs(pd.DataFrame({"amount": ["low", "high"]}), {"dose": "amount"})
 
@@ -291,22 +332,48 @@ def test_guides_name_their_targets_and_genes_with_numbers_stay_genes() -> None:
     guides = ["ATF2g1", "STAT1_sg2", "CD4", "NKX2-1", "ATF2g1+CD4_2", "NTg4", "non-targeting_3", "HLA-A"]
     targets = ["ATF2", "STAT1", "CD4", "NKX2-1", "ATF2+CD4", "control", "control", "HLA-A"]
     assert [perturbation_name(guide_target(guide)) for guide in guides] == targets
-    frame, _ = map_obs(pd.DataFrame({"guide_id": ["ATF2g1", "NTg4"]}), {})
+    assert perturbation_name(guide_target("KLF1_NegCtrl0")) == "KLF1"
+    assert perturbation_name(guide_target("NegCtrl0_NegCtrl1")) == "control"
+    frame = map_obs(pd.DataFrame({"guide_id": ["ATF2g1", "NTg4"]}), {}).frame
     assert frame["perturbation"].tolist() == ["ATF2", "control"]
     assert frame["perturbation_id"].tolist() == ["ATF2g1", "NTg4"]
 
 
 def test_kinds_of_perturbation_come_to_the_lakes_words() -> None:
-    frame, _ = map_obs(
-        pd.DataFrame(
-            {
-                "perturbation": ["A", "imatinib", "IFNB", "x"],
-                "perturbation_type": ["CRISPRi", "Drug", "cytokine stimulation", "heat"],
-            }
-        ),
-        {},
-    )
-    assert frame["perturbation_type"].tolist() == ["genetic", "drug", "stimulation", "heat"]
+    given = {
+        "perturbation": ["A", "imatinib", "IFNB", "x", "A", "A"],
+        "perturbation_type": ["CRISPRi", "Drug", "cytokine stimulation", "heat", "CRISPRa", "overexpression"],
+    }
+    found = map_obs(pd.DataFrame(given), {})
+    kinds = ["genetic", "drug", "stimulation", "heat", "activation", "activation"]
+    assert found.frame["perturbation_type"].tolist() == kinds
+    assert found.aside["perturbation_type"].tolist() == given["perturbation_type"], "words that were changed are kept"
+    same = map_obs(pd.DataFrame({"perturbation": ["A"], "perturbation_type": ["genetic"]}), {})
+    assert list(same.aside) == []
+
+
+def test_it_is_said_what_is_taken_for_a_control_and_when_nothing_is() -> None:
+    treated = pd.DataFrame({"treatment": ["rest", "IFNb", "rest"]})
+    assert map_obs(treated, {}).notes == [
+        "perturbation: none is known; if column 'treatment' holds them, say obs.perturbation=treatment"
+    ]
+    found = map_obs(treated, {"perturbation": "treatment"})
+    assert found.frame["perturbation"].tolist() == ["rest", "IFNb", "rest"]
+    assert "none of 'IFNb', 'rest' is a control; if one is, say controls=" in found.notes[0]
+    found = map_obs(treated, {"perturbation": "treatment"}, ["rest"])
+    assert found.frame["perturbation"].tolist() == ["control", "IFNb", "control"]
+    assert found.notes == ["perturbation: taken for controls: 'rest'"]
+
+
+def test_names_of_cells_that_do_not_tell_them_apart_do_not_replace_those_that_do() -> None:
+    obs = pd.DataFrame({"cell_id": ["1", "1"]}, index=["a", "b"])
+    assert map_obs(obs, {}).frame["cell_id"].tolist() == ["a", "b"]
+    assert list(map_obs(obs, {}).aside) == ["cell_id"]
+
+
+def test_ids_are_found_in_whichever_column_has_them() -> None:
+    frame = pd.DataFrame({"n": [1, 2], "Ensembl_ID": [f"ENSG{number:011d}.4" for number in (1, 2)]}, index=["A", "B"])
+    assert map_genes(frame).features.feature_id == ["ENSG00000000001", "ENSG00000000002"]
 
 
 @pytest.mark.parametrize(
@@ -322,6 +389,14 @@ def test_kinds_of_perturbation_come_to_the_lakes_words() -> None:
 )
 def test_the_guess_at_what_values_are_instead_of_counts(values: list[list[float]], guess: str) -> None:
     assert guess in check.looks_like(scipy.sparse.csr_matrix(np.array(values)))
+
+
+def test_counts_are_not_kept_as_logarithms() -> None:
+    counts = scipy.sparse.csr_matrix(np.random.default_rng(0).poisson(1.0, (60, 40)).astype(np.float32))
+    names = [str(number) for number in range(40)]
+    assert "whole numbers up to" in check.lognorm_problems(counts, names, 0)[0]
+    assert check.lognorm_problems(counts.log1p(), names, 0) == []
+    assert check.lognorm_problems(counts[:2], names, 0) == [], "too few to tell"
 
 
 def test_log_normalised_counts_are_recognised_by_their_sums() -> None:
@@ -355,7 +430,7 @@ def test_work_on_distinct_values_gives_what_work_on_cells_gives() -> None:
 def test_a_category_that_no_cell_has_is_not_looked_at() -> None:
     primary = pd.Categorical(["True", "False"], categories=["True", "False", "perhaps"])
     time = pd.Categorical(["6 HR", "2 HR"], categories=["6 HR", "2 HR", "late"])
-    frame, _ = map_obs(pd.DataFrame({"is_primary_data": primary, "time": time}, index=["a", "b"]), {})
+    frame = map_obs(pd.DataFrame({"is_primary_data": primary, "time": time}, index=["a", "b"]), {}).frame
     assert list(frame["is_primary_data"]) == [True, False]
     assert list(frame["time"]) == [6, 2]
     assert list(frame["time_unit"]) == ["hour", "hour"]

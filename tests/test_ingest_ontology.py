@@ -20,7 +20,7 @@ def obs(**columns: list[str]) -> pd.DataFrame:
 def test_labels_get_ids_by_name_by_exact_synonym_and_blind_to_case() -> None:
     found = resolve(obs(cell_type=["B cell", "b lymphocyte", "unknown", "na"]), "homo_sapiens")
     assert found.obs["cell_type_ontology_term_id"].tolist() == ["CL:0000236", "CL:0000236", "unknown", "unknown"]
-    assert found.obs["cell_type"].tolist() == ["B cell", "B cell", "unknown", "na"]
+    assert found.obs["cell_type"].tolist() == ["B cell", "B cell", "unknown", "unknown"]
     assert (found.problems, found.notes) == ([], [])
 
 
@@ -64,6 +64,16 @@ def test_a_typing_error_is_kept_and_the_nearest_term_offered() -> None:
         ("B", ""),
         ("Alpha", ""),
         ("alpha cell", ""),
+        ("alpha cells", ""),
+        ("K cells", ""),
+        ("VIP", ""),
+        ("Heart", ""),
+        ("Stalk", ""),
+        ("Double negative T", ""),
+        ("Motile", ""),
+        ("Cells", ""),
+        ("CD16+ Monocytes", "CD14-positive, CD16-positive monocyte"),
+        ("CD4 T cell", "CD4-positive, alpha-beta T cell"),
         ("19", ""),
         ("CD4+/CD45RA+/CD25- Naive T", ""),
         ("FCGR3A+ Monocytes", ""),
@@ -99,9 +109,18 @@ def test_ages_are_understood_as_people_write_them(label: str, organism: str, ter
     assert (found.obs["development_stage_ontology_term_id"][0] != "unknown") == bool(term)
 
 
-def test_terms_of_another_organism_are_not_taken() -> None:
-    for organism, term in (("mus_musculus", "alpha retinal ganglion cell (Mmus)"), ("homo_sapiens", "alpha cell")):
-        assert resolve(obs(cell_type=["alpha cell"]), organism).obs["cell_type"].tolist() == [term]
+@pytest.mark.parametrize("organism", ["mus_musculus", "homo_sapiens"])
+def test_terms_of_some_organisms_go_by_their_whole_name_alone(organism: str) -> None:
+    labels = ["alpha cell", "VIP", "Lamp5", "Neuroblasts", "alpha retinal ganglion cell (Mmus)"]
+    found = resolve(obs(cell_type=labels), organism).obs["cell_type_ontology_term_id"].tolist()
+    assert found[:4] == ["unknown"] * 4
+    assert found[4] != "unknown"
+
+
+def test_a_worms_cells_are_looked_for_in_its_own_anatomy_first() -> None:
+    found = resolve(obs(cell_type=["B cell", "Ciliated sensory neurons", "P cells"]), "caenorhabditis_elegans")
+    assert found.obs["cell_type_ontology_term_id"].tolist()[0].startswith("WBbt:")
+    assert found.obs["cell_type"].tolist()[1:] == ["Ciliated sensory neurons", "P cells"]
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,8 @@ def test_normalised_values_have_their_own_layer_and_no_counts(filled: Filled, sh
     assert np.isclose(stored.sum(), scipy.sparse.csr_matrix(read.X).sum(), rtol=1e-6)
     assert lake.counts("homo_sapiens", "RNA", obs["soma_joinid"].to_numpy()).nnz == 0
     assert not obs["measured_RNA"].any()
-    assert set(obs["perturbation_type"]) == {"genetic"}
+    kinds = read.obs["perturbation_type"].astype(str).map({"CRISPRa": "activation", "CRISPRi": "genetic"})
+    assert obs["perturbation_type"].tolist() == kinds.tolist()
     assert any("+" in name for name in obs["perturbation"])
 
 
@@ -411,3 +412,31 @@ def test_what_cannot_be_expanded_is_said(tmp_path: Path, settings: dict[str, str
     with pytest.raises(error, match=said) as caught:
         expand(SourceSettings(**given), SCHEMES)  # type: ignore[arg-type]
     assert "secret" not in str(caught.value)
+
+
+def test_what_lies_beside_the_counts_of_an_h5ad_is_read_kept_or_named(shared_data: Path, tmp_path: Path) -> None:
+    data = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad")[:60].copy()
+    antibodies = np.random.default_rng(0).poisson(3, (60, 5)).astype(np.float32)
+    data.obsm["protein_expression"] = scipy.sparse.csr_matrix(antibodies)
+    data.obsm["X_adt"] = pd.DataFrame(np.ones((60, 2)), index=data.obs_names, columns=["a", "b"])
+    data.obsm["spatial"] = np.arange(120.0).reshape(60, 2)
+    data.obs["tissue"] = pd.Series(["blood", np.nan] * 30, index=data.obs_names, dtype=object)
+    data.var["feature_types"] = ["Gene Expression"] * (data.n_vars - 2) + ["Multiplexing Capture"] * 2
+    data.write_h5ad(tmp_path / "one.h5ad")
+    opened = OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad")), "one")
+    found = opened.inspect()
+    assert not found.problems
+    assert (opened.block("protein", 0, 60) != antibodies).sum() == 0
+    assert found.obs["x"].tolist() == data.obsm["spatial"][:, 0].tolist()
+    assert list(found.obs["tissue"]) == ["blood", "unknown"] * 30
+    assert "features left out: 2 of type 'Multiplexing Capture'" in found.notes
+    assert any(note.startswith("obsm left out: X_adt; counts of antibodies are looked for") for note in found.notes)
+
+
+def test_a_table_that_lies_on_its_side_is_refused_with_the_way_on(shared_data: Path, tmp_path: Path) -> None:
+    data = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad")[:20]
+    pd.DataFrame(data.X.toarray().T, index=data.var_names, columns=data.obs_names).to_csv(tmp_path / "side.csv")
+    told = {"uri": str(tmp_path / "side.csv"), "kind": "table"}
+    with pytest.raises(InputRefused, match=r"called as cells are \('AAA.*set transposed=true"):
+        OpenDataset(SourceSettings(**told), "side")
+    assert OpenDataset(SourceSettings(**told, transposed=True), "side").form.n_obs == 20

@@ -175,7 +175,7 @@ def test_a_stopped_run_shows_nothing_and_the_same_again_does_only_what_is_left(l
         (embeddings, "remove_fragments"),
         (embeddings, "merge_footers"),
         (embeddings, "_enter"),
-        (embeddings, "_forget_old"),
+        (embeddings, "forget_old"),
         (index, "_put"),
     ],
 )
@@ -398,9 +398,15 @@ def test_parts_that_lost_no_cell_are_gone_on_with_and_the_index_before_answers_m
     with pytest.raises(InterruptedRun, match="all cells are embedded; stopped at 1 of 4 parts"):
         embed(asked, stop_after(2))  # blocks, then a part
     assert open_embeddings(lake, HUMAN, "cells").number == 1
+    with LakeWriter(lake) as writer:
+        add_cells(writer, "fourth", 10, seed=3)
+    with pytest.raises(InterruptedRun, match="stopped at 1 of 4 parts"):
+        embed(asked, stop_after(2))
     assert (open_index(lake, HUMAN, "cells").known.generation.number, len(list_indexes(lake))) == (0, 1)
+    with LakeWriter(lake) as writer:
+        writer.remove("fourth")
     second = embed(asked)
-    assert second.n_blocks == 0
+    assert second.n_embedded == 0
     assert [(one["n_cells"], one["n_taken_over"]) for one in second.index["parts"]] == [
         (600, 600),
         (600, 600),
@@ -424,6 +430,67 @@ def test_parts_that_lost_no_cell_are_gone_on_with_and_the_index_before_answers_m
     np.testing.assert_allclose(distances, far, atol=0.02)
 
 
+def file_of(folder: Path, number: int, ending: str) -> Path:
+    (found,) = (folder / f"{number:012d}").glob(f"*{ending}")
+    return found
+
+
+def test_cells_that_are_alike_are_all_found_and_what_is_damaged_is_made_again_alone(
+    lake: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "PART_CELLS", 1_000)
+    monkeypatch.setattr(index, "FEW", 100)
+    asked = Asked(checkpoint, lake, key="cells")
+    real = embeddings.write_block
+
+    def alike(generation: object, number: int, joinids: np.ndarray, values: np.ndarray, said: object) -> None:
+        values[joinids >= 1_010] = 3.0
+        real(generation, number, joinids, values, said)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embeddings, "write_block", alike)
+    embed(asked)
+    opened = open_index(lake, HUMAN, "cells")
+    for queries in (np.full((1, 16), 3, np.float32), np.zeros((2, 16), np.float32), np.zeros((0, 16), np.float32)):
+        for k in (150, 350, 2_000):
+            joinids, distances = opened.search(queries, k)
+            assert joinids.shape == (len(queries), min(k, N_CELLS))
+            assert all(len(set(row)) == len(row) for row in joinids.tolist())
+            assert np.isfinite(distances).all()
+    folder = Path(index.folder_of(opened.known.generation))
+    before = file_of(folder, 1, index.VECTORS).stat().st_mtime_ns
+    damaged = file_of(folder, 0, index.VECTORS)
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(InputRefused, match=f"SHA-256 differs from the manifest's; remove {damaged.parent} and embed"):
+        open_index(lake, HUMAN, "cells")
+    shutil.rmtree(damaged.parent)
+    embed(asked)
+    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+    file_of(folder, 0, index.CELLS).unlink()
+    embed(asked)
+    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+    assert file_of(folder, 1, index.VECTORS).stat().st_mtime_ns == before
+
+
+def test_two_makers_of_a_part_leave_one_that_is_whole(
+    lake: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, others = index._put, []
+
+    def late(path: Path, uri: str) -> None:
+        if not others:
+            others.append(uri)
+            monkeypatch.setattr(index, "CONNECTIVITY", 8)  # another graph than that of the one that waits
+            generation = open_embeddings(lake, HUMAN, "cells")
+            index.make_part(generation, 0)
+        real(path, uri)
+
+    monkeypatch.setattr(index, "_put", late)
+    embed(Asked(checkpoint, lake, key="cells"))
+    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+
+
 def test_a_part_before_that_is_damaged_is_made_anew(
     lake: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,8 +498,8 @@ def test_a_part_before_that_is_damaged_is_made_anew(
     asked = Asked(checkpoint, lake, key="cells")
     embed(asked)
     folder = Path(index.folder_of(open_embeddings(lake, HUMAN, "cells")))
-    (folder / "000000000000" / index.VECTORS).write_bytes(b"nothing")
-    (folder / "000000000001" / index.CELLS).unlink()
+    file_of(folder, 0, index.VECTORS).write_bytes(b"nothing")
+    file_of(folder, 1, index.CELLS).unlink()
     with LakeWriter(lake) as writer:
         add_cells(writer, "third", 100, seed=2)
     assert [one["n_taken_over"] for one in embed(asked).index["parts"]] == [0, 0]
@@ -441,11 +508,11 @@ def test_a_part_before_that_is_damaged_is_made_anew(
 
 def test_an_index_that_was_changed_is_refused(lake: str, checkpoint: str) -> None:
     embed(Asked(checkpoint, lake, key="cells"))
-    place = Path(index.folder_of(open_embeddings(lake, HUMAN, "cells"))) / "000000000000" / index.VECTORS
+    place = file_of(Path(index.folder_of(open_embeddings(lake, HUMAN, "cells"))), 0, index.VECTORS)
     data = bytearray(place.read_bytes())
     data[len(data) // 2] ^= 1
     place.write_bytes(data)
-    with pytest.raises(InputRefused, match=r"vectors.usearch: its SHA-256 differs"):
+    with pytest.raises(InputRefused, match=r"usearch: its SHA-256 differs"):
         open_index(lake, HUMAN, "cells")
     place.unlink()
     with pytest.raises(MissingError, match="is gone"):

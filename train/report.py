@@ -295,22 +295,24 @@ def _rows(path: Path) -> Iterator[Row]:
                 break
             try:
                 row = json.loads(line)
-                yield row | {"step": int(row["step"]), "time": float(row["time"])}
-            except (KeyError, TypeError, ValueError) as error:
+                told = {key: float(row[key]) for key in (*SAID, *PARTS) if row.get(key) is not None}
+                yield told | {"step": int(row["step"]), "time": float(row["time"])}
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise InputRefused(f"{path}: line {number} is not a step's row: {error}; remove the line") from None
 
 
 def _table(rows: Iterable[Row]) -> pd.DataFrame:
     """Return a column for all that a row may say, NaN where it does not; to save nothing takes no time, not 0 s.
 
-    Rows go into the columns one by one: a million steps are 160 MB, as dictionaries they would be 2 GB.
+    Rows go into the columns one by one: a million steps are 160 MB and twice that while they are read; as dictionaries
+    they would be 2 GB.
     """
     columns = {name: array("d") for name in (*SAID, *PARTS)}
     for row in rows:
         for name, values in columns.items():
             value = row.get(name)
             values.append(math.nan if value is None else value)
-    table = pd.DataFrame({name: np.array(values) for name, values in columns.items()})
+    table = pd.DataFrame({name: np.frombuffer(values) for name, values in columns.items()})
     table["checkpoint_s"] = table["checkpoint_s"].replace(0.0, np.nan)
     return table
 

@@ -159,14 +159,26 @@ def chosen_columns(rows: Rows, columns: NDArray[np.int64], n_all: int) -> Rows:
     return lambda start, stop: rows(start, stop)[:, columns]
 
 
+MEASUREMENT_OF = {
+    "gene expression": "RNA",
+    "antibody capture": "protein",
+    "peaks": "ATAC",
+    "crispr guide capture": "guide",
+}
+"""What features of 10x's types measure."""
+
+
 def feature_types_to_measurements(types: pd.Series) -> dict[str, NDArray[np.int64]]:
     """Split 10x features by their type: measurement to column positions; unknown types are left out."""
-    measurement_of = {
-        "gene expression": "RNA",
-        "antibody capture": "protein",
-        "peaks": "ATAC",
-        "crispr guide capture": "guide",
-    }
     lowered = types.astype(str).str.lower()
-    split = {name: np.flatnonzero((lowered == kind).to_numpy()) for kind, name in measurement_of.items()}
+    split = {name: np.flatnonzero((lowered == kind).to_numpy()) for kind, name in MEASUREMENT_OF.items()}
     return {name: columns for name, columns in split.items() if len(columns)}
+
+
+def types_left_out(types: pd.Series) -> tuple[str, ...]:
+    """Say which features of 10x have no place in the lake."""
+    said = types.astype(str)
+    left = said[~said.str.lower().isin(list(MEASUREMENT_OF))].value_counts()
+    if left.empty or len(said) == left.sum():
+        return ()
+    return (f"features left out: {', '.join(f'{n:,} of type {name!r}' for name, n in left.items())}",)

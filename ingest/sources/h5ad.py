@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ingest.sources.form import (
     fingerprint,
     level_rows,
     memory_rows,
+    types_left_out,
 )
 from ingest.turn import PART, Coordinates, turned
 from store.errors import InputRefused
@@ -64,6 +65,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     var, rows = _matrix(file, source, layer)
     if "feature_types" in var and source.measurement == "RNA":
         split = feature_types_to_measurements(var["feature_types"]) or {"RNA": np.arange(len(var))}
+        notes += types_left_out(var["feature_types"])
     else:
         split = {source.measurement: np.arange(len(var))}
     parts = {
@@ -72,10 +74,12 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     }
     n_obs = table_length(file, "obs", source.uri)
     proteins, used = _proteins(file, n_obs)
+    sides = _sides(file, n_obs, used)
+    notes += _left_out(file, sides, used)
     return SourceDataset(
         dataset_id=name,
         organism=_organism(file, source),
-        read_obs=lambda: read_table(file, "obs", source.uri),
+        read_obs=lambda: _with_places(read_table(file, "obs", source.uri), file),
         n_obs=n_obs,
         parts=parts | proteins,
         content=lambda: content_digest(source.uri),
@@ -84,7 +88,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
             "citation": _text_at(file, "uns/citation"),
             "dataset_h5ad_path": source.uri.rstrip("/").rsplit("/", 1)[-1],
         },
-        sides=_sides(file, n_obs, used),
+        sides=sides,
         notes=tuple(notes),
     )
 
@@ -269,8 +273,26 @@ def _proteins(file: Any, n_obs: int) -> tuple[dict[str, Part], str]:
             else:
                 features = [f"{key}_{number}" for number in range(table.shape[1])]
             if table.shape == (n_obs, len(features)):
-                return {"protein": Part(pd.DataFrame(index=features), memory_rows(np.asarray(table)))}, key
+                return {"protein": Part(pd.DataFrame(index=features), memory_rows(table))}, key
     return {}, ""
+
+
+def _with_places(obs: pd.DataFrame, file: Any) -> pd.DataFrame:
+    """Add positions in space from ``obsm["spatial"]``, where obs has none."""
+    places: Any = file.get("obsm/spatial")
+    shape: tuple[int, ...] = getattr(places, "shape", ())
+    if len(shape) == 2 and shape[0] == len(obs) and shape[1] >= 2 and not {"x", "y"} & set(obs.columns):
+        x, y = np.asarray(places[:, :2], np.float64).T
+        obs = obs.assign(x=x, y=y)
+    return obs
+
+
+def _left_out(file: Any, kept: Mapping[str, Any], used: str) -> list[str]:
+    """Say which tables of cells have no place in the lake."""
+    keys = [str(key) for key in file["obsm"]] if "obsm" in file and hasattr(file["obsm"], "keys") else []
+    left = [key for key in keys if key != used and f"obsm_{Path(key).name}" not in kept]
+    known = ", ".join(PROTEIN_TABLES)
+    return [f"obsm left out: {', '.join(left)}; counts of antibodies are looked for under {known}"] if left else []
 
 
 def _sides(file: Any, n_obs: int, used: str) -> dict[str, Callable[[], pd.DataFrame]]:

@@ -5,12 +5,17 @@ Fields are parted by commas (.csv), tabs (.tsv) or blanks; .gz or not.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, SourceDataset, content_digest, level_rows, memory_rows
 from store.errors import InputRefused
+
+BARCODE = re.compile(r"(.*[_:#-])?[ACGT]{10,}([-_.].*)?$")
+"""How droplets are called: ``AAACATACAACCAC-1``."""
 
 
 def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
@@ -33,6 +38,11 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     features = [str(column) for column in table if column not in set(texts)]
     if not features:
         raise InputRefused(f"{source.uri}: has no column of numbers; are cells in columns? then set transposed=true")
+    if np.mean([bool(BARCODE.match(name)) for name in features]) > 0.5:
+        turned = str(not source.transposed).lower()
+        raise InputRefused(
+            f"{source.uri}: its features are called as cells are ({features[0]!r}, ...); set transposed={turned}"
+        )
     matrix = numbers[features].to_numpy(np.float64)
     rows = level_rows(matrix) if source.values == "value" else memory_rows(matrix)
     return SourceDataset(
