@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ingest import check, harmonize, ontology
 from ingest.harmonize import FeatureMap
 from ingest.job import SourceSettings, Values
+from ingest.obs import map_obs
 from ingest.sources import kind_of, open_dataset
 from ingest.sources.form import SourceDataset, content_digest, fingerprint
 from store.errors import InputRefused
@@ -189,7 +190,7 @@ class OpenDataset:
         notes = list(self.form.notes)
         obs, leftovers = pd.DataFrame(index=range(self.form.n_obs)), pd.DataFrame()
         try:
-            found = harmonize.map_obs(self.form.obs, self._obs_given(), self.source.controls)
+            found = map_obs(self.form.obs, self._obs_given(), self.source.controls)
             obs, leftovers = found.frame, found.aside
             notes += found.notes
             resolved = ontology.resolve(obs, self.form.organism)

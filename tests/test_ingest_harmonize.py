@@ -11,15 +11,10 @@ import pytest
 import scipy.sparse
 
 from ingest import check, distinct
-from ingest.harmonize import (
-    guide_target,
-    map_genes,
-    map_obs,
-    map_plain,
-    other_organism,
-    perturbation_name,
-    read_quantity,
-)
+from ingest.harmonize import map_genes, map_plain, other_organism
+from ingest.obs import map_obs
+from ingest.perturbations import guide_target, perturbation_name
+from ingest.quantities import read_quantity
 from store.errors import InputRefused, MissingError
 
 TABLE = """\
@@ -294,6 +289,10 @@ def test_what_is_no_quantity_stays_beside_and_a_column_asked_for_must_be_one() -
     assert found.frame["dose"].isna().tolist() == [False, False, True]
     assert found.frame["time_unit"].tolist()[:2] == ["M", "day"], "months, or minutes"
     assert "time: units kept as they are: M; say obs.time_unit==day" in found.notes[0]
+    found = map_obs(pd.DataFrame({"dose": [".5", "1. uM", "DMSO 0.1%"]}), {})
+    assert found.frame["dose"].tolist()[:2] == [0.5, 1.0]
+    assert found.frame["dose_unit"].tolist() == ["", "uM", ""]
+    assert "'inf' is no quantity" in map_obs(pd.DataFrame({"dose": ["inf", "1 uM"]}), {}).notes[0]
     found = map_obs(pd.DataFrame({"time": ["6 mo", "P7", "3 weeks", "2 min"]}), {})
     assert found.frame["time_unit"].tolist() == ["month", "day", "week", "minute"]
     with pytest.raises(InputRefused, match="not numbers"):
@@ -363,6 +362,15 @@ def test_it_is_said_what_is_taken_for_a_control_and_when_nothing_is() -> None:
     found = map_obs(treated, {"perturbation": "treatment"}, ["rest"])
     assert found.frame["perturbation"].tolist() == ["control", "IFNb", "control"]
     assert found.notes == ["perturbation: taken for controls: 'rest'"]
+    assert perturbation_name("none, or PBS", ["none, or PBS"]) == "control"
+
+
+def test_doses_of_what_is_called_genetic_are_pointed_out() -> None:
+    screen = {"perturbation": ["DMSO", "JQ1"], "dose": ["vehicle", "1 uM"]}
+    assert "if it is drugs, say obs.perturbation_type==drug" in map_obs(pd.DataFrame(screen), {}).notes[0]
+    said = map_obs(pd.DataFrame(screen), {"perturbation_type": "=drug"})
+    assert said.notes == ["perturbation: taken for controls: 'DMSO'"]
+    assert said.frame["perturbation_type"].tolist() == ["drug", "drug"]
 
 
 def test_names_of_cells_that_do_not_tell_them_apart_do_not_replace_those_that_do() -> None:

@@ -1,0 +1,143 @@
+"""This module brings what was done to cells into the lake's words: controls, targets, kinds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from ingest import distinct
+
+CONTROL = re.compile(
+    r"^(\d+(\.\d+)? ?% )?"
+    r"(((sg|g|si|sh)[-_ ]?)?(ntc?|non[-_ ]?target(ing)?|control|ctrl|neg(ative)?[-_ ]?c(on)?tr(o)?l|"
+    r"safe[-_ ]?(targeting|harbou?r)|scrambled?)|"
+    r"intergenic|mock|un(treated|stimulated|stim)|no[-_ ]?treatment|vehicle|dmso|dimethyl[-_ ]?sulfoxide|pbs|medium|"
+    r"wild[-_ ]?type|wt(?![-_ ]?\d))"
+    r"([-_ ](control|ctrl|human|mouse|guide|s?g?rna|s[ih]rna|tf))*([-_ ]?g?\d+)*([-_ ]?\d+(\.\d+)? ?%)?$",
+    re.IGNORECASE,
+)
+"""Names of controls, numbered or not: ``NT``, ``NTg4``, ``non-targeting_2``, ``sgNTC``, ``DMSO 0.1%``, ``untreated``;
+``NTRK1`` and ``WT1`` are genes."""
+SAYS_WHAT_WAS_DONE = (
+    "condition",
+    "perturb",
+    "gene",
+    "guide",
+    "compound",
+    "drug",
+    "treatment",
+    "stim",
+    "stimulation",
+    "cytokine",
+)
+"""Columns that may hold perturbations, or other things: nobody is asked to guess, but told."""
+
+PERTURBATION_KINDS = (
+    (r"crispr[-_ ]?a(ct.*)?$|over[-_ ]?express|^oe$|^orf$", "activation"),
+    (r"crispr|cas9|knock|sirna|shrna|genetic|^ko$", "genetic"),
+    (r"drug|compound|chemical|small.?molecule", "drug"),
+    (r"stimul|cytokine|ligand|growth.?factor|infect", "stimulation"),
+)
+
+
+def perturbation_kind(value: Any) -> str:
+    """Bring a kind of perturbation to the lake's words, where it is one of the customary ones."""
+    text = "none" if value is None or value != value else str(value)
+    if text.strip().lower() in ("", "nan", "none", "na", "unknown"):
+        return "none"
+    return next((kind for pattern, kind in PERTURBATION_KINDS if re.search(pattern, text, re.IGNORECASE)), text)
+
+
+NAME = re.compile(r"[A-Za-z][^,\s'-]{1,}")
+"""How a name begins that stands alone: ``KLF1``; locants of a compound (``2``, ``N``, ``3'``) do not."""
+ROTATION = re.compile(r"\((\+/?[-\u2212]|[-\u2212]/?\+|\+)\)")
+"""Which way a compound turns light, or that it is both: ``(+)-JQ1``, ``(+/-)-verapamil``."""
+
+
+def _rotation(found: re.Match[str]) -> str:
+    return "(plus)" if found[1] == "+" else "(±)"
+
+
+def _names(text: str) -> list[str]:
+    """Return the names between commas; the whole where commas belong to one name, as in ``N,N-dimethyltryptamine``."""
+    parts = [part.strip() for part in text.split(",")]
+    if re.search(r",\s+[a-z]", text):  # a salt, a form: ``Hydroxyzine, dihydrochloride``, ``TNF, alpha``
+        return [text.strip()]
+    apart = any(CONTROL.match(part) for part in parts) or all(NAME.match(part) for part in parts if part)
+    return parts if apart else [text.strip()]
+
+
+def perturbation_name(value: Any, controls: Sequence[str] = ()) -> str:
+    """Write a perturbation the lake's way: ``""``, ``control``, or targets sorted and joined by ``+``.
+
+    Non-targeting guides and vehicles come under many names; each is ``control``. ``A+ctrl`` is ``A``. A comma stands
+    between targets where each side is a name (``CEBPA,KLF1``), and within one elsewhere (``2,4-dinitrophenol``). As a
+    plus is between targets, ``(+)-JQ1`` is written ``(plus)-JQ1``, and ``(+/-)-verapamil`` ``(±)-verapamil``.
+
+    Args:
+        value: As the source has it.
+        controls: Words that mean a control here, beside the customary ones.
+    """
+    if value is None or value != value or str(value).strip().lower() in ("", "nan", "none", "na", "unperturbed"):
+        return ""
+    if str(value).strip() in controls:
+        return "control"
+    parts = [name for part in re.split(r"[+|]", ROTATION.sub(_rotation, str(value))) for name in _names(part) if name]
+    targets = sorted({part for part in parts if not CONTROL.match(part) and part not in controls})
+    return "+".join(targets) or "control"
+
+
+def guide_target(value: Any) -> str:
+    """Name the targets of a guide or of several (``a+b``): ``ATF2g1``, ``STAT1_sg2`` and ``ATF2_1`` name genes.
+
+    Genes' own names end in digits too (``CD4``, ``NKX2-1``): only a mark (``g``, ``sg``, ``guide``, ``grna``), an
+    underscore or a full stop before the number makes it a guide's.
+    """
+    parts = [part.strip() for part in re.split(r"[+,|;]", str(value)) if part.strip()]
+    pairs = [part.split("_") for part in parts]  # KLF1_NegCtrl0: one of two guides is a control
+    parts = [one for part, pair in zip(parts, pairs, strict=True) for one in (pair if _with_control(pair) else [part])]
+    return "+".join(part if CONTROL.match(part) else _target(part) for part in parts)
+
+
+def _with_control(pair: list[str]) -> bool:
+    return len(pair) == 2 and any(re.fullmatch(r"(?i)neg(ative)?c(on)?tr(o)?l\d*|ctrl\d*", one) for one in pair)
+
+
+def _target(guide: str) -> str:
+    found = re.fullmatch(r"(.+?)(?:[-_.]?(?:sg|g|guide|grna|sgrna)[-_]?\d+|[_.]\d+)", guide)
+    return found[1] if found else guide
+
+
+def said_of_perturbations(frame: pd.DataFrame, obs: pd.DataFrame, controls: Sequence[str]) -> list[str]:
+    """Say what is taken for a control, that nothing is, or that nothing is a perturbation; ask whether it is drugs.
+
+    Args:
+        frame: The lake's columns, not yet in the lake's words.
+        obs: The source's columns.
+        controls: As for :func:`perturbation_name`.
+    """
+    if "perturbation" not in frame:
+        likely = [str(name) for name in obs if str(name).lower() in SAYS_WHAT_WAS_DONE and obs[name].nunique() > 1]
+        hint = "perturbation: none is known; if column {0!r} holds them, say obs.perturbation={0}"
+        return [hint.format(name) for name in likely[:1]]
+    told = []
+    if (
+        "perturbation_type" not in frame
+        and "dose" in frame
+        and pd.to_numeric(frame["dose"], errors="coerce").notna().any()
+    ):
+        told.append("perturbation_type: genetic, and cells have doses: if it is drugs, say obs.perturbation_type==drug")
+    _, words = distinct.coded(frame["perturbation"])
+    named = {str(word): perturbation_name(word, controls) for word in words}
+    taken = sorted(word for word, name in named.items() if name == "control" and word != "control")
+    others = sorted(word for word, name in named.items() if name not in ("", "control"))
+    if others and "control" not in named.values():
+        return [*told, f'perturbation: none of {_some(others)} is a control; if one is, say controls=["WORD"]']
+    return [*told, f"perturbation: taken for controls: {_some(taken)}"] if taken else told
+
+
+def _some(words: Sequence[str]) -> str:
+    return ", ".join(map(repr, words[:4])) + (" ..." if len(words) > 4 else "")

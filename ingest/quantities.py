@@ -1,0 +1,77 @@
+"""This module reads numbers that come with a unit: doses and times."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ingest import distinct
+from ingest.perturbations import CONTROL
+
+QUANTITY = re.compile(
+    r"^\s*([A-Za-z]*)\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ%][A-Za-zµμ%/]*)?\s*$"
+)
+TIMES = {"e": "day", "d": "day", "day": "day", "days": "day", "h": "hour", "hr": "hour", "hrs": "hour", "hour": "hour"}
+TIMES |= {"hours": "hour", "m": "minute", "min": "minute", "mins": "minute", "w": "week", "wk": "week", "weeks": "week"}
+TIMES |= {"minute": "minute", "minutes": "minute", "week": "week", "p": "day", "mo": "month", "months": "month"}
+TIMES |= {"month": "month", "y": "year", "yr": "year", "yrs": "year", "year": "year", "years": "year"}
+"""Units of time in lower case, ``E`` and ``P`` of development among them; a capital ``M`` may be months."""
+
+
+Quantities = tuple[NDArray[np.float64], NDArray[np.object_] | None]
+
+
+def read_quantity(values: pd.Series, units: Mapping[str, str] = TIMES) -> Quantities | None:
+    """Read numbers, with a unit before or behind them or without one: ``10``, ``50 uM``, ``6 HR``, ``d8``, ``E3.5``.
+
+    Args:
+        values: As the source has them.
+        units: How units, in lower case, are written here; others stay as they are.
+
+    Returns:
+        The numbers (NaN where there is nothing), and their units where any has one; none when some value is neither.
+    """
+    if pd.api.types.is_numeric_dtype(values.dtype):
+        return values.to_numpy(np.float64), None
+    codes, found = distinct.coded(values)
+    read = _quantities(pd.Series(found, dtype=object), units)
+    return read and (read[0][codes], None if read[1] is None else read[1][codes])
+
+
+def _quantities(values: pd.Series, units: Mapping[str, str]) -> Quantities | None:
+    numbers = pd.to_numeric(values, errors="coerce").astype(np.float64)
+    empty = values.isna() | values.astype(str).map(_no_number)
+    if (numbers.notna() | empty).all():
+        return np.asarray(numbers, dtype=np.float64), None
+    found = values.astype(str).str.extract(QUANTITY)
+    if not (found[1].notna() | empty).all():
+        return None
+    unit = found[2].fillna(found[0]).fillna("")
+    known = unit.where(unit == "M", unit.str.lower()).map(dict(units))
+    units_of = known.fillna(unit).where(~empty, "")
+    return found[1].where(~empty).to_numpy(np.float64), units_of.to_numpy(np.object_)
+
+
+def _no_number(text: str) -> bool:
+    """Say whether a text stands where a quantity is not said: of a control, or before the first time."""
+    plain = text.strip().lower()
+    return plain in ("", "nan", "na", "none", "unknown", "baseline") or bool(CONTROL.match(plain))
+
+
+def quantity(column: str, values: pd.Series) -> tuple[Quantities | None, str]:
+    """Return a column's quantities, and what people should know of them."""
+    found = read_quantity(values, TIMES if column == "time" else {})
+    if found is None:
+        _, words = distinct.coded(values)
+        odd = next(
+            (repr(str(word)) for word in words if not QUANTITY.match(str(word)) and not _no_number(str(word))), ""
+        )
+        return None, f"{column}: column {values.name!r} is left aside: {odd} is no quantity"
+    units = [] if found[1] is None or column != "time" else sorted(set(found[1].tolist()) - {"", *TIMES.values()})
+    if units:
+        return found, f"time: units kept as they are: {', '.join(units)}; say obs.time_unit==day, or what it is"
+    return found, ""
