@@ -32,6 +32,8 @@ class SourceSettings(Settings):
     """What the matrix of an h5ad, zarr, loom or table measures; other kinds say it themselves."""
     layer: str = ""
     """Matrix that holds the values: empty for X (of a CELLxGENE file: its raw counts), ``raw``, or a layer's name."""
+    antibodies: str = ""
+    """For an h5ad or zarr: the table of ``obsm`` that holds counts of antibodies; customary names are recognised."""
     values: Values | dict[str, Values] = "counts"
     """What the matrix holds, for all measurements or one by one (``values.RNA``).
 

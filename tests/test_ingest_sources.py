@@ -430,7 +430,11 @@ def test_what_lies_beside_the_counts_of_an_h5ad_is_read_kept_or_named(shared_dat
     assert found.obs["x"].tolist() == data.obsm["spatial"][:, 0].tolist()
     assert list(found.obs["tissue"]) == ["blood", "unknown"] * 30
     assert "features left out: 2 of type 'Multiplexing Capture'" in found.notes
-    assert any(note.startswith("obsm left out: X_adt; counts of antibodies are looked for") for note in found.notes)
+    assert "obsm left out: X_adt; if one holds counts of antibodies, say antibodies=NAME" in found.notes
+    chosen = OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad"), antibodies="X_adt"), "one")
+    assert chosen.block("protein", 0, 60).toarray().tolist() == [[1, 1]] * 60
+    with pytest.raises(InputRefused, match=r"no obsm\['adt'\]; there are .*X_adt"):
+        OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad"), antibodies="adt"), "one")
 
 
 def test_a_table_that_lies_on_its_side_is_refused_with_the_way_on(shared_data: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         for measurement, columns in split.items()
     }
     n_obs = table_length(file, "obs", source.uri)
-    proteins, used = _proteins(file, n_obs)
+    proteins, used = _proteins(file, n_obs, source)
     sides = _sides(file, n_obs, used)
     notes += _left_out(file, sides, used)
     return SourceDataset(
@@ -262,8 +262,12 @@ def _columns_first(element: Any) -> Iterator[Coordinates]:
         first = last
 
 
-def _proteins(file: Any, n_obs: int) -> tuple[dict[str, Part], str]:
-    for key in PROTEIN_TABLES:
+def _proteins(file: Any, n_obs: int, source: SourceSettings) -> tuple[dict[str, Part], str]:
+    if source.antibodies and f"obsm/{source.antibodies}" not in file:
+        raise InputRefused(
+            f"{source.uri}: no obsm[{source.antibodies!r}]; there are {', '.join(_tables(file)) or 'none'}"
+        )
+    for key in (source.antibodies,) if source.antibodies else PROTEIN_TABLES:
         if f"obsm/{key}" in file:
             table = read(file[f"obsm/{key}"])
             if isinstance(table, pd.DataFrame):
@@ -289,16 +293,19 @@ def _with_places(obs: pd.DataFrame, file: Any) -> pd.DataFrame:
 
 def _left_out(file: Any, kept: Mapping[str, Any], used: str) -> list[str]:
     """Say which tables of cells have no place in the lake."""
-    keys = [str(key) for key in file["obsm"]] if "obsm" in file and hasattr(file["obsm"], "keys") else []
-    left = [key for key in keys if key != used and f"obsm_{Path(key).name}" not in kept]
-    known = ", ".join(PROTEIN_TABLES)
-    return [f"obsm left out: {', '.join(left)}; counts of antibodies are looked for under {known}"] if left else []
+    left = [key for key in _tables(file) if key != used and f"obsm_{Path(key).name}" not in kept]
+    return [f"obsm left out: {', '.join(left)}; if one holds counts of antibodies, say antibodies=NAME"] if left else []
+
+
+def _tables(file: Any) -> list[str]:
+    """Name the tables of cells of a file."""
+    return [str(key) for key in file["obsm"]] if "obsm" in file and hasattr(file["obsm"], "keys") else []
 
 
 def _sides(file: Any, n_obs: int, used: str) -> dict[str, Callable[[], pd.DataFrame]]:
     """Return readers of the tables of cells that the lake has no place for: embeddings and the like."""
     tables: dict[str, Callable[[], pd.DataFrame]] = {}
-    for key in file["obsm"] if "obsm" in file and hasattr(file["obsm"], "keys") else ():
+    for key in _tables(file):
         element = file["obsm"][key]
         shape: tuple[int, ...] = getattr(element, "shape", ())
         if key != used and len(shape) == 2 and shape[0] == n_obs and 0 < shape[1] <= SIDE_COLUMNS:
