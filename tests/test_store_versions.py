@@ -277,7 +277,7 @@ def test_uploads_are_aborted_however_many_lists_they_fill(monkeypatch: pytest.Mo
     class Store:
         """S3 that lists two uploads at a time."""
 
-        def call_s3(self, method: str, Bucket: str, **words: str) -> Any:  # noqa: N803  S3's own names
+        def call_s3(self, method: str, Bucket: str, **words: str) -> Any:
             assert Bucket == "bucket"
             if method == "abort_multipart_upload":
                 del left[words["Key"]]
