@@ -344,7 +344,7 @@ class Bulk:
 
     def _index(self, crew: Crew, progress: Progress, stop: Callable[[], bool]) -> dict[str, Any]:
         """Have the index made, part by part; return its manifest."""
-        numbers = part_numbers(np.concatenate([block.joinid_C for block in self.blocks]))
+        numbers = sorted({number for block in self.blocks for number in part_numbers(block.joinid_C)})
         n_done = 0
         progress(PARTS, n_done, len(numbers))
         for record in crew.do([IndexPart(number) for number in numbers]):

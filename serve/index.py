@@ -88,22 +88,34 @@ def usable_index(generation: Generation) -> dict[str, Any] | None:
     So the parts whose folders somebody removed, as errors tell people to, are made again, and only they.
     """
     manifest = standing_index(generation)
-    if manifest is None or all(_stands(generation, part) for part in manifest["parts"]):
+    if manifest is None:
+        return None
+    folders = [_part_folder(generation, part["part"]) for part in manifest["parts"]]
+    stand = records.read_each([records.join(folder, PART) for folder in folders])
+    broken = [
+        folder
+        for folder, part, record in zip(folders, manifest["parts"], stand, strict=True)
+        if record is None or not _has_all(folder, part)
+    ]
+    if not broken:
         return manifest
+    for folder in broken:
+        records.remove(records.join(folder, PART))
     records.remove(records.join(folder_of(generation), MANIFEST))
     return None
 
 
-def _stands(generation: Generation, part: dict[str, Any]) -> bool:
-    folder = _part_folder(generation, part["part"])
-    if records.read(records.join(folder, PART)) is None:
-        return False
-    for ending in (VECTORS, CELLS):
-        filesystem, path = fsspec.core.url_to_fs(records.join(folder, part["files"][ending]["name"]))
-        if not filesystem.exists(path) or filesystem.size(path) != part["files"][ending]["bytes"]:
-            records.remove(records.join(folder, PART))
-            return False
-    return True
+def _has_all(folder: str, part: dict[str, Any]) -> bool:
+    return all(_size(records.join(folder, one["name"])) == one["bytes"] for one in part["files"].values())
+
+
+def _size(uri: str) -> int | None:
+    """Return a file's size in bytes; None where there is none."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        return int(filesystem.size(path))
+    except FileNotFoundError:
+        return None
 
 
 def part_numbers(joinid_C: NDArray[np.int64]) -> list[int]:

@@ -119,8 +119,13 @@ def ray_crew(common: Common, *, workers: int, cpus: float) -> Iterator[Crew]:
             raise StorageError(f"the Ray cluster has {there.get(name, 0):g} {name}; a worker needs {needed:g}")
     if n_gpus:  # one that waits for a GPU would keep the piece that it is given
         workers = min(workers, int(there["GPU"]))
-    options = {"num_cpus": cpus, "num_gpus": n_gpus, "max_concurrency": TOGETHER + 1}  # and one question how it is
-    actor = ray.remote(max_restarts=3, max_task_retries=3, **options)(LowPriority)
+    actor = ray.remote(
+        num_cpus=cpus,
+        num_gpus=n_gpus,
+        max_concurrency=TOGETHER + 1,  # and one question how it is
+        max_restarts=3,
+        max_task_retries=3,
+    )(LowPriority)
     shared = Common(common.checkpoint, common.device, common.generation, max(1, int(cpus)))
     actors = [actor.remote(shared) for _ in range(workers)]
     try:

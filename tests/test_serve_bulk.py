@@ -471,6 +471,10 @@ def test_cells_that_are_alike_are_all_found_and_what_is_damaged_is_made_again_al
     embed(asked)
     assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
     assert file_of(folder, 1, index.VECTORS).stat().st_mtime_ns == before
+    for number in (0, 1):
+        file_of(folder, number, index.CELLS).write_bytes(b"")
+    embed(asked)
+    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
 
 
 def test_two_makers_of_a_part_leave_one_that_is_whole(
