@@ -141,8 +141,8 @@ class OpenDataset:
     def check(self, measurement: str, start: int, stop: int, budget_nnz: int) -> Checked:
         """Read a span's values once: what is wrong with them, and what they add up to."""
         part, mapped = self.form.parts[measurement], self.maps[measurement]
-        judge = check.problems if self.counted(measurement) else check.level_problems
-        judge = check.lognorm_problems if self.values(measurement) == "lognorm" else judge
+        judges = {"lognorm": check.lognorm_problems, "value": check.level_problems}
+        judge = judges.get(self.values(measurement), check.problems)
         names = [str(name) for name in part.var.index]
         widest = max(1, 2**25 // max(1, len(names)))
         found: list[str] = []

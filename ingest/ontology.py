@@ -39,14 +39,16 @@ ANATOMY = {
 SHORTHAND = {
     "sex": {"f": "PATO:0000383", "female": "PATO:0000383", "m": "PATO:0000384", "male": "PATO:0000384"},
     "disease": {"healthy": "PATO:0000461", "normal": "PATO:0000461", "control": "PATO:0000461", "none": "PATO:0000461"},
-    "cell_type": {
-        f"cd{number}{mark} t cell": f"CL:{term}"
-        for number, term in ((4, "0000624"), (8, "0000625"))
-        for mark in ("", "-positive")
-    }
-    | {"nk": "CL:0000623"},
 }
 """Words that everybody uses and no ontology has as a name in the right place."""
+TAKEN_FOR = {
+    "cd4 t cell": "CL:0000624",
+    "cd4-positive t cell": "CL:0000624",
+    "cd8 t cell": "CL:0000625",
+    "cd8-positive t cell": "CL:0000625",
+    "nk": "CL:0000623",
+}
+"""Cell types by other words than their names; a note says so."""
 MARKED = re.compile(r"((?:[A-Za-z0-9]+\+(?:\s*[/,]\s*|\s*))+)(.+)")
 """Markers that a cell has, then what it is: ``CD14+ Monocyte``, ``CD14+/CD16+ monocyte``."""
 SEVERAL = re.compile(r"(?<=[A-Za-z]{3}[a-rt-z])s$")
@@ -121,8 +123,6 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
     for at in np.argsort(-cells, kind="stable"):
         (label, term), n_cells = pairs[at], int(cells[at])
         has_label, has_id = label.lower() not in ABSENT, term.lower() not in ABSENT
-        if not has_label and not has_id:
-            answers[label, term] = (UNKNOWN, UNKNOWN)
         if has_id:
             problem = _id_problem(term, label if has_label else "", column, organism)
             if problem:
@@ -133,17 +133,19 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
                 renamed.append(f"{label!r} for {term} ({name})")
             answers[label, term] = (label if has_label else name, term)
         elif has_label:
-            found, as_said = _id_of(label, column, organism), _says_so(label, column)
-            if not found:
-                found, as_said = _id_of_spelling(label, column, organism), False
+            found = _id_of(label, column, organism)
+            if not found and (found := _id_of_spelling(label, column, organism)):
+                respelt.append(f"{label!r} is {_term_label(found)!r}")
             answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
-            unmatched += [] if found else [(n_cells, label)]
-            respelt += [f"{label!r} is {_term_label(found)!r}"] if found and not as_said else []
+            if not found:
+                unmatched.append((n_cells, label))
+        else:
+            answers[label, term] = (UNKNOWN, UNKNOWN)
     if renamed:
         made.notes.append(f"{column}: labels kept that are not their term's name: {', '.join(renamed[:3])}")
     if respelt:
-        more = f" and {len(respelt) - 3:,} more" if len(respelt) > 3 else ""
-        made.notes.append(f"{column}: labels written as their terms are: {', '.join(respelt[:3])}{more}")
+        shown = f"{', '.join(respelt[:3])}{_more(len(respelt))}"
+        made.notes.append(f"{column}: labels written as their terms are: {shown}")
     if unmatched:
         made.notes.append(_unmatched_note(column, unmatched, organism))
     resolved = [answers.get(pair, pair) for pair in pairs]
@@ -185,8 +187,12 @@ def _unmatched_note(column: str, unmatched: list[tuple[int, str]], organism: str
     for n_cells, label in sorted(unmatched, reverse=True)[:3]:
         near = _near(label, column, organism)
         said.append(f"{label!r} ({n_cells:,} cells{f', did you mean {near!r}?' if near else ''})")
-    more = f" and {len(unmatched) - 3:,} more" if len(unmatched) > 3 else ""
-    return f"{column}: no ontology term for {', '.join(said)}{more}; the labels are kept"
+    return f"{column}: no ontology term for {', '.join(said)}{_more(len(unmatched))}; the labels are kept"
+
+
+def _more(n: int) -> str:
+    """Say how many there are beyond the three that are shown."""
+    return f" and {n - 3:,} more" if n > 3 else ""
 
 
 def _near(label: str, column: str, organism: str) -> str:
@@ -257,11 +263,6 @@ def _id_of(label: str, column: str, organism: str) -> str:
     return ""
 
 
-def _says_so(label: str, column: str) -> bool:
-    """Say whether a label that was found needs no word about it: types that are taken for others do."""
-    return column != "cell_type" or label.strip().casefold() not in SHORTHAND[column]
-
-
 def _named(term: str, name: str) -> bool:
     """Say whether this is the term's own name, not a synonym."""
     return _term_label(term).casefold() == name.strip().casefold()
@@ -273,6 +274,8 @@ def _id_of_spelling(label: str, column: str, organism: str) -> str:
     if spellings is None:
         return ""
     for spelling, only_names in spellings(label):
+        if spelling.casefold() in TAKEN_FOR:
+            return TAKEN_FOR[spelling.casefold()]
         found = _id_of(spelling, column, organism)
         if found and (_named(found, spelling) or not (only_names or (column == "cell_type" and organism in ANATOMY))):
             return found

@@ -280,13 +280,14 @@ def _conclude(dataset: _Dataset) -> None:
         parts = [part for (name, _), part in sorted(dataset.checked.items()) if name == measurement]
         found: list[str] = next((part["problems"] for part in parts if part["problems"]), [])
         if found:
-            key = "values" if len(dataset.plan.features) == 1 else f"values.{measurement}"
-            way = (
-                f"Counts are wanted: name their layer with layer=raw or layer=NAME, or say {key}=log1p (scaled counts, "
-                f"to be restored), {key}=lognorm or {key}=value (kept as such)"
-            )
             if measurement in dataset.plan.layers:
                 way = "Say it of other measurements alone (values.NAME=lognorm), or name another matrix with layer=NAME"
+            else:
+                key = "values" if len(dataset.plan.features) == 1 else f"values.{measurement}"
+                way = (
+                    f"Counts are wanted: name their layer with layer=raw or layer=NAME, or say {key}=log1p (scaled "
+                    f"counts, to be restored), {key}=lognorm or {key}=value (kept as such)"
+                )
             problems.append(f"{measurement}: {'; '.join(found)}. {way}")
     if problems:
         outcome.refuse(f"{outcome.source}: {problems[0]}", *problems[1:])

@@ -65,13 +65,17 @@ def attention(device: torch.device) -> None:
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=3e-2)
 
 
+def _objective(model: CellModel, device: torch.device) -> Objective:
+    panels = {name: np.ones((1, size), bool) for name, size in model.config.n_features.items()}
+    return Objective(panels, TokenSettings(budget=30), 0, device)
+
+
 def _step(
     model: CellModel, device: torch.device, precision: torch.dtype | None
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Return a step's loss and gradients."""
     own = copy.deepcopy(model).to(device)
-    panels = {name: np.ones((1, size), bool) for name, size in own.config.n_features.items()}
-    objective = Objective(panels, TokenSettings(budget=30), 0, device)
+    objective = _objective(own, device)
     with torch.autocast(device.type, precision or torch.bfloat16, enabled=precision is not None):
         loss, *_ = objective(own, own, cells(), 5)
     torch.autograd.backward(loss.total / loss.pairs)
@@ -114,8 +118,7 @@ def waits(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     model = _model("hybrid").to(device)
-    panels = {name: np.ones((1, size), bool) for name, size in model.config.n_features.items()}
-    objective = Objective(panels, TokenSettings(budget=30), 0, device)
+    objective = _objective(model, device)
     for counted in (False, True):
         torch.cuda.set_sync_debug_mode("warn" if counted else "default")
         with warnings.catch_warnings(record=True) as said:

@@ -437,6 +437,17 @@ def test_what_lies_beside_the_counts_of_an_h5ad_is_read_kept_or_named(shared_dat
         OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad"), antibodies="adt"), "one")
 
 
+def test_features_of_10x_without_a_place_are_named(tmp_path: Path) -> None:
+    kinds = ["Gene Expression", "Gene Expression", "Multiplexing Capture"]
+    lines = [f"F{number}\tF{number}\t{kind}\n" for number, kind in enumerate(kinds)]
+    (tmp_path / "features.tsv").write_text("".join(lines))
+    (tmp_path / "barcodes.tsv").write_text("AAACATACAACCAC-1\nAAACATTGAGCTAC-1\n")
+    scipy.io.mmwrite(tmp_path / "matrix.mtx", scipy.sparse.coo_matrix(np.ones((3, 2), int)))
+    found = OpenDataset(SourceSettings(uri=str(tmp_path)), "one").inspect()
+    assert found.plan.features["RNA"].feature_id == ["F0", "F1"]
+    assert "features left out: 1 of type 'Multiplexing Capture'" in found.notes
+
+
 def test_a_table_that_lies_on_its_side_is_refused_with_the_way_on(shared_data: Path, tmp_path: Path) -> None:
     data = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad")[:20]
     pd.DataFrame(data.X.toarray().T, index=data.var_names, columns=data.obs_names).to_csv(tmp_path / "side.csv")

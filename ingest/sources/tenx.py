@@ -24,6 +24,7 @@ from ingest.sources.form import (
     dataset_name,
     feature_types_to_measurements,
     fingerprint,
+    types_left_out,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
 from ingest.turn import Coordinates, made_once, scratch_of, turned
@@ -70,6 +71,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts=parts,
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
+        notes=types_left_out(features["feature_types"]),
     )
 
 

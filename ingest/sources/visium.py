@@ -50,6 +50,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts=counts.parts,
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
+        notes=counts.notes,
         sides={"spatial": lambda: _scales(filesystem, spatial)},
     )
 
