@@ -27,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+PAIRS_SHOWN = 40
+"""Pairs of datasets with cells in common that are shown, those with most."""
+
 What = Annotated[
     list[str] | None,
     typer.Argument(metavar="[JOB.toml | SOURCE ...]", help="A job file, or files, folders and Censuses to ingest."),
@@ -101,7 +104,7 @@ def plan(
     address: AddressOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what would come in and what is wrong with it; writes nothing.
+    """Say what would come in, what the lake has already, and what is wrong; writes nothing.
 
     Example: python -m ingest plan pbmc.h5ad --set genes=genes_homo_sapiens.csv.gz
     """
@@ -219,10 +222,12 @@ def show_duplicates(lake: LakeOption = None, json: JsonOption = False) -> None:
         answer("ingest-duplicates/v1", lake=opened.uri, pairs=[asdict(pair) for pair in found])
         return
     table = Table("dataset", "and", "cells in common", "of the smaller", "primary in both")
-    for pair in found:
+    for pair in found[:PAIRS_SHOWN]:
         other = "itself" if pair.first == pair.second else pair.second
         table.add_row(pair.first, other, f"{pair.cells:,}", f"{100 * pair.share:.1f} %", f"{pair.both_primary:,}")
     console.print(table if found else "no two cells with at least 50 features have the same counts")
+    if len(found) > PAIRS_SHOWN:
+        console.print(f"and {len(found) - PAIRS_SHOWN:,} pairs with fewer; --json has them all")
 
 
 @app.command("simulate")

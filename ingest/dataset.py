@@ -28,7 +28,7 @@ from store.errors import InputRefused
 from store.records import absolute
 from store.schema import DatasetPlan, measured_column
 
-TRANSFORM_VERSION = 4
+TRANSFORM_VERSION = 5
 """Raised when the same source and settings would be written differently."""
 
 SPAN_CELLS = (2**12, 2**14)
@@ -166,6 +166,8 @@ class OpenDataset:
             densest = max(densest, counts.nnz / (until - row))
             step = min(widest, max(1, int(budget_nnz / 2 / max(1.0, densest))), 4 * step, 4096)
             row = until
+        if found and self.form.matrices:
+            found = [*found, f"other matrices here: {', '.join(f'layer={name}' for name in self.form.matrices)}"]
         at_a_time = max(1, min(widest, int(budget_nnz / max(1.0, densest))))
         return Checked(found, at_a_time, nnz_C, sum_C, mito_C, digest_C)
 
@@ -195,6 +197,8 @@ class OpenDataset:
             notes += found.notes
             resolved = ontology.resolve(obs, self.form.organism)
             obs = resolved.obs
+            respelt = [found.source[column] for column in resolved.respelt if column in found.source]
+            leftovers = leftovers.assign(**{column: self.form.obs[column] for column in respelt})
             problems += resolved.problems
             notes += resolved.notes
         except InputRefused as error:
@@ -236,7 +240,8 @@ class OpenDataset:
         return self.source.obs
 
     def _plan(self) -> DatasetPlan:
-        settings = self.source.model_dump(mode="json", exclude={"uri", "kind", "title", "truth", "replaces"})
+        apart = {"uri", "kind", "title", "truth", "replaces"}
+        settings = self.source.model_dump(mode="json", exclude=apart, exclude_defaults=True)
         tables = [
             content_digest(path)
             for path in (self.source.genes, self.source.hgnc, self.source.obs_table, self.source.peaks)

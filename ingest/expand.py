@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,8 +23,21 @@ FILES = ("genes", "hgnc", "obs_table", "peaks", "barcodes")
 DEEPEST = 6
 
 
-def expand(source: SourceSettings, schemes: Sequence[str]) -> list[SourceSettings]:
-    """Return the single sources that ``source`` stands for, in the order of their names.
+@dataclass
+class Expanded:
+    """What a user's address stands for.
+
+    Attributes:
+        sources: Single sources, in the order of their names.
+        passed: Files beside them that are of no kind that can be ingested.
+    """
+
+    sources: list[SourceSettings]
+    passed: list[str] = field(default_factory=list)
+
+
+def expand(source: SourceSettings, schemes: Sequence[str]) -> Expanded:
+    """Find the single sources that ``source`` stands for.
 
     Raises:
         UsageError: An address of a kind that the job does not allow, or with a password in it; a setting that fits one
@@ -34,24 +48,26 @@ def expand(source: SourceSettings, schemes: Sequence[str]) -> list[SourceSetting
     allow(source, schemes)
     uri = source.uri
     if source.kind is not None or uri.startswith("simulated:") or (is_local(uri) and is_census_name(uri)):
-        return [source]
+        return Expanded([source])
     if any(sign in uri for sign in "*?["):
-        return _each(source, _matching(uri))
+        return _each(source, *_matching(uri))
     if uri.lower().endswith(MANIFESTS) and (rows := _manifest(uri)) is not None:
-        found = []
+        found = Expanded([])
         for row in rows:
             listed = parse_settings(SourceSettings, _merged(source, row), where=f"{uri}: {row['uri']}")
-            found += expand(listed, schemes)
+            one = expand(listed, schemes)
+            found.sources += one.sources
+            found.passed += one.passed
         return found
     if kind_by_name(uri) or (is_local(uri) and not _is_folder(uri)):
         recognise(uri)
-        return [source]
+        return Expanded([source])
     if _is_folder(uri) and not is_dataset_folder(uri):
-        below = _below(uri, DEEPEST)
+        below, passed = _below(uri, DEEPEST)
         if not below:
             raise MissingError(f"{uri}: holds nothing that can be ingested; a source is {KNOWN}")
-        return _each(source, below)
-    return [source]
+        return _each(source, below, passed)
+    return Expanded([source])
 
 
 def allow(source: SourceSettings, schemes: Sequence[str]) -> None:
@@ -86,10 +102,10 @@ def _bare(address: str) -> str:
     return f"{head}://{rest.rpartition('@')[2]}" if sign else address
 
 
-def _each(source: SourceSettings, uris: list[str]) -> list[SourceSettings]:
+def _each(source: SourceSettings, uris: list[str], passed: list[str]) -> Expanded:
     if source.dataset_id and len(uris) > 1:
         raise UsageError(f"{source.uri}: holds {len(uris)} sources, so dataset_id={source.dataset_id!r} fits none")
-    return [source.model_copy(update={"uri": uri}) for uri in uris]
+    return Expanded([source.model_copy(update={"uri": uri}) for uri in uris], passed)
 
 
 def _is_folder(uri: str) -> bool:
@@ -97,14 +113,14 @@ def _is_folder(uri: str) -> bool:
     return bool(filesystem.isdir(path))
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str) -> tuple[list[str], list[str]]:
     filesystem, path = fsspec.core.url_to_fs(pattern)
     found = sorted(name for name in filesystem.glob(path) if not name.rsplit("/", 1)[-1].startswith("."))
     uris = [_address(filesystem, name, pattern) for name in found]
     known = [uri for uri in uris if _known(uri)]
     if not known:
         raise MissingError(f"{pattern}: {'matches nothing' if not found else 'matches nothing that can be ingested'}")
-    return known
+    return known, [uri for uri in uris if uri not in set(known)]
 
 
 def _address(filesystem: Any, name: str, like: str) -> str:
@@ -119,19 +135,26 @@ def _known(uri: str) -> bool:
     return True
 
 
-def _below(folder: str, depth: int) -> list[str]:
-    """Return the datasets in a folder and its folders; what is inside a dataset's folder is not looked at."""
+def _below(folder: str, depth: int) -> tuple[list[str], list[str]]:
+    """Return the datasets in a folder and its folders, and files beside them.
+
+    What is inside a dataset's folder is not looked at.
+    """
     filesystem, path = fsspec.core.url_to_fs(folder)
-    found = []
+    found, passed = list[str](), list[str]()
     for item in sorted(filesystem.ls(path, detail=True), key=lambda item: str(item["name"])):
         uri = _address(filesystem, item["name"].rstrip("/"), folder)
         if uri.rsplit("/", 1)[-1].startswith("."):
             continue
         if _known(uri):
             found.append(uri)
-        elif item["type"] == "directory" and depth > 0:
-            found += _below(uri, depth - 1)
-    return found
+        elif item["type"] != "directory":
+            passed.append(uri)
+        elif depth > 0:
+            deeper = _below(uri, depth - 1)
+            found += deeper[0]
+            passed += deeper[1]
+    return found, passed
 
 
 def _manifest(uri: str) -> list[dict[str, Any]] | None:

@@ -34,6 +34,8 @@ class SourceSettings(Settings):
     """Matrix that holds the values: empty for X (of a CELLxGENE file: its raw counts), ``raw``, or a layer's name."""
     antibodies: str = ""
     """For an h5ad or zarr: the table of ``obsm`` that holds counts of antibodies; customary names are recognised."""
+    modalities: dict[str, str] = Field(default_factory=dict)
+    """For an h5mu: a modality to what it measures, where its name does not say it; to nothing, and it is left out."""
     values: Values | dict[str, Values] = "counts"
     """What the matrix holds, for all measurements or one by one (``values.RNA``).
 

@@ -11,7 +11,14 @@ import pandas as pd
 import pyarrow as pa
 
 from ingest import distinct
-from ingest.perturbations import guide_target, perturbation_kind, perturbation_name, said_of_perturbations
+from ingest.perturbations import (
+    CONDITION,
+    guide_target,
+    perturbation_kind,
+    perturbation_name,
+    said_of_perturbations,
+    written_as_gears,
+)
 from ingest.quantities import quantity
 from store.errors import InputRefused
 from store.schema import OBS_DEFAULTS
@@ -35,13 +42,15 @@ class MappedObs:
 
     Attributes:
         frame: The lake's columns.
-        aside: The columns that have no place among them, or lost words on the way (for the side table).
+        aside: The source's columns that have no place among them, or lost words on the way (for the side table).
         notes: What people should know.
+        source: Column of the lake to the source's that it was taken from.
     """
 
     frame: pd.DataFrame
     aside: pd.DataFrame
     notes: list[str]
+    source: dict[str, str]
 
 
 def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str] = ()) -> MappedObs:
@@ -60,7 +69,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str]
         raise InputRefused(f"obs.{unknown[0]}: not a column of the lake; columns: {', '.join(OBS_DEFAULTS)}")
     names, notes = obs.index, list[str]()
     mapped: dict[str, Any] = {"cell_id": names.array if _in_arrow(names) else names.astype(str).to_numpy()}
-    used: set[str] = set()
+    taken: dict[str, str] = {}
     for column, default in OBS_DEFAULTS.items():
         source = given.get(column) or _recognised(column, obs)
         if not source:
@@ -83,26 +92,24 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str]
                 unit = f"{column}_unit"
                 if found[1] is not None and unit in OBS_DEFAULTS and unit not in given and unit not in obs:
                     mapped[unit] = found[1]
-                used.add(source)
+                taken[column] = source
                 continue
         mapped[column] = _compact(obs[source], column)
-        used.add(source)
+        taken[column] = source
     frame = pd.DataFrame(mapped)
     if "perturbation" not in frame and "perturbation_id" in frame:
         frame["perturbation"] = distinct.changed(frame["perturbation_id"], guide_target)
-    kinds = frame.get("perturbation_type")
+    given_words = {column: frame[column] for column in ("perturbation", "perturbation_type") if column in frame}
     notes += said_of_perturbations(frame, obs, controls)
     _normalise(frame, controls)
-    if not _same_words(kinds, frame.get("perturbation_type")):
-        used.discard(given.get("perturbation_type") or "perturbation_type")
-    return MappedObs(frame, obs[[column for column in obs if column not in used]], notes)
+    changed = [column for column, words in given_words.items() if not _same_words(words, frame[column])]
+    used = set(taken.values()) - {taken.get(column) for column in changed}
+    return MappedObs(frame, obs[[column for column in obs if column not in used]], notes, taken)
 
 
-def _same_words(before: pd.Series | None, after: pd.Series | None) -> bool:
-    if before is None or after is None:
-        return True
+def _same_words(before: pd.Series, after: pd.Series) -> bool:
     (_, old), (_, new) = distinct.coded(before), distinct.coded(after)
-    return {str(value) for value in old} <= {str(value) for value in new}
+    return {str(value) for value in old if value == value} <= {str(value) for value in new}
 
 
 def _compact(values: pd.Series, column: str) -> Any:
@@ -121,7 +128,10 @@ def _in_arrow(values: pd.Series | pd.Index) -> bool:
 def _recognised(column: str, obs: pd.DataFrame) -> str | None:
     if column == "cell_id" and column in obs and obs[column].duplicated().any():
         return None  # its cells have better names
-    return next((name for name in (column, *OBS_ALIASES.get(column, ())) if name in obs), None)
+    known = next((name for name in (column, *OBS_ALIASES.get(column, ())) if name in obs), None)
+    if column == "perturbation" and known is None and written_as_gears(obs):
+        return CONDITION
+    return known
 
 
 def _normalise(frame: pd.DataFrame, controls: Sequence[str] = ()) -> None:

@@ -69,11 +69,12 @@ OF_SOME = re.compile(r" \((Mmus|Hsap|Primate|Homo sapiens|Mus musculus|sensu [^(
 
 @dataclass(frozen=True)
 class Resolved:
-    """obs with labels and ids filled in, why it is refused, and what people should know."""
+    """obs with labels and ids filled in, why it is refused, what people should know, and whose labels changed."""
 
     obs: pd.DataFrame
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    respelt: list[str] = field(default_factory=list)
 
 
 def allowed(column: str, organism: str) -> tuple[str, ...]:
@@ -143,6 +144,8 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
             answers[label, term] = (UNKNOWN, UNKNOWN)
     if renamed:
         made.notes.append(f"{column}: labels kept that are not their term's name: {', '.join(renamed[:3])}")
+    if any(answer[0] != pair[0] for pair, answer in answers.items() if pair[0].lower() not in ABSENT):
+        made.respelt.append(column)
     if respelt:
         shown = f"{', '.join(respelt[:3])}{_more(len(respelt))}"
         made.notes.append(f"{column}: labels written as their terms are: {shown}")

@@ -111,6 +111,17 @@ def _target(guide: str) -> str:
     return found[1] if found else guide
 
 
+CONDITION = "condition"
+
+
+def written_as_gears(obs: pd.DataFrame) -> bool:
+    """Say whether the column ``condition`` holds perturbations as GEARS writes them: ``ctrl``, ``A+ctrl``, ``A+B``."""
+    if CONDITION not in obs:
+        return False
+    words = {str(word) for word in distinct.coded(obs[CONDITION])[1]}
+    return "ctrl" in words and len(words) > 1 and all("+" in word for word in words - {"ctrl"})
+
+
 def said_of_perturbations(frame: pd.DataFrame, obs: pd.DataFrame, controls: Sequence[str]) -> list[str]:
     """Say what is taken for a control, that nothing is, or that nothing is a perturbation; ask whether it is drugs.
 

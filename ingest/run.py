@@ -27,10 +27,10 @@ from ingest.progress import Progress
 from ingest.sources import SEVERAL, kind_of
 from ingest.sources.form import dataset_name
 from ingest.tasks import Limits
-from store import records
+from store import catalog, records
 from store.cluster import ray_cluster, refuse_fleeting
-from store.errors import InputRefused, SomaflowError, UsageError
-from store.lake import utc_now
+from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
+from store.lake import open_lake, utc_now
 from store.schema import DatasetPlan
 from store.writer import BlockStats, LakeWriter, Reservation
 
@@ -39,6 +39,9 @@ AHEAD = 4
 
 AHEAD_CELLS = 2**21
 """Cells of those; with more in hand no other dataset is begun. The driver holds some 300 bytes for each."""
+
+PASSED = 5
+"""Files of no known kind that are named."""
 
 
 @dataclass
@@ -96,17 +99,58 @@ class _Dataset:
         return np.concatenate([self.checked[measurement, start][column] for start, _ in self.spans])
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A dataset in the lake, or planned: what it is, where it comes from, and what brings it in."""
+
+    key: str
+    origin: str
+    by: str
+
+
 def plan(job: JobSettings) -> list[Outcome]:
-    """Inspect and check all sources; write nothing."""
+    """Inspect and check all sources, and look what the lake has of them already, if there is one; write nothing."""
     _refuse_nothing(job)
+    held = _held(job.lake)
     with _cluster(job), Progress(None) as progress:
         outcomes = []
         for dataset in _examined(job, progress):
-            if not dataset.outcome.problems:
-                dataset.outcome.state = "planned"
+            if dataset.plan and not dataset.outcome.problems:
+                _foresee(dataset, dataset.plan, held)
             progress.done(dataset.label, dataset.outcome.state)
             outcomes.append(dataset.outcome)
     return outcomes
+
+
+def _held(lake_uri: str) -> dict[tuple[str, str], _Held]:
+    """Return what is in a lake by organism and name; nothing where there is no lake yet."""
+    try:
+        current = open_lake(lake_uri).current
+    except MissingError:
+        return {}
+    return {
+        (commit.dataset["organism"], commit.dataset["dataset_id"]): _Held(
+            commit.dataset["key"], commit.dataset["origin"], f"commit {commit.number}"
+        )
+        for commit in current
+    }
+
+
+def _foresee(dataset: _Dataset, plan: DatasetPlan, held: dict[tuple[str, str], _Held]) -> None:
+    """Say what a run would do with a dataset that nothing is wrong with, and add it to what is ``held``."""
+    outcome, named = dataset.outcome, (plan.organism, plan.dataset_id)
+    before = held.get(named)
+    if before and before.key == plan.key:
+        outcome.state = "present"
+        return
+    if before and before.origin != plan.origin and not dataset.source.replaces:
+        taken = catalog.name_taken(plan.dataset_id, f"{before.origin} ({before.by})")
+        outcome.refuse(taken, exit_code=ConflictError.exit_code)
+        return
+    outcome.state = "planned"
+    if before:
+        outcome.notes.append(f"a new version: takes the place of the one of {before.by}")
+    held[named] = _Held(plan.key, plan.origin, "this plan")
 
 
 def run(job: JobSettings) -> list[Outcome]:
@@ -180,7 +224,8 @@ def _named(job: JobSettings, limits: Limits, progress: Progress) -> Iterator[_Da
         given_left = len(job.source) - n_given
         progress.coming(given_left + 1)
         try:
-            sources = expand(given, job.schemes)
+            expanded = expand(given, job.schemes)
+            sources, passed = expanded.sources, _passed(given, expanded.passed)
         except Exception as error:  # noqa: BLE001  one source's error is that source's outcome
             outcome = Outcome(given.uri, "")
             outcome.refuse(_reason(error), exit_code=_exit_code(error))
@@ -194,14 +239,24 @@ def _named(job: JobSettings, limits: Limits, progress: Progress) -> Iterator[_Da
                 known = kind_of(source) not in SEVERAL
                 found = [dataset_name(source)] if known else ray.get(tasks.names.remote(source, limits))
             except Exception as error:  # noqa: BLE001  one source's error is that source's outcome
-                outcome = Outcome(source.uri, "")
+                outcome = Outcome(source.uri, "", notes=[*passed])
+                passed.clear()
                 outcome.refuse(_reason(error))
                 progress.coming(sources_left)
                 yield _Dataset(source, "", outcome)
                 continue
             for n_name, name in enumerate(found, 1):
                 progress.coming(sources_left + len(found) - n_name)
-                yield _Dataset(source, name, Outcome(source.uri, name))
+                outcome = Outcome(source.uri, name, notes=[*passed])
+                passed.clear()
+                yield _Dataset(source, name, outcome)
+
+
+def _passed(given: SourceSettings, uris: list[str]) -> list[str]:
+    """Say which files of a folder or glob are not looked at, in one note or none."""
+    names = [uri.removeprefix(f"{given.uri.rstrip('/')}/") for uri in uris]
+    more = f" and {len(names) - PASSED:,} more" if len(names) > PASSED else ""
+    return [f"passed over, of no known kind: {', '.join(names[:PASSED])}{more}"] if names else []
 
 
 def _cause(error: Exception) -> Exception:

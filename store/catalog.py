@@ -108,6 +108,14 @@ def current(history: Sequence[Commit]) -> list[Commit]:
     return [commit for commit in history if commit.dataset and commit.dataset["number"] not in gone]
 
 
+def name_taken(dataset_id: str, by: str) -> str:
+    """Say that a name belongs to a dataset of another origin."""
+    return (
+        f"dataset {dataset_id!r} is there already and comes from {by}; give this one another name with "
+        "--set dataset_id=NAME, or, if it is a new version of that one, say --set replaces=true"
+    )
+
+
 def last_whole(history: Sequence[Commit], table: str) -> int:
     """Return the timestamp from which on a table has to be read: 0 if all writes are needed.
 

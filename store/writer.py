@@ -329,11 +329,8 @@ class LakeWriter:
         if standing and standing.dataset["key"] == plan.key:
             raise ConflictError(f"{self.uri}: dataset {plan.dataset_id!r} is in the lake already")
         if standing and standing.dataset["origin"] != plan.origin and not replaces:
-            raise ConflictError(
-                f"{self.uri}: dataset {plan.dataset_id!r} is there already and comes from "
-                f"{standing.dataset['origin']} (commit {standing.number}); give this one another name with "
-                "--set dataset_id=NAME, or, if it is a new version of that one, say --set replaces=true"
-            )
+            by = f"{standing.dataset['origin']} (commit {standing.number})"
+            raise ConflictError(f"{self.uri}: {catalog.name_taken(plan.dataset_id, by)}")
         done = {commit.dataset["number"] for commit in self._commits if commit.dataset}
         begun = [
             known

@@ -176,7 +176,7 @@ def test_obs_columns_are_recognised_mapped_and_kept_aside() -> None:
     assert mapped["perturbation_type"].tolist() == ["genetic", "genetic"]
     assert mapped["time"].tolist() == [0.0, 6.0]
     assert mapped["tissue"].tolist() == ["blood", "blood"]
-    assert list(aside) == ["n_umi"]
+    assert list(aside) == ["target_gene", "n_umi"]
 
 
 def test_a_mapping_that_names_nothing_is_refused_with_what_there_is() -> None:
@@ -363,6 +363,16 @@ def test_it_is_said_what_is_taken_for_a_control_and_when_nothing_is() -> None:
     assert found.frame["perturbation"].tolist() == ["control", "IFNb", "control"]
     assert found.notes == ["perturbation: taken for controls: 'rest'"]
     assert perturbation_name("none, or PBS", ["none, or PBS"]) == "control"
+
+
+def test_a_condition_is_taken_where_it_is_written_as_gears_writes_it() -> None:
+    written = map_obs(pd.DataFrame({"condition": ["ctrl", "KLF1+ctrl", "ctrl+CEBPA", "KLF1+CEBPA"]}), {})
+    assert list(written.frame["perturbation"]) == ["control", "KLF1", "CEBPA", "CEBPA+KLF1"]
+    assert list(written.aside) == ["condition"], "words that were changed are kept"
+    for words in (["ctrl", "IFNB"], ["ctrl", "ctrl"], ["A+ctrl", "B+ctrl"]):
+        other = map_obs(pd.DataFrame({"condition": words}), {})
+        assert "perturbation" not in other.frame
+        assert list(other.aside) == ["condition"]
 
 
 def test_doses_of_what_is_called_genetic_are_pointed_out() -> None:

@@ -165,7 +165,7 @@ def test_bad_datasets_are_refused_whole_and_the_others_go_on(
     assert "not finite" in by_state["nan.h5ad"].error
     assert "negative" in by_state["nan.h5ad"].error
     assert "has no matrix X" in by_state["x-none.h5ad"].error
-    assert "layer=raw" in by_state["pbmc68k_reduced.h5ad"].error
+    assert "other matrices here: layer=raw" in by_state["pbmc68k_reduced.h5ad"].error
     lake = open_lake(str(tmp_path / "lake"))
     assert lake.obs("homo_sapiens").num_rows == 700
     assert all(not check.problem for check in validate(lake))
@@ -201,6 +201,44 @@ def test_a_plan_writes_nothing_and_finds_the_same_problems(
     assert found[0].measurements == {"guide": 110, "RNA": 299}
     assert "not finite" in found[1].error
     assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.ray
+def test_a_plan_says_what_the_lake_would_do_with_each_dataset(
+    shared_data: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    given = {name: tmp_path / name / "cells.h5ad" for name in ("a", "b", "c", "d")}
+    data = anndata.read_h5ad(shared_data / "derived/pbmc68k_reduced_counts.h5ad")
+    for number, path in enumerate(given.values(), 1):
+        path.parent.mkdir()
+        data[: 60 * number].copy().write_h5ad(path)
+    lake = str(tmp_path / "lake")
+
+    def both(*asked: SourceSettings) -> list[Outcome]:
+        """Plan and run; they say the same of what comes in and what does not."""
+        foreseen = plan(JobSettings(lake=lake, source=asked))
+        done = ingest(tmp_path / "lake", *asked)
+        states = {"planned": "committed"}
+        assert [states.get(one.state, one.state) for one in foreseen] == [one.state for one in done]
+        assert [one.exit_code for one in foreseen] == [one.exit_code for one in done]
+        return foreseen
+
+    (given["a"].parent / "notes.md").touch()
+    first = both(SourceSettings(uri=str(given["a"].parent), dataset_id="cells"))
+    assert (first[0].state, first[0].notes[0]) == ("planned", "passed over, of no known kind: notes.md")
+    data[:100].copy().write_h5ad(given["c"])
+    foreseen = both(
+        source(given["a"], dataset_id="cells"),
+        source(given["b"], dataset_id="cells"),
+        source(given["c"], dataset_id="cells", replaces=True),
+        source(given["d"], dataset_id="other"),
+        source(given["b"], dataset_id="other"),
+    )
+    assert [one.state for one in foreseen] == ["present", "refused", "planned", "planned", "refused"]
+    assert "comes from" in foreseen[1].error
+    assert "(commit 1)" in foreseen[1].error
+    assert any("takes the place of the one of commit 1" in note for note in foreseen[2].notes)
+    assert "(this plan)" in foreseen[4].error
 
 
 @pytest.mark.ray

@@ -365,15 +365,20 @@ def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tm
         (tmp_path / name).touch()
     (tmp_path / "run1/10x").mkdir(parents=True)
     (tmp_path / "run1/10x/matrix.mtx.gz").touch()
-    found = [source.uri.removeprefix(f"{tmp_path}/") for source in expand(SourceSettings(uri=str(tmp_path)), SCHEMES)]
+    (tmp_path / "run1/10x/metrics.csv").touch()
+    (tmp_path / "run1/cells.rds").touch()
+    expanded = expand(SourceSettings(uri=str(tmp_path)), SCHEMES)
+    found = [source.uri.removeprefix(f"{tmp_path}/") for source in expanded.sources]
     assert found == ["a.h5ad", "b.h5ad", "run1/10x"]
-    by_glob = expand(SourceSettings(uri=f"{tmp_path}/*.h5ad", organism="mus_musculus"), SCHEMES)
+    assert [uri.removeprefix(f"{tmp_path}/") for uri in expanded.passed] == ["notes.txt", "run1/cells.rds"]
+    assert expand(SourceSettings(uri=f"{tmp_path}/*"), SCHEMES).passed == [f"{tmp_path}/notes.txt", f"{tmp_path}/run1"]
+    by_glob = expand(SourceSettings(uri=f"{tmp_path}/*.h5ad", organism="mus_musculus"), SCHEMES).sources
     assert [source.uri.rsplit("/", 1)[1] for source in by_glob] == ["a.h5ad", "b.h5ad"]
     assert {source.organism for source in by_glob} == {"mus_musculus"}
     (tmp_path / "list.tsv").write_text(
         "uri\tdataset_id\tobs.tissue\tlayer\na.h5ad\tfirst\t=lung\t\nb.h5ad\tsecond\t\traw"
     )
-    listed = expand(SourceSettings(uri=str(tmp_path / "list.tsv"), title="all"), SCHEMES)
+    listed = expand(SourceSettings(uri=str(tmp_path / "list.tsv"), title="all"), SCHEMES).sources
     assert [(one.dataset_id, one.obs, one.layer, one.title) for one in listed] == [
         ("first", {"tissue": "=lung"}, "", "all"),
         ("second", {}, "raw", "all"),
@@ -382,13 +387,13 @@ def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tm
     (tmp_path / "files.csv").write_text(
         "uri,genes,obs_table,hgnc\na.h5ad,genes.csv,s3://bucket/more.tsv,/at/hgnc.txt\n"
     )
-    (one,) = expand(SourceSettings(uri=str(tmp_path / "files.csv")), SCHEMES)
+    (one,) = expand(SourceSettings(uri=str(tmp_path / "files.csv")), SCHEMES).sources
     assert (one.genes, one.obs_table, one.hgnc) == (f"{tmp_path}/genes.csv", "s3://bucket/more.tsv", "/at/hgnc.txt")
     pd.DataFrame({"uri": ["a.h5ad"], "organism": ["mus_musculus"]}).to_parquet(tmp_path / "list.parquet")
-    assert expand(SourceSettings(uri=str(tmp_path / "list.parquet")), SCHEMES)[0].organism == "mus_musculus"
-    assert len(expand(SourceSettings(uri=str(shared_data / "census-mini/soma")), SCHEMES)) == 1
+    assert expand(SourceSettings(uri=str(tmp_path / "list.parquet")), SCHEMES).sources[0].organism == "mus_musculus"
+    assert len(expand(SourceSettings(uri=str(shared_data / "census-mini/soma")), SCHEMES).sources) == 1
     for far in ("gs://bucket/a.h5ad", "https://host/b.loom", "s3://bucket/c.h5mu"):
-        assert expand(SourceSettings(uri=far), SCHEMES)[0].uri == far
+        assert expand(SourceSettings(uri=far), SCHEMES).sources[0].uri == far
 
 
 @pytest.mark.parametrize(
@@ -426,6 +431,8 @@ def test_what_lies_beside_the_counts_of_an_h5ad_is_read_kept_or_named(shared_dat
     opened = OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad")), "one")
     found = opened.inspect()
     assert not found.problems
+    assert "CD14-positive monocyte" in set(found.obs["cell_type"])
+    assert list(found.sides["obs"]["bulk_labels"]) == list(data.obs["bulk_labels"]), "labels that were changed are kept"
     assert (opened.block("protein", 0, 60) != antibodies).sum() == 0
     assert found.obs["x"].tolist() == data.obsm["spatial"][:, 0].tolist()
     assert list(found.obs["tissue"]) == ["blood", "unknown"] * 30
@@ -435,6 +442,35 @@ def test_what_lies_beside_the_counts_of_an_h5ad_is_read_kept_or_named(shared_dat
     assert chosen.block("protein", 0, 60).toarray().tolist() == [[1, 1]] * 60
     with pytest.raises(InputRefused, match=r"no obsm\['adt'\]; there are .*X_adt"):
         OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad"), antibodies="adt"), "one")
+
+
+def test_modalities_without_a_measurement_are_left_out_and_can_be_given_one(tmp_path: Path) -> None:
+    def modality(cells: list[str], features: int, seed: int) -> anndata.AnnData:
+        counts = np.random.default_rng(seed).poisson(2, (len(cells), features)).astype(np.float32)
+        names = pd.DataFrame(index=[f"f{seed}-{number}" for number in range(features)])
+        return anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=cells), names)
+
+    cells = [f"cell{number}" for number in range(40)]
+    made = {"rna": modality(cells[:30], 50, 0), "hto": modality(cells[10:], 4, 1), "adt": modality(cells[5:30], 6, 2)}
+    uri = str(tmp_path / "three.h5mu")
+    mudata.MuData(made).write(uri)
+    opened = OpenDataset(SourceSettings(uri=uri), "three")
+    assert set(opened.form.parts) == {"RNA", "protein"}
+    assert list(opened.form.obs.index) == cells[:30]  # those of hto alone have nothing that comes in
+    assert any("modalities left out: hto" in note for note in opened.inspect().notes)
+    proteins = opened.block("protein", 0, 30).toarray()
+    np.testing.assert_array_equal(proteins[5:], made["adt"].X.toarray())
+    assert not proteins[:5].any()
+    tags = OpenDataset(SourceSettings(uri=uri, modalities={"hto": "protein", "adt": ""}), "three")
+    assert {name: len(part.var) for name, part in tags.form.parts.items()} == {"RNA": 50, "protein": 4}
+    assert tags.form.n_obs == 40
+    for given, said in (
+        ({"hto": "protein"}, "modalities adt and hto are protein both|modalities hto and adt are protein both"),
+        ({"tags": "protein"}, "has no modality 'tags'; it has"),
+        ({"rna": "", "adt": ""}, "unknown modality"),
+    ):
+        with pytest.raises(InputRefused, match=said):
+            OpenDataset(SourceSettings(uri=uri, modalities=given), "three")
 
 
 def test_features_of_10x_without_a_place_are_named(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class SourceDataset:
         sides: Reads tables that no column of the lake can hold, one row per cell, by name.
         origin: Whose next version would replace this one; empty: the source's address.
         notes: What people should know about how it was read.
+        matrices: What else could be read in the place of these values, as ``layer`` names it.
     """
 
     dataset_id: str
@@ -72,6 +73,7 @@ class SourceDataset:
     sides: dict[str, Callable[[], pd.DataFrame]] = field(default_factory=dict)
     origin: str = ""
     notes: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = ()
 
     @cached_property
     def obs(self) -> pd.DataFrame:

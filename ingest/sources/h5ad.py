@@ -90,6 +90,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         },
         sides=sides,
         notes=tuple(notes),
+        matrices=tuple(name for name in _matrices(file) if name != layer),
     )
 
 
@@ -205,12 +206,17 @@ def _matrix(file: Any, source: SourceSettings, layer: str) -> tuple[pd.DataFrame
         if "raw" not in file and "raw.X" in file:
             var_key, key = "raw.var", "raw.X"
     if key not in file:
-        layers = [f"layers/{name}" for name in file.get("layers", ())]
-        known = [name for name in ("X", "raw/X") if name in file] + layers
-        raise InputRefused(f"{source.uri}: has no matrix {key}; it has {', '.join(known) or 'none'}: set layer=NAME")
+        known = [f"layer={name}" for name in _matrices(file)] + ["X (no layer)"] * ("X" in file)
+        raise InputRefused(f"{source.uri}: has no matrix {key}; it has {', '.join(known) or 'none'}")
     identity = [source.uri, fingerprint(source.uri)]
     levels = source.values == "value"
     return read_table(file, var_key, source.uri), matrix_rows(file[key], f"{source.uri}: {key}", identity, levels)
+
+
+def _matrices(file: Any) -> list[str]:
+    """Name the matrices of a file beside X as ``layer`` does."""
+    raw = ["raw"] if "raw/X" in file or "raw.X" in file else []
+    return [*raw, *(str(name) for name in file.get("layers", ()))]
 
 
 def matrix_rows(element: Any, where: str, identity: list[str], levels: bool = False) -> Rows:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -46,29 +49,27 @@ def names(source: SourceSettings) -> list[str]:
 
 
 def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
-    """Open a file; its cells are all that any modality has, in the order of the file's obs.
+    """Open a file; its cells are all that any modality with a measurement has, in the order of the file's obs.
 
     Raises:
-        InputRefused: Not a MuData file, or a modality that is not known.
+        InputRefused: Not a MuData file, no modality is known, or two measure the same.
     """
     file = open_group(source.uri)
     if "mod" not in file:
         raise InputRefused(f"{source.uri}: has no modalities; is it a MuData file?")
-    unknown = sorted(key for key in file["mod"] if key.lower() not in MEASUREMENT)
-    if unknown:
-        raise InputRefused(f"{source.uri}: unknown modality {unknown[0]!r}; known: {', '.join(MEASUREMENT)}")
+    measurement_of = _measurements([str(key) for key in file["mod"]], source)
+    cells_of = {key: read_table(file["mod"][key], "obs", f"{source.uri}: mod/{key}") for key in measurement_of}
     obs = read_table(file, "obs", source.uri)
+    obs = obs[np.logical_or.reduce([obs.index.isin(own.index) for own in cells_of.values()])]
     parts: dict[str, Part] = {}
     identity = [source.uri, fingerprint(source.uri)]
-    for key in file["mod"]:
-        group, where = file["mod"][key], f"{source.uri}: mod/{key}"
-        own = read_table(group, "obs", where)
+    for key, measurement in measurement_of.items():
+        group, own, where = file["mod"][key], cells_of[key], f"{source.uri}: mod/{key}"
         position = own.index.get_indexer(obs.index)
         var = read_table(group, "var", where)
         matrix = f"layers/{source.layer}" if source.layer else "X"
         if matrix not in group:
             raise InputRefused(f"{where}: has no matrix {matrix}")
-        measurement = MEASUREMENT[key.lower()]
         values = source.values.get(measurement) if isinstance(source.values, dict) else source.values
         stored = matrix_rows(group[matrix], f"{where}/{matrix}", identity, levels=values == "value")
         rows = _placed(stored, position, len(var))
@@ -84,7 +85,37 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts=parts,
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
+        notes=_left_out(file["mod"], measurement_of),
     )
+
+
+def _measurements(modalities: list[str], source: SourceSettings) -> dict[str, str]:
+    """Say what each modality that comes in measures."""
+    absent = sorted(set(source.modalities) - set(modalities))
+    if absent:
+        raise InputRefused(f"{source.uri}: has no modality {absent[0]!r}; it has {', '.join(modalities)}")
+    named = {key: source.modalities.get(key, MEASUREMENT.get(key.lower(), "")) for key in modalities}
+    found = {key: measurement for key, measurement in named.items() if measurement}
+    if not found:
+        raise InputRefused(
+            f"{source.uri}: unknown modality {modalities[0]!r}; known: {', '.join(MEASUREMENT)}; "
+            "or say what one measures: modalities.NAME=protein"
+        )
+    for measurement in found.values():
+        several = [key for key, other in found.items() if other == measurement]
+        if len(several) > 1:
+            raise InputRefused(
+                f"{source.uri}: modalities {' and '.join(several)} are {measurement} both; leave one out with "
+                f"modalities.{several[1]}= or name another measurement there"
+            )
+    return found
+
+
+def _left_out(modalities: Any, taken: Mapping[str, str]) -> tuple[str, ...]:
+    left = [str(key) for key in modalities if key not in taken]
+    if not left:
+        return ()
+    return (f"modalities left out: {', '.join(left)}; one that measures proteins comes with modalities.NAME=protein",)
 
 
 def _plain(column: str, taken: set[str], modalities: list[str]) -> str:

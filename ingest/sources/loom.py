@@ -48,6 +48,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts={source.measurement: Part(var, rows)},
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
+        matrices=tuple(str(name) for name in file.get("layers", ()) if name != source.layer),
     )
 
 
