@@ -16,7 +16,7 @@ help:  ## list the verbs
 setup: $(VENV)/.ready  ## make the virtual environment and install the locked dependencies
 
 $(VENV)/.ready: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("somaflow needs Python 3.11 or newer; this is %d.%d: set PYTHON=/path/to/python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "somaflow needs Python 3.11, 3.12 or 3.13 (tiledbsoma has no wheels for others); this is %d.%d: set PYTHON=/path/to/python3.13" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the locked dependencies into $(VENV): some minutes the first time"
 	$(BIN)/python -m pip install --disable-pip-version-check -qq -r requirements.lock
