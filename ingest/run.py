@@ -40,6 +40,8 @@ AHEAD = 4
 AHEAD_CELLS = 2**21
 """Cells of those; with more in hand no other dataset is begun. The driver holds some 300 bytes for each."""
 
+WORKER_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+
 PASSED = 5
 """Files of no known kind that are named."""
 
@@ -103,6 +105,7 @@ class _Dataset:
 class _Held:
     """A dataset in the lake, or planned: what it is, where it comes from, and what brings it in."""
 
+    organism: str
     key: str
     origin: str
     by: str
@@ -122,35 +125,36 @@ def plan(job: JobSettings) -> list[Outcome]:
     return outcomes
 
 
-def _held(lake_uri: str) -> dict[tuple[str, str], _Held]:
-    """Return what is in a lake by organism and name; nothing where there is no lake yet."""
+def _held(lake_uri: str) -> dict[str, _Held]:
+    """Return what is in a lake by name; nothing where there is no lake yet."""
     try:
         current = open_lake(lake_uri).current
     except MissingError:
         return {}
     return {
-        (commit.dataset["organism"], commit.dataset["dataset_id"]): _Held(
-            commit.dataset["key"], commit.dataset["origin"], f"commit {commit.number}"
-        )
+        one["dataset_id"]: _Held(one["organism"], one["key"], one["origin"], f"commit {commit.number}")
         for commit in current
+        for one in [commit.dataset]
     }
 
 
-def _foresee(dataset: _Dataset, plan: DatasetPlan, held: dict[tuple[str, str], _Held]) -> None:
+def _foresee(dataset: _Dataset, plan: DatasetPlan, held: dict[str, _Held]) -> None:
     """Say what a run would do with a dataset that nothing is wrong with, and add it to what is ``held``."""
-    outcome, named = dataset.outcome, (plan.organism, plan.dataset_id)
-    before = held.get(named)
-    if before and before.key == plan.key:
+    outcome, before, problem = dataset.outcome, held.get(plan.dataset_id), ""
+    if before and before.organism != plan.organism:
+        problem = catalog.of_other_organism(plan.dataset_id, before.organism)
+    elif before and before.key == plan.key:
         outcome.state = "present"
         return
-    if before and before.origin != plan.origin and not dataset.source.replaces:
-        taken = catalog.name_taken(plan.dataset_id, f"{before.origin} ({before.by})")
-        outcome.refuse(taken, exit_code=ConflictError.exit_code)
+    elif before and before.origin != plan.origin and not dataset.source.replaces:
+        problem = catalog.name_taken(plan.dataset_id, f"{before.origin} ({before.by})")
+    if problem:
+        outcome.refuse(problem, exit_code=ConflictError.exit_code)
         return
     outcome.state = "planned"
     if before:
         outcome.notes.append(f"a new version: takes the place of the one of {before.by}")
-    held[named] = _Held(plan.key, plan.origin, "this plan")
+    held[plan.dataset_id] = _Held(plan.organism, plan.key, plan.origin, "this plan")
 
 
 def run(job: JobSettings) -> list[Outcome]:
@@ -269,7 +273,7 @@ def _reason(error: Exception) -> str:
         return str(cause)
     if isinstance(cause, ImportError):
         return f"{cause} (this kind of address needs a library that is not installed with somaflow)"
-    if isinstance(cause, ray.exceptions.WorkerCrashedError):
+    if isinstance(cause, WORKER_LOST):
         return "the worker died again and again; is its memory enough? see worker_memory_mb"
     return f"{type(cause).__name__}: {cause}"
 

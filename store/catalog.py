@@ -84,9 +84,20 @@ def _numbered(number: int) -> str:
 
 
 def commits(lake_uri: str) -> list[Commit]:
-    """Read all commits, oldest first; empty where there is no lake."""
+    """Read all commits, oldest first; empty where there is no lake.
+
+    Raises:
+        StorageError: One is missing between others, or a newer version of somaflow made one.
+    """
     folder = records.join(lake_uri, records.FOLDER, "commits")
-    return [_commit(values) for values in records.read_all(folder)]
+    found = [_commit(values) for values in records.read_all(folder)]
+    for position, commit in enumerate(found):
+        if commit.number != position:
+            raise StorageError(
+                f"{records.join(folder, _numbered(position))}: is lost, and later commits are there; bring it back "
+                "from a copy of the lake: without it nobody knows which cells are in it"
+            )
+    return found
 
 
 def _commit(values: dict[str, Any]) -> Commit:
@@ -113,6 +124,14 @@ def name_taken(dataset_id: str, by: str) -> str:
     return (
         f"dataset {dataset_id!r} is there already and comes from {by}; give this one another name with "
         "--set dataset_id=NAME, or, if it is a new version of that one, say --set replaces=true"
+    )
+
+
+def of_other_organism(dataset_id: str, organism: str) -> str:
+    """Say that a name belongs to a dataset of another organism: labels, presence and provenance go by the name."""
+    return (
+        f"dataset {dataset_id!r} is there already, of {organism}; give this one another name with --set "
+        f"dataset_id=NAME, or take that one out first: store remove {dataset_id} --organism {organism}"
     )
 
 
@@ -185,7 +204,7 @@ def create_plan(
         ConflictError: Another driver took the number first.
     """
     same_organism = [plan for plan in known if plan.organism == organism]
-    same_name = next((plan.dataset_joinid for plan in known if plan.dataset_id == dataset_id), None)
+    same_name = next((plan.dataset_joinid for plan in same_organism if plan.dataset_id == dataset_id), None)
     fresh = 1 + max((plan.dataset_joinid for plan in known), default=-1)
     plan = Plan(
         number=1 + max((plan.number for plan in known), default=-1),

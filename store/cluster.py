@@ -222,7 +222,7 @@ def _wait_for_one(waiting: list[Any]) -> None:
     waiting[:] = left
     try:
         ray.get(done)
-    except ray.exceptions.WorkerCrashedError as error:
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError) as error:
         raise StorageError(
             "a worker died again and again, most likely for want of memory; run the same command again with fewer "
             "workers: what was done stays done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from typing import Any
 
 import typer
@@ -23,6 +24,9 @@ def run(app: typer.Typer, prog: str) -> None:
         console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except Exception:  # noqa: BLE001 - whatever nobody foresaw; 1 would say that some inputs were refused
+        traceback.print_exc()
+        sys.exit(SomaflowError.exit_code)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         sys.exit(7)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -169,22 +169,22 @@ def remove_fragments(array_uri: str, names: list[str]) -> None:
     records.remove_each([records.join(array_uri, "__fragments", name) for name in names], files=False)
 
 
-def roll_back(array_uri: str, after_ms: int) -> int:
-    """Remove what was written to or deleted from an array after ``after_ms``; return how many writes and deletes.
+def take_back(array_uri: str, unwanted: Callable[[Fragment], bool]) -> int:
+    """Remove what single writes and deletes left in an array, where it is ``unwanted``; return how many.
 
     Other writers must be held off. What consolidation wrote is kept: it never reaches past a commit.
     """
-    newer = [item.name for item in fragments(array_uri) if item.first_ms > after_ms]
-    remove_fragments(array_uri, newer)
+    extra = [item.name for item in fragments(array_uri) if item.first_ms == item.last_ms and unwanted(item)]
+    remove_fragments(array_uri, extra)
     commits_uri = records.join(array_uri, "__commits")
     deletes = [
         name
         for name in records.names(commits_uri)
-        if name.endswith(".del") and (found := _fragment(name)) and found.first_ms > after_ms
+        if name.endswith(".del") and (found := _fragment(name)) and unwanted(found)
     ]
     for name in deletes:
         records.remove(records.join(commits_uri, name))
-    return len(newer) + len(deletes)
+    return len(extra) + len(deletes)
 
 
 def consolidate(array_uri: str, modes: tuple[str, ...]) -> None:

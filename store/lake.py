@@ -218,6 +218,19 @@ class Lake:
         self.current = catalog.current(history)
         self._n_features: dict[tuple[str, str], int] = {}
 
+    def confirm(self) -> None:
+        """Make sure that what was read up to now was all there: a vacuum may have let this commit go meanwhile.
+
+        Raises:
+            MissingError: It has.
+        """
+        first = catalog.first_openable(self.uri)
+        if self.commit.number < first:
+            raise MissingError(
+                f"{self.uri}: commit {self.commit.number} was vacuumed while it was being read; the oldest that can be "
+                f"opened is {first}: open the lake again"
+            )
+
     def pending(self) -> list[catalog.Plan]:
         """Return plans that were begun and have no commit: a driver works on them, or one died."""
         done = {commit.dataset["number"] for commit in self.history if commit.dataset}
@@ -328,7 +341,9 @@ class Lake:
         since = catalog.last_whole(self.history, path)
         if since == 0:
             return member.var.read(column_names=columns).concat()
-        return pa.concat_tables(read_parts(records.join(self.uri, path), since, self.commit.timestamp_ms, columns))
+        parts = list(read_parts(records.join(self.uri, path), since, self.commit.timestamp_ms, columns))
+        self.confirm()
+        return pa.concat_tables(parts)
 
     def datasets(self) -> pa.Table:
         """Return the Census's datasets table with our provenance columns, in joinid order."""
@@ -354,6 +369,10 @@ class Lake:
 
         Column j is the feature with joinid j. A cell that was not measured is an empty row: ask obs which they are.
         Read contiguous joinids together: scattered ones are slow.
+
+        Raises:
+            UsageError: Unknown measurement or layer.
+            MissingError: A vacuum let the commit go meanwhile.
         """
         joinids = np.asarray(joinids, dtype=np.int64)
         in_order = bool(np.all(joinids[1:] > joinids[:-1]))
@@ -368,7 +387,10 @@ class Lake:
         if layer not in layers:
             known = ", ".join(layers)
             raise UsageError(f"{self.uri}: {organism} {measurement} has no layer {layer!r}; layers: {known}")
-        found = layers[layer].read((rows,)).tables().concat()
+        try:
+            found = layers[layer].read((rows,)).tables().concat()
+        finally:
+            self.confirm()  # a read that failed may have failed for that
         row_of = found["soma_dim_0"].to_numpy()
         row_of = row_of - ascending[0] if contiguous else np.searchsorted(ascending, row_of)
         columns, values = found["soma_dim_1"].to_numpy(), found["soma_data"].to_numpy()

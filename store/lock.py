@@ -8,6 +8,7 @@ changes, so no two clocks are ever compared.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -18,18 +19,28 @@ from typing import Any
 from store import records
 from store.errors import ConflictError
 
+log = logging.getLogger("somaflow.store")
+
 BEAT_S = 5.0
 PATIENCE_S = 20.0
 """A holder elsewhere whose beat stands still for so long is taken for dead."""
 
 
 class WriterLock:
-    """One driver's claim to write to a lake, or to something else in it that has a folder for its locks."""
+    """One driver's claim to write to a lake, or to something else in it that has a folder for its locks.
+
+    Attributes:
+        number: Of the record that holds it; -1 before.
+        passed_elsewhere: The holder before was on another machine and did not give the lock back: it was taken for
+            dead, and a request of its may still be on its way.
+    """
 
     def __init__(self, lake_uri: str, folder: str | None = None, what: str = "the lake") -> None:
         self.lake_uri, self.what = lake_uri, what
         self.folder = folder or records.join(lake_uri, records.FOLDER, "locks")
         self.number = -1
+        self.passed_elsewhere = False
+        self._beats, self._beating = 0, threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -40,7 +51,8 @@ class WriterLock:
             ConflictError: A living process holds it.
         """
         number, holder = self._newest()
-        if holder and not self._given_back(number) and self._alive(number, holder):
+        left = bool(holder) and not self._given_back(number)
+        if left and self._alive(number, holder):
             raise ConflictError(
                 f"{self.lake_uri}: {self.what} is being written by process {holder['pid']} on {holder['host']} since "
                 f"{holder['since']}; wait until it has finished and run the same command again"
@@ -49,6 +61,7 @@ class WriterLock:
         if not records.create(self._record(number + 1), mine):
             raise ConflictError(f"{self.lake_uri}: another driver was first; wait and run the same command again")
         self.number = number + 1
+        self.passed_elsewhere = left and holder["host"] != mine["host"]
         for name in records.names(self.folder):
             if (old := name.partition(".")[0]).isdigit() and int(old) < self.number:
                 records.remove(records.join(self.folder, name))
@@ -56,11 +69,12 @@ class WriterLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Make sure that the lake is still ours.
+        """Show life, and make sure that the lake is still ours.
 
         Raises:
             ConflictError: Another driver took us for dead and holds the lake now.
         """
+        self._show_life()
         if self._newest()[0] != self.number:
             raise ConflictError(
                 f"{self.lake_uri}: another driver holds {self.what} now, because this one did not show any life for "
@@ -101,10 +115,17 @@ class WriterLock:
         return False
 
     def _beat(self) -> None:
-        beat = 0
-        while not self._stop.wait(BEAT_S if beat else 0):
-            beat += 1
-            records.replace(self._record(self.number, "beat"), {"beat": beat})
+        while not self._stop.wait(BEAT_S if self._beats else 0):
+            self._show_life()
+
+    def _show_life(self) -> None:
+        """Write a beat; one that fails is told, and the next is due as ever."""
+        with self._beating:
+            self._beats += 1
+            try:
+                records.replace(self._record(self.number, "beat"), {"beat": self._beats})
+            except Exception as error:  # noqa: BLE001 - whatever a store's client may raise
+                log.warning("%s: no sign of life could be written, it is tried again: %s", self.lake_uri, error)
 
 
 def _born(pid: int) -> str:

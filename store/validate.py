@@ -32,8 +32,12 @@ def validate(lake: Lake, progress: Callable[[str], None] = lambda name: None) ->
     """Check a lake's layout, joinids, counts, totals and snapshots; read-only, reads every count once."""
     checks: list[Check] = []
     for step in (_layout, _obs, _var, _presence, _counts, _snapshots):
-        progress(step.__name__.strip("_"))
-        checks.extend(step(lake))
+        name = step.__name__.strip("_")
+        progress(name)
+        try:
+            checks.extend(step(lake))
+        except Exception as error:  # noqa: BLE001  whatever the storage raises is the finding
+            checks.append(Check(name, lake.uri, f"cannot be read: {type(error).__name__}: {error}"))
     return checks
 
 

@@ -15,7 +15,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ from store import catalog, fragments, records, schema, tables
 from store.catalog import Commit, Content, Plan
 from store.context import read_parts, storage
 from store.errors import ConflictError, InputRefused, MissingError, VerificationError
-from store.fragments import FragmentWriter, merge_footers, merge_small, roll_back
+from store.fragments import FragmentWriter, merge_footers, merge_small, take_back
 from store.lake import Lake, create_lake, ensure_measurement, layer_uris, open_lake, table_uris, utc_now
 from store.lock import WriterLock
 
@@ -273,6 +273,8 @@ class LakeWriter:
         try:
             with storage(self.uri):
                 create_lake(self.uri)
+            if self._lock.passed_elsewhere:
+                self._fence()
             self._plans = catalog.plans(self.uri)
             self._commits = catalog.commits(self.uri)
             self.undone = self._roll_back()
@@ -296,12 +298,39 @@ class LakeWriter:
         return open_lake(self.uri)
 
     def _roll_back(self) -> int:
-        """Remove what a dead driver wrote to the tables without a commit; return the number of writes undone.
+        """Remove what dead drivers wrote to the tables without a commit; return the number of writes undone.
 
         Counts that it wrote stay: no table tells of them, and the same plan, run again, uses their coordinates.
         """
-        last = self._commits[-1].timestamp_ms
-        return sum(roll_back(uri, last) for uri in table_uris(self.uri))
+        wanted = {commit.timestamp_ms - before for commit in self._commits for before in (0, 1)}  # deletes come before
+        return sum(take_back(uri, lambda item: item.first_ms not in wanted) for uri in table_uris(self.uri))
+
+    def _fence(self) -> None:
+        """Make a commit that changes nothing at the next number.
+
+        A driver elsewhere that was taken for dead may have sent its commit already. Either that arrives first, and
+        counts, or it is refused.
+        """
+        made = False
+        while not made:
+            self._lock.check()
+            with suppress(ConflictError):
+                last = catalog.commits(self.uri)[-1]
+                catalog.create_commit(self.uri, self._after(last, last.timestamp_ms))
+                made = True
+
+    @contextmanager
+    def _undone_in_conflict(self, timestamp: int) -> Iterator[None]:
+        """Take back what was written to the tables at a timestamp when it turns out that another driver holds the lake.
+
+        Its commits may be of later timestamps, so that they would show it.
+        """
+        try:
+            yield
+        except ConflictError:
+            for uri in table_uris(self.uri):
+                take_back(uri, lambda item: item.first_ms in (timestamp - 1, timestamp))
+            raise
 
     def committed(self, plan: schema.DatasetPlan) -> bool:
         """Say whether this very content is in the lake, under this name."""
@@ -311,7 +340,7 @@ class LakeWriter:
     def _standing(self, plan: schema.DatasetPlan) -> Commit | None:
         """Return the commit whose dataset has the plan's name now."""
         for commit in catalog.current(self._commits):
-            if commit.dataset["dataset_id"] == plan.dataset_id and commit.dataset["organism"] == plan.organism:
+            if _named(commit, plan) and commit.dataset["organism"] == plan.organism:
                 return commit
         return None
 
@@ -331,6 +360,9 @@ class LakeWriter:
         if standing and standing.dataset["origin"] != plan.origin and not replaces:
             by = f"{standing.dataset['origin']} (commit {standing.number})"
             raise ConflictError(f"{self.uri}: {catalog.name_taken(plan.dataset_id, by)}")
+        others = {commit.dataset["organism"] for commit in catalog.current(self._commits) if _named(commit, plan)}
+        if others - {plan.organism}:
+            raise ConflictError(f"{self.uri}: {catalog.of_other_organism(plan.dataset_id, others.pop())}")
         done = {commit.dataset["number"] for commit in self._commits if commit.dataset}
         begun = [
             known
@@ -401,9 +433,11 @@ class LakeWriter:
         latest = max((block.timestamp_ms for block in blocks), default=0)
         timestamp = max(reservation.timestamp(), latest + 1, self._commits[-1].timestamp_ms + 2)
         before = Lake(self.uri, self._commits)
-        with storage(self.uri):
-            whole = tables.write_all(before, reservation, table, blocks, timestamp, standing)
-        return self._enter(timestamp, standing, whole=whole, dataset=asdict(reservation.plan), content=content)
+        self._lock.check()
+        with self._undone_in_conflict(timestamp):
+            with storage(self.uri):
+                whole = tables.write_all(before, reservation, table, blocks, timestamp, standing)
+            return self._enter(timestamp, standing, whole=whole, dataset=asdict(reservation.plan), content=content)
 
     def remove(self, dataset_id: str, organism: str | None = None) -> Commit:
         """Take a dataset out of the lake; earlier commits still have it, until a vacuum.
@@ -423,28 +457,34 @@ class LakeWriter:
                 + (f"datasets: {', '.join(known)}" if not found else "say which with --organism")
             )
         timestamp = max(int(time.time() * 1000), self._commits[-1].timestamp_ms + 2)
-        with storage(self.uri):
-            whole = tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
-        return self._enter(timestamp, found[0], whole=whole)
+        self._lock.check()
+        with self._undone_in_conflict(timestamp):
+            with storage(self.uri):
+                whole = tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
+            return self._enter(timestamp, found[0], whole=whole)
 
     def _enter(self, timestamp: int, superseded: Commit | None, **values: Any) -> Commit:
         """Make the commit record, if the lake is still ours."""
-        parent = self._commits[-1]
-        made = Commit(
-            number=parent.number + 1,
-            timestamp_ms=timestamp,
-            parent=parent.id,
-            created=utc_now(),
-            versions={name: importlib.metadata.version(name) for name in VERSIONED},
-            superseded=(superseded.dataset["number"],) if superseded else (),
-            **values,
-        )
+        gone = (superseded.dataset["number"],) if superseded else ()
+        made = self._after(self._commits[-1], timestamp, superseded=gone, **values)
         self._lock.check()
         catalog.create_commit(self.uri, made)
         self._commits.append(made)
         if self._many_since() and time.monotonic() - self._merged_at > fragments.READERS_S:
             self._merge()
         return made
+
+    @staticmethod
+    def _after(parent: Commit, timestamp: int, **values: Any) -> Commit:
+        """Return the commit that follows another."""
+        return Commit(
+            number=parent.number + 1,
+            timestamp_ms=timestamp,
+            parent=parent.id,
+            created=utc_now(),
+            versions={name: importlib.metadata.version(name) for name in VERSIONED},
+            **values,
+        )
 
     def _many_since(self) -> bool:
         """Say whether it is time to merge again; drivers that make few commits each come round to it too."""
@@ -461,6 +501,10 @@ class LakeWriter:
             with _told(uri):
                 merge(uri)
         self._merged, self._merged_at = last.number, time.monotonic()
+
+
+def _named(commit: Commit, plan: schema.DatasetPlan) -> bool:
+    return bool(commit.dataset["dataset_id"] == plan.dataset_id)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import cellxgene_census
 import numpy as np
 import pandas as pd
 import pytest
+import tiledbsoma
 from encoded import add_dataset, encoded_counts, numbered
 
-from store import lock, records, upkeep
-from store.errors import ConflictError, MissingError, UsageError
+import store.writer
+from store import catalog, lock, records, tables, upkeep
+from store.errors import ConflictError, MissingError, StorageError, UsageError
 from store.fragments import fragments
 from store.lake import Lake, layer_uris, open_lake, table_uris
 from store.lock import WriterLock
@@ -233,6 +237,157 @@ def test_a_beating_driver_elsewhere_is_waited_for(tmp_path: Path, monkeypatch: p
     held.release()
     with LakeWriter(str(tmp_path / "lake")):
         pass
+
+
+class Elsewhere:
+    """A driver on another machine, that beats no more, and what another one does to its lake meanwhile."""
+
+    def __init__(self, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
+        monkeypatch.setattr(lock, "BEAT_S", 0.1)
+        self.uri, self._patch = uri, monkeypatch
+        self.writer = LakeWriter(uri)
+        with monkeypatch.context() as there:
+            there.setattr(lock.socket, "gethostname", lambda: "elsewhere")
+            self.writer.__enter__()
+
+    def cut_off(self) -> None:
+        """Let no beat of it through, as when its link to the store is cut."""
+        self._patch.setattr(self.writer._lock, "_show_life", lambda: None)
+
+    def commit_while(self, module: Any, name: str, meanwhile: Callable[[], None]) -> None:
+        """Commit a dataset; when it comes to a function it is cut off, and something happens before it goes on."""
+        real = getattr(module, name)
+
+        def late(*given: Any) -> Any:
+            self._patch.setattr(module, name, real)
+            self.cut_off()
+            meanwhile()
+            return real(*given)
+
+        self._patch.setattr(module, name, late)
+        with pytest.raises(ConflictError, match="another driver"):
+            add_dataset(self.writer, "late", 50, {"RNA": 30}, version=1)
+        self.writer._lock._stop.set()
+
+
+def cells_of(uri: str) -> dict[str, int]:
+    """Cells of each dataset as any SOMA client finds them."""
+    path = f"{uri}/census_data/homo_sapiens/obs"
+    with tiledbsoma.DataFrame.open(path) as obs:
+        found = obs.read(column_names=["dataset_id"]).concat().to_pandas()
+    return {str(name): int(count) for name, count in found["dataset_id"].value_counts().items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(catalog, "create_commit"), (tables, "write_all")], ids=["commit", "tables"]
+)
+@pytest.mark.parametrize("writes", [False, True], ids=["looks", "writes"])
+def test_a_driver_that_was_taken_for_dead_changes_nothing_when_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, writes: bool
+) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30})
+    elsewhere = Elsewhere(uri, monkeypatch)
+
+    def another() -> None:
+        with LakeWriter(uri) as here:
+            if writes:
+                add_dataset(here, "b", 40, {"RNA": 30}, version=2)
+
+    elsewhere.commit_while(module, name, another)
+    lake, there = open_lake(uri), {"a": 60, "b": 40} if writes else {"a": 60}
+    assert cells_of(uri) == there, "and no cell of the one that came late"
+    assert [check for check in validate(lake) if check.problem] == []
+    assert lake.counts("homo_sapiens", "RNA", np.arange(60)).nnz == lake.current[0].content["RNA"].nnz
+    with LakeWriter(uri) as writer:
+        assert writer.undone == 0, "it took back what it wrote by itself"
+        add_dataset(writer, "late", 50, {"RNA": 30}, version=1)
+    assert cells_of(uri) == there | {"late": 50}
+    assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
+def test_what_a_late_driver_left_between_commits_is_undone_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30})
+    elsewhere = Elsewhere(uri, monkeypatch)
+
+    def another() -> None:
+        with LakeWriter(uri) as here:
+            add_dataset(here, "b", 40, {"RNA": 30}, version=2)
+
+    monkeypatch.setattr(store.writer, "take_back", lambda uri, unwanted: 0)  # it dies before it could
+    elsewhere.commit_while(tables, "write_all", another)
+    assert cells_of(uri)["late"] == 50
+    assert any("beside" in check.problem for check in validate(open_lake(uri)))
+    monkeypatch.undo()
+    with LakeWriter(uri) as writer:
+        assert writer.undone > 0
+    assert cells_of(uri) == {"a": 60, "b": 40}
+    assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
+def test_a_beat_that_fails_does_not_end_a_drivers_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    real, failed = records.replace, list[str]()
+
+    def flaky(uri: str, values: Any) -> None:
+        if uri.endswith("beat") and len(failed) < 3:
+            failed.append(uri)
+            raise OSError("SlowDown: please reduce your request rate")
+        real(uri, values)
+
+    monkeypatch.setattr(records, "replace", flaky)
+    held = WriterLock(str(tmp_path / "lake"))
+    held.acquire()
+    try:
+        until = time.monotonic() + 10
+        while records.read(held._record(held.number, "beat")) is None and time.monotonic() < until:
+            time.sleep(0.02)
+        assert len(failed) == 3
+        assert records.read(held._record(held.number, "beat"))["beat"] > 3  # type: ignore[index]
+        held.check()
+    finally:
+        held.release()
+
+
+def test_counts_of_a_commit_that_is_vacuumed_while_it_is_open_are_refused(two_versions: str) -> None:
+    before = open_lake(two_versions, 1)
+    assert before.counts("homo_sapiens", "RNA", np.arange(100)).nnz > 0
+    vacuum(two_versions)
+    with pytest.raises(MissingError, match="commit 1 was vacuumed while it was being read"):
+        before.counts("homo_sapiens", "RNA", np.arange(100))
+
+
+def test_a_lost_commit_record_is_named(two_versions: str) -> None:
+    lost = Path(two_versions) / "somaflow/commits/000000000002.json"
+    lost.unlink()
+    with pytest.raises(StorageError, match=r"000000000002\.json: is lost, and later commits are there"):
+        open_lake(two_versions)
+
+
+def test_a_name_belongs_to_one_organism(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 30, {"RNA": 20}, organism="mus_musculus")
+        with pytest.raises(ConflictError, match=r"of mus_musculus; .*store remove a --organism mus_musculus"):
+            add_dataset(writer, "a", 30, {"RNA": 20})
+        writer.remove("a")
+        add_dataset(writer, "a", 30, {"RNA": 20})
+    assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
+def test_a_proof_goes_on_where_something_cannot_be_read(two_versions: str) -> None:
+    for fragment in (Path(two_versions) / "census_data/homo_sapiens/obs/__fragments").iterdir():
+        for part in fragment.glob("*.tdb"):
+            part.write_bytes(b"")
+    found = validate(open_lake(two_versions))
+    assert any(check.name == "obs" and check.problem.startswith("cannot be read") for check in found)
+    assert any(check.name == "counts" and not check.problem for check in found)
 
 
 def test_no_flipped_bit_is_read_as_if_nothing_had_happened(tmp_path: Path) -> None:
