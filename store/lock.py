@@ -9,6 +9,7 @@ changes, so no two clocks are ever compared.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -41,6 +42,7 @@ class WriterLock:
         self.number = -1
         self.passed_elsewhere = False
         self._beats, self._beating = 0, threading.Lock()
+        self._lived = -math.inf
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -74,12 +76,22 @@ class WriterLock:
         Raises:
             ConflictError: Another driver took us for dead and holds the lake now.
         """
-        self._show_life()
+        if time.monotonic() - self._lived > BEAT_S:
+            self._show_life()
         if self._newest()[0] != self.number:
             raise ConflictError(
                 f"{self.lake_uri}: another driver holds {self.what} now, because this one did not show any life for "
                 f"{PATIENCE_S:g} s; nothing more is written here; run the same command again when it has finished"
             )
+
+    def renew(self) -> None:
+        """Do as :meth:`check` does where the last sign of life is old; before, nobody can have taken over.
+
+        Raises:
+            ConflictError: Another driver took us for dead and holds the lake now.
+        """
+        if time.monotonic() - self._lived > PATIENCE_S / 2:
+            self.check()
 
     def release(self) -> None:
         """Give the lock back."""
@@ -122,8 +134,10 @@ class WriterLock:
         """Write a beat; one that fails is told, and the next is due as ever."""
         with self._beating:
             self._beats += 1
+            begun = time.monotonic()
             try:
                 records.replace(self._record(self.number, "beat"), {"beat": self._beats})
+                self._lived = begun
             except Exception as error:  # noqa: BLE001 - whatever a store's client may raise
                 log.warning("%s: no sign of life could be written, it is tried again: %s", self.lake_uri, error)
 

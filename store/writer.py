@@ -433,7 +433,7 @@ class LakeWriter:
         latest = max((block.timestamp_ms for block in blocks), default=0)
         timestamp = max(reservation.timestamp(), latest + 1, self._commits[-1].timestamp_ms + 2)
         before = Lake(self.uri, self._commits)
-        self._lock.check()
+        self._lock.renew()
         with self._undone_in_conflict(timestamp):
             with storage(self.uri):
                 whole = tables.write_all(before, reservation, table, blocks, timestamp, standing)
@@ -457,7 +457,7 @@ class LakeWriter:
                 + (f"datasets: {', '.join(known)}" if not found else "say which with --organism")
             )
         timestamp = max(int(time.time() * 1000), self._commits[-1].timestamp_ms + 2)
-        self._lock.check()
+        self._lock.renew()
         with self._undone_in_conflict(timestamp):
             with storage(self.uri):
                 whole = tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)

@@ -13,6 +13,7 @@ import typer
 from encoded import add_dataset
 from typer.testing import CliRunner
 
+from store import command
 from store.__main__ import app
 from store.settings import load_settings
 from store.snapshot import SnapshotSettings, create_snapshot
@@ -63,3 +64,18 @@ def test_what_is_looked_at_and_taken_away_is_told_as_json(tmp_path: Path) -> Non
     assert told("snapshot", "verify", "s") == {"schema": "store-snapshot-verify/v1", "snapshot": "s", "ok": True}
     assert told("snapshot", "delete", "s")["snapshot"] == "s"
     assert told("remove", "first") == {"schema": "store-remove/v1", "dataset_id": "first", "commit": 2}
+
+
+def test_what_nobody_foresaw_does_not_end_as_if_some_inputs_were_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = typer.Typer()
+
+    @broken.command()
+    def only() -> None:
+        raise KeyError("soma_joinid")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["broken"])
+        with pytest.raises(SystemExit) as ended:
+            command.run(broken, "broken")
+    assert ended.value.code == 70
+    assert "KeyError: 'soma_joinid'" in capsys.readouterr().err
