@@ -7,9 +7,12 @@ lock-free primitive that the commit protocol leans on.
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
 import os
+import random
 import secrets
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -55,13 +58,25 @@ def create(uri: str, values: dict[str, Any]) -> bool:
     try:
         if is_local(uri):
             return _create_local(Path(uri), data)
-        filesystem, path = fsspec.core.url_to_fs(uri)
-        filesystem.pipe_file(path, data, mode="create")
+        _create_far(uri, data)
     except FileExistsError:
         return (_read(uri) or {}).get(MARK) == mark
     except OSError as error:
         raise StorageError(f"{uri}: cannot write: {error}; check that the place exists and may be written") from error
     return True
+
+
+def _create_far(uri: str, data: bytes) -> None:
+    """Create an object; where two requests for one name meet, S3 may answer that they are to try again (HTTP 409)."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    for pause_s in (0.1, 0.2, 0.4, 0.8, None):
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or pause_s is None:
+                raise
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
 
 
 def _create_local(path: Path, data: bytes) -> bool:

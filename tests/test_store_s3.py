@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import anndata
 import boto3
 import cellxgene_census
+import fsspec
 import httpx
 import numpy as np
 import pytest
@@ -204,6 +207,24 @@ def test_a_record_on_s3_is_created_once(bucket: str) -> None:
     assert not records.create(f"{bucket}/r/1.json", {"a": 2})
     assert records.read(f"{bucket}/r/1.json") == {"a": 1}
     assert records.read(f"{bucket}/r/2.json") is None
+
+
+def test_two_that_create_one_record_at_the_same_moment_try_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    filesystem, _ = fsspec.core.url_to_fs(bucket)
+    real, refused = filesystem.pipe_file, list[str]()
+
+    def conflict(path: str, data: bytes, **how: Any) -> Any:
+        if len(refused) < 2:
+            refused.append(path)
+            raise OSError(errno.EBUSY, "ConditionalRequestConflict")  # as s3fs tells of HTTP 409
+        return real(path, data, **how)
+
+    monkeypatch.setattr(filesystem, "pipe_file", conflict)
+    assert records.create(f"{bucket}/r/both.json", {"a": 1})
+    assert len(refused) == 2
+    refused.clear()
+    assert not records.create(f"{bucket}/r/both.json", {"a": 2})
+    assert records.read(f"{bucket}/r/both.json") == {"a": 1}
 
 
 def test_files_on_s3_are_sources_like_local_ones(bucket: str, shared_data: Path) -> None:
