@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ingest.simulate import SimulationSettings, simulate
-from store.errors import InputRefused, VerificationError
+from store.errors import InputRefused, UsageError, VerificationError
 from store.schema import DatasetPlan, Features
 from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
@@ -157,6 +159,30 @@ def test_the_floor_is_judged_without_a_model(lake: str) -> None:
     values, scores = judged.values, judged.scores
     assert NAME not in {value.method for value in values}
     assert {one.verdict for one in scores} <= {"floor only", "not informative"}
+
+
+def test_cells_without_a_type_judge_no_telling_of_types(lake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read_study(open_snapshot(lake, "s"))
+
+    def told(change: Callable[[pd.Series], pd.Series]) -> Question:
+        obs = whole.obs.assign(cell_type=change(whole.obs["cell_type"].astype(object)))
+        monkeypatch.setattr("train.evaluation.judge.read_study", lambda *_: replace(whole, obs=obs))
+        return question(lake, "annotate")
+
+    third = np.arange(whole.n_cells) % 3 == 0
+    study, folds, _ = look_for_leaks(told(lambda types: types.mask(third, "unknown")))
+    assert study.n_cells == whole.n_cells - third.sum()
+    assert "unknown" not in study.label("cell_type")
+    assert all(len(fold.train_C) == study.n_cells for fold in folds)
+    asked = told(lambda types: types.mask(third, "unknown"))
+    perturbed, _, _ = look_for_leaks(replace(asked, suite="perturb"))
+    assert perturbed.n_cells == whole.n_cells
+    with pytest.raises(UsageError, match="no cell says one; it takes two types"):
+        look_for_leaks(told(lambda types: types.mask(types != "", "unknown")))
+    with pytest.raises(UsageError, match=r"all .* cells that say one have 'T cell'; it takes two types"):
+        look_for_leaks(told(lambda types: types.mask(types != "", "T cell")))
+    with pytest.raises(UsageError, match="by = 'dose': no cell has any"):
+        look_for_leaks(replace(question(lake, "perturb"), folds=FoldSettings(by="dose")))
 
 
 def test_cells_that_a_checkpoint_saw_may_not_judge_it(lake: str, trained: str) -> None:

@@ -31,7 +31,8 @@ from train.evaluation.floor import (
     effect_floor,
 )
 from train.evaluation.folds import FoldSettings, make_folds
-from train.evaluation.perturb import METRICS, perturb_suite
+from train.evaluation.gated import TargetVectors
+from train.evaluation.perturb import CAPPED, METRICS, TOLD_APART, perturb_suite
 from train.evaluation.score import REPLICATE, Value, holm, score
 from train.evaluation.study import Study
 
@@ -50,7 +51,7 @@ def test_an_effect_is_the_difference_of_pseudobulk_profiles(cells: Study) -> Non
     total = counts[here & (cells.label("perturbation") == "x")].sum(0)
     np.testing.assert_allclose(found.treated_EG[line], np.log1p(1e4 * total / total.sum()))
     assert found.n_cells[line] == 60
-    with pytest.raises(InputRefused, match="no perturbation has 8 cells of RNA beside controls"):
+    with pytest.raises(InputRefused, match="no perturbation has 8 with RNA beside controls"):
         effects(cells.take(cells.label("perturbation") != "control"), "RNA")
 
 
@@ -96,6 +97,39 @@ def test_a_mean_is_trusted_as_far_as_effects_agree_and_a_target_as_far_as_its_ce
     assert not Shrunken("RNA").learn(noisy).predict(train, "x+z", "a").any()
     alone = Shrunken("RNA").learn(replace(one, noise_E=np.array([0.25 * float((one.delta_EG**2).mean())])))
     np.testing.assert_allclose(alone.predict(train, "q", "a"), 0.75 * one.delta_EG[0])
+
+
+def test_targets_are_found_by_what_people_call_features_as_by_their_ids() -> None:
+    hit = FEATURES[:6]
+    named = perturbed(hit, ("a",))
+    ids = [f"ENSG{number:011d}" for number in range(len(FEATURES))]
+    called = replace(named, features={"RNA": ids}, called={"RNA": FEATURES})
+    assert called.take(np.arange(5)).places("RNA") == named.places("RNA") | {
+        name: place for place, name in enumerate(ids)
+    }
+    folds = make_folds(named, FoldSettings(by="target", folds=2))
+    methods = {"ridge": lambda seed: BilinearRidge("RNA"), "mean": lambda seed: TrainingMean("RNA")}
+    one, other = (perturb_suite(study, folds, methods, seeds=[0]) for study in (named, called))
+    assert [replace(value, value=0.0) for value in one] == [replace(value, value=0.0) for value in other]
+    np.testing.assert_allclose([value.value for value in one], [value.value for value in other], rtol=1e-9)
+    ridge, mean = ([value.value for value in other if value.method == name] for name in methods)
+    assert ridge != mean, "it knows the targets' own genes"
+    twice = replace(called, called={"RNA": ["same", "same", *FEATURES[2:]]})
+    assert "same" not in twice.places("RNA"), "what two are called names neither"
+    told = TargetVectors().beside(effects(called, "RNA").places, np.arange(120.0).reshape(60, 2))
+    assert told[FEATURES[3]].tolist() == told[ids[3]].tolist() != [0, 0]
+
+
+def test_a_replicate_of_a_perturbation_that_stands_alone_is_as_good_as_noise_allows() -> None:
+    alone = perturbed(["x"], tuple("abcdef"), n_cells=80)
+    folds = make_folds(alone, FoldSettings(by="cell_type"))
+    found = perturb_suite(alone, folds, {"mean": lambda seed: TrainingMean("RNA")}, seeds=range(4))
+    error = {
+        name: np.mean([value.value for value in found if (value.method, value.metric) == (name, CAPPED)])
+        for name in (REPLICATE, "mean")
+    }
+    assert abs(error[REPLICATE]) < 0.3 * error["mean"], "with a cap it were larger than that of the mean"
+    assert all(math.isnan(value.value) for value in found if value.metric == TOLD_APART)
 
 
 def test_noise_of_an_effect_is_the_sampling_variance_of_its_profile() -> None:

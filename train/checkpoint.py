@@ -212,6 +212,8 @@ def load(folder: str | Path, device: str = "cpu") -> Checkpoint:
     """
     folder, where = Path(folder), device_of(device)
     manifest = read_manifest(folder)
+    if (kind := manifest.get("kind", "checkpoint")) != "checkpoint":
+        raise InputRefused(f"{folder}: is no checkpoint, but of kind {kind}; name the checkpoint that it goes with")
     unlisted = [name for name in EXPORTED if name not in manifest["files"]]
     if unlisted:
         raise InputRefused(f"{folder / MANIFEST}: does not name {unlisted[0]}, which is served; export it again")

@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 
 from store.errors import InputRefused
 from train.evaluation.folds import TARGET, UNPERTURBED
-from train.evaluation.study import Study
+from train.evaluation.study import Study, places
 from train.tokens import SCALE
 
 MIN_CELLS = 8
@@ -36,6 +36,7 @@ class Effects:
         noise_E: Sampling variance of ``treated_EG``, on average over features: a quarter of the mean squared difference
             between the profiles of every other perturbed cell and of the rest.
         features: The names of G.
+        called: What people call them, where that is something else.
     """
 
     perturbation: tuple[str, ...]
@@ -45,6 +46,12 @@ class Effects:
     n_cells: NDArray[np.int64]
     noise_E: NDArray[np.float64]
     features: tuple[str, ...]
+    called: tuple[str, ...] = ()
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Place of each feature by its name, and by what people call it."""
+        return places(self.features, self.called)
 
     @property
     def delta_EG(self) -> NDArray[np.float64]:  # noqa: N802
@@ -66,6 +73,7 @@ class Effects:
             self.n_cells[chosen_E],
             self.noise_E[chosen_E],
             self.features,
+            self.called,
         )
 
     def groups(self, by: str, columns: Sequence[str]) -> list[frozenset[str]]:
@@ -131,8 +139,9 @@ def effects(study: Study, measurement: str, columns: Sequence[str] = ("cell_type
                 lines.append((name, context, control_G, profile(counts_CG[rows]), len(rows), noise))
     if not lines:
         raise InputRefused(
-            f"no perturbation has {MIN_CELLS} cells of {measurement} beside controls of the same "
-            f"{', '.join(columns) or 'study'}; controls have the perturbation {' or '.join(map(repr, UNPERTURBED))}"
+            f"of the {study.n_cells:,} cells to learn from no perturbation has {MIN_CELLS} with {measurement} beside "
+            f"controls of the same {', '.join(columns) or 'study'}; hold out less, or say other contexts; controls "
+            f"have the perturbation {' or '.join(map(repr, UNPERTURBED))}"
         )
     names, where, control, treated, n_cells, noises = zip(*lines, strict=True)
     return Effects(
@@ -143,6 +152,7 @@ def effects(study: Study, measurement: str, columns: Sequence[str] = ("cell_type
         np.array(n_cells),
         np.array(noises),
         tuple(study.features[measurement]),
+        tuple(study.called.get(measurement, ())),
     )
 
 

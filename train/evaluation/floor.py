@@ -193,7 +193,7 @@ class BilinearRidge(Baseline):
         n_components = max(1, min(self.components, len(profiles_EG) - 1, profiles_EG.shape[1]))
         found = PCA(n_components, svd_solver="full", random_state=0).fit(profiles_EG)
         self.feature_GK = found.components_.T * np.sqrt(found.explained_variance_)
-        own = {name: self.feature_GK[number] for number, name in enumerate(self.train.features)}
+        own = {name: self.feature_GK[place] for name, place in self.train.places.items()}
         self.vectors = dict(self.given) if self.given is not None else own
         known = [number for number, name in enumerate(self.train.perturbation) if self._vector(name) is not None]
         self.weight: Vector | None = None

@@ -90,6 +90,8 @@ def make_folds(study: Study, settings: FoldSettings) -> list[Fold]:
     """
     of = _membership(study, settings.by)
     groups = sorted(of)
+    if not groups:
+        raise UsageError(f"by = {settings.by!r}: no cell has any; hold out by another column")
     for field in ("held", "calibrate_on"):
         for name in getattr(settings, field):
             if name not in of:
@@ -142,7 +144,7 @@ def _membership(study: Study, by: str) -> dict[str, NDArray[np.bool_]]:
     if by == "perturbation":
         return {name: code_C == code for code, name in enumerate(values) if name not in UNPERTURBED}
     if by != TARGET:
-        return {name: code_C == code for code, name in enumerate(values)}
+        return {name: code_C == code for code, name in enumerate(values) if name != "nan"}  # a number that nobody gave
     targets = sorted({target for name in values if name not in UNPERTURBED for target in name.split("+")})
     hits = {target: np.array([target in name.split("+") for name in values]) for target in targets}
     return {target: hits[target][code_C] for target in targets}

@@ -90,11 +90,11 @@ class TargetVectors:
         self.loadings: dict[str, Vector] = {}
         self.by_sets = set_vectors(members) if members else {}
 
-    def beside(self, features: Sequence[str], loading_GK: Matrix) -> TargetVectors:
-        """Return the same with the features' loadings, learned from training cells."""
+    def beside(self, places: Mapping[str, int], loading_GK: Matrix) -> TargetVectors:
+        """Return the same with the loadings of features, by all their names, learned from training cells."""
         size = np.linalg.norm(loading_GK, axis=1).max()
         known = copy.copy(self)
-        known.loadings = dict(zip(features, loading_GK / max(size, 1e-9), strict=True))
+        known.loadings = {name: loading_GK[place] / max(size, 1e-9) for name, place in places.items()}
         return known
 
     def __getitem__(self, perturbation: str) -> Vector:
@@ -171,7 +171,7 @@ class GatedEffects:
     def _look_at(self, train: Study) -> None:
         """Learn the latent space, and keep the cells of each effect and context in it."""
         self.space = Space(self.measurement, self.seed).fit(train)
-        self.known = self.targets.beside(self.table.features, self.space.loading_GK)
+        self.known = self.targets.beside(self.table.places, self.space.loading_GK)
         perturbation_C, context_C = train.label("perturbation"), contexts(train, self.columns)
         latent_CK = self.space.embed(train)
         unperturbed_C = np.isin(perturbation_C, UNPERTURBED)

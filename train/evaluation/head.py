@@ -134,6 +134,7 @@ def save_head(folder: Path, head: GatedEffects, members: dict[str, tuple[str, ..
         "perturbation": table.perturbation,
         "context": table.context,
         "features": table.features,
+        "called": table.called,
         "label_E": head.label_E.tolist(),
         "members": members,
         "given": given,
@@ -190,6 +191,7 @@ def _made(arrays: dict[str, NDArray[Any]], words: dict[str, Any]) -> GatedEffect
         arrays["n_cells"],
         arrays["noise_E"],
         tuple(words["features"]),
+        tuple(words.get("called", ())),
     )
     head.gate = Gate(**words["gate"])
     head.baseline = next(one for one in head.candidates if one.name == head.gate.baseline).learn(head.table)
@@ -200,7 +202,7 @@ def _made(arrays: dict[str, NDArray[Any]], words: dict[str, Any]) -> GatedEffect
     head.space.loading_GK = np.zeros((len(words["features"]), len(arrays["components"])))
     head.space.loading_GK[arrays["chosen"]] = arrays["components"].T
     head.space.factor_G = arrays["factor_G"]
-    head.known = head.targets.beside(head.table.features, head.space.loading_GK)
+    head.known = head.targets.beside(head.table.places, head.space.loading_GK)
     head.usual_G, head.score_EG = arrays["usual_G"], arrays["score"]
     head.label_E = np.array(words["label_E"])
     head.flows = []

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from store.errors import UsageError
@@ -40,6 +41,7 @@ from train.evaluation.scratch import adapt_on
 from train.evaluation.study import Study, read_study
 from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
 from train.knowledge import read_sets
+from train.labels import NOT_SAID
 from train.predictor import Predictor
 
 
@@ -116,6 +118,8 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     """Read the cells, hold out, and audit."""
     snapshot = open_snapshot(question.lake, question.snapshot)
     study = read_study(snapshot, question.max_cells)
+    if question.suite in OF_TYPES:
+        study = _of_known_types(study, question.columns[0])
     folds = make_folds(study, question.folds)
     learned, seen_C = {}, None
     if predictor is not None:
@@ -125,6 +129,21 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     known += [(path, question.folds.days.get(path, "")) for path in question.sets]
     chosen = tuple(snapshot.manifest["settings"].get("features") or ())
     return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C, chosen=chosen)
+
+
+def _of_known_types(study: Study, column: str) -> Study:
+    """Leave out the cells of which nobody says what type they are.
+
+    Raises:
+        UsageError: The others are not of two types at least.
+    """
+    label_C = study.label(column)
+    said_C = ~np.isin(np.char.lower(label_C.astype(str)), list(NOT_SAID))
+    types = sorted(set(label_C[said_C]))
+    if len(types) < 2:
+        have = f"all {int(said_C.sum()):,} cells that say one have {types[0]!r}" if types else "no cell says one"
+        raise UsageError(f"{column}: {have}; it takes two types to tell apart; another column: --context NAME")
+    return study.take(said_C)
 
 
 def judge(question: Question, checkpoint: str | Path | None = None, device: str = "cpu") -> Judgement:
@@ -297,6 +316,8 @@ SUITES: dict[str, tuple[Callable[[_Task], list[Value]], dict[str, Way]]] = {
     "agnostic": (_agnostic, AGNOSTIC),
 }
 """Suite to what runs it, and which way of its metrics is better."""
+OF_TYPES = ("annotate", "embed", "calibration", "novelty")
+"""Suites that judge by the types of cells: a cell of which none is said says nothing there."""
 
 
 def _gated_effects(task: _Task, members: dict[str, tuple[str, ...]], seed: int) -> GatedEffects:

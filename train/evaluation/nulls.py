@@ -8,6 +8,7 @@ perturbation than the one that answers. ``pairs``: it translates another cell th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -32,7 +33,7 @@ def dealt_labels(study: Study, column: str, within: Sequence[str], seed: int) ->
     for group in sorted(set(group_C)):
         rows = np.flatnonzero((group_C == group) & moves_C)
         value_C[rows] = value_C[random.permutation(rows)]
-    return Study(study.counts, study.features, study.obs.assign(**{column: value_C}))
+    return replace(study, obs=study.obs.assign(**{column: value_C}))
 
 
 def dealt_members(members: Mapping[str, Sequence[str]], seed: int = 0) -> dict[str, tuple[str, ...]]:

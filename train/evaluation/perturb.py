@@ -28,7 +28,8 @@ from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
 
 CONTROL = "non-targeting"
-METRICS: dict[str, Way] = {"pds_cosine": "higher", "expr_mse_unbiased_capped": "lower"}
+TOLD_APART, CAPPED, UNCAPPED = "pds_cosine", "expr_mse_unbiased_capped", "expr_mse_unbiased"
+METRICS: dict[str, Way] = {TOLD_APART: "higher", CAPPED: "lower"}
 """Discrimination (is the predicted effect nearer to its own truth than to others'?), and the squared error, corrected
 for sampling noise. Metrics of differential expression need predicted cells, not profiles."""
 
@@ -158,8 +159,8 @@ def _measured(
     plain_C = here_C & np.isin(perturbation_C, UNPERTURBED)
     asked_C = here_C & np.isin(perturbation_C, names)
     features = study.features[measurement]
-    hit = {target for name in names for target in name.split("+")}
-    kept = np.array([feature not in hit for feature in features])
+    places, kept = study.places(measurement), np.ones(len(features), dtype=bool)
+    kept[[places[target] for name in names for target in name.split("+") if target in places]] = False
     truth = _cells(study, (plain_C | asked_C) & truth_C, measurement)
     control = _cells(study, plain_C & other_C, measurement)
     depth = float(np.median(np.asarray(truth.X.sum(axis=1))))
@@ -173,20 +174,25 @@ def _measured(
             told = _anndata(csr_matrix(np.repeat(shares * depth, 2, axis=0)), np.repeat(names, 2), features)
             predicted = anndata.concat([control, told], index_unique="-", keys=["control", "told"])
         alone = len(names) == 1  # nothing to be told apart from
-        for metric, unit, value in _compared(predicted[:, kept], truth[:, kept]):
-            told_apart = metric.startswith("pds")
+        for metric, unit, value in _compared(predicted[:, kept], truth[:, kept], alone=alone):
             where = " | ".join(filter(None, (unit, context)))
-            values.append(Value(method, metric, where, seed, math.nan if alone and told_apart else value))
+            undefined = alone and metric == TOLD_APART
+            values.append(Value(method, metric, where, seed, math.nan if undefined else value))
     return values
 
 
-def _compared(predicted: Any, truth: Any) -> list[tuple[str, str, float]]:
-    """Return metric, perturbation and value, from cell-eval2; a discrimination among one is not defined."""
+def _compared(predicted: Any, truth: Any, *, alone: bool) -> list[tuple[str, str, float]]:
+    """Return metric, perturbation and value, from cell-eval2.
+
+    What it takes off the error for the sampling noise of predicted cells is capped by how far predictions lie apart. Of
+    one perturbation ``alone`` that is nothing, and all noise of the replicate would count: there is no cap then.
+    """
+    error = UNCAPPED if alone else CAPPED
     from cell_eval2 import EvalConfig, compute_metrics
 
     logging.getLogger("cell_eval2").setLevel(logging.ERROR)  # it warns of fractional counts, which profiles are
     config = EvalConfig(
-        metrics=list(METRICS),
+        metrics=[TOLD_APART, error],
         pert_col="target",
         control=CONTROL,
         allow_fractional_counts=True,
@@ -199,9 +205,9 @@ def _compared(predicted: Any, truth: Any) -> list[tuple[str, str, float]]:
         table = compute_metrics(predicted, truth, config=config)
     rows = zip(*(table[column].to_list() for column in ("metric", "perturbation", "value")), strict=True)
     return [
-        (metric, unit, float("nan") if value is None else float(value))
+        (CAPPED if metric == error else metric, unit, float("nan") if value is None else float(value))
         for metric, unit, value in rows
-        if metric in METRICS
+        if metric in (TOLD_APART, error)
     ]
 
 

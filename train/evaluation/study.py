@@ -7,8 +7,9 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,13 @@ class Study:
         counts: Measurement to raw counts_CG; the row of a cell that was not measured is empty.
         features: Measurement to the names of its G features.
         obs: One line per cell, columns as the lake names them (``perturbation``, ``cell_type``, ``donor_id``, ...).
+        called: Measurement to what people call its features (a gene's symbol), where ``features`` are ids.
     """
 
     counts: dict[str, csr_matrix]
     features: dict[str, list[str]]
     obs: pd.DataFrame
+    called: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, part in self.counts.items():
@@ -53,7 +56,12 @@ class Study:
 
     def take(self, rows: NDArray[Any]) -> Study:
         """Return the cells of a mask or of row numbers, in this order."""
-        return Study({name: part[rows] for name, part in self.counts.items()}, self.features, self.obs.iloc[rows])
+        counts = {name: part[rows] for name, part in self.counts.items()}
+        return replace(self, counts=counts, obs=self.obs.iloc[rows])
+
+    def places(self, measurement: str) -> dict[str, int]:
+        """Return the place of each feature by its name, and by what people call it; targets go by either."""
+        return places(self.features[measurement], self.called.get(measurement, ()))
 
     def label(self, column: str) -> NDArray[np.object_]:
         """Return a column of obs as text, one value per cell.
@@ -84,6 +92,18 @@ class Study:
         return log_shares(self.measured(measurement)).astype(np.float32)
 
 
+def places(features: Sequence[str], called: Sequence[str] = ()) -> dict[str, int]:
+    """Return the place of each feature by its name, and by what people call it where no other is called so.
+
+    Args:
+        features: Names (ids) of all.
+        called: What people call each; empty if that is the same.
+    """
+    counted = Counter(called)
+    by_call = {name: place for place, name in enumerate(called) if counted[name] == 1}
+    return by_call | {name: place for place, name in enumerate(features)}
+
+
 def read_study(snapshot: Snapshot, max_cells: int = 200_000) -> Study:
     """Read a snapshot's cells into memory: all, or as large a share of each split as comes to ``max_cells``.
 
@@ -98,18 +118,19 @@ def read_study(snapshot: Snapshot, max_cells: int = 200_000) -> Study:
             spans.append((part.first_row + first, part.first_row + first + math.ceil((stop - first) * share)))
     obs = snapshot.cells(spans=spans).to_pandas()
     kept = (obs["split"] != "").to_numpy()
-    counts, features = {}, {}
+    counts, features, called = {}, {}, {}
     for name in snapshot.measurements:
         if name in snapshot.levels:
             continue  # the suites judge counts
-        features[name] = [str(row[0]) for row in snapshot.var_rows(name)]
+        var = snapshot.var_rows(name)
+        features[name], called[name] = [str(row[0]) for row in var], [str(row[1]) for row in var]
         blocks = [
             _matrix(snapshot, name, start, min(start + BLOCK_ROWS, stop), len(features[name]))
             for first, stop in spans
             for start in range(first, stop, BLOCK_ROWS)
         ]
         counts[name] = csr_matrix(vstack(blocks))[kept]
-    return Study(counts, features, obs[kept].reset_index(drop=True))
+    return Study(counts, features, obs[kept].reset_index(drop=True), called)
 
 
 def _matrix(snapshot: Snapshot, measurement: str, start: int, stop: int, n_features: int) -> csr_matrix:

@@ -10,6 +10,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -160,7 +161,7 @@ def deal_molecules(study: Study, measurement: str, seed: int) -> tuple[Study, St
     half.data = np.random.default_rng([seed, 2]).binomial(counts_CH.data.astype(np.int64), 0.5).astype(np.float32)
     rest = (counts_CH - half).tocsr()
     one, other = ({**study.counts, measurement: csr_matrix(part)} for part in (half, rest))
-    return Study(one, study.features, study.obs), Study(other, study.features, study.obs)
+    return replace(study, counts=one), replace(study, counts=other)
 
 
 def _within(
