@@ -14,14 +14,14 @@ from ingest import distinct
 from ingest.perturbations import (
     CONDITION,
     guide_target,
+    named,
     perturbation_kind,
-    perturbation_name,
     said_of_perturbations,
     written_as_gears,
 )
 from ingest.quantities import quantity
 from store.errors import InputRefused
-from store.schema import OBS_DEFAULTS
+from store.schema import OBS_DEFAULTS, UNKNOWN
 
 OBS_ALIASES = {
     "cell_type": ("celltype", "cell_types", "CellType", "cell.type", "cell_ontology_class", "bulk_labels"),
@@ -148,11 +148,11 @@ def _normalise(frame: pd.DataFrame, controls: Sequence[str] = ()) -> None:
         elif isinstance(default, bool):
             frame[column] = np.asarray(distinct.changed(frame[column], _truth), dtype=bool)
     if "perturbation" in frame:
-        frame["perturbation"] = distinct.changed(
-            frame["perturbation"], lambda value: perturbation_name(value, controls)
-        )
+        codes, words = distinct.coded(frame["perturbation"])
+        frame["perturbation"] = distinct.spread(codes, named(words, controls))
         if "perturbation_type" not in frame:
-            kinds = distinct.changed(frame["perturbation"], lambda name: "genetic" if name else "none")
+            kind_of = {"": "none", UNKNOWN: UNKNOWN}
+            kinds = distinct.changed(frame["perturbation"], lambda name: kind_of.get(name, "genetic"))
             frame["perturbation_type"] = kinds
         else:
             frame["perturbation_type"] = distinct.changed(frame["perturbation_type"], perturbation_kind)

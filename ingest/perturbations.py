@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ingest import distinct
+from store.schema import UNKNOWN
 
 CONTROL = re.compile(
     r"^(\d+(\.\d+)? ?% )?"
@@ -21,6 +23,12 @@ CONTROL = re.compile(
 )
 """Names of controls, numbered or not: ``NT``, ``NTg4``, ``non-targeting_2``, ``sgNTC``, ``DMSO 0.1%``, ``untreated``;
 ``NTRK1`` and ``WT1`` are genes."""
+UNASSIGNED = re.compile(
+    r"^(un(assigned|assignable|mapped|detected|known|identified)|not[-_ ]?(assigned|detected)|ambiguous|negative|"
+    r"(doublet|multiplet|multiple)s?|no[-_ ]?(s?grna|guide|assignment|call)s?|n/?a|\?)$",
+    re.IGNORECASE,
+)
+"""Words for cells that were perturbed or not, nobody knows how: calls of guides or hashtags end in them."""
 SAYS_WHAT_WAS_DONE = (
     "condition",
     "perturb",
@@ -51,6 +59,9 @@ def perturbation_kind(value: Any) -> str:
     return next((kind for pattern, kind in PERTURBATION_KINDS if re.search(pattern, text, re.IGNORECASE)), text)
 
 
+SAYS_NOTHING = ("", "nan", "none", "unperturbed")
+CONTROL_NAME = "control"
+
 NAME = re.compile(r"[A-Za-z][^,\s'-]{1,}")
 """How a name begins that stands alone: ``KLF1``; locants of a compound (``2``, ``N``, ``3'``) do not."""
 ROTATION = re.compile(r"\((\+/?[-\u2212]|[-\u2212]/?\+|\+)\)")
@@ -80,14 +91,40 @@ def perturbation_name(value: Any, controls: Sequence[str] = ()) -> str:
     Args:
         value: As the source has it.
         controls: Words that mean a control here, beside the customary ones.
+
+    Returns:
+        ``unknown`` where the source says that it does not know; nothing where it says nothing, or that there is none.
     """
-    if value is None or value != value or str(value).strip().lower() in ("", "nan", "none", "na", "unperturbed"):
+    if value is None or value != value or str(value).strip().lower() in SAYS_NOTHING:
         return ""
     if str(value).strip() in controls:
         return "control"
+    if any(UNASSIGNED.match(part.strip()) for part in re.split(r"[+|]", str(value))):
+        return UNKNOWN
     parts = [name for part in re.split(r"[+|]", ROTATION.sub(_rotation, str(value))) for name in _names(part) if name]
     targets = sorted({part for part in parts if not CONTROL.match(part) and part not in controls})
     return "+".join(targets) or "control"
+
+
+def named(words: Sequence[Any], controls: Sequence[str] = ()) -> list[str]:
+    """Write a dataset's words for perturbations the lake's way.
+
+    Where some cells have targets, those of which nothing is said are ``unknown``: pooled screens leave the cells so
+    whose guide was not found. They are no controls.
+
+    Args:
+        words: Distinct values of the column.
+        controls: As for :func:`perturbation_name`; ``nan`` there means the cells of which nothing is said.
+    """
+    found = [perturbation_name(word, controls) for word in words]
+    if all(name in ("", CONTROL_NAME, UNKNOWN) for name in found):
+        return ["" if name == UNKNOWN else name for name in found]
+    missing = CONTROL_NAME if "nan" in controls else UNKNOWN
+    return [missing if _is_missing(word) else name for word, name in zip(words, found, strict=True)]
+
+
+def _is_missing(word: Any) -> bool:
+    return bool(word is None or word != word or str(word).strip().lower() in ("", "nan"))
 
 
 def guide_target(value: Any) -> str:
@@ -141,11 +178,19 @@ def said_of_perturbations(frame: pd.DataFrame, obs: pd.DataFrame, controls: Sequ
         and pd.to_numeric(frame["dose"], errors="coerce").notna().any()
     ):
         told.append("perturbation_type: genetic, and cells have doses: if it is drugs, say obs.perturbation_type==drug")
-    _, words = distinct.coded(frame["perturbation"])
-    named = {str(word): perturbation_name(word, controls) for word in words}
-    taken = sorted(word for word, name in named.items() if name == "control" and word != "control")
-    others = sorted(word for word, name in named.items() if name not in ("", "control"))
-    if others and "control" not in named.values():
+    codes, words = distinct.coded(frame["perturbation"])
+    names = named(words, controls)
+    name_of = {str(word): name for word, name in zip(words, names, strict=True)}
+    taken = sorted(word for word, name in name_of.items() if name == CONTROL_NAME and word != CONTROL_NAME)
+    others = sorted(word for word, name in name_of.items() if name not in ("", CONTROL_NAME, UNKNOWN))
+    lost = sorted(word for word, name in name_of.items() if name == UNKNOWN)
+    if lost:
+        n_cells = int(np.isin(codes, [code for code, name in enumerate(names) if name == UNKNOWN]).sum())
+        told.append(
+            f"perturbation: not known of {n_cells:,} cells ({_some(lost)}); where that means a control, say "
+            f'controls=["{lost[0]}"]'
+        )
+    if others and CONTROL_NAME not in name_of.values():
         return [*told, f'perturbation: none of {_some(others)} is a control; if one is, say controls=["WORD"]']
     return [*told, f"perturbation: taken for controls: {_some(taken)}"] if taken else told
 

@@ -365,6 +365,20 @@ def test_it_is_said_what_is_taken_for_a_control_and_when_nothing_is() -> None:
     assert perturbation_name("none, or PBS", ["none, or PBS"]) == "control"
 
 
+def test_cells_of_a_screen_whose_guide_nobody_found_are_no_controls() -> None:
+    lost = [None, np.nan, "nan", "unassigned", "Doublet", "negative", "ambiguous", "A+Doublet"]
+    words = ["STAT1", "non-targeting", *lost, "none", "unperturbed"]
+    found = map_obs(pd.DataFrame({"perturbation": words}), {})
+    assert list(found.frame["perturbation"]) == ["STAT1", "control", *["unknown"] * 8, "", ""]
+    assert list(found.frame["perturbation_type"]) == ["genetic", "genetic", *["unknown"] * 8, "none", "none"]
+    assert any("not known of 8 cells" in note and 'controls=["' in note for note in found.notes)
+    assert list(found.aside) == ["perturbation"]
+    plain = map_obs(pd.DataFrame({"perturbation": ["ctrl", None, "unassigned"]}), {})
+    assert list(plain.frame["perturbation"]) == ["control", "", ""], "where nothing was perturbed, nothing is lost"
+    meant = map_obs(pd.DataFrame({"perturbation": ["STAT1", None, "negative"]}), {}, ["nan", "negative"])
+    assert list(meant.frame["perturbation"]) == ["STAT1", "control", "control"]
+
+
 def test_a_condition_is_taken_where_it_is_written_as_gears_writes_it() -> None:
     written = map_obs(pd.DataFrame({"condition": ["ctrl", "KLF1+ctrl", "ctrl+CEBPA", "KLF1+CEBPA"]}), {})
     assert list(written.frame["perturbation"]) == ["control", "KLF1", "CEBPA", "CEBPA+KLF1"]

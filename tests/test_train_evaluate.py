@@ -177,6 +177,10 @@ def test_cells_without_a_type_judge_no_telling_of_types(lake: str, monkeypatch: 
     asked = told(lambda types: types.mask(third, "unknown"))
     perturbed, _, _ = look_for_leaks(replace(asked, suite="perturb"))
     assert perturbed.n_cells == whole.n_cells
+    lost = whole.obs.assign(perturbation=whole.obs["perturbation"].astype(object).mask(third, "unknown"))
+    monkeypatch.setattr("train.evaluation.judge.read_study", lambda *_: replace(whole, obs=lost))
+    screened, _, _ = look_for_leaks(replace(asked, suite="perturb"))
+    assert screened.n_cells == whole.n_cells - third.sum(), "neither a control nor a target"
     with pytest.raises(UsageError, match="no cell says one; it takes two types"):
         look_for_leaks(told(lambda types: types.mask(types != "", "unknown")))
     with pytest.raises(UsageError, match=r"all .* cells that say one have 'T cell'; it takes two types"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from store.schema import UNKNOWN
 from store.snapshot import Snapshot
 from train.cells import PROMPTS
 
@@ -63,7 +64,7 @@ def read_labels(
 
     values = {name: ["", *sorted(shown(name) - NOT_SAID)] for name in PROMPTS}
     targets = {target for value in shown("perturbation") for target in value.split("+")}
-    values["perturbation"] = ["", "control", *sorted(targets - {"", "control"})]
+    values["perturbation"] = ["", "control", *sorted(targets - {"", "control", UNKNOWN})]
     if words is not None:
         values = {name: list(words[name]) for name in values}
     datasets = list(dict.fromkeys(dataset for snapshot in several for dataset in snapshot.datasets))

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.decomposition import PCA
 
 from store.errors import ConflictError, InputRefused
+from store.schema import UNKNOWN
 from store.snapshot import open_snapshot
 from train.checkpoint import read_manifest, sha256, write_manifest
 from train.evaluation.effects import Effects
@@ -74,7 +75,7 @@ def fit_head(settings: HeadSettings, folder: str | Path) -> GatedEffects:
         raise ConflictError(f"{folder}: there is something already; name another folder, or remove it")
     snapshot = open_snapshot(settings.lake, settings.snapshot)
     study = read_study(snapshot, settings.max_cells)
-    chosen_C = study.label("split") == settings.split
+    chosen_C = (study.label("split") == settings.split) & (study.label("perturbation") != UNKNOWN)
     if not chosen_C.any():
         raise InputRefused(f"snapshot {settings.snapshot!r} has no cells in split {settings.split!r}")
     members = read_sets(settings.sets)

@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from store.errors import UsageError
+from store.schema import UNKNOWN
 from store.snapshot import open_snapshot
 from train.evaluation.agnostic import AGNOSTIC, adjudicate, molecules_suite, shares_floor
 from train.evaluation.audit import Finding, audit, refuse_leaks
@@ -118,6 +119,8 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     """Read the cells, hold out, and audit."""
     snapshot = open_snapshot(question.lake, question.snapshot)
     study = read_study(snapshot, question.max_cells)
+    if question.suite == "perturb":
+        study = study.take(study.label("perturbation") != UNKNOWN)
     if question.suite in OF_TYPES:
         study = _of_known_types(study, question.columns[0])
     folds = make_folds(study, question.folds)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from store.schema import UNKNOWN
 from train.adapter import AdapterSettings, adapted
 from train.cells import NUMBERS, PROMPTS, Cells
 from train.checkpoint import Checkpoint, Vocabulary
@@ -174,7 +175,7 @@ def _train(model: CellModel, cells: Cells, settings: ScratchSettings, seed: int)
 def _words(study: Study) -> dict[str, list[str]]:
     """Return the values of every prompt, "not said" first; of perturbations, then "control"."""
     words = {name: ["", *sorted(set(study.label(name)) - {""})] if name in study.obs else [""] for name in PROMPTS}
-    targets = {one for name in set(study.label("perturbation")) - set(UNPERTURBED) for one in name.split("+")}
+    targets = {one for name in set(study.label("perturbation")) - {*UNPERTURBED, UNKNOWN} for one in name.split("+")}
     return words | {"perturbation": ["", "control", *sorted(targets)]}
 
 
