@@ -203,7 +203,13 @@ def test_cells_that_a_checkpoint_saw_may_not_judge_it(lake: str, trained: str) -
     first = read_study(open_snapshot(lake, "s"))
     expected = set(first.obs["soma_joinid"][first.label("split") == "train"])
     assert set(study.obs["soma_joinid"][seen]) == expected
-    predictor.manifest = predictor.manifest | {"snapshot": {"name": "gone", "id": "x"}}
+    unseen = replace(question(lake, "annotate"), folds=FoldSettings(by="split", held=("test",)))
+    assert look_for_leaks(unseen, predictor)[2] == []
+    plain, predictor.manifest = predictor.manifest, predictor.manifest | {"chosen": {"split": "test", "of": 5}}
+    (finding,) = look_for_leaks(unseen, predictor)[2]
+    assert finding.check == "choice of checkpoint"
+    assert "chosen, as the best of its run, by" in finding.message
+    predictor.manifest = plain | {"snapshot": {"name": "gone", "id": "x"}}
     with pytest.raises(InputRefused, match="nobody can tell which cells it saw"):
         pretrained(predictor, study, other)
 

@@ -129,8 +129,20 @@ def test_the_best_state_is_exported_beside_the_last(lake: str, tmp_path: Path) -
     best = min(rows, key=lambda step: rows[step])
     from train.checkpoint import load
 
-    assert load(tmp_path / "run/checkpoint-best").manifest["global_step"] == best
-    assert load(tmp_path / "run/checkpoint").manifest["global_step"] == 12
+    chosen, last = (load(tmp_path / "run" / name).manifest for name in ("checkpoint-best", "checkpoint"))
+    assert (chosen["global_step"], last["global_step"]) == (best, 12)
+    assert chosen["chosen"] == {"split": "test", "of": 3}
+    assert "chosen" not in last
+    assert (chosen["figures"]["steps"], last["figures"]["steps"]) == (best, 12)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run/metrics.jsonl")]
+    assert chosen["figures"]["loss_last"] == pytest.approx(np.mean(losses[:best]))
+    assert chosen["figures"]["loss_test"] == pytest.approx(rows[best])
+    cards = [(tmp_path / "run" / name / "README.md").read_text() for name in ("checkpoint-best", "checkpoint")]
+    assert "split `test`, the lowest of 3 looks" in cards[0]
+    assert "These weights were chosen by that split" in cards[0]
+    assert "model-index" not in cards[0], "what chose is no measure"
+    assert "split `test`, after training" in cards[1]
+    assert "model-index" in cards[1]
 
 
 def test_a_state_carries_the_loss_of_its_own_weights_or_none(lake: str, tmp_path: Path) -> None:  # noqa: F811

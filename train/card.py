@@ -121,9 +121,9 @@ def _licence(datasets: list[dict[str, Any]]) -> str:
 
 
 def _index(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the figures on held-out cells in the hub's form; none where nothing was held out."""
+    """Return the figures on held-out cells in the hub's form; none without such cells, or if they chose the weights."""
     loss, snapshot = manifest.get("figures", {}).get("loss_test"), manifest.get("snapshot", {})
-    if not _is_number(loss):
+    if not _is_number(loss) or manifest.get("chosen"):
         return []
     settings = manifest["settings"]
     result = {
@@ -216,18 +216,20 @@ def _figures(manifest: dict[str, Any]) -> list[str]:
     figures = manifest.get("figures")
     if not figures:
         return []
-    split = manifest["settings"]["data"]["test_split"]
+    split, chosen = manifest["settings"]["data"]["test_split"], manifest.get("chosen")
+    when = f"the lowest of {chosen['of']:,} looks" if chosen else "after training"
     rows = [
         ("loss, first step", _number(figures["loss_first"])),
         ("loss, last 20 steps", _number(figures["loss_last"])),
         (f"loss, split `{split}`, before training", _number(figures["loss_test_first"])),
-        (f"loss, split `{split}`, after training", _number(figures["loss_test"])),
+        (f"loss, split `{split}`, {when}", _number(figures["loss_test"])),
     ]
+    of_choice = " These weights were chosen by that split: its loss says less of other cells." if chosen else ""
     of_base = " The figures are the base's, from before an adapter was merged." if "merged" in manifest else ""
     return [
         "## Figures",
         "",
-        f"Loss is the mean negative log likelihood per measured feature, in nats.{of_base}",
+        f"Loss is the mean negative log likelihood per measured feature, in nats.{of_base}{of_choice}",
         "",
         *_table(("figure", "value"), rows),
     ]

@@ -43,7 +43,7 @@ from train.model import CellModel
 from train.novelty import HELD_OUT_CELLS, REFERENCE_CELLS, Reference, first_cells, make_reference
 from train.objective import Objective
 from train.predictor import Predictor
-from train.record import PARTS, Metrics, Summary, iter_metrics, number_or_nan, read_summary, write_json
+from train.record import PARTS, Metrics, Summary, kept_metrics, number_or_nan, read_summary, write_json
 from train.schedule import learning_rate
 from train.settings import RunSettings
 from train.start import begin
@@ -419,18 +419,18 @@ class Run:
         rebuilt, pairs = self._sum(total)
         return rebuilt / pairs if pairs else math.nan
 
-    def _summary(self, test: float) -> Summary:
-        """Sum up the whole run, also the part before a resume, from its metrics."""
+    def _summary(self, test: float, step: int) -> Summary:
+        """Sum up the run up to a step, also the part before a resume, from its metrics."""
         first, last = math.nan, deque[float](maxlen=20)
         seconds = cells = waited = 0.0
-        for row in iter_metrics(self.folder / "metrics.jsonl"):
+        for row in kept_metrics(self.folder / "metrics.jsonl", step):
             first = first if last else row["loss"]
             last.append(row["loss"])
             seconds += sum(row.get(part, 0.0) for part in PARTS)
             cells, waited = cells + row["cells"], waited + row["data_wait_s"]
         at_start = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
         return Summary(
-            steps=self.step,
+            steps=step,
             loss_first=first,
             loss_last=sum(last) / len(last),
             loss_test=test,
@@ -449,7 +449,9 @@ class Run:
         if self.settings.keep_best:
             manifest = self.states.load_best(self.model, self._bare)
             if manifest is not None:
-                self._export_as(f"{name}-best", float(manifest["loss_test"]), int(manifest["global_step"]))
+                chosen = {"split": self.settings.data.test_split, "of": self.step // self.settings.evaluate_every}
+                test, step = float(manifest["loss_test"]), int(manifest["global_step"])
+                self._export_as(f"{name}-best", test, step, chosen)
 
     def _export_adapter(self, name: str, base: Checkpoint, about: dict[str, Any]) -> None:
         """Write the adapter alone."""
@@ -458,15 +460,22 @@ class Run:
         sizes = AdapterSettings(self.settings.adapter.rank, self.settings.adapter.alpha)
         save_adapter(self.folder / name, self.plain, sizes, base.manifest, about=about)
 
-    def _figures(self, test: float) -> dict[str, Any]:
-        """Return what the run came to, but where it lies."""
-        return {key: value for key, value in asdict(self._summary(test)).items() if key != "checkpoint"}
+    def _figures(self, test: float, step: int) -> dict[str, Any]:
+        """Return what the run came to at a step, but where it lies."""
+        return {key: value for key, value in asdict(self._summary(test, step)).items() if key != "checkpoint"}
 
-    def _export_as(self, name: str, test: float, step: int) -> None:
-        """Write the weights as they are, with the loss that they have and the step that they are of."""
-        provenance = self.provenance() | {"global_step": step}
+    def _export_as(self, name: str, test: float, step: int, chosen: dict[str, Any] | None = None) -> None:
+        """Write the weights as they are.
+
+        Args:
+            name: The folder.
+            test: The loss that they have.
+            step: The step that they are of.
+            chosen: By which split they were chosen, and of how many; None of a run's last ones.
+        """
+        provenance = self.provenance() | {"global_step": step} | ({"chosen": chosen} if chosen else {})
         if self.rank == 0:
-            figures = self._figures(test)
+            figures = self._figures(test, step)
             provenance["figures"] = checkpoint.json_values(figures)
             if name == exported(self.settings):
                 write_json(self.folder / "summary.json", figures)

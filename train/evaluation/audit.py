@@ -53,6 +53,7 @@ def audit(
     *,
     knowledge: Sequence[tuple[str, str]] = (),
     pretrained_C: NDArray[np.bool_] | None = None,
+    chosen_by_C: NDArray[np.bool_] | None = None,
     chosen: tuple[str, ...] = (),
 ) -> list[Finding]:
     """Look for leaks between what methods are fitted on (training and calibration) and what judges them.
@@ -63,6 +64,7 @@ def audit(
         settings: What the folds were made from.
         knowledge: Knowledge files, each with the day (YYYY-MM-DD) of its newest source; empty text is not known.
         pretrained_C: Cells that a checkpoint saw before; None where there is no checkpoint.
+        chosen_by_C: Cells by which a checkpoint was chosen among others; None where it was not.
         chosen: Measurements of which the snapshot holds chosen features only.
 
     Returns:
@@ -75,16 +77,14 @@ def audit(
             findings += _duplicates(name, fold, exact_C, near)
     for fold in folds:
         findings += _groups(study, fold, settings)
-        if pretrained_C is not None and (pretrained_C & fold.test_C).any():
-            n_cells = int((pretrained_C & fold.test_C).sum())
-            findings.append(
-                Finding(
-                    "pretraining",
-                    fold.name,
-                    f"the checkpoint was trained on {n_cells:,} of {int(fold.test_C.sum()):,} cells that judge it; "
-                    "hold out what it has not seen, or train another",
-                )
-            )
+        for check, used_C, how in (
+            ("pretraining", pretrained_C, "trained on"),
+            ("choice of checkpoint", chosen_by_C, "chosen, as the best of its run, by"),
+        ):
+            n_cells = 0 if used_C is None else int((used_C & fold.test_C).sum())
+            if n_cells:
+                said = f"the checkpoint was {how} {n_cells:,} of {int(fold.test_C.sum()):,} cells that judge it"
+                findings.append(Finding(check, fold.name, f"{said}; hold out what it has not seen, or take another"))
     return findings
 
 

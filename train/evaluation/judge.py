@@ -33,6 +33,7 @@ from train.evaluation.ours import (
     ModelForecaster,
     ModelShares,
     ModelTranslator,
+    chosen_by,
     identities,
     pretrained,
 )
@@ -124,14 +125,17 @@ def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tu
     if question.suite in OF_TYPES:
         study = _of_known_types(study, question.columns[0])
     folds = make_folds(study, question.folds)
-    learned, seen_C = {}, None
+    learned, seen_C, chosen_C = {}, None, None
     if predictor is not None:
         learned = predictor.manifest.get("knowledge", {})
-        seen_C = pretrained(predictor, study, snapshot)
+        seen_C, chosen_C = pretrained(predictor, study, snapshot), chosen_by(predictor, study, snapshot)
     known = [(f"{path} (of the checkpoint)", entry["day"]) for path, entry in learned.items()]
     known += [(path, question.folds.days.get(path, "")) for path in question.sets]
     chosen = tuple(snapshot.manifest["settings"].get("features") or ())
-    return study, folds, audit(study, folds, question.folds, knowledge=known, pretrained_C=seen_C, chosen=chosen)
+    findings = audit(
+        study, folds, question.folds, knowledge=known, pretrained_C=seen_C, chosen_by_C=chosen_C, chosen=chosen
+    )
+    return study, folds, findings
 
 
 def _of_known_types(study: Study, column: str) -> Study:

@@ -267,14 +267,28 @@ def identities(predictor: Predictor, measurement: str) -> dict[str, NDArray[np.f
     return dict(zip(part.feature_name, vectors, strict=True)) | dict(zip(part.feature_id, vectors, strict=True))
 
 
+def chosen_by(predictor: Predictor, study: Study, snapshot: Snapshot) -> NDArray[np.bool_] | None:
+    """Return which cells of a study, read from a snapshot, chose the checkpoint among others; None where none did.
+
+    Raises:
+        InputRefused: As :func:`pretrained`.
+    """
+    chosen = predictor.manifest.get("chosen")
+    return _of_split(predictor, study, snapshot, chosen["split"]) if chosen else None
+
+
 def pretrained(predictor: Predictor, study: Study, snapshot: Snapshot) -> NDArray[np.bool_]:
     """Return which cells of a study, read from a snapshot, the checkpoint was trained on.
 
     Raises:
         InputRefused: The snapshot that it was trained on is not at hand, so nobody can tell.
     """
-    said, settings = predictor.manifest["snapshot"], predictor.manifest["settings"]
-    split = settings["data"]["split"]
+    return _of_split(predictor, study, snapshot, predictor.manifest["settings"]["data"]["split"])
+
+
+def _of_split(predictor: Predictor, study: Study, snapshot: Snapshot, split: str) -> NDArray[np.bool_]:
+    """Return which cells of a study are in a split of the snapshot that the checkpoint was trained on."""
+    said = predictor.manifest["snapshot"]
     if said["id"] == snapshot.id:
         return study.label("split") == split
     try:
