@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +17,15 @@ from encoded import add_dataset
 from safetensors.torch import load_file
 
 from ingest.simulate import SimulationSettings, simulate
-from store.errors import ConflictError, MissingError, SettingsError, StorageError, UsageError, VerificationError
+from store.errors import (
+    ConflictError,
+    InterruptedRun,
+    MissingError,
+    SettingsError,
+    StorageError,
+    UsageError,
+    VerificationError,
+)
 from store.schema import DatasetPlan, Features
 from store.settings import load_settings, parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
@@ -135,8 +148,10 @@ def test_what_was_not_measured_is_null_in_json_and_no_number_in_python(lake: str
 def test_other_settings_under_the_same_name_are_refused(lake: str, tmp_path: Path) -> None:
     Run(settings(lake, tmp_path), 1).train()
     assert not (tmp_path / "run/report.html").exists(), "none was asked for"
-    with pytest.raises(ConflictError, match="begun with other settings"):
+    with pytest.raises(ConflictError, match=r"begun with other settings \(seed = 9, it was 0\); choose another name"):
         Run(settings(lake, tmp_path, seed=9), 1)
+    with pytest.raises(ConflictError, match=r"\(optim\.lr = 0\.1, it was 0\.003\)"):
+        Run(settings(lake, tmp_path, optim={"warmup_steps": 2, "lr": 0.1}), 1)
     assert Run(settings(lake, tmp_path, steps=14), 1).resumed_from == 12
 
 
@@ -250,6 +265,40 @@ def test_a_cluster_without_room_is_said_and_ends_the_run(
         launch.launch(settings(lake, tmp_path, workers=3, patience_s=8), tell=said.append)
     assert said
     assert all(one.startswith(words) for one in said)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # ray, at its imports and stop
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # ray, announcing its next version
+def test_a_run_that_is_ended_says_where_it_goes_on_and_a_full_disk_is_no_bug(
+    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train.torch import TorchTrainer
+
+    from train.launch import launch
+
+    class Failed(Exception):
+        worker_failures: ClassVar = {0: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))}
+
+    def terminated(trainer: TorchTrainer) -> None:
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # as Ray Train does
+        signal.raise_signal(signal.SIGTERM)
+
+    def full(trainer: TorchTrainer) -> None:
+        raise Failed
+
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    Run(settings(lake, tmp_path, steps=8), 1).train()
+    monkeypatch.setattr(TorchTrainer, "fit", terminated)
+    with pytest.raises(InterruptedRun, match="stopped; the same command goes on from step 8, the last saved"):
+        launch(settings(lake, tmp_path))
+    with pytest.raises(InterruptedRun, match="goes on from its start"):
+        launch(settings(lake, tmp_path / "other"))
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    monkeypatch.setattr(TorchTrainer, "fit", full)
+    with pytest.raises(StorageError, match=r"run: .*No space left on device; free some space"):
+        launch(settings(lake, tmp_path))
 
 
 @pytest.mark.road

@@ -44,11 +44,26 @@ def exported(settings: RunSettings) -> str:
 
 
 def begun_otherwise(folder: Path, settings: RunSettings) -> ConflictError:
-    """Return the error of a run whose folder holds a training state of other settings."""
+    """Return the error of a run whose folder holds a training state of other settings, naming some of them."""
+    try:
+        before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    now, then = _flat(settings.model_dump(mode="json", exclude=FREE)), _flat(before)
+    others = [f"{key} = {value!r}, it was {then[key]!r}" for key, value in now.items() if then.get(key, value) != value]
+    told = ", ".join(others[:3]) or "a snapshot of that name which is another one, or settings of another version"
     return ConflictError(
-        f"{folder}: run {settings.name!r} was begun with other settings or another snapshot; choose another name, or "
-        "remove the folder"
+        f"{folder}: run {settings.name!r} was begun with other settings ({told}); choose another name, or remove the "
+        "folder"
     )
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return settings by their whole names: ``optim.lr``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return found
 
 
 def valid_states(folder: Path) -> list[Path]:

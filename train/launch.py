@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import ray.train.torch
 import ray.train.v2.api.exceptions
 
 from store.cluster import cluster_address, ray_cluster, refuse_fleeting
-from store.errors import InputRefused, MissingError, SomaflowError, StorageError, UsageError
+from store.errors import InputRefused, InterruptedRun, MissingError, SomaflowError, StorageError, UsageError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.folder import begun_otherwise, exported, fingerprint, run_folder, valid_states
@@ -32,6 +35,8 @@ START_S = "60"
 """Seconds after which Ray Train gives up one attempt to start the workers, unless the environment says otherwise."""
 STALLED_S = 60.0
 """Seconds without a step after which is said whether nodes are missing, and again after as many."""
+FULL = os.strerror(errno.ENOSPC)
+"""What errors of a full disk say, whichever library tells of them."""
 Progress = Callable[[int, float], None]
 """Called with the last finished step and its loss."""
 
@@ -73,6 +78,7 @@ def launch(
         MissingError: No lake, snapshot or file of knowledge.
         ConflictError: The run's folder belongs to other settings.
         UsageError: The snapshot has no cell in the split to train on; the run would be deleted with its job.
+        InterruptedRun: Somebody ended it (SIGINT, SIGTERM).
         SomaflowError: What stopped the workers.
     """
     refuse_fleeting(lake=settings.lake, output=settings.output)
@@ -132,18 +138,44 @@ def launch(
             ),
         )
         try:
-            trainer.fit()
+            with _stoppable():
+                trainer.fit()
+        except SystemExit:
+            raise InterruptedRun(f"{folder}: stopped; {_goes_on(folder)}") from None
         except ray.train.v2.api.exceptions.ControllerError as error:
             raise StorageError(
                 f"the workers could not be started within {settings.patience_s:g} s: "
                 f"{_missing(settings, use_gpu) or error.controller_failure}; the same command goes on with the run"
             ) from error
         except Exception as error:
-            raise _cause(error) from error
+            raise _cause(error, folder) from error
         finally:
             done.set()
             watcher.join(5)
     return read_summary(folder)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Take a request to end (SIGTERM, as from Slurm or Kubernetes) for Ctrl-C, on which Ray Train ends the workers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _goes_on(folder: Path) -> str:
+    """Say where the same run begins again."""
+    states = valid_states(folder / "state")
+    if not states:
+        return "the same command goes on from its start"
+    return f"the same command goes on from step {checkpoint.read_manifest(states[-1])['global_step']:,}, the last saved"
 
 
 def _missing(settings: RunSettings, use_gpu: bool) -> str:
@@ -199,7 +231,7 @@ def on_gpus(settings: RunSettings) -> bool:
     return torch.cuda.device_count() > 0
 
 
-def _cause(error: BaseException) -> BaseException:
+def _cause(error: BaseException, folder: Path) -> BaseException:
     """Find the error of ours, or the first of a worker, in what Ray Train raises."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
@@ -207,6 +239,11 @@ def _cause(error: BaseException) -> BaseException:
         if isinstance(cause, SomaflowError):
             return cause
     for failure in failures.values():
+        cause = getattr(failure, "cause", None) or failure
+        if FULL in str(cause):
+            return StorageError(f"{folder}: {cause}; free some space, the same command goes on with the run")
+        if isinstance(cause, OSError):
+            return StorageError(f"a worker could not read or write: {cause}; the same command goes on with the run")
         return SomaflowError(f"a worker failed: {failure}")
     return error
 
