@@ -101,7 +101,7 @@ def build(
         base: A snapshot whose cells are taken as they are, so that only new cells are read.
 
     Raises:
-        UsageError: The settings do not fit the lake, or a build of this name has others.
+        UsageError: The settings do not fit the lake, a build of this name has others, or the name is taken.
         ConflictError: Another process builds it now.
     """
     work = work_folder(lake.uri, name)
@@ -115,6 +115,7 @@ def build(
     with storage(lake.uri):
         lock.acquire()
         try:
+            snapshot.refuse_taken(lake.uri, name)  # another may have made it since the caller looked
             known = records.read(records.join(work, "plan.json"))
             if known is not None and known["wanted"] != wanted:
                 raise UsageError(

@@ -113,7 +113,7 @@ def create_snapshot(
     """
     from store.build import build
 
-    _refuse_taken(lake_uri, name)
+    refuse_taken(lake_uri, name)
     build(open_lake(lake_uri), name, settings, progress or _silent, tasks or in_this_process, spill)
     return open_snapshot(lake_uri, name)
 
@@ -141,7 +141,7 @@ def refresh_snapshot(
     from store.build import build
 
     base = open_snapshot(lake_uri, old)
-    _refuse_taken(lake_uri, name)
+    refuse_taken(lake_uri, name)
     lake = open_lake(lake_uri)
     if lake.commit.id == base.commit_id:
         raise UsageError(f"{base.uri}: the lake has not changed since commit {lake.commit.number}: nothing to refresh")
@@ -150,7 +150,12 @@ def refresh_snapshot(
     return open_snapshot(lake_uri, name)
 
 
-def _refuse_taken(lake_uri: str, name: str) -> None:
+def refuse_taken(lake_uri: str, name: str) -> None:
+    """Make sure that a lake has no whole snapshot of this name.
+
+    Raises:
+        UsageError: It has one.
+    """
     uri = snapshot_uri(lake_uri, name)
     if records.read(records.join(uri, MANIFEST)) is not None:
         raise UsageError(
