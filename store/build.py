@@ -1,8 +1,8 @@
 """This module drives the building of a snapshot: what goes where is decided here, the tasks of the shuffle move it.
 
 What a build needs to go on after its driver died stands in ``<lake>/somaflow/building/<name>``: the plan (settings and
-commit, from which everything else follows) and a record of each finished task. The driver itself takes some 100 bytes
-of each cell, and no counts.
+commit, from which everything else follows) and a record of each finished task, in a folder that bears the plan's mark.
+The driver itself takes some 100 bytes of each cell, and no counts.
 
 Shape letters used in this module:
     C  chosen cells, in lake order      R  rows of the part that is made
@@ -53,6 +53,7 @@ from store.splits import SnapshotSettings, coded, draw_splits
 if TYPE_CHECKING:
     from store.snapshot import Progress, Snapshot
 
+PLAN = "plan.json"
 ELEMENTS = 2**24
 """Values that a task moves, about; it needs some 60 bytes of memory for each."""
 CELL_ELEMENTS = 32
@@ -67,16 +68,23 @@ def work_folder(lake_uri: str, name: str) -> str:
 
 
 def remove_work(lake_uri: str, name: str) -> None:
-    """Remove what a build keeps for itself, and of the folder into which it spilled nothing but its own files."""
+    """Remove what a build keeps for itself, and of the folder into which it spilled nothing but its own files.
+
+    The plan says first that all is dropped, and goes last: of what a killed removal leaves, no build uses anything.
+    """
     work = work_folder(lake_uri, name)
-    plan = records.read(records.join(work, "plan.json"))
+    plan = records.read(records.join(work, PLAN))
     if plan is not None:
+        records.replace(records.join(work, PLAN), {**plan, "dropped": True})
         for file in records.names(plan["spill"]):
             if plan["mark"] in file:
                 records.remove(records.join(plan["spill"], file))
         if plan["made_spill"] and records.is_local(plan["spill"]):
             with contextlib.suppress(OSError):  # somebody else put something there
                 Path(plan["spill"]).rmdir()
+        for member in records.names(work):
+            if member != PLAN:
+                records.remove(records.join(work, member))
     records.remove(work)
 
 
@@ -116,7 +124,10 @@ def build(
         lock.acquire()
         try:
             snapshot.refuse_taken(lake.uri, name)  # another may have made it since the caller looked
-            known = records.read(records.join(work, "plan.json"))
+            known = records.read(records.join(work, PLAN))
+            if known is None or known.get("dropped"):
+                remove_work(lake.uri, name)
+                known = None
             if known is not None and known["wanted"] != wanted:
                 raise UsageError(
                     f"{lake.uri}: snapshot {name!r} was begun with other settings, or by another version; choose "
@@ -135,7 +146,7 @@ def build(
                     "made_spill": not records.exists(folder),
                     "mark": secrets.token_hex(6),
                 }
-                records.create(records.join(work, "plan.json"), known)
+                records.create(records.join(work, PLAN), known)
             job.run(known["spill"], known["mark"])
             remove_work(lake.uri, name)
         finally:
@@ -163,7 +174,6 @@ class _Build:
         self.lake, self.name, self.settings, self.base = lake, name, settings, base
         self.progress, self.tasks = progress, tasks
         self.uri = snapshot.snapshot_uri(lake.uri, name)
-        self.work = work_folder(lake.uri, name)
         self.like = base or (snapshot.open_snapshot(lake.uri, settings.like) if settings.like else None)
         self.splits = tuple(settings.fractions)
         cells = _chosen_cells(lake, settings)
@@ -193,7 +203,11 @@ class _Build:
         }
 
     def run(self, spill: str, mark: str) -> None:
-        """Run what is not done yet of both passes, then write the manifest; ``mark`` is in the names of spill files."""
+        """Run what is not done yet of both passes, then write the manifest.
+
+        ``mark`` is in the names of spill files, and names the folder of the records.
+        """
+        self.work = records.join(work_folder(self.lake.uri, self.name), mark)
         spilled = self._scatter(spill, mark)
         common = self._plan_arrays(spilled)
         made = records.join(self.work, "arrays.json")

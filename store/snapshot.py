@@ -208,8 +208,9 @@ def list_snapshots(lake_uri: str) -> list[str]:
 
 
 def begun_snapshots(lake_uri: str) -> list[str]:
-    """Name the snapshots whose building was begun and has not ended."""
-    return records.folders(records.join(records.absolute(lake_uri), records.FOLDER, "building"))
+    """Name the snapshots whose building was begun and has not ended; what is left of one that is whole is none."""
+    begun = records.folders(records.join(records.absolute(lake_uri), records.FOLDER, "building"))
+    return [name for name in begun if records.read(records.join(snapshot_uri(lake_uri, name), MANIFEST)) is None]
 
 
 def read_card(lake_uri: str, name: str) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from encoded import add_dataset
 
-from store import snapshot
+from store import records, snapshot
+from store.cluster import Tasks, in_this_process
 from store.errors import UsageError
 from store.lake import Lake, open_lake
-from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
+from store.snapshot import SnapshotSettings, begun_snapshots, create_snapshot, delete_snapshot, open_snapshot
 from store.writer import LakeWriter
 
 
@@ -22,6 +26,21 @@ def uri(tmp_path: Path) -> str:
     with LakeWriter(uri) as writer:
         add_dataset(writer, "a", 60, {"RNA": 30})
     return uri
+
+
+class Stopped(BaseException):
+    """A process that dies."""
+
+
+def stopping_before(stage: str) -> Tasks:
+    """Run tasks here, and die before the first of a stage."""
+
+    def tasks(function: Any, common: Any, items: Any) -> Iterator[None]:
+        if function.__name__ == stage:
+            raise Stopped
+        yield from in_this_process(function, common, items)
+
+    return tasks
 
 
 def test_of_two_that_make_one_name_the_second_leaves_the_first_ones_snapshot(
@@ -41,3 +60,69 @@ def test_of_two_that_make_one_name_the_second_leaves_the_first_ones_snapshot(
         create_snapshot(uri, "s", SnapshotSettings(where="cell_type == 'even'"))
     assert open_snapshot(uri, "s").id == made[0].id
     made[0].verify()
+
+
+@contextmanager
+def crumbling(n_files: int, *, last_first: bool = False) -> Iterator[None]:
+    """Let removals take file by file, and die when so many are gone."""
+    numbers, whole = count(), records.remove
+
+    def remove(uri: str) -> None:
+        if "building-locks" in uri:
+            whole(uri)
+            return
+        files = sorted((path for path in Path(uri).rglob("*") if path.is_file()), reverse=last_first)
+        for file in files or [path for path in [Path(uri)] if path.is_file()]:
+            if next(numbers) == n_files:
+                raise Stopped
+            file.unlink()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(records, "remove", remove)
+        yield
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_delete_killed_at_any_file_leaves_nothing_that_another_build_takes_for_done(
+    uri: str, monkeypatch: pytest.MonkeyPatch, last_first: bool
+) -> None:
+    monkeypatch.setattr("store.build.ELEMENTS", 1500)
+    asked: list[int] = []
+
+    def none_runs(function: Any, common: Any, items: Any) -> Iterator[None]:
+        asked.append(len(items))
+        raise Stopped
+        yield
+
+    for n_files in range(5):  # two spill files, two records and the plan
+        name = f"s{n_files}"
+        with pytest.raises(Stopped):
+            create_snapshot(uri, name, SnapshotSettings(), tasks=stopping_before("gather"))
+        with crumbling(n_files, last_first=last_first), pytest.raises(Stopped):
+            delete_snapshot(uri, name)
+        with pytest.raises(Stopped):
+            create_snapshot(uri, name, SnapshotSettings(seed=1), tasks=none_runs)
+    assert asked == [2] * 5
+
+
+def test_records_without_a_plan_are_not_a_builds(uri: str) -> None:
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "b", 50, {"RNA": 30})
+    with pytest.raises(Stopped):
+        create_snapshot(uri, "s", SnapshotSettings(where="dataset_id == 'a'"), tasks=stopping_before("gather"))
+    Path(uri, "somaflow/building/s/plan.json").unlink()
+    assert begun_snapshots(uri) == ["s"]
+    made = create_snapshot(uri, "s", SnapshotSettings(where="dataset_id == 'b'"))
+    made.verify()
+    assert made.datasets == ("b",)
+    assert begun_snapshots(uri) == []
+
+
+def test_a_build_killed_while_it_cleans_up_has_made_a_whole_snapshot(uri: str) -> None:
+    with crumbling(1), pytest.raises(Stopped):
+        create_snapshot(uri, "s", SnapshotSettings())
+    assert Path(uri, "somaflow/building/s/plan.json").exists()
+    open_snapshot(uri, "s").verify()
+    assert begun_snapshots(uri) == []
+    delete_snapshot(uri, "s")
+    assert not Path(uri, "somaflow/building/s").exists()
