@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from store import records, schema, snapshot
 from store.cluster import Tasks
 from store.context import storage
-from store.errors import UsageError
+from store.errors import SomaflowError, UsageError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.order import order_of, units_of
@@ -60,6 +61,9 @@ CELL_ELEMENTS = 32
 """Values that a cell's labels take as much memory as: some 2 KB, in which most texts stand three or four times."""
 MANY_ELEMENTS = 2**33
 """From so many values on, tasks move four times as many: the number of reads of spill files falls by sixteen."""
+
+CHECKED_EVERY_S = 5.0
+"""While tasks run, the driver looks so often whether the build is still its own."""
 
 
 def work_folder(lake_uri: str, name: str) -> str:
@@ -110,7 +114,7 @@ def build(
 
     Raises:
         UsageError: The settings do not fit the lake, a build of this name has others, or the name is taken.
-        ConflictError: Another process builds it now.
+        ConflictError: Another process builds it now, or took the build over: this one leaves all as it is.
     """
     work = work_folder(lake.uri, name)
     wanted = {
@@ -136,7 +140,7 @@ def build(
                 )
             if known is not None:
                 lake = open_lake(lake.uri, known["commit"])
-            job = _Build(lake, name, settings, progress, tasks, base)
+            job = _Build(lake, name, settings, progress, tasks, base, lock.check)
             if known is None:
                 folder = records.absolute(spill) if spill else records.join(work, "spill")
                 known = {
@@ -148,7 +152,11 @@ def build(
                 }
                 records.create(records.join(work, PLAN), known)
             job.run(known["spill"], known["mark"])
+            lock.check()
             remove_work(lake.uri, name)
+        except SomaflowError:
+            lock.check()  # a build that was taken over trips over what the other one has removed
+            raise
         finally:
             lock.release()
 
@@ -160,7 +168,10 @@ def builder_lock(lake_uri: str, name: str) -> WriterLock:
 
 
 class _Build:
-    """One build; everything in it follows from lake commit, settings and base."""
+    """One build; everything in it follows from lake commit, settings and base.
+
+    ``check`` raises when the build is another's: it comes before whatever would change what that one has made.
+    """
 
     def __init__(
         self,
@@ -170,9 +181,10 @@ class _Build:
         progress: Progress,
         tasks: Tasks,
         base: Snapshot | None,
+        check: Callable[[], None],
     ) -> None:
         self.lake, self.name, self.settings, self.base = lake, name, settings, base
-        self.progress, self.tasks = progress, tasks
+        self.progress, self.tasks, self.check = progress, tasks, check
         self.uri = snapshot.snapshot_uri(lake.uri, name)
         self.like = base or (snapshot.open_snapshot(lake.uri, settings.like) if settings.like else None)
         self.splits = tuple(settings.fractions)
@@ -211,6 +223,7 @@ class _Build:
         spilled = self._scatter(spill, mark)
         common = self._plan_arrays(spilled)
         made = records.join(self.work, "arrays.json")
+        self.check()
         if records.read(made) is None:
             records.remove(self.uri)
             contents = Contents(
@@ -219,8 +232,10 @@ class _Build:
             create_arrays(self.lake, self.uri, common, contents)
             records.create(made, {})
         sums = self._gather(common, spilled)
+        self.check()
         for member in array_uris(self.uri, self.measurements):
             tidy(member)
+        self.check()
         self._write_manifest(common, sums)
 
     # ------------------------------------------------------------------------------------------------------ pass 1
@@ -260,9 +275,13 @@ class _Build:
         missing = [item for item in items if record(self.work, item.number).rpartition("/")[2] not in ended]
         done = len(items) - len(missing)
         self.progress(stage, done, len(items))
+        checked = time.monotonic()
         for _ in self.tasks(function, common, missing):
             done += 1
             self.progress(stage, done, len(items))
+            if time.monotonic() > checked + CHECKED_EVERY_S:
+                self.check()
+                checked = time.monotonic()
         return records.read_all(folder)
 
     # ------------------------------------------------------------------------------------------- between the passes

@@ -12,8 +12,9 @@ import pytest
 from encoded import add_dataset
 
 from store import records, snapshot
+from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
-from store.errors import UsageError
+from store.errors import ConflictError, UsageError
 from store.lake import Lake, open_lake
 from store.snapshot import SnapshotSettings, begun_snapshots, create_snapshot, delete_snapshot, open_snapshot
 from store.writer import LakeWriter
@@ -126,3 +127,24 @@ def test_a_build_killed_while_it_cleans_up_has_made_a_whole_snapshot(uri: str) -
     assert begun_snapshots(uri) == []
     delete_snapshot(uri, "s")
     assert not Path(uri, "somaflow/building/s").exists()
+
+
+@pytest.mark.parametrize("stage", ["scatter", "gather"])
+def test_a_builder_that_lost_its_lock_stops_and_leaves_the_others_snapshot(
+    uri: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.build.CHECKED_EVERY_S", 0)
+    made: list[snapshot.Snapshot] = []
+
+    def taken_over(function: Any, common: Any, items: Any) -> Iterator[None]:
+        if function.__name__ == stage:
+            folder = builder_lock(uri, "s").folder
+            held = records.names(folder)[-1].partition(".")[0]
+            records.create(records.join(folder, f"{held}.released"), {})
+            made.append(create_snapshot(uri, "s", SnapshotSettings()))
+        yield from in_this_process(function, common, items)
+
+    with pytest.raises(ConflictError, match="another driver holds snapshot 's' now"):
+        create_snapshot(uri, "s", SnapshotSettings(), tasks=taken_over)
+    assert open_snapshot(uri, "s").id == made[0].id
+    made[0].verify()
