@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from store import records, schema, snapshot
 from store.cluster import Tasks
 from store.context import storage
-from store.errors import SomaflowError, UsageError
+from store.errors import SomaflowError, UsageError, VerificationError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.order import order_of, units_of
@@ -117,9 +117,11 @@ def build(
         ConflictError: Another process builds it now, or took the build over: this one leaves all as it is.
     """
     work = work_folder(lake.uri, name)
+    like = base or (snapshot.open_snapshot(lake.uri, settings.like) if settings.like else None)
     wanted = {
         "settings": settings.model_dump(mode="json"),
         "base": base.id if base else "",
+        "like": like.id if like else "",
         "format": FORMAT,
         "sizes": [ELEMENTS, CELL_ELEMENTS, MANY_ELEMENTS],
     }
@@ -134,13 +136,13 @@ def build(
                 known = None
             if known is not None and known["wanted"] != wanted:
                 raise UsageError(
-                    f"{lake.uri}: snapshot {name!r} was begun with other settings, or by another version; choose "
-                    "another name, or drop what was done with: "
+                    f"{lake.uri}: snapshot {name!r} was begun with other settings, from another snapshot, or by "
+                    "another version; choose another name, or drop what was done with: "
                     f"python -m store snapshot delete {name} --lake {lake.uri}"
                 )
             if known is not None:
                 lake = open_lake(lake.uri, known["commit"])
-            job = _Build(lake, name, settings, progress, tasks, base, lock.check)
+            job = _Build(lake, name, settings, progress, tasks, base, like, lock.check)
             if known is None:
                 folder = records.absolute(spill) if spill else records.join(work, "spill")
                 known = {
@@ -181,12 +183,12 @@ class _Build:
         progress: Progress,
         tasks: Tasks,
         base: Snapshot | None,
+        like: Snapshot | None,
         check: Callable[[], None],
     ) -> None:
-        self.lake, self.name, self.settings, self.base = lake, name, settings, base
+        self.lake, self.name, self.settings, self.base, self.like = lake, name, settings, base, like
         self.progress, self.tasks, self.check = progress, tasks, check
         self.uri = snapshot.snapshot_uri(lake.uri, name)
-        self.like = base or (snapshot.open_snapshot(lake.uri, settings.like) if settings.like else None)
         self.splits = tuple(settings.fractions)
         cells = _chosen_cells(lake, settings)
         self.organisms, organism_C = coded(cells, "organism")
@@ -222,15 +224,21 @@ class _Build:
         self.work = records.join(work_folder(self.lake.uri, self.name), mark)
         spilled = self._scatter(spill, mark)
         common = self._plan_arrays(spilled)
-        made = records.join(self.work, "arrays.json")
         self.check()
-        if records.read(made) is None:
+        path, meant = records.join(self.work, "arrays.json"), {"vocabulary": self._vocabulary_hashes()}
+        made = records.read(path)
+        if made is None:
             records.remove(self.uri)
             contents = Contents(
                 self.measurements, self.var, self.labels, self.splits, {"dead": self.dead, "sets": self.set_starts}
             )
             create_arrays(self.lake, self.uri, common, contents)
-            records.create(made, {})
+            records.create(path, meant)
+        elif made != meant:
+            raise VerificationError(
+                f"{self.uri}: its features are not those with which it was begun; delete the half-made snapshot and "
+                "make it again"
+            )
         sums = self._gather(common, spilled)
         self.check()
         for member in array_uris(self.uri, self.measurements):
@@ -333,6 +341,12 @@ class _Build:
         self.var[measurement] = rows
         return number
 
+    def _vocabulary_hashes(self) -> dict[str, str]:
+        return {
+            name: vocabulary_hash(name, [row[0] for row in rows], [row[2] for row in rows])
+            for name, rows in self.var.items()
+        }
+
     def _label_counts(self, spilled: list[Spilled]) -> dict[str, dict[str, dict[str, int]]]:
         """Return field to value, in the order of codes, to cells of each split."""
         counts: dict[str, dict[str, dict[str, int]]] = {field: {} for field in CODED}
@@ -386,13 +400,9 @@ class _Build:
             name: sum(one["measurements"].get(name, {"nnz": 0})["nnz"] for one in [*before, part])
             for name in self.measurements
         }
-        entries = {
-            name: {
-                "n_features": len(rows),
-                "nnz": nnz[name],
-                "vocabulary_hash": vocabulary_hash(name, [row[0] for row in rows], [row[2] for row in rows]),
-            }
-            for name, rows in self.var.items()
+        entries: dict[str, dict[str, Any]] = {
+            name: {"n_features": len(self.var[name]), "nnz": nnz[name], "vocabulary_hash": digest}
+            for name, digest in self._vocabulary_hashes().items()
         }
         for name in self.levels:
             entries[name]["layer"] = "value"

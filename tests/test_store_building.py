@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -14,7 +16,7 @@ from encoded import add_dataset
 from store import records, snapshot
 from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
-from store.errors import ConflictError, UsageError
+from store.errors import ConflictError, UsageError, VerificationError
 from store.lake import Lake, open_lake
 from store.snapshot import SnapshotSettings, begun_snapshots, create_snapshot, delete_snapshot, open_snapshot
 from store.writer import LakeWriter
@@ -33,13 +35,14 @@ class Stopped(BaseException):
     """A process that dies."""
 
 
-def stopping_before(stage: str) -> Tasks:
-    """Run tasks here, and die before the first of a stage."""
+def stopping_before(stage: str, n_tasks: int = 0) -> Tasks:
+    """Run tasks here, and die when so many of a stage were run."""
 
     def tasks(function: Any, common: Any, items: Any) -> Iterator[None]:
-        if function.__name__ == stage:
+        of_stage = function.__name__ == stage
+        yield from in_this_process(function, common, items[:n_tasks] if of_stage else items)
+        if of_stage:
             raise Stopped
-        yield from in_this_process(function, common, items)
 
     return tasks
 
@@ -148,3 +151,31 @@ def test_a_builder_that_lost_its_lock_stops_and_leaves_the_others_snapshot(
         create_snapshot(uri, "s", SnapshotSettings(), tasks=taken_over)
     assert open_snapshot(uri, "s").id == made[0].id
     made[0].verify()
+
+
+@pytest.fixture
+def begun_like(uri: str, monkeypatch: pytest.MonkeyPatch) -> SnapshotSettings:
+    """The settings of a build "s", killed after the first of its buckets, with the vocabulary of a snapshot."""
+    monkeypatch.setattr("store.build.ELEMENTS", 1000)
+    few = tuple(f"RNA{number:04d}" for number in range(20, 30))
+    create_snapshot(uri, "words", SnapshotSettings(features={"RNA": few}))
+    settings = SnapshotSettings(seed=1, like="words")
+    with pytest.raises(Stopped):
+        create_snapshot(uri, "s", settings, tasks=stopping_before("gather", 1))
+    return settings
+
+
+def test_a_build_goes_on_with_no_other_vocabulary_than_it_began_with(uri: str, begun_like: SnapshotSettings) -> None:
+    shutil.rmtree(Path(uri, "snapshots/words"))
+    create_snapshot(uri, "words", SnapshotSettings(features={"RNA": ("RNA0003", "RNA0001")}))
+    with pytest.raises(UsageError, match="begun with other settings, from another snapshot"):
+        create_snapshot(uri, "s", begun_like)
+
+
+def test_a_build_compares_its_features_with_those_that_the_arrays_were_made_for(
+    uri: str, begun_like: SnapshotSettings
+) -> None:
+    (path,) = Path(uri, "somaflow/building/s").glob("*/arrays.json")
+    path.write_text(json.dumps({"vocabulary": {"RNA": "another"}}))
+    with pytest.raises(VerificationError, match="features are not those with which it was begun"):
+        create_snapshot(uri, "s", begun_like)
