@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from store import records, schema, snapshot
 from store.cluster import Tasks
 from store.context import storage
-from store.errors import SomaflowError, UsageError, VerificationError
+from store.errors import ConflictError, SomaflowError, UsageError, VerificationError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.order import order_of, units_of
@@ -147,6 +147,7 @@ def build(
                 folder = records.absolute(spill) if spill else records.join(work, "spill")
                 known = {
                     "wanted": wanted,
+                    "needs": like.name if like else "",
                     "commit": lake.commit.number,
                     "spill": folder,
                     "made_spill": not records.exists(folder),
@@ -161,6 +162,12 @@ def build(
             raise
         finally:
             lock.release()
+
+
+def needed_snapshot(lake_uri: str, name: str) -> str:
+    """Return the snapshot from whose arrays or vocabulary a begun one is built; empty where there is none."""
+    plan = records.read(records.join(work_folder(lake_uri, name), PLAN))
+    return "" if plan is None or plan.get("dropped") else str(plan.get("needs", ""))
 
 
 def builder_lock(lake_uri: str, name: str) -> WriterLock:
@@ -222,6 +229,7 @@ class _Build:
         ``mark`` is in the names of spill files, and names the folder of the records.
         """
         self.work = records.join(work_folder(self.lake.uri, self.name), mark)
+        self._refuse_changed()
         spilled = self._scatter(spill, mark)
         common = self._plan_arrays(spilled)
         self.check()
@@ -244,7 +252,19 @@ class _Build:
         for member in array_uris(self.uri, self.measurements):
             tidy(member)
         self.check()
+        self._refuse_changed()
         self._write_manifest(common, sums)
+
+    def _refuse_changed(self) -> None:
+        """Make sure that the snapshot from which this one is built is the one that was opened.
+
+        Whoever deletes it looks at plans first: this finds a deletion that began before the plan stood there.
+        """
+        if self.like and (records.read(records.join(self.like.uri, snapshot.MANIFEST)) or {}).get("id") != self.like.id:
+            raise ConflictError(
+                f"{self.like.uri}: was deleted or made anew since {self.name!r} is built from it; drop what was done "
+                f"with: python -m store snapshot delete {self.name} --lake {self.lake.uri}"
+            )
 
     # ------------------------------------------------------------------------------------------------------ pass 1
     def _chunks(self) -> Iterator[Chunk]:

@@ -225,26 +225,40 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
 
     Raises:
         MissingError: There is none of this name.
-        UsageError: Another snapshot was refreshed from it and needs its arrays.
+        UsageError: Another snapshot was refreshed from it and needs its arrays, or is being built from it.
         ConflictError: It is half-made, and a living process is building it.
     """
     from store.build import builder_lock, remove_work
 
+    lake_uri = records.absolute(lake_uri)
     uri = snapshot_uri(lake_uri, name)
     half_made = name in begun_snapshots(lake_uri)
     if not half_made:
         read_manifest(lake_uri, name)
-    for other in list_snapshots(lake_uri):
-        if other != name and name in {part["name"] for part in read_manifest(lake_uri, other).get("parts", ())}:
-            raise UsageError(f"{uri}: snapshot {other!r} was refreshed from it and needs it; delete {other!r} first")
-    lock = builder_lock(records.absolute(lake_uri), name)
+    lock = builder_lock(lake_uri, name)
     lock.acquire()
     try:
+        _refuse_needed(lake_uri, name)
         records.remove(records.join(uri, MANIFEST))
-        remove_work(records.absolute(lake_uri), name)
+        remove_work(lake_uri, name)
         records.remove(uri)
     finally:
         lock.release()
+
+
+def _refuse_needed(lake_uri: str, name: str) -> None:
+    """Make sure that no other snapshot, whole or begun, needs this one."""
+    from store.build import needed_snapshot
+
+    uri = snapshot_uri(lake_uri, name)
+    for other in begun_snapshots(lake_uri):
+        if other != name and needed_snapshot(lake_uri, other) == name:
+            raise UsageError(
+                f"{uri}: snapshot {other!r} is being built from it; let that end, or delete {other!r} first"
+            )
+    for other in list_snapshots(lake_uri):
+        if other != name and name in {part["name"] for part in read_manifest(lake_uri, other).get("parts", ())}:
+            raise UsageError(f"{uri}: snapshot {other!r} was refreshed from it and needs it; delete {other!r} first")
 
 
 class Snapshot:

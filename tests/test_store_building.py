@@ -18,7 +18,15 @@ from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
 from store.errors import ConflictError, UsageError, VerificationError
 from store.lake import Lake, open_lake
-from store.snapshot import SnapshotSettings, begun_snapshots, create_snapshot, delete_snapshot, open_snapshot
+from store.snapshot import (
+    SnapshotSettings,
+    begun_snapshots,
+    create_snapshot,
+    delete_snapshot,
+    list_snapshots,
+    open_snapshot,
+    refresh_snapshot,
+)
 from store.writer import LakeWriter
 
 
@@ -179,3 +187,40 @@ def test_a_build_compares_its_features_with_those_that_the_arrays_were_made_for(
     path.write_text(json.dumps({"vocabulary": {"RNA": "another"}}))
     with pytest.raises(VerificationError, match="features are not those with which it was begun"):
         create_snapshot(uri, "s", begun_like)
+
+
+def test_what_a_snapshot_is_built_from_is_not_deleted_meanwhile(uri: str, begun_like: SnapshotSettings) -> None:
+    with pytest.raises(UsageError, match="snapshot 's' is being built from it"):
+        delete_snapshot(uri, "words")
+    create_snapshot(uri, "s", begun_like).verify()
+    delete_snapshot(uri, "words")
+    create_snapshot(uri, "base", SnapshotSettings())
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "b", 50, {"RNA": 30})
+    with pytest.raises(Stopped):
+        refresh_snapshot(uri, "base", "fresh", tasks=stopping_before("gather"))
+    with pytest.raises(UsageError, match="snapshot 'fresh' is being built from it; let that end, or delete 'fresh'"):
+        delete_snapshot(uri, "base")
+    refresh_snapshot(uri, "base", "fresh").verify()
+    with pytest.raises(UsageError, match="'fresh' was refreshed from it"):
+        delete_snapshot(uri, "base")
+    delete_snapshot(uri, "fresh")
+    with pytest.raises(Stopped):
+        refresh_snapshot(uri, "base", "fresh", tasks=stopping_before("gather"))
+    delete_snapshot(uri, "fresh")
+    delete_snapshot(uri, "base")
+
+
+def test_a_refresh_whose_base_went_all_the_same_makes_nothing(uri: str) -> None:
+    create_snapshot(uri, "base", SnapshotSettings())
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "b", 50, {"RNA": 30})
+
+    def base_goes(function: Any, common: Any, items: Any) -> Iterator[None]:
+        if function.__name__ == "gather":
+            Path(uri, "snapshots/base/snapshot.json").unlink()
+        yield from in_this_process(function, common, items)
+
+    with pytest.raises(ConflictError, match="snapshots/base: was deleted or made anew since 'fresh' is built from it"):
+        refresh_snapshot(uri, "base", "fresh", tasks=base_goes)
+    assert list_snapshots(uri) == []
