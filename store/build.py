@@ -218,8 +218,9 @@ class _Build:
         self.elements = ELEMENTS if total < MANY_ELEMENTS else 4 * ELEMENTS
         per_bucket = self.elements / max(1.0, total / max(1, self.n_rows))
         self.bucket_rows = max(1, min(self.n_rows, int(per_bucket)))
+        self.layers = {name: "value" if name in self.levels else "raw" for name in self.measurements}
         self.offsets = {
-            name: _offsets(lake, name, [key for key in self.organisms if name in lake.measurements(key)])
+            name: _offsets(lake, name, _organisms_with(lake, name, self.layers[name], self.organisms))
             for name in self.measurements
         }
 
@@ -237,9 +238,8 @@ class _Build:
         made = records.read(path)
         if made is None:
             records.remove(self.uri)
-            contents = Contents(
-                self.measurements, self.var, self.labels, self.splits, {"dead": self.dead, "sets": self.set_starts}
-            )
+            vectors = {"dead": self.dead, "sets": self.set_starts}
+            contents = Contents(self.layers, self.var, self.labels, self.splits, vectors)
             create_arrays(self.lake, self.uri, common, contents)
             records.create(path, meant)
         elif made != meant:
@@ -281,7 +281,7 @@ class _Build:
                 mine,
                 {name: self.kept[name][organism] for name in mine if name in self.kept},
                 {name: self.per_cell[organism, name] for name in mine},
-                tuple(name for name in mine if name in self.levels),
+                tuple(self.levels),
             )
 
     def _scatter(self, spill: str, mark: str) -> list[Spilled]:
@@ -483,6 +483,9 @@ def _chosen_measurements(
 ) -> tuple[list[str], list[str]]:
     """Return the measurements, and of which of them levels are taken.
 
+    A measurement has the same layer in all cells; those that have it in another one count as not measured. What the
+    base has stays as it is there.
+
     Raises:
         UsageError: A named measurement that no chosen cell has, of the wanted kind.
     """
@@ -495,7 +498,9 @@ def _chosen_measurements(
             raise UsageError(
                 f"levels: no chosen cell has levels of {name!r}; levels here: {', '.join(sorted(leveled))}"
             )
-    levels = set(base.levels) if base else set(settings.levels) | (leveled - counted)
+    levels = set(settings.levels) | (leveled - counted)
+    if base:
+        levels = set(base.levels) | (levels - set(base.measurements))
     present = [name for name in schema.MEASUREMENTS if name in counted | leveled]
     for name in (*settings.measurements, *settings.features):
         if name not in present:
@@ -546,6 +551,16 @@ def _kept_features(
                 "features are named by feature_id, as python -m store info --lake tells"
             )
     return kept
+
+
+def _organisms_with(lake: Lake, measurement: str, layer: str, organisms: list[str]) -> list[str]:
+    """Return those of the organisms of which some dataset has the measurement in this layer."""
+    found = {
+        commit.dataset["organism"]
+        for commit in lake.current
+        if measurement in commit.content and commit.content[measurement].layer == layer
+    }
+    return [organism for organism in organisms if organism in found]
 
 
 def _offsets(lake: Lake, measurement: str, organisms: list[str]) -> dict[str, int]:

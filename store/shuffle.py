@@ -53,7 +53,7 @@ class Chunk:
         offsets: Measurement to what is added to the organism's feature joinids, so that organisms lie side by side.
         kept: Measurement to which joinids are kept; what is not listed keeps all.
         per_cell: Measurement to the values of a cell, about.
-        levels: Measurements of which levels are read, not counts.
+        levels: Measurements of which levels are taken, not counts, whether the organism has them or not.
     """
 
     number: int
@@ -161,18 +161,20 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
     }
     columns |= {name: obs[name].combine_chunks() for name in (*LABELS, *MEASURED)}
     used, largest, integral = {}, {}, {}
+    measured = {name: np.zeros(len(chunk.joinids_C), dtype=bool) for name in chunk.levels}  # obs speaks of counts
     for name in chunk.offsets:
         lengths, features, counts = _counts(lake, chunk, name)
         borders = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         columns[f"{name}.features"] = pa.ListArray.from_arrays(borders, pa.array(features))
         columns[f"{name}.counts"] = pa.ListArray.from_arrays(borders, pa.array(counts))
         if name in chunk.levels:
-            columns[schema.measured_column(name)] = pa.array(lengths > 0)
+            measured[name] = lengths > 0
         seen = np.zeros(int(features.max(initial=0)) + 1, dtype=bool)
         seen[features] = True
         used[name] = base64.b64encode(np.packbits(seen).tobytes()).decode()
         largest[name] = float(counts.max(initial=0))
         integral[name] = counts.dtype == np.uint16 or bool(np.all(counts == np.rint(counts)))
+    columns |= {schema.measured_column(name): pa.array(measured_C) for name, measured_C in measured.items()}
     table = pa.table(columns)
     counted = {name: _counted(table, name) for name in CODED}
     file = records.join(job.spill, f"{chunk.number:08d}-{job.mark}-{secrets.token_hex(6)}.arrows")

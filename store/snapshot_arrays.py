@@ -39,14 +39,14 @@ class Contents:
     """What a snapshot says of the whole.
 
     Attributes:
-        measurements: Its measurements.
+        layers: Its measurements, and the layer of X that each is taken from.
         var: Measurement to features, in the order of their numbers.
         labels: Field to value, in the order of codes, to cells of each split.
         splits: Names of the splits.
         vectors: Name to whole numbers that are few: rows of earlier parts that are left out, where sets begin.
     """
 
-    measurements: list[str]
+    layers: dict[str, str]
     var: dict[str, list[VarRow]]
     labels: dict[str, dict[str, dict[str, int]]]
     splits: tuple[str, ...]
@@ -57,7 +57,7 @@ def create_arrays(lake: Lake, uri: str, plan: Gather, contents: Contents) -> Non
     """Create the collection at ``uri`` with all its arrays, and fill in what speaks of the whole."""
     with tiledbsoma.Collection.create(uri, context=soma_context()) as root:
         root.metadata["somaflow_snapshot_format"] = FORMAT
-        for name in contents.measurements:
+        for name, layer in contents.layers.items():
             member = root.add_new_collection(name)
             nnz = int(plan.starts[name][-1])
             _new_vector(member, "indptr", "int64", plan.n_rows + 1, tile=INDPTR_TILE).write(
@@ -66,7 +66,7 @@ def create_arrays(lake: Lake, uri: str, plan: Gather, contents: Contents) -> Non
             _new_vector(member, "features", plan.kinds[name][0], nnz, quick=True)
             _new_vector(member, "counts", plan.kinds[name][1], nnz)
             _write_vocabulary(member, contents.var[name])
-            _write_presence(lake, member, name, contents.var[name], list(contents.labels["dataset_id"]))
+            _write_presence(lake, member, (name, layer), contents.var[name], list(contents.labels["dataset_id"]))
         for member, kind, lines in (("codes", "int32", len(FIELDS)), ("numbers", "float32", len(NUMBERS))):
             root.add_new_dense_ndarray(
                 member,
@@ -163,7 +163,9 @@ def _write_frame(member: Any, name: str, columns: pa.Schema, values: list[list[A
     frame.write(pa.table([pa.array(v, t.type) for v, t in zip(values, columns, strict=True)], schema=columns))
 
 
-def _write_presence(lake: Lake, member: Any, measurement: str, var: list[VarRow], datasets: list[str]) -> None:
+def _write_presence(lake: Lake, member: Any, source: tuple[str, str], var: list[VarRow], datasets: list[str]) -> None:
+    """Write which dataset has which feature in the measurement and layer ``source``."""
+    measurement, layer = source
     array = member.add_new_sparse_ndarray(
         "presence",
         type=pa.bool_(),
@@ -173,6 +175,7 @@ def _write_presence(lake: Lake, member: Any, measurement: str, var: list[VarRow]
     joinid_of = {
         commit.dataset["dataset_id"]: (commit.dataset["organism"], commit.dataset["dataset_joinid"])
         for commit in lake.current
+        if measurement in commit.content and commit.content[measurement].layer == layer
     }
     rows, columns = [], []
     for organism in dict.fromkeys(row[2] for row in var):
