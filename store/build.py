@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from store import records, schema, snapshot
+from store.catalog import Commit
 from store.cluster import Tasks
 from store.context import storage
 from store.errors import ConflictError, SomaflowError, UsageError, VerificationError
@@ -213,12 +215,14 @@ class _Build:
         self.row_C, self.split_rows, self.set_starts = order_of(
             split_C, self.splits, [settings.seed, number], units_of(cells, settings, fresh), settings.set_size
         )
-        self.size_C, self.per_cell = _sizes(lake, self.organisms, self.measurements, organism_C, joinid_C)
+        self.layers = {name: "value" if name in self.levels else "raw" for name in self.measurements}
+        of_size = cells.select(["soma_joinid", "nnz", *map(schema.measured_column, schema.MEASUREMENTS)])
+        sized = of_size if base is None else of_size.take(pa.array(fresh))
+        self.size_C, self.per_cell = _sizes(lake, self.organisms, self.layers, sized, organism_C)
         total = float(self.size_C.sum())
         self.elements = ELEMENTS if total < MANY_ELEMENTS else 4 * ELEMENTS
         per_bucket = self.elements / max(1.0, total / max(1, self.n_rows))
         self.bucket_rows = max(1, min(self.n_rows, int(per_bucket)))
-        self.layers = {name: "value" if name in self.levels else "raw" for name in self.measurements}
         self.offsets = {
             name: _offsets(lake, name, _organisms_with(lake, name, self.layers[name], self.organisms))
             for name in self.measurements
@@ -460,11 +464,11 @@ def cut(size_C: NDArray[np.float32], organism_C: NDArray[np.int32], elements: in
 
 
 def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
-    """Return joinid, organism, what splits look at and what was measured, in lake order; texts as dictionaries."""
+    """Return what places, splits and sizes need of each chosen cell, in lake order; texts as dictionaries."""
     organisms = settings.organisms or tuple(lake.organisms)
     measured = (schema.measured_column(name) for name in schema.MEASUREMENTS)
     sets = (*settings.set_by, "x", "y") if settings.set_size else ()
-    wanted = list(dict.fromkeys(["soma_joinid", *settings.split_columns, *sets, *measured]))
+    wanted = list(dict.fromkeys(["soma_joinid", "nnz", *settings.split_columns, *sets, *measured]))
     parts = []
     for organism in organisms:
         texts = [name for name in wanted if schema.OBS_SCHEMA.field(name).type == pa.large_string()]
@@ -611,22 +615,42 @@ def _difference(
 def _sizes(
     lake: Lake,
     organisms: list[str],
-    measurements: list[str],
+    layers: dict[str, str],
+    cells: pa.Table,
     organism_C: NDArray[np.int32],
-    joinid_C: NDArray[np.int64],
 ) -> tuple[NDArray[np.float32], dict[tuple[str, str], float]]:
-    """Return the size of each cell in values, about: its dataset's mean, and its labels; and each organism's mean."""
-    size_C = np.full(len(joinid_C), CELL_ELEMENTS, np.float32)
+    """Return the size of each cell in values, about, its labels counted; and the most that a dataset's cells have.
+
+    RNA counts of a cell are known. Of all else a cell that was measured has the mean of those of its dataset.
+    """
+    size_C = np.full(cells.num_rows, CELL_ELEMENTS, np.float32)
     per_cell = {}
     for number, organism in enumerate(organisms):
-        mine = np.flatnonzero(organism_C == number)
-        datasets = [commit for commit in lake.current if commit.dataset["organism"] == organism]
-        datasets.sort(key=lambda commit: commit.dataset["obs_start"])
-        starts = np.array([commit.dataset["obs_start"] for commit in datasets])
-        of = np.searchsorted(starts, joinid_C[mine], side="right") - 1
-        for name in measurements:
-            held = [commit.content[name].nnz if name in commit.content else 0 for commit in datasets]
-            n_obs = [commit.dataset["n_obs"] for commit in datasets]
-            size_C[mine] += np.divide(held, n_obs).astype(np.float32)[of]
-            per_cell[organism, name] = max(np.divide(held, n_obs), default=0.0)
+        mine = slice(*np.searchsorted(organism_C, [number, number + 1]))  # an organism's cells lie together
+        here = cells.slice(mine.start, mine.stop - mine.start)
+        commits = [commit for commit in lake.current if commit.dataset["organism"] == organism]
+        commits.sort(key=lambda commit: commit.dataset["obs_start"])
+        starts = np.array([commit.dataset["obs_start"] for commit in commits])
+        of = np.searchsorted(starts, here["soma_joinid"].to_numpy(), side="right") - 1
+        n_cells_D = np.maximum(np.bincount(of, minlength=len(commits)), 1)
+        means = _means(lake, organism, commits)
+        for name, layer in layers.items():
+            if (name, layer) == ("RNA", "raw"):
+                value_C = here["nnz"].to_numpy()
+            else:
+                value_C = means[name, layer][of]
+                if layer == "raw":
+                    value_C = value_C * here[schema.measured_column(name)].to_numpy()
+            size_C[mine] += value_C.astype(np.float32)
+            per_cell[organism, name] = float((np.bincount(of, value_C, len(commits)) / n_cells_D).max(initial=0))
     return size_C, per_cell
+
+
+def _means(lake: Lake, organism: str, commits: Sequence[Commit]) -> defaultdict[tuple[str, str], NDArray[np.float64]]:
+    """Return, for a measurement and a layer, the mean number of values of each dataset's measured cells."""
+    position = {commit.dataset["dataset_id"]: number for number, commit in enumerate(commits)}
+    found: defaultdict[tuple[str, str], NDArray[np.float64]] = defaultdict(lambda: np.zeros(len(commits)))
+    for row in lake.measurement_presence(organism).to_pylist():
+        number, name = position[row["dataset_id"]], row["measurement"]
+        found[name, row["layer"]][number] = commits[number].content[name].nnz / max(1, row["n_measured_obs"])
+    return found

@@ -164,9 +164,9 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
     measured = {name: np.zeros(len(chunk.joinids_C), dtype=bool) for name in chunk.levels}  # obs speaks of counts
     for name in chunk.offsets:
         lengths, features, counts = _counts(lake, chunk, name)
-        borders = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        columns[f"{name}.features"] = pa.ListArray.from_arrays(borders, pa.array(features))
-        columns[f"{name}.counts"] = pa.ListArray.from_arrays(borders, pa.array(counts))
+        borders = pa.array(np.concatenate([[0], np.cumsum(lengths)]))  # in 64 bits, however large a task gets
+        columns[f"{name}.features"] = pa.LargeListArray.from_arrays(borders, pa.array(features))
+        columns[f"{name}.counts"] = pa.LargeListArray.from_arrays(borders, pa.array(counts))
         if name in chunk.levels:
             measured[name] = lengths > 0
         seen = np.zeros(int(features.max(initial=0)) + 1, dtype=bool)

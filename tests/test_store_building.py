@@ -10,14 +10,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.ipc
 import pytest
-from encoded import add_dataset
+import scipy.sparse
+from encoded import add_dataset, numbered
 
 from store import records, snapshot
 from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
 from store.errors import ConflictError, UsageError, VerificationError
 from store.lake import Lake, open_lake
+from store.schema import DatasetPlan
 from store.snapshot import (
     SnapshotSettings,
     begun_snapshots,
@@ -27,7 +33,7 @@ from store.snapshot import (
     open_snapshot,
     refresh_snapshot,
 )
-from store.writer import LakeWriter
+from store.writer import LakeWriter, write_counts
 
 
 @pytest.fixture
@@ -224,3 +230,39 @@ def test_a_refresh_whose_base_went_all_the_same_makes_nothing(uri: str) -> None:
     with pytest.raises(ConflictError, match="snapshots/base: was deleted or made anew since 'fresh' is built from it"):
         refresh_snapshot(uri, "base", "fresh", tasks=base_goes)
     assert list_snapshots(uri) == []
+
+
+@pytest.mark.parametrize("measurement", ["RNA", "protein"])
+def test_tasks_are_as_large_as_the_chosen_cells_are_not_as_their_dataset_on_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measurement: str
+) -> None:
+    monkeypatch.setattr("store.build.ELEMENTS", 1000)
+    uri, n_cells, n_features = str(tmp_path / "lake"), 3000, 200
+    filled_C = np.arange(n_cells) % 100 == 3
+    counts_CG = scipy.sparse.csr_matrix(np.outer(filled_C, np.ones(n_features)).astype(np.float32))
+    with LakeWriter(uri) as writer:
+        plan = DatasetPlan("a", "homo_sapiens", "a", n_cells, {measurement: numbered("f", n_features)})
+        reservation = writer.reserve(plan)
+        names = [str(cell) for cell in range(n_cells)]
+        obs = pd.DataFrame({"cell_id": names, f"measured_{measurement}": filled_C})
+        writer.commit(reservation, obs, [write_counts(reservation, measurement, 0, counts_CG)])
+    sizes: list[int] = []
+
+    def noted(function: Any, common: Any, items: Any) -> Iterator[None]:
+        if function.__name__ == "scatter":
+            sizes.extend(len(item.joinids_C) * n_features for item in items)
+        yield from in_this_process(function, common, items)
+
+    made = create_snapshot(uri, "s", SnapshotSettings(where=f"measured_{measurement} == True"), tasks=noted)
+    made.verify()
+    assert sum(sizes) == 30 * n_features
+    assert max(sizes) <= 1000
+
+
+def test_spill_files_count_values_in_64_bits(uri: str) -> None:
+    with pytest.raises(Stopped):
+        create_snapshot(uri, "s", SnapshotSettings(), tasks=stopping_before("gather"))
+    (file,) = Path(uri, "somaflow/building/s/spill").iterdir()
+    spilled = pa.ipc.open_stream(file.read_bytes()).read_all().schema
+    assert pa.types.is_large_list(spilled.field("RNA.features").type)
+    assert pa.types.is_large_list(spilled.field("RNA.counts").type)
