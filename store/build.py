@@ -18,6 +18,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,15 +43,14 @@ from store.shuffle import (
     Chunk,
     Gather,
     Scatter,
-    Spilled,
     gather,
     gather_record,
-    read_spilled,
     scatter,
     scatter_record,
 )
 from store.snapshot_arrays import FORMAT, Contents, VarRow, array_uris, create_arrays, tidy, vocabulary_hash
 from store.snapshot_card import write_card
+from store.spilled import Spilled, add_cells
 from store.splits import SnapshotSettings, coded, draw_splits
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ CELL_ELEMENTS = 32
 MANY_ELEMENTS = 2**33
 """From so many values on, tasks move four times as many: the number of reads of spill files falls by sixteen."""
 
+READ_RECORDS = 16
+"""Records that are read at the same time; one of a build with thousands of buckets takes a megabyte or more."""
 CHECKED_EVERY_S = 5.0
 """While tasks run, the driver looks so often whether the build is still its own."""
 
@@ -223,6 +225,7 @@ class _Build:
         self.elements = ELEMENTS if total < MANY_ELEMENTS else 4 * ELEMENTS
         per_bucket = self.elements / max(1.0, total / max(1, self.n_rows))
         self.bucket_rows = max(1, min(self.n_rows, int(per_bucket)))
+        self.n_buckets = -(-self.n_rows // self.bucket_rows)
         self.offsets = {
             name: _offsets(lake, name, _organisms_with(lake, name, self.layers[name], self.organisms))
             for name in self.measurements
@@ -288,23 +291,32 @@ class _Build:
                 tuple(self.levels),
             )
 
-    def _scatter(self, spill: str, mark: str) -> list[Spilled]:
+    def _scatter(self, spill: str, mark: str) -> Spilled:
         chunks = list(self._chunks())
         common = Scatter(self.lake.uri, self.lake.commit.number, self.work, spill, mark, self.bucket_rows, self.splits)
-        return [read_spilled(values) for values in self._run("read", scatter, common, chunks, scatter_record)]
+        n_features = {
+            name: sum(self.lake.n_features(organism, name) for organism in offsets)
+            for name, offsets in self.offsets.items()
+        }
+        spilled = Spilled(len(chunks), self.n_buckets, n_features)
+        for record in self._run("read", scatter, common, Lazy(range(len(chunks)), chunks.__getitem__), scatter_record):
+            spilled.add(record)
+        return spilled
 
     def _run(
         self,
         stage: str,
         function: Callable[[Any, Any], None],
         common: Any,
-        items: Sequence[Chunk | Bucket],
+        items: Lazy,
         record: Callable[[str, int], str],
-    ) -> list[dict[str, Any]]:
-        """Run the tasks of a pass that have no record yet; return the records of all, in order."""
-        folder = record(self.work, 0).rpartition("/")[0]
-        ended = set(records.names(folder))
-        missing = [item for item in items if record(self.work, item.number).rpartition("/")[2] not in ended]
+    ) -> Iterator[dict[str, Any]]:
+        """Run the tasks of a pass that have no record yet; then yield the records of all, in order."""
+        ended = set(records.names(record(self.work, 0).rpartition("/")[0]))
+        uris = [record(self.work, number) for number in items.numbers]
+        missing = Lazy(
+            [number for number, uri in enumerate(uris) if uri.rpartition("/")[2] not in ended], items.__getitem__
+        )
         done = len(items) - len(missing)
         self.progress(stage, done, len(items))
         checked = time.monotonic()
@@ -314,23 +326,21 @@ class _Build:
             if time.monotonic() > checked + CHECKED_EVERY_S:
                 self.check()
                 checked = time.monotonic()
-        return records.read_all(folder)
+        for first in range(0, len(uris), READ_RECORDS):
+            for uri, found in zip(uris[first:], records.read_each(uris[first : first + READ_RECORDS]), strict=False):
+                if found is None:
+                    raise VerificationError(f"{uri}: has gone; delete the half-made snapshot and make it again")
+                yield found
 
     # ------------------------------------------------------------------------------------------- between the passes
-    def _plan_arrays(self, spilled: list[Spilled]) -> Gather:
+    def _plan_arrays(self, spilled: Spilled) -> Gather:
         """Number features and labels, choose types, and find out where each bucket's values begin."""
         self.var: dict[str, list[VarRow]] = {}
         numbers, kinds, starts = {}, {}, {}
-        n_buckets = -(-self.n_rows // self.bucket_rows)
         for name in self.measurements:
-            numbers[name] = self._number_features(name, spilled)
-            mine = [one for one in spilled if name in one.nnz]
-            per_bucket = np.zeros(n_buckets, np.int64)
-            for one in mine:
-                per_bucket[one.buckets] += one.nnz[name]
-            starts[name] = np.concatenate([[0], np.cumsum(per_bucket)])
-            largest = max((one.largest[name] for one in mine), default=0.0)
-            whole = all(one.integral[name] for one in mine)
+            numbers[name] = self._number_features(name, spilled.used_F[name])
+            starts[name] = np.concatenate([[0], np.cumsum(spilled.nnz_B[name])])
+            largest, whole = spilled.largest[name], spilled.integral[name]
             features = "uint16" if len(self.var[name]) <= 2**16 else "uint32"
             counts = str(np.min_scalar_type(int(largest))) if whole and name not in self.levels else "float32"
             kinds[name] = (features, counts)
@@ -338,20 +348,15 @@ class _Build:
         codes = {field: {value: code for code, value in enumerate(by)} for field, by in self.labels.items()}
         return Gather(self.uri, self.work, self.bucket_rows, self.n_rows, numbers, kinds, starts, codes)
 
-    def _number_features(self, measurement: str, spilled: list[Spilled]) -> NDArray[np.int64]:
+    def _number_features(self, measurement: str, used: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Number the features that occur behind those of the snapshot whose vocabulary comes first."""
         offsets = self.offsets[measurement]
         sizes = {organism: self.lake.n_features(organism, measurement) for organism in offsets}
-        number = np.full(sum(sizes.values()), -1, dtype=np.int64)
+        number = np.full(len(used), -1, dtype=np.int64)
         rows: list[VarRow] = list(self.like.var_rows(measurement)) if self.like else []
         for position, (_, _, organism, joinid) in enumerate(rows):
             if organism in offsets:
                 number[offsets[organism] + joinid] = position
-        used = np.zeros(len(number), dtype=bool)
-        for one in spilled:
-            if measurement in one.used:
-                seen = one.used[measurement][: len(used)]
-                used[: len(seen)] |= seen
         for organism, offset in offsets.items():
             fresh = np.flatnonzero(used[offset : offset + sizes[organism]] & (number[offset:][: sizes[organism]] < 0))
             number[offset + fresh] = np.arange(len(rows), len(rows) + len(fresh))
@@ -371,30 +376,20 @@ class _Build:
             for name, rows in self.var.items()
         }
 
-    def _label_counts(self, spilled: list[Spilled]) -> dict[str, dict[str, dict[str, int]]]:
+    def _label_counts(self, spilled: Spilled) -> dict[str, dict[str, dict[str, int]]]:
         """Return field to value, in the order of codes, to cells of each split."""
         counts: dict[str, dict[str, dict[str, int]]] = {field: {} for field in CODED}
         if self.base is not None:
             for field, by in self.base.label_counts(self.dead).items():
                 counts[field] = {value: dict(of) for value, of in by.items()}
         for field in CODED:
-            for value in sorted({value for one in spilled for value in one.labels[field]}):
-                counts[field].setdefault(value, {})
-            for one in spilled:
-                for value, of in one.labels[field].items():
-                    held = counts[field][value]
-                    for split, n_cells in of.items():
-                        held[split] = held.get(split, 0) + n_cells
+            for value in sorted(spilled.labels[field]):
+                add_cells(counts[field].setdefault(value, {}), spilled.labels[field][value])
         return counts
 
     # ------------------------------------------------------------------------------------------------------ pass 2
-    def _gather(self, common: Gather, spilled: list[Spilled]) -> dict[str, list[str]]:
-        n_buckets = -(-self.n_rows // self.bucket_rows)
-        shares: list[list[tuple[str, int, int, int]]] = [[] for _ in range(n_buckets)]
-        for one in spilled:
-            for bucket, (at, size, crc) in zip(one.buckets.tolist(), one.where.tolist(), strict=True):
-                shares[bucket].append((one.file, at, size, crc))
-        buckets = [Bucket(number, of) for number, of in enumerate(shares)]
+    def _gather(self, common: Gather, spilled: Spilled) -> dict[str, list[str]]:
+        buckets = Lazy(range(self.n_buckets), lambda number: Bucket(number, spilled.shares(number)))
         sums: dict[str, list[str]] = {}
         for record in self._run("write", gather, common, buckets, gather_record):
             for member, digest in record["sha256"].items():
@@ -453,6 +448,21 @@ class _Build:
         filesystem, path = fsspec.core.url_to_fs(records.join(self.uri, snapshot.CARD))
         filesystem.pipe_file(path, write_card(manifest, self.labels, self.lake.datasets()).encode())
         records.create(records.join(self.uri, snapshot.MANIFEST), manifest)
+
+
+@dataclass(frozen=True)
+class Lazy(Sequence[Any]):
+    """Items that are made when they are asked for, by their numbers."""
+
+    numbers: Sequence[int]
+    make: Callable[[int], Any]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, position: Any) -> Any:
+        chosen = self.numbers[position]
+        return Lazy(chosen, self.make) if isinstance(position, slice) else self.make(chosen)
 
 
 def cut(size_C: NDArray[np.float32], organism_C: NDArray[np.int32], elements: int) -> list[int]:

@@ -81,31 +81,6 @@ class Scatter:
 
 
 @dataclass(frozen=True)
-class Spilled:
-    """What a task of the first pass left: where each bucket's cells lie in its file, and what is in them.
-
-    Attributes:
-        file: Address of the spill file.
-        buckets: The buckets that have some of its cells, ascending.
-        where: For each of them: first byte, bytes, CRC-32.
-        nnz: Measurement to the values in each of them.
-        used: Measurement to whether each joinid (with the organism's offset) has a value.
-        largest: Measurement to its greatest count.
-        integral: Measurement to whether all counts are whole numbers.
-        labels: Field to value to split to cells.
-    """
-
-    file: str
-    buckets: NDArray[np.int64]
-    where: NDArray[np.int64]
-    nnz: dict[str, NDArray[np.int64]]
-    used: dict[str, NDArray[np.bool_]]
-    largest: dict[str, float]
-    integral: dict[str, bool]
-    labels: dict[str, dict[str, dict[str, int]]]
-
-
-@dataclass(frozen=True)
 class Bucket:
     """Rows that one task of the second pass writes: its number, and (file, first byte, bytes, CRC-32) of each share."""
 
@@ -149,7 +124,7 @@ def gather_record(work: str, bucket: int) -> str:
 
 
 def scatter(job: Scatter, chunk: Chunk) -> None:
-    """Run one task of the first pass."""
+    """Run one task of the first pass; its record is what ``store.spilled.Spilled`` takes."""
     lake = open_lake(job.lake_uri, job.commit)
     obs = _labels(lake, chunk)
     names = np.array(job.splits, dtype=object)[chunk.split_C]
@@ -181,20 +156,6 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
     found = {"used": used, "largest": largest, "integral": integral, "labels": counted}
     records.create(
         scatter_record(job.work, chunk.number), {"file": file, **_spill(file, table, chunk, job.bucket_rows), **found}
-    )
-
-
-def read_spilled(values: dict[str, Any]) -> Spilled:
-    """Read a record of the first pass."""
-    bits = {name: np.frombuffer(base64.b64decode(text), np.uint8) for name, text in values["used"].items()}
-    return Spilled(
-        **values
-        | {
-            "buckets": np.array(values["buckets"], dtype=np.int64),
-            "where": np.array(values["where"], dtype=np.int64),
-            "nnz": {name: np.array(counted, dtype=np.int64) for name, counted in values["nnz"].items()},
-            "used": {name: np.unpackbits(packed).astype(bool) for name, packed in bits.items()},
-        }
     )
 
 
