@@ -36,6 +36,8 @@ from store.splits import coded
 
 READ_ELEMENTS = 2**22
 """Values that one read of X should bring."""
+READ_CELLS = 2**17
+"""Cells of obs, chosen or not, that one read brings: half a kilobyte each or more (as many again are no faster)."""
 
 MEASURED = tuple(schema.measured_column(name) for name in schema.MEASUREMENTS)
 
@@ -160,13 +162,18 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
 
 
 def _labels(lake: Lake, chunk: Chunk) -> pa.Table:
-    """Return the obs of the chunk's cells, in their order."""
-    first, last = int(chunk.joinids_C[0]), int(chunk.joinids_C[-1])
+    """Return the obs of the chunk's cells, in their order; of cells between them few are in memory at a time."""
     obs = lake.experiment(chunk.organism).obs
     wanted = ["soma_joinid", *LABELS, *MEASURED]
-    found = obs.read((slice(first, last),), column_names=wanted).concat().sort_by("soma_joinid")
-    place = np.searchsorted(found["soma_joinid"].to_numpy(), chunk.joinids_C)
-    return found.take(pa.array(place))
+    parts, start = [], 0
+    while start < len(chunk.joinids_C):
+        first = int(chunk.joinids_C[start])
+        stop = int(np.searchsorted(chunk.joinids_C, first + READ_CELLS))
+        mine = chunk.joinids_C[start:stop]
+        found = obs.read((slice(first, int(mine[-1])),), column_names=wanted).concat().sort_by("soma_joinid")
+        parts.append(found.take(pa.array(np.searchsorted(found["soma_joinid"].to_numpy(), mine))))
+        start = stop
+    return pa.concat_tables(parts)
 
 
 def _counts(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from store.cluster import Tasks, in_this_process
 from store.errors import ConflictError, UsageError, VerificationError
 from store.lake import Lake, open_lake
 from store.schema import DatasetPlan
+from store.shuffle import LABELS, _labels
 from store.snapshot import (
     SnapshotSettings,
     begun_snapshots,
@@ -266,3 +268,29 @@ def test_spill_files_count_values_in_64_bits(uri: str) -> None:
     spilled = pa.ipc.open_stream(file.read_bytes()).read_all().schema
     assert pa.types.is_large_list(spilled.field("RNA.features").type)
     assert pa.types.is_large_list(spilled.field("RNA.counts").type)
+
+
+def test_labels_of_scattered_cells_are_read_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.shuffle.READ_CELLS", 100)
+    joinids = np.array([3, 4, 40, 102, 103, 950, 1400, 1401, 1499, 1500])
+    everything = pa.table({"soma_joinid": np.arange(2000)})
+    asked: list[tuple[int, int]] = []
+
+    def read(rows: tuple[slice], column_names: list[str]) -> Any:
+        assert set(LABELS) < set(column_names)
+        asked.append((rows[0].start, rows[0].stop))
+        return SimpleNamespace(concat=lambda: everything.slice(rows[0].start, rows[0].stop - rows[0].start + 1))
+
+    lake: Any = SimpleNamespace(experiment=lambda _: SimpleNamespace(obs=SimpleNamespace(read=read)))
+    chunk: Any = SimpleNamespace(organism="homo_sapiens", joinids_C=joinids)
+    assert _labels(lake, chunk)["soma_joinid"].to_pylist() == joinids.tolist()
+    assert asked == [(3, 102), (103, 103), (950, 950), (1400, 1499), (1500, 1500)]
+
+
+def test_scattered_cells_keep_their_labels(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.shuffle.READ_CELLS", 7)
+    made = create_snapshot(uri, "s", SnapshotSettings(where="donor_id == 'donor3'"))
+    cells = made.cells(["soma_joinid", "cell_id", "donor_id"]).to_pandas()
+    assert sorted(cells["soma_joinid"]) == list(range(3, 60, 5))
+    assert (cells["cell_id"] == [f"a-{joinid}" for joinid in cells["soma_joinid"]]).all()
+    assert set(cells["donor_id"]) == {"donor3"}
