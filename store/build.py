@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from store import records, schema, snapshot
 from store.catalog import Commit
 from store.cluster import Tasks
-from store.context import storage
+from store.context import reading, storage
 from store.errors import ConflictError, SomaflowError, UsageError, VerificationError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
@@ -146,7 +146,8 @@ def build(
                 )
             if known is not None:
                 lake = open_lake(lake.uri, known["commit"])
-            job = _Build(lake, name, settings, progress, tasks, base, like, lock.check)
+            with reading(lake.uri):
+                job = _Build(lake, name, settings, progress, tasks, base, like, lock.check)
             if known is None:
                 folder = records.absolute(spill) if spill else records.join(work, "spill")
                 known = {
@@ -239,7 +240,9 @@ class _Build:
         self.work = records.join(work_folder(self.lake.uri, self.name), mark)
         self._refuse_changed()
         spilled = self._scatter(spill, mark)
-        common = self._plan_arrays(spilled)
+        with reading(self.lake.uri):
+            common = self._plan_arrays(spilled)
+            datasets = self.lake.datasets()
         self.check()
         path, meant = records.join(self.work, "arrays.json"), {"vocabulary": self._vocabulary_hashes()}
         made = records.read(path)
@@ -260,7 +263,7 @@ class _Build:
             tidy(member)
         self.check()
         self._refuse_changed()
-        self._write_manifest(common, sums)
+        self._write_manifest(common, sums, datasets)
 
     def _refuse_changed(self) -> None:
         """Make sure that the snapshot from which this one is built is the one that was opened.
@@ -397,7 +400,7 @@ class _Build:
         return sums
 
     # ---------------------------------------------------------------------------------------------------- manifest
-    def _write_manifest(self, common: Gather, sums: dict[str, list[str]]) -> None:
+    def _write_manifest(self, common: Gather, sums: dict[str, list[str]], datasets: pa.Table) -> None:
         records.create(records.join(self.uri, "checksums.json"), sums)
         part: dict[str, Any] = {
             "name": self.name,
@@ -446,7 +449,7 @@ class _Build:
         manifest["id"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
         manifest["created"] = utc_now()
         filesystem, path = fsspec.core.url_to_fs(records.join(self.uri, snapshot.CARD))
-        filesystem.pipe_file(path, write_card(manifest, self.labels, self.lake.datasets()).encode())
+        filesystem.pipe_file(path, write_card(manifest, self.labels, datasets).encode())
         records.create(records.join(self.uri, snapshot.MANIFEST), manifest)
 
 

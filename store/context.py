@@ -13,7 +13,7 @@ import pyarrow as pa
 import tiledb
 import tiledbsoma
 
-from store.errors import StorageError
+from store.errors import StorageError, VerificationError, is_of_memory
 
 BUFFER_BYTES = 256 * 2**20
 ORDER_TILES = "sm.query.sparse_global_order.preprocess_tile_merge"
@@ -101,11 +101,41 @@ def storage(uri: str) -> Iterator[None]:
     except (tiledb.TileDBError, tiledbsoma.SOMAError, OSError) as error:
         if isinstance(error, StorageError):
             raise
-        reason = str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
         raise StorageError(
-            f"{uri}: cannot be written: {reason}; nothing was committed and what was there is untouched; free some "
-            "space, or check the place and your rights to it, and run the same command again"
+            f"{uri}: cannot be written: {_reason(error)}; nothing was committed and what was there is untouched; free "
+            "some space, or check the place and your rights to it, and run the same command again"
         ) from error
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[None]:
+    """Turn what reading the array (or lake) ``uri`` raises into an error that says whether its bytes are damaged.
+
+    Raises:
+        StorageError: The store does not answer, a file is not there, or no memory was left.
+        VerificationError: What is there is not what was written.
+    """
+    try:
+        yield
+    except (tiledb.TileDBError, tiledbsoma.SOMAError) as error:
+        reason = _reason(error)
+        if is_of_memory(error):
+            raise StorageError(
+                f"{uri}: no memory was left to read it; run the same command with fewer workers"
+            ) from error
+        if any(words in str(error) for words in ("IO Error", "TileDB::IO", "TileDB::S3", "TileDB::VFS")):
+            raise StorageError(
+                f"{uri}: cannot be read: {reason}; check the place and your rights to it, and run the same command "
+                "again"
+            ) from error
+        raise VerificationError(
+            f"{uri}: cannot be read: {reason}; the stored bytes are damaged: python -m store validate tells of which "
+            "datasets; remove those and ingest them again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
 
 
 @cache

@@ -28,7 +28,7 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import soma_context
+from store.context import reading, soma_context
 from store.errors import StorageError, VerificationError
 from store.lake import Lake, open_lake
 from store.part import CELLS_SCHEMA, CODED, LABELS, NUMBERS, cells_digest, digest_of
@@ -163,14 +163,15 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
 
 def _labels(lake: Lake, chunk: Chunk) -> pa.Table:
     """Return the obs of the chunk's cells, in their order; of cells between them few are in memory at a time."""
-    obs = lake.experiment(chunk.organism).obs
+    obs, uri = lake.experiment(chunk.organism).obs, records.join(lake.uri, "census_data", chunk.organism, "obs")
     wanted = ["soma_joinid", *LABELS, *MEASURED]
     parts, start = [], 0
     while start < len(chunk.joinids_C):
         first = int(chunk.joinids_C[start])
         stop = int(np.searchsorted(chunk.joinids_C, first + READ_CELLS))
         mine = chunk.joinids_C[start:stop]
-        found = obs.read((slice(first, int(mine[-1])),), column_names=wanted).concat().sort_by("soma_joinid")
+        with reading(uri):
+            found = obs.read((slice(first, int(mine[-1])),), column_names=wanted).concat().sort_by("soma_joinid")
         parts.append(found.take(pa.array(np.searchsorted(found["soma_joinid"].to_numpy(), mine))))
         start = stop
     return pa.concat_tables(parts)
@@ -186,8 +187,10 @@ def _counts(
     lengths, features, counts = [], [], []
     step = int(np.clip(READ_ELEMENTS / max(chunk.per_cell[measurement], 1), 256, 65536))
     kept, layer = chunk.kept.get(measurement), "value" if measurement in chunk.levels else "raw"
+    uri = records.join(lake.uri, "census_data", chunk.organism, "ms", measurement, "X", layer)
     for start, stop in pairwise(_borders(chunk.joinids_C, step, schema.ROW_TILE[measurement])):
-        block = lake.counts(chunk.organism, measurement, chunk.joinids_C[start:stop], layer)
+        with reading(uri):
+            block = lake.counts(chunk.organism, measurement, chunk.joinids_C[start:stop], layer)
         if kept is not None:
             inside = kept[: block.shape[1]][block.indices]
             ends = np.concatenate([[0], np.cumsum(inside)])[block.indptr]

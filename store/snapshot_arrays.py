@@ -18,7 +18,7 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import fragments, records, schema
-from store.context import soma_context, tiledb_context
+from store.context import reading, soma_context, tiledb_context
 from store.lake import Lake
 from store.part import CELLS_SCHEMA, FIELDS, NUMBERS
 from store.shuffle import Gather
@@ -183,7 +183,9 @@ def _write_presence(lake: Lake, member: Any, source: tuple[str, str], var: list[
             continue
         positions = np.array([number for number, row in enumerate(var) if row[2] == organism])
         joinids = np.array([var[number][3] for number in positions])
-        matrix = lake.presence(organism, measurement)
+        path = ("census_data", organism, "ms", measurement, "feature_dataset_presence_matrix")
+        with reading(records.join(lake.uri, *path)):
+            matrix = lake.presence(organism, measurement)
         for row, dataset in enumerate(datasets):
             if joinid_of.get(dataset, ("", 0))[0] == organism:
                 measured = np.asarray(matrix[joinid_of[dataset][1]].todense()).ravel()[joinids]

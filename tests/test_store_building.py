@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 import scipy.sparse
+import tiledb
 from encoded import add_dataset, numbered
 
 from store import records, snapshot
 from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
-from store.errors import ConflictError, UsageError, VerificationError
+from store.errors import ConflictError, StorageError, UsageError, VerificationError
 from store.lake import Lake, open_lake
 from store.schema import DatasetPlan
 from store.shuffle import LABELS, _labels
@@ -281,7 +283,7 @@ def test_labels_of_scattered_cells_are_read_a_stretch_at_a_time(monkeypatch: pyt
         asked.append((rows[0].start, rows[0].stop))
         return SimpleNamespace(concat=lambda: everything.slice(rows[0].start, rows[0].stop - rows[0].start + 1))
 
-    lake: Any = SimpleNamespace(experiment=lambda _: SimpleNamespace(obs=SimpleNamespace(read=read)))
+    lake: Any = SimpleNamespace(uri="/lake", experiment=lambda _: SimpleNamespace(obs=SimpleNamespace(read=read)))
     chunk: Any = SimpleNamespace(organism="homo_sapiens", joinids_C=joinids)
     assert _labels(lake, chunk)["soma_joinid"].to_pylist() == joinids.tolist()
     assert asked == [(3, 102), (103, 103), (950, 950), (1400, 1499), (1500, 1500)]
@@ -294,3 +296,46 @@ def test_scattered_cells_keep_their_labels(uri: str, monkeypatch: pytest.MonkeyP
     assert sorted(cells["soma_joinid"]) == list(range(3, 60, 5))
     assert (cells["cell_id"] == [f"a-{joinid}" for joinid in cells["soma_joinid"]]).all()
     assert set(cells["donor_id"]) == {"donor3"}
+
+
+@pytest.mark.parametrize(
+    ("array", "named"),
+    [
+        ("homo_sapiens/ms/RNA/X/raw", "census_data/homo_sapiens/ms/RNA/X/raw"),
+        ("homo_sapiens/ms/RNA/feature_dataset_presence_matrix", "RNA/feature_dataset_presence_matrix"),
+        ("homo_sapiens/ms/RNA/var", "lake"),
+        ("homo_sapiens/obs_measurement_presence", "lake"),
+    ],
+)
+def test_damage_of_the_lake_is_called_damage_and_named(uri: str, array: str, named: str) -> None:
+    damage(Path(uri, "census_data", array), "a*.tdb")
+    with pytest.raises(VerificationError, match=f"{named}: cannot be read: .*; the stored bytes are damaged"):
+        create_snapshot(uri, "s", SnapshotSettings())
+
+
+def test_a_damaged_label_is_called_damage_and_its_array_is_named(uri: str) -> None:
+    obs = Path(uri, "census_data/homo_sapiens/obs")
+    with tiledb.open(str(obs)) as array:
+        number = [array.schema.attr(number).name for number in range(array.schema.nattr)].index("cell_id")
+    damage(obs, f"a{number}_var.tdb")  # tasks read it, the driver does not
+    with pytest.raises(VerificationError, match=r"census_data/homo_sapiens/obs: cannot be read: .*Checksum"):
+        create_snapshot(uri, "s", SnapshotSettings())
+
+
+def damage(array: Path, pattern: str) -> None:
+    """Turn one bit of each of an array's files of this pattern."""
+    files = list((array / "__fragments").rglob(pattern))
+    assert files
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+
+
+def test_what_cannot_be_written_is_still_told_so(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("store.shuffle._spill", full)
+    with pytest.raises(StorageError, match=r"cannot be written: .*No space left on device"):
+        create_snapshot(uri, "s", SnapshotSettings())
