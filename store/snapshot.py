@@ -45,6 +45,7 @@ from store.context import soma_context
 from store.errors import MissingError, UsageError
 from store.lake import open_lake
 from store.part import CODED, LABELS, Part
+from store.settings import parse_settings
 from store.snapshot_arrays import FORMAT
 from store.splits import SnapshotSettings
 
@@ -137,6 +138,7 @@ def refresh_snapshot(
     Raises:
         MissingError: There is no such snapshot.
         UsageError: The name is taken, nothing has changed, or a cell would change its split.
+        SettingsError: Today's settings refuse what the old one was made with, such as an organism named twice.
     """
     from store.build import build
 
@@ -145,7 +147,7 @@ def refresh_snapshot(
     lake = open_lake(lake_uri)
     if lake.commit.id == base.commit_id:
         raise UsageError(f"{base.uri}: the lake has not changed since commit {lake.commit.number}: nothing to refresh")
-    settings = SnapshotSettings.model_validate(base.manifest["settings"])
+    settings = parse_settings(SnapshotSettings, base.manifest["settings"], where=base.uri)
     build(lake, name, settings, progress or _silent, tasks or in_this_process, spill, base)
     return open_snapshot(lake_uri, name)
 

@@ -62,6 +62,13 @@ class SnapshotSettings(Settings):
                 raise ValueError(f"assign.{split}: fractions names no such split; 0 is a fraction too")
         return self
 
+    @field_validator("organisms", "measurements", "levels", "set_by", "apart")
+    @classmethod
+    def _once_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"{', '.join(map(repr, twice))} stands there more than once; name each once")
+        return value
+
     @field_validator("fractions")
     @classmethod
     def _sum_to_one(cls, value: dict[str, float]) -> dict[str, float]:

@@ -24,9 +24,10 @@ from encoded import add_dataset, numbered
 from store import records, snapshot
 from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
-from store.errors import ConflictError, StorageError, UsageError, VerificationError
+from store.errors import ConflictError, SettingsError, StorageError, UsageError, VerificationError
 from store.lake import Lake, open_lake
 from store.schema import DatasetPlan
+from store.settings import parse_settings
 from store.shuffle import LABELS, _labels
 from store.snapshot import (
     SnapshotSettings,
@@ -339,3 +340,22 @@ def test_what_cannot_be_written_is_still_told_so(uri: str, monkeypatch: pytest.M
     monkeypatch.setattr("store.shuffle._spill", full)
     with pytest.raises(StorageError, match=r"cannot be written: .*No space left on device"):
         create_snapshot(uri, "s", SnapshotSettings())
+
+
+@pytest.mark.parametrize("key", ["organisms", "measurements", "levels", "set_by", "apart"])
+def test_a_name_that_stands_twice_in_the_settings_is_refused(key: str) -> None:
+    name = {"organisms": "homo_sapiens", "set_by": "tissue", "apart": "tissue"}.get(key, "protein")
+    assert getattr(parse_settings(SnapshotSettings, {key: [name]}, where="s.toml"), key) == (name,)
+    with pytest.raises(SettingsError, match=f"s.toml: {key}: .*'{name}' stands there more than once"):
+        parse_settings(SnapshotSettings, {key: [name, "RNA", name]}, where="s.toml")
+
+
+def test_a_snapshot_whose_settings_name_an_organism_twice_is_not_refreshed(uri: str) -> None:
+    made = create_snapshot(uri, "s", SnapshotSettings())
+    manifest = json.loads(Path(made.uri, "snapshot.json").read_text())
+    manifest["settings"]["organisms"] = ["homo_sapiens", "homo_sapiens"]
+    Path(made.uri, "snapshot.json").write_text(json.dumps(manifest))
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "b", 50, {"RNA": 30})
+    with pytest.raises(SettingsError, match="'homo_sapiens' stands there more than once"):
+        refresh_snapshot(uri, "s", "s2")
