@@ -42,11 +42,11 @@ from numpy.typing import NDArray
 from store import records
 from store.cluster import Tasks, in_this_process
 from store.context import soma_context
-from store.errors import MissingError, UsageError
+from store.errors import MissingError, UsageError, VerificationError
 from store.lake import open_lake
 from store.part import CODED, LABELS, Part
 from store.settings import parse_settings
-from store.snapshot_arrays import FORMAT
+from store.snapshot_arrays import FORMAT, vocabulary_hash
 from store.splits import SnapshotSettings
 
 __all__ = ["LABELS", "Snapshot", "SnapshotSettings", "create_snapshot", "open_snapshot", "refresh_snapshot"]
@@ -458,10 +458,17 @@ class Snapshot:
             raise UsageError(f"{self.uri}: no measurement {measurement!r}; measurements: {known}")
 
     def verify(self) -> None:
-        """Read everything again and compare with the checksums, in every part.
+        """Read everything again and compare with the checksums, in every part, and the features with the manifest.
 
         Raises:
             VerificationError: Some array is not what was written; the message names it.
         """
+        for name, entry in self.manifest["measurements"].items():
+            rows = self.var_rows(name)
+            if vocabulary_hash(name, [row[0] for row in rows], [row[2] for row in rows]) != entry["vocabulary_hash"]:
+                raise VerificationError(
+                    f"{self.uri}/{name}/var: does not hold the features that the manifest promises, so that counts may "
+                    "stand at others; delete the snapshot and make it again"
+                )
         for part in self.parts:
             part.verify()

@@ -359,3 +359,11 @@ def test_a_snapshot_whose_settings_name_an_organism_twice_is_not_refreshed(uri: 
         add_dataset(writer, "b", 50, {"RNA": 30})
     with pytest.raises(SettingsError, match="'homo_sapiens' stands there more than once"):
         refresh_snapshot(uri, "s", "s2")
+
+
+def test_a_snapshot_whose_features_are_not_those_of_its_manifest_is_found(uri: str) -> None:
+    made = create_snapshot(uri, "s", SnapshotSettings())
+    made.verify()
+    made.manifest["measurements"]["RNA"]["vocabulary_hash"] = "another"
+    with pytest.raises(VerificationError, match="RNA/var: does not hold the features that the manifest promises"):
+        made.verify()
