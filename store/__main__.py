@@ -317,6 +317,11 @@ def _say_made(made: snapshot.Snapshot, json: bool) -> None:
         answer("store-snapshot/v1", uri=made.uri, **made.manifest)
     sizes = ", ".join(f"{entry['n_features']:,} {key}" for key, entry in made.manifest["measurements"].items())
     console.print(f"snapshot {made.name}: {made.n_cells:,} cells, {sizes} features, splits {made.splits}")
+    if n_without := made.manifest.get("n_without"):
+        console.print(
+            f"[yellow]note[/] {n_without:,} of these cells have none of that (normalised values, or measurements that "
+            "were not asked for): they are empty; leave them out with --where, such as measured_RNA == True"
+        )
 
 
 @snapshots.command("list")

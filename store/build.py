@@ -219,6 +219,7 @@ class _Build:
             split_C, self.splits, [settings.seed, number], units_of(cells, settings, fresh), settings.set_size
         )
         self.layers = {name: "value" if name in self.levels else "raw" for name in self.measurements}
+        self.n_without = _without(lake, cells, self.layers)
         of_size = cells.select(["soma_joinid", "nnz", *map(schema.measured_column, schema.MEASUREMENTS)])
         sized = of_size if base is None else of_size.take(pa.array(fresh))
         self.size_C, self.per_cell = _sizes(lake, self.organisms, self.layers, sized, organism_C)
@@ -433,6 +434,7 @@ class _Build:
             "name": self.name,
             "n_cells": sum(splits.values()),
             "n_dead": len(self.dead),
+            "n_without": self.n_without,
             "splits": splits,
             "measurements": entries,
             "datasets": list(self.labels["dataset_id"]),
@@ -504,7 +506,7 @@ def _chosen_measurements(
     base has stays as it is there.
 
     Raises:
-        UsageError: A named measurement that no chosen cell has, of the wanted kind.
+        UsageError: A named measurement that no chosen cell has, of the wanted kind; no measurement at all.
     """
     counted = {
         name for name in schema.MEASUREMENTS if pa.compute.any(cells[schema.measured_column(name)]).as_py() is True
@@ -519,11 +521,33 @@ def _chosen_measurements(
     if base:
         levels = set(base.levels) | (levels - set(base.measurements))
     present = [name for name in schema.MEASUREMENTS if name in counted | leveled]
+    if not present:
+        raise UsageError(
+            f"{lake.uri}: none of the {cells.num_rows:,} chosen cells has counts or levels; normalised values "
+            "(lognorm) are kept in the lake, but not made snapshots of: ingest the counts, or choose other cells"
+        )
     for name in (*settings.measurements, *settings.features):
         if name not in present:
             raise UsageError(f"no chosen cell has measurement {name!r}; measurements here: {', '.join(present)}")
     chosen = [name for name in present if not settings.measurements or name in settings.measurements]
     return chosen, [name for name in chosen if name in levels]
+
+
+def _without(lake: Lake, cells: pa.Table, layers: dict[str, str]) -> int:
+    """Count the cells of which nothing that the snapshot holds was measured: their values are in another layer."""
+    has_C = np.zeros(cells.num_rows, dtype=bool)
+    for name, layer in layers.items():
+        if layer == "raw":
+            has_C |= cells[schema.measured_column(name)].to_numpy()
+    organisms, organism_C = coded(cells, "organism")
+    for number, organism in enumerate(organisms):
+        mine = np.flatnonzero(organism_C == number)
+        joinid_C = cells["soma_joinid"].to_numpy()[mine]
+        for row in lake.measurement_presence(organism).to_pylist():
+            if row["layer"] == layers.get(row["measurement"]) == "value":
+                first, stop = np.searchsorted(joinid_C, [row["obs_start"], row["obs_stop"]])
+                has_C[mine[first:stop]] = True
+    return int(np.count_nonzero(~has_C))
 
 
 def _with_levels(lake: Lake, cells: pa.Table) -> set[str]:

@@ -33,6 +33,7 @@ def write_card(manifest: dict[str, Any], labels: dict[str, dict[str, dict[str, i
         f"{manifest['n_cells']:,} cells of {len(datasets_of(labels))} datasets, shuffled, from lake commit "
         f"{manifest['commit']} (`{manifest['commit_id'][:16]}`, TileDB timestamp {manifest['lake_timestamp']}); made "
         f"{manifest['created']}, id `{manifest['id'][:16]}`.",
+        *([f"{manifest['n_without']:,} cells have no value here."] if manifest.get("n_without") else []),
         "",
         "Query and settings:",
         "",

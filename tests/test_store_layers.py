@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pandas as pd
 import pytest
 from encoded import add_dataset, encoded_counts, numbered
 
+from store.errors import UsageError
 from store.lake import open_lake
 from store.schema import DatasetPlan
-from store.snapshot import Snapshot, SnapshotSettings, create_snapshot, refresh_snapshot
+from store.snapshot import Snapshot, SnapshotSettings, create_snapshot, read_card, refresh_snapshot
 from store.writer import LakeWriter, write_counts
 
 
@@ -84,3 +86,28 @@ def test_a_refresh_takes_levels_of_what_its_base_lacks_and_keeps_the_layers_that
 
 def values(made: Snapshot, measurement: str) -> list[float]:
     return sorted(made.block(measurement, 0, made.n_rows).counts.tolist())
+
+
+def add_normalised(writer: LakeWriter, dataset_id: str, n_cells: int) -> None:
+    """Ingest a dataset whose RNA is normalised."""
+    plan = DatasetPlan(dataset_id, "homo_sapiens", dataset_id, n_cells, {"RNA": numbered("RNA", 30)})
+    reservation = writer.reserve(replace(plan, layers={"RNA": "lognorm"}))
+    obs = pd.DataFrame({"cell_id": [str(cell) for cell in range(n_cells)]})
+    writer.commit(reservation, obs, [write_counts(reservation, "RNA", 0, encoded_counts(0, n_cells, 30))])
+
+
+def test_cells_without_any_value_are_counted_and_no_snapshot_is_made_of_them_alone(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_normalised(writer, "n", 50)
+    with pytest.raises(UsageError, match="none of the 50 chosen cells has counts or levels; normalised values"):
+        create_snapshot(uri, "none", SnapshotSettings())
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "h", 60, {"RNA": 30})
+        add_levels(writer, "p", 20, {"peptide": 5}, "homo_sapiens")
+    made = create_snapshot(uri, "both", SnapshotSettings())
+    assert made.manifest["n_without"] == 50
+    assert "50 cells have no value here" in read_card(uri, "both")
+    counted = create_snapshot(uri, "counted", SnapshotSettings(where="measured_RNA == True"))
+    assert (counted.n_cells, counted.manifest["n_without"]) == (60, 0)
+    assert "have no value" not in read_card(uri, "counted")
