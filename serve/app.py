@@ -190,7 +190,11 @@ class Desk:
         if self._loaded is None:
             description = await self.model.describe()
             decoder = Decoder(
-                description.vocabulary, description.prompts, str(description.manifest["model_sha256"]), self.limits
+                description.vocabulary,
+                description.prompts,
+                str(description.manifest["model_sha256"]),
+                self.limits,
+                description.levels,
             )
             self._loaded = Loaded(description, decoder)
         return self._loaded
@@ -572,6 +576,7 @@ def _card(description: Description, limits: Limits) -> ModelCard:
         provenance=provenance,
         created=str(description.manifest.get("created", "")),
         measurements={name: len(part.feature_id) for name, part in description.vocabulary.items()},
+        levels=sorted(description.levels),
         embedding_size=description.embedding_size,
         prompts=sorted(description.prompts),
         limits=limits.model_dump(),

@@ -3,6 +3,9 @@
 Sizes are checked against the limits first, values before they are used as positions, so that a request that lies about
 itself is refused with the path of the field, and never allocates what it claims.
 
+A count that is zero is as one that is not sent. A level (an intensity, a fraction) that is zero was measured, and may
+be negative; what is not sent of it was not found.
+
 Shape letters used in this module:
     C  cells      F  features of the request      G  features of the vocabulary      N  stored counts
 """
@@ -10,9 +13,9 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +27,15 @@ from serve.settings import Limits
 from train.cells import NUMBERS
 
 EXAMPLES = 20
+LARGEST_COUNT = 2**24
+"""Largest count, as the lake has it: float32 holds every whole number up to here, and sums of them stay finite."""
 _UNKNOWN, _AMBIGUOUS = -1, -2
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 Said = str | float | list[str] | list[float]
+ByCell = list[dict[str, float | None]]
+"""One {feature: value} for each cell; None is as one that is left out, where values are levels."""
 
 
 class Vocabulary(Protocol):
@@ -125,7 +133,18 @@ class Decoder:
         prompts: Mapping[str, Sequence[str]],
         model_sha256: str,
         limits: Limits,
+        levels: Collection[str] = (),
     ) -> None:
+        """Prepare the look-up of names.
+
+        Args:
+            vocabulary: Measurement to its features.
+            prompts: Field to the values that the model has seen.
+            model_sha256: The checkpoint.
+            limits: What a request may hold.
+            levels: Measurements whose values are levels, not counts.
+        """
+        self._levels = frozenset(levels)
         self._indices = {name: FeatureIndex(part) for name, part in vocabulary.items()}
         self._prompts = {name: list(values) for name, values in prompts.items()}
         self._known = {name: frozenset(values) for name, values in prompts.items()}
@@ -134,7 +153,7 @@ class Decoder:
 
     def decode(
         self,
-        counts: Mapping[str, CsrCounts | list[dict[str, float]]],
+        counts: Mapping[str, CsrCounts | ByCell],
         prompts: Mapping[str, Said],
         *,
         min_coverage: float | None = None,
@@ -160,10 +179,11 @@ class Decoder:
         warnings: list[str] = []
         for name, part in counts.items():
             where = f"counts.{name}"
-            entries = _entries(part, where, self._limits)
-            matrices[name], coverage[name] = _map(entries, self._indices[name], organism)
+            levels = name in self._levels
+            entries = _entries(part, where, self._limits, levels=levels)
+            matrices[name], coverage[name] = _map(entries, self._indices[name], organism, where, levels=levels)
             _check_coverage(coverage[name], least, where)
-            warnings += _warn(name, entries, matrices[name])
+            warnings += _warn(name, entries, matrices[name], levels=levels)
         return Decoded(Cells(matrices, full_prompts, n_cells, self._model_sha256), coverage, warnings)
 
     def said(self, prompts: Mapping[str, Said], n_cells: int) -> Cells:
@@ -202,7 +222,7 @@ class Decoder:
                 remedy = f"did you mean {', '.join(map(repr, near))}?" if near else "see GET /v1/prompts"
                 raise FieldRefused(where, f"this model has not seen {field} {part!r}; {remedy}")
 
-    def _n_cells(self, counts: Mapping[str, CsrCounts | list[dict[str, float]]]) -> int:
+    def _n_cells(self, counts: Mapping[str, CsrCounts | ByCell]) -> int:
         """Check sizes only: nothing is converted yet."""
         limits, total, cells = self._limits, 0, {}
         for name, part in counts.items():
@@ -250,25 +270,38 @@ class Decoder:
 
     def _numbers(self, values: Sequence[str | float], path: str) -> list[str]:
         for position, value in enumerate(values):
-            if isinstance(value, str) or not np.isfinite(value):
+            if isinstance(value, str) or not abs(value) <= _LARGEST:
                 raise FieldRefused(path.format(position), f"{value!r} is not a finite number")
         return [repr(float(value)) for value in values]
 
 
 @dataclass(frozen=True)
-class _Entries:
+class _Given:
+    """Where values are in a request."""
+
     features: list[str]
     indptr: NDArray[np.int64]
-    indices_N: NDArray[np.int64]
+    indices_N: NDArray[np.integer]
+
+    def cell(self, entry: int) -> int:
+        return int(np.searchsorted(self.indptr, entry, side="right")) - 1
+
+    def feature(self, entry: int) -> str:
+        return self.features[int(self.indices_N[entry])]
+
+
+@dataclass(frozen=True)
+class _Entries:
+    given: _Given
     data_N: NDArray[np.float32]
 
 
-def _entries(part: CsrCounts | list[dict[str, float]], where: str, limits: Limits) -> _Entries:
+def _entries(part: CsrCounts | ByCell, where: str, limits: Limits, *, levels: bool) -> _Entries:
     if isinstance(part, list):
-        return _entries_of_cells(part, where, limits)
+        return _entries_of_cells(part, where, limits, levels=levels)
     if len(part.features) > limits.features:
         raise FieldRefused(f"{where}.features", f"{len(part.features):,} features; send at most {limits.features:,}")
-    indptr = _integers(part.indptr, f"{where}.indptr")
+    indptr = _integers(part.indptr, f"{where}.indptr").astype(np.int64)
     indices_N = _integers(part.indices, f"{where}.indices")
     if len(part.data) != len(indices_N):
         raise FieldRefused(f"{where}.data", f"{len(part.data)} counts for {len(indices_N)} indices; send as many")
@@ -283,66 +316,88 @@ def _entries(part: CsrCounts | list[dict[str, float]], where: str, limits: Limit
         raise FieldRefused(
             f"{where}.indices.{entry}", f"{indices_N[entry]} is not a position among {len(part.features)} features"
         )
-    return _Entries(part.features, indptr, indices_N, _values(part.data, lambda entry: f"{where}.data.{entry}"))
+    given = _Given(part.features, indptr, indices_N)
+    return _values(part.data, given, lambda entry: f"{where}.data.{entry}", levels=levels)
 
 
-def _entries_of_cells(cells: list[dict[str, float]], where: str, limits: Limits) -> _Entries:
+def _entries_of_cells(cells: ByCell, where: str, limits: Limits, *, levels: bool) -> _Entries:
     column = {name: position for position, name in enumerate(dict.fromkeys(name for cell in cells for name in cell))}
     if len(column) > limits.features:
         raise FieldRefused(where, f"{len(column):,} features; send at most {limits.features:,}")
+    for number, cell in enumerate(cells if not levels else ()):
+        if None in cell.values():
+            name = next(name for name, value in cell.items() if value is None)
+            raise FieldRefused(f"{where}.{number}.{name}", "null is no count; leave it out")
     features = list(column)
     indptr = np.zeros(len(cells) + 1, dtype=np.int64)
-    np.cumsum([len(cell) for cell in cells], out=indptr[1:])
-    indices_N = np.fromiter((column[name] for cell in cells for name in cell), dtype=np.int64, count=int(indptr[-1]))
+    np.cumsum([sum(value is not None for value in cell.values()) for cell in cells], out=indptr[1:])
+    found = [(column[name], value) for cell in cells for name, value in cell.items() if value is not None]
+    given = _Given(features, indptr, np.array([position for position, _ in found], dtype=np.int64))
 
     def path(entry: int) -> str:
-        cell = int(np.searchsorted(indptr, entry, side="right")) - 1
-        return f"{where}.{cell}.{features[int(indices_N[entry])]}"
+        return f"{where}.{given.cell(entry)}.{given.feature(entry)}"
 
-    return _Entries(features, indptr, indices_N, _values([x for cell in cells for x in cell.values()], path))
+    return _values([value for _, value in found], given, path, levels=levels)
 
 
-def _integers(values: list[int], where: str) -> NDArray[np.int64]:
+def _integers(values: Any, where: str) -> NDArray[np.integer]:
+    """Return whole numbers as they came, where they are an array."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.dtype != np.uint64:
+        return values
     try:
         return np.array(values, dtype=np.int64)
     except OverflowError:
         raise FieldRefused(where, "holds a number beyond 64 bits") from None
 
 
-class _Path(Protocol):
-    def __call__(self, entry: int, /) -> str: ...
-
-
-def _values(values: list[float], path: _Path) -> NDArray[np.float32]:
-    exact_N = np.array(values, dtype=np.float64)
+def _values(values: Any, given: _Given, path: Callable[[int], str], *, levels: bool) -> _Entries:
+    """Write values as float32 and check them; an array is not copied besides."""
+    said_N = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.float64)
     with np.errstate(over="ignore"):
-        data_N = exact_N.astype(np.float32)
-    bad = ~np.isfinite(data_N) | (data_N < 0)
+        data_N = said_N.astype(np.float32)
+    least, most = (-_LARGEST, _LARGEST) if levels else (0, LARGEST_COUNT)
+    bad = ~((data_N >= least) & (data_N <= most))  # of what is no number, no comparison is true
     if np.any(bad):
         entry = int(np.argmax(bad))
-        raise FieldRefused(path(entry), f"{exact_N[entry]:g} is not a count; counts are finite and not negative")
-    return data_N
+        whose = f"cell {given.cell(entry)}, {given.feature(entry)}: "
+        if levels:
+            raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is no level; leave out what was not measured")
+        why = f"counts are at most {LARGEST_COUNT:,}" if said_N[entry] > most else "counts are finite and not negative"
+        raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is not a count; {why}")
+    return _Entries(given, data_N)
 
 
-def _map(entries: _Entries, index: FeatureIndex, organism: str) -> tuple[csr_matrix, Coverage]:
-    position_F = index.positions(entries.features, organism)
-    column_N = position_F[entries.indices_N]
+def _map(
+    entries: _Entries, index: FeatureIndex, organism: str, where: str, *, levels: bool
+) -> tuple[csr_matrix, Coverage]:
+    given, data_N = entries.given, entries.data_N
+    position_F = index.positions(given.features, organism).astype(np.int32)
+    column_N = position_F[given.indices_N]
     kept_N = column_N >= 0
-    before = np.concatenate([[0], np.cumsum(kept_N)])
-    counts_CG = csr_matrix(
-        (entries.data_N[kept_N], column_N[kept_N], before[entries.indptr]),
-        shape=(len(entries.indptr) - 1, index.size),
-    )
+    before = np.zeros(len(kept_N) + 1, dtype=np.int64)
+    np.cumsum(kept_N, out=before[1:])
+    indptr, n_kept = before[given.indptr], int(before[-1])
+    del before
+    total, kept = (len(data_N), n_kept) if levels else (_sum(data_N), _sum(data_N, kept_N))
+    if n_kept < len(data_N):
+        data_N, column_N = data_N[kept_N], column_N[kept_N]
+    counts_CG = csr_matrix((data_N, column_N, indptr), shape=(len(given.indptr) - 1, index.size))
     counts_CG.sum_duplicates()
-    counts_CG.eliminate_zeros()
-    total, kept = entries.data_N.sum(dtype=np.float64), entries.data_N[kept_N].sum(dtype=np.float64)
+    if levels and counts_CG.nnz < n_kept:
+        raise FieldRefused(where, "several names of one feature have levels in the same cell; send each level once")
+    if not levels:
+        counts_CG.eliminate_zeros()
     return counts_CG, Coverage(
         features=len(position_F),
         mapped=int((position_F >= 0).sum()),
         share_of_counts=round(float(kept / total), 6) if total else 0.0,
-        unmapped=_named(entries.features, position_F == _UNKNOWN),
-        ambiguous=_named(entries.features, position_F == _AMBIGUOUS),
+        unmapped=_named(given.features, position_F == _UNKNOWN),
+        ambiguous=_named(given.features, position_F == _AMBIGUOUS),
     )
+
+
+def _sum(data_N: NDArray[np.float32], chosen_N: NDArray[np.bool_] | bool = True) -> float:
+    return float(np.sum(data_N, dtype=np.float64, where=chosen_N))
 
 
 def _named(features: list[str], chosen_F: NDArray[np.bool_]) -> list[str]:
@@ -360,12 +415,12 @@ def _check_coverage(coverage: Coverage, least: float, where: str) -> None:
     )
 
 
-def _warn(name: str, entries: _Entries, counts_CG: csr_matrix) -> list[str]:
+def _warn(name: str, entries: _Entries, counts_CG: csr_matrix, *, levels: bool) -> list[str]:
     warnings = []
     fractional = float(np.mean(entries.data_N != np.floor(entries.data_N))) if len(entries.data_N) else 0.0
-    if fractional:
+    if fractional and not levels:
         warnings.append(f"{name}: {fractional:.1%} of the values are no whole numbers; the model expects raw counts")
     empty = int((np.diff(counts_CG.indptr) == 0).sum())
     if empty:
-        warnings.append(f"{name}: {empty:,} cells have no counts that the model knows")
+        warnings.append(f"{name}: {empty:,} cells have no {'levels' if levels else 'counts'} that the model knows")
     return warnings

@@ -31,6 +31,7 @@ class Predictor(Protocol):
 
     manifest: dict[str, Any]
     prompts: dict[str, list[str]]
+    levels: frozenset[str]
 
     @property
     def vocabulary(self) -> Mapping[str, Vocabulary]: ...  # noqa: D102
@@ -96,6 +97,7 @@ class Held:
             vocabulary={name: Features.of(part) for name, part in predictor.vocabulary.items()},
             prompts={name: list(values) for name, values in predictor.prompts.items()},
             embedding_size=embedding_size,
+            levels=predictor.levels,
             units={name: predictor.unit(name) for name in predictor.vocabulary},
             heads=self._heads.cards if self._heads else {},
             heads_refused=self._heads.refused if self._heads else {},

@@ -33,10 +33,18 @@ class CsrCounts(Request):
     features: Names = Field(description="Feature ids (Ensembl) or symbols, one per column.", min_length=1)
     indptr: Integers = Field(description="Starts with 0, never falls; one more than the cells.")
     indices: Integers = Field(description="Column of each entry, a position in `features`.")
-    data: Numbers = Field(description="Raw count of each entry, finite and not negative.")
+    data: Numbers = Field(
+        description="Raw count of each entry, 0 to 2^24; of a measurement of levels, any finite number, zeros too."
+    )
 
 
-CellCounts = Annotated[dict[Name, float], Field(examples=[{"CD3D": 4, "IL7R": 2}])]
+CellCounts = Annotated[
+    dict[Name, float | None],
+    Field(
+        examples=[{"CD3D": 4, "IL7R": 2}],
+        description="Of a measurement of levels, a zero was measured, and null is as a feature that is left out.",
+    ),
+]
 
 
 def _form(value: Any) -> str:
@@ -276,7 +284,9 @@ class Coverage(Reply):
 
     features: int = Field(description="Features named in the request.")
     mapped: int = Field(description="Of these, features that the model knows.")
-    share_of_counts: float = Field(description="Share of all counts that belongs to mapped features.")
+    share_of_counts: float = Field(
+        description="Share of all counts that belongs to mapped features; of levels, share of all values."
+    )
     unmapped: list[str] = Field(description="The first 20 features that the model does not know.")
     ambiguous: list[str] = Field(description="The first 20 symbols that several features carry; not used.")
 
@@ -445,6 +455,9 @@ class ModelCard(Reply):
     provenance: Provenance
     created: str
     measurements: dict[str, int] = Field(description="Measurement to the number of its features.")
+    levels: list[str] = Field(
+        default_factory=list, description="Those of them whose values are levels (intensities, fractions), not counts."
+    )
     embedding_size: int
     prompts: list[str]
     limits: dict[str, int | float]

@@ -43,6 +43,8 @@ class Description:
     embedding_size: int
     units: dict[str, str]
     """Measurement to what its expected values are."""
+    levels: frozenset[str] = frozenset()
+    """Measurements whose values are levels, not counts."""
     swap: Swap | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     """Adapter to the SHA-256 of its weights."""

@@ -237,6 +237,7 @@ class Sessions:
             description.prompts,
             str(description.manifest["model_sha256"]),
             explored(self._desk.limits, self._settings),
+            description.levels,
         )
         decoded = await asyncio.to_thread(decoder.decode, known, prompts)
         session.description, session.cells, session.obs = description, decoded.cells, found.obs

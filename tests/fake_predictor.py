@@ -58,6 +58,7 @@ class FakePredictor:
             "cell_type": ["", "B cell", "CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell"],
             "perturbation": ["", "control", "G1", "G2"],
         }
+        self.levels: frozenset[str] = frozenset()
         self.manifest: dict[str, Any] = {
             "model_sha256": "a" * 64,
             "vocabulary_hash": "b" * 64,

@@ -172,3 +172,57 @@ def test_no_known_count_is_lost_moved_or_invented(cells: list[dict[str, int]]) -
     matrix = decoded.cells.counts["RNA"]
     assert isinstance(matrix, csr_matrix)
     assert matrix.toarray().tolist() == expected.tolist()
+
+
+# ------------------------------------------------------------------ levels
+def levels(counts: Any, **limits: Any) -> Decoded:
+    """Decode where proteins are levels."""
+    decoder = Decoder(FAKE.vocabulary, FAKE.prompts, "b" * 64, Limits(**limits), levels={"protein"})
+    return decoder.decode(PARSE.validate_python(counts), {})
+
+
+def test_a_level_of_zero_is_measured_and_one_that_is_not_sent_is_missing() -> None:
+    sent = {"features": ["CD4", "CD8"], "indptr": [0, 2, 3], "indices": [0, 1, 1], "data": [0, -1.5, 0.25]}
+    for counts in (sent, [{"CD4": 0, "CD8": -1.5}, {"CD4": None, "CD8": 0.25}]):
+        decoded = levels({"protein": counts})
+        found = decoded.cells.counts["protein"]
+        assert (found.indptr.tolist(), found.indices.tolist()) == ([0, 2, 3], [1, 2, 2])
+        assert found.data.tolist() == [0, -1.5, 0.25]
+        assert not decoded.warnings
+
+
+def test_levels_that_are_understood_are_counted_whatever_their_sign() -> None:
+    report = levels({"protein": [{"CD4": -2, "NOPE": 2, "NADA": 0, "CD8": 0}]}).coverage["protein"]
+    assert (report.share_of_counts, report.unmapped) == (0.5, ["NOPE", "NADA"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ({"CD4": float("nan")}, "cell 0, CD4: nan is no level; leave out what was not measured"),
+        ({"CD4": 1e39}, r"1e\+39 is no level"),
+        ({"CD4": 1, "P1": 1}, "several names of one feature"),
+    ],
+)
+def test_what_is_no_level_is_refused(cell: dict[str, float], message: str) -> None:
+    with pytest.raises(FieldRefused, match=message):
+        levels({"protein": [cell]})
+
+
+def test_a_count_of_zero_is_as_one_that_is_not_sent_and_null_is_no_count() -> None:
+    assert levels({"RNA": [{"G1": 0, "G2": 1}]}).cells.counts["RNA"].nnz == 1
+    with pytest.raises(FieldRefused, match=r"counts\.RNA\.1\.G1: null is no count"):
+        decode({"RNA": [{"G1": 1}, {"G1": None}]})
+
+
+def test_counts_larger_than_the_lake_takes_are_refused_with_cell_and_feature() -> None:
+    from ingest import check
+    from serve.decode import LARGEST_COUNT
+    from store import writer
+
+    assert LARGEST_COUNT == writer.LARGEST_COUNT == check.LARGEST_COUNT
+    assert decode({"RNA": [{"G1": 2**24}]}).cells.counts["RNA"].max() == 2**24
+    large: Any = np.array([1, 3e38], np.float64)
+    for counts in ({"RNA": [{"G1": 1}, {"G2": 3e38}]}, csr(["G1", "G2"], [0, 1, 2], [0, 1], large.tolist())):
+        with pytest.raises(FieldRefused, match=r"cell 1, G2: 3e\+38 is not a count; counts are at most 16,777,216"):
+            decode(counts)

@@ -59,6 +59,8 @@ class Predictor:
         self.manifest: dict[str, Any] = loaded.manifest
         self.reference = loaded.reference
         self.device = torch.device(device)
+        self.levels = frozenset(self.model.config.levels)
+        """Measurements whose values are levels, not counts."""
         self._code = {name: {value: code for code, value in enumerate(values)} for name, values in self.prompts.items()}
         self._organism_G = {name: np.array(part.organism, dtype=object) for name, part in self.vocabulary.items()}
 
