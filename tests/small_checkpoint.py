@@ -20,10 +20,18 @@ PROTEINS = [f"P{i}" for i in range(5)]
 
 
 def write_checkpoint(
-    folder: Path, *, width: int = 16, tokens: int = 24, seed: int = 0, backwards: bool = False, n_genes: int = 40
+    folder: Path,
+    *,
+    width: int = 16,
+    tokens: int = 24,
+    seed: int = 0,
+    backwards: bool = False,
+    n_genes: int = 40,
+    levels: tuple[str, ...] = (),
 ) -> Path:
     """Write ``folder``: genes with symbols G0 .., 5 proteins, two tissues, perturbations of G1 and G2.
 
+    ``levels`` are the measurements whose values are levels, not counts.
     ``backwards`` turns the order of the genes around: another vocabulary.
     """
     order = range(n_genes - 1, -1, -1) if backwards else range(n_genes)
@@ -46,6 +54,7 @@ def write_checkpoint(
             n_prompts={name: len(prompts[name]) for name in PROMPTS},
             n_perturbations=len(prompts["perturbation"]),
             width=width,
+            levels=levels,
             n_terms=types.n_terms,
             n_term_links=len(types.term_E),
         )
@@ -59,4 +68,6 @@ def write_checkpoint(
         "prompt_fields": list(PROMPTS),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return checkpoint.export(folder, model, TokenSettings(budget=tokens), vocabulary, prompts, provenance, "# small\n")
+    return checkpoint.export(
+        folder, model, TokenSettings(budget=tokens, levels=levels), vocabulary, prompts, provenance, "# small\n"
+    )
