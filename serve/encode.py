@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from serve.decode import Decoded, Features
+from serve.errors import FieldRefused
 from serve.messages import (
     AnnotateOptions,
     AnnotateReply,
@@ -92,7 +93,10 @@ def embed_reply(
     """
 
     def written(values_XD: NDArray[np.float32]) -> Tensor | list[list[float]]:
-        values = (unit_length(values_XD) if options.normalize else values_XD).astype(options.dtype)
+        with np.errstate(over="ignore"):
+            values = (unit_length(values_XD) if options.normalize else values_XD).astype(options.dtype)
+        if not np.isfinite(values).all():
+            raise FieldRefused("options.dtype", f"a vector does not fit {options.dtype}; normalize, or ask for float32")
         return tensor(values) if options.encoding == "base64" else values.tolist()
 
     named = {

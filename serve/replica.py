@@ -40,7 +40,7 @@ from serve.model import (
     Translate,
 )
 from serve.settings import ServeSettings
-from store.errors import SomaflowError
+from store.errors import InputRefused, SomaflowError
 from train.checkpoint import MANIFEST
 
 log = logging.getLogger("somaflow.serve")
@@ -101,6 +101,7 @@ class Replica:
             StaleModel: The cells were decoded for a checkpoint that is not here.
             Overloaded: Too much is waiting.
             DeadlineExceeded: The time allowed went by.
+            InputRefused: The answer would hold what is no finite number.
         """
         begin = time.monotonic()
         held = self._of(cells.model_sha256)
@@ -120,9 +121,12 @@ class Replica:
         waited_s = cells.waited_s + time.monotonic() - begin
         parts = await self._batcher.submit(asked, key=key, timeout_s=self._settings.limits.timeout_s, waited_s=waited_s)
         if not isinstance(question, Perturb | Forecast):
-            return _in_order(parts, rows)
+            return _finite(_in_order(parts, rows), question)
         weights = np.array([len(where) for where in rows], dtype=np.float64) / cells.n_cells
         means = [_average(parts[start : start + len(rows)], weights) for start in range(0, len(parts), len(rows))]
+        for shifts in means:
+            for shift in shifts.values():
+                _finite(np.concatenate([shift.control_G, shift.perturbed_G, shift.delta_G]), question)
         return means[0] if isinstance(question, Forecast) else means
 
     async def vectors(self, model_sha256: str, columns: Columns) -> dict[str, NDArray[np.float32]]:
@@ -211,6 +215,18 @@ def _apart(question: Question, n_pieces: int) -> list[list[Question]]:
     if isinstance(question, Generate):
         return [[replace(question, part=number) for number in range(n_pieces)]]
     return [[question] * n_pieces]
+
+
+def _finite(answer: Any, question: Question) -> Any:
+    """Return an answer whose numbers are finite; a p value of novelty may be unknown, and is NaN then."""
+    values = answer.data if isinstance(answer, csr_matrix) else answer
+    if isinstance(question, Annotate):
+        values = values[:, 1:]
+    if not np.isfinite(values).all():
+        rows = np.flatnonzero(~np.isfinite(np.atleast_2d(values)).all(axis=1))
+        where = f"cell {rows[0]}: " if values.ndim == 2 else ""
+        raise InputRefused(f"{where}the model's answer is no finite number; are values far beyond those of its data?")
+    return answer
 
 
 def _in_order(parts: Sequence[Any], rows: Sequence[NDArray[np.int64]]) -> Any:

@@ -370,3 +370,9 @@ def test_answers_do_not_depend_on_what_shares_the_batch(replica: Replica) -> Non
     for number, answer in enumerate(asyncio.run(scenario())):
         protein = 1 - number % 2
         assert answer.tolist() == [[number + 1, protein, 0, number + 1], [number + 2, protein, 0, number + 2]]
+
+
+def test_a_vector_that_float16_cannot_hold_is_refused_not_infinite(client: TestClient) -> None:
+    request = {"counts": {"RNA": [{"G0": 70_000}]}, "options": {"dtype": "float16"}}
+    assert "float32" in check_problem(client.post("/v1/embed", json=request), 422)["detail"]
+    assert client.post("/v1/embed", json=request | {"options": {}}).json()["embeddings"] == [[70_000, 0, 0, 70_000]]

@@ -226,3 +226,8 @@ def test_counts_larger_than_the_lake_takes_are_refused_with_cell_and_feature() -
     for counts in ({"RNA": [{"G1": 1}, {"G2": 3e38}]}, csr(["G1", "G2"], [0, 1, 2], [0, 1], large.tolist())):
         with pytest.raises(FieldRefused, match=r"cell 1, G2: 3e\+38 is not a count; counts are at most 16,777,216"):
             decode(counts)
+
+
+def test_a_number_that_float32_cannot_hold_is_no_prompt() -> None:
+    with pytest.raises(FieldRefused, match="not a finite number"):
+        decode({"RNA": [{"G1": 1}]}, {"time": 1e39})

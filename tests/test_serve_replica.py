@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_predictor import FakePredictor
 from small_checkpoint import write_checkpoint
 
 from serve.decode import Cells, Decoder
@@ -140,3 +142,31 @@ def test_a_checkpoint_with_a_flipped_bit_is_not_served(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(weights)
     with pytest.raises(InputRefused, match=r"model\.safetensors"):
         load_predictor(ServeSettings(checkpoint=str(folder)))
+
+
+def test_an_answer_that_is_no_finite_number_is_refused_but_an_unknown_novelty_is_not() -> None:
+    class Broken(FakePredictor):
+        def embed(self, cells: Any) -> np.ndarray:
+            found = super().embed(cells)
+            found[cells.counts["RNA"].toarray()[:, 1] > 4] = np.inf
+            return found
+
+        def novelty(self, cells: Any) -> np.ndarray:
+            return np.full(len(cells.tissue), np.nan, np.float32)
+
+        def forecast(self, cells: Any, elapsed: float) -> Any:
+            return {
+                name: replace(part, delta_G=part.delta_G * np.nan)
+                for name, part in super().forecast(cells, elapsed).items()
+            }
+
+    fake = Broken()
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: fake)
+    decoder = Decoder(fake.vocabulary, fake.prompts, "a" * 64, Limits())
+    cells = decoder.decode({"RNA": [{"G1": 1.0}, {"G1": 5.0}]}, {}).cells
+    with pytest.raises(InputRefused, match="cell 1: the model's answer is no finite number"):
+        asyncio.run(replica.ask(cells, Embed()))
+    with pytest.raises(InputRefused, match="no finite number"):
+        asyncio.run(replica.ask(cells, Forecast(1.0)))
+    assert np.isnan(asyncio.run(replica.ask(cells, Annotate()))[:, 0]).all()
+    replica.close()
