@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -208,8 +209,12 @@ class Desk:
         now = time.monotonic()
         if self._loaded is not None and now - self._asked > FRESH_S:
             self._asked = now
-            if self._loaded.sha256 != await self.model.ready():
-                self.forget()
+            try:
+                if self._loaded.sha256 != await self.model.ready():
+                    self.forget()
+            except Unavailable:
+                self._asked = -math.inf  # the next one asks again, rather than to wait for an answer
+                raise
         return await self.loaded()
 
     async def again(self, answer: Callable[[R], Awaitable[T]], request: R) -> T:

@@ -33,6 +33,7 @@ from serve.app import make_app
 from serve.atlas import Atlas
 from serve.batcher import Load
 from serve.decode import Cells
+from serve.door import waited_s
 from serve.errors import Unavailable
 from serve.explore import Offer
 from serve.held import load_predictor
@@ -49,6 +50,12 @@ T = TypeVar("T")
 APP = "somaflow"
 MAX_ONGOING = 1_024
 """Requests inside at once; far above what the batcher's own bound (in tokens) lets in."""
+READY_S = 2.0
+"""Longest that a copy of the model that lives takes to say so."""
+GRACE_S = 2.0
+"""What a request may take longer than its limit before it is given up here."""
+PROXY_S = 5.0
+"""What it may take longer before Ray Serve gives it up, in a text of its own."""
 
 
 class ModelReplica:
@@ -110,35 +117,52 @@ async def _outcome(answer: Awaitable[T]) -> T | SomaflowError:
 
 
 class RemoteModel:
-    """A deployment handle that looks like a replica."""
+    """A deployment handle that looks like a replica.
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    A handle waits for as long as no copy is alive. Here whoever waits is told that none is ready: soon where a copy
+    that lives answers at once, and before Ray Serve gives a request up where it may take its time.
+
+    Args:
+        handle: Of the copies.
+        timeout_s: Longest time from acceptance to answer.
+    """
+
+    def __init__(self, handle: DeploymentHandle, timeout_s: float) -> None:
+        self._handle, self._timeout_s = handle, timeout_s
 
     async def ready(self) -> str:
         """See :class:`Replica`."""
-        return await _value(self._handle.ready.remote())
+        return await _value(self._handle.ready.remote(), READY_S)
 
     async def load(self) -> Load:
         """See :class:`Replica`."""
-        return await _value(self._handle.load.remote())
+        return await _value(self._handle.load.remote(), READY_S)
 
     async def describe(self) -> Description:
         """See :class:`Replica`."""
-        return await _value(self._handle.describe.remote())
+        await self.ready()  # a description is large, and may take longer than to learn that there is nobody to give it
+        return await _value(self._handle.describe.remote(), self._left_s())
 
     async def ask(self, cells: Cells, question: Question) -> Any:
         """See :class:`Replica`."""
-        return await _value(self._handle.ask.remote(cells, question))
+        return await _value(self._handle.ask.remote(cells, question), self._left_s())
 
     async def vectors(self, model_sha256: str, columns: Columns) -> dict[str, NDArray[np.float32]]:
         """See :class:`Replica`."""
-        return await _value(self._handle.vectors.remote(model_sha256, columns))
+        return await _value(self._handle.vectors.remote(model_sha256, columns), self._left_s())
+
+    def _left_s(self) -> float:
+        """Return how long the request at hand may still wait: a little longer than a copy that lives lets it."""
+        return max(READY_S, self._timeout_s + GRACE_S - waited_s())
 
 
-async def _value(response: Any) -> Any:
+async def _value(response: Any, within_s: float) -> Any:
     try:
-        outcome = await response
+        async with asyncio.timeout(within_s):
+            outcome = await response
+    except TimeoutError:
+        response.cancel()  # else it stays in line for the next copy
+        raise Unavailable("no copy of the model answers; try again") from None
     except (
         ray.exceptions.RayActorError,
         ray.serve.exceptions.DeploymentUnavailableError,
@@ -162,7 +186,7 @@ class Ingress:
         settings = self._settings
         purses = read_tokens(settings.tokens_file) if settings.tokens_file else None
         jobs = RayJobs(settings.jobs) if settings.lakes else None
-        model, atlas = RemoteModel(self._model), Atlas(settings.lakes)
+        model, atlas = RemoteModel(self._model, settings.limits.timeout_s), Atlas(settings.lakes)
         return make_app(model, settings.limits, purses, atlas, jobs, Offer.of(settings))
 
 
@@ -283,7 +307,7 @@ def _for_jobs(settings: ServeSettings) -> int:
 
 def _start_serve(settings: ServeSettings, load: Loader) -> None:
     logs = ray.serve.schema.LoggingConfig(log_level="WARNING", enable_access_log=False)
-    http = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.timeout_s + 5}
+    http = {"host": settings.host, "port": settings.port, "request_timeout_s": settings.limits.timeout_s + PROXY_S}
     ray.serve.start(http_options=http, logging_config=logs)
     try:
         ray.serve.run(application(settings, load), name=APP, route_prefix="/", logging_config=logs)

@@ -122,7 +122,7 @@ class PeerIngress:
         self._model = model
 
     def __serve_build_asgi_app__(self) -> Any:
-        return make_app(RemoteModel(self._model), Limits())
+        return make_app(RemoteModel(self._model, Limits().timeout_s), Limits())
 
 
 def start_peer(name: str, checkpoint: Path, size: int) -> None:
