@@ -25,6 +25,8 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Match
+from starlette.types import Scope
 
 from serve import encode
 from serve.access import Gate, Purse
@@ -383,7 +385,13 @@ def make_app(
         redoc_url=None,
         responses={code: {"model": Problem, "description": title} for code, title in TITLES.items()},
     )
-    app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, timeout_s=limits.timeout_s, problem=problem)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=limits.body_bytes,
+        timeout_s=limits.timeout_s,
+        problem=problem,
+        takes=lambda scope: scope.get("method") == "POST" and _answers(app, scope),
+    )
     app.add_middleware(Porter, door=desk.door, undeclared=limits.body_bytes)
     if purses:  # outermost: a stranger's body is not read
         app.add_middleware(Gate, purses=purses, problem=briefly)
@@ -401,6 +409,11 @@ def make_app(
     described = app.openapi
     app.openapi = lambda: _as_problems(described())  # type: ignore[method-assign]
     return app
+
+
+def _answers(app: FastAPI, scope: Scope) -> bool:
+    """Say whether a route is there for the address and the method."""
+    return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
 
 def _as_problems(description: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""This module keeps request bodies small: too large is answered 413 before it is held in memory, too slow 408."""
+"""This module keeps request bodies small: too large is answered 413 before it is held in memory, too slow 408.
+
+Where nothing takes a body, none is read.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,20 @@ class BodyLimit:
         max_bytes: Largest body.
         timeout_s: Longest time that a client may take to send it.
         problem: Writes the report for a status and a detail.
+        takes: Whether a request is one whose body is read at all.
     """
 
     def __init__(
-        self, app: ASGIApp, *, max_bytes: int, timeout_s: float, problem: Callable[[int, str], Response]
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int,
+        timeout_s: float,
+        problem: Callable[[int, str], Response],
+        takes: Callable[[Scope], bool] = lambda _: True,
     ) -> None:
         self._app = app
+        self._takes = takes
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._problem = problem
@@ -35,6 +46,9 @@ class BodyLimit:
         """Handle one connection, as ASGI has it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if not self._takes(scope):
+            await self._app(scope, _without_body(receive), send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdecimal():
@@ -74,3 +88,19 @@ class BodyLimit:
         response = self._problem(status, detail)
         response.headers["Connection"] = "close"
         await response(scope, receive, send)
+
+
+def _without_body(receive: Receive) -> Receive:
+    """Return what says that a body is empty; what comes of it is not kept."""
+    told = False
+
+    async def empty() -> Message:
+        nonlocal told
+        while told:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+        told = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    return empty

@@ -91,8 +91,12 @@ class Door:
         if self._clock() < self._refused + self._full_s:
             raise self._overloaded()
 
-    def enter(self, n_bytes: int) -> None:
+    def enter(self, n_bytes: int, *, question: bool = True) -> None:
         """Let a request in; :meth:`leave` gives the room of its body back.
+
+        Args:
+            n_bytes: Of its body.
+            question: Whether the model is to answer it, so that it may have to wait for its turn.
 
         Raises:
             Overloaded: It is not its turn, or too many bytes are inside.
@@ -100,7 +104,7 @@ class Door:
         if self._bytes and self._bytes + n_bytes > self._max_bytes:
             raise Overloaded(f"bodies of {self._bytes:,} bytes are being answered; try again later", 1)
         now = self._clock()
-        if now - self._refused <= RECENT_S:
+        if question and now - self._refused <= RECENT_S:
             earned = (now - self._counted) * FASTER / self._full_s
             self._allowed, self._counted = min(self._burst, self._allowed + earned), now
             if self._allowed < 1:
@@ -124,7 +128,9 @@ class Door:
 
 
 class Porter:
-    """ASGI middleware: 429 before a body is read, where :class:`Door` says so; refusals from inside shut it.
+    """ASGI middleware: 429 before a body is read, where :class:`Door` says so; refusals of questions shut it.
+
+    Bodies of all routes share the room for bytes; only questions have to wait for a turn.
 
     Args:
         app: What gets the requests.
@@ -141,21 +147,23 @@ class Porter:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI has it."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in QUESTIONS:
+        if scope["type"] != "http" or scope["method"] != "POST":  # no other method has a body that is read
             await self._app(scope, receive, send)
             return
-        _came.set(time.monotonic())
+        question = path in QUESTIONS
+        if question:
+            _came.set(time.monotonic())
         declared = Headers(scope=scope).get("content-length", "")
         n_bytes = min(int(declared[:18]), self._undeclared) if declared.isdecimal() else self._undeclared
         try:
-            self._door.enter(n_bytes)
+            self._door.enter(n_bytes, question=question)
         except Overloaded as error:
             self._count()
             await briefly(429, error.message, error.retry_after_s)(scope, receive, send)
             return
 
         async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 429:
+            if question and message["type"] == "http.response.start" and message["status"] == 429:
                 self._door.hear(Headers(raw=message["headers"]))
             await send(message)
 

@@ -220,3 +220,65 @@ def test_a_proxy_refuses_by_itself_what_the_app_behind_it_just_refused() -> None
 
     assert asyncio.run(run()) == [429] * 5
     assert (asked, len(refused)) == (["/v1/embed", "/v1/models", "/v1/jobs"], 2)
+
+
+def test_bodies_of_all_routes_share_the_room_for_bytes() -> None:
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
+    app = make_app(replica, Limits(body_bytes=10_000, inside_bytes=10_500))
+
+    async def run() -> list[int]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            wait = asyncio.Event()
+
+            async def slow() -> Any:
+                await wait.wait()
+                yield b"x" * 8_000
+
+            sent = {"Content-Type": "application/x-hdf5", "Content-Length": "8000"}
+            first = asyncio.create_task(http.post("/v1/explore/h5ad", content=slow(), headers=sent))
+            await asyncio.sleep(0.1)
+            others = [await http.post(path, content=b"x" * 3_000) for path in ("/v1/explore", "/v1/jobs", "/v1/embed")]
+            wait.set()
+            await first
+            return [response.status_code for response in others]
+
+    assert asyncio.run(run()) == [429] * 3
+    replica.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/health/live", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/v1/models", 200),
+        ("GET", "/", 200),
+        ("POST", "/metrics", 405),
+        ("POST", "/", 405),
+        ("POST", "/page/none.js", 405),
+        ("PUT", "/v1/health/ready", 405),
+        ("DELETE", "/v1/explore/none", 204),
+        ("POST", "/v1/none", 404),
+    ],
+)
+def test_a_body_that_nothing_takes_is_not_read(method: str, path: str, status: int) -> None:
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
+    app = make_app(replica, Limits())
+    read = 0
+
+    async def run() -> int:
+        nonlocal read
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+            async def body() -> Any:
+                nonlocal read
+                read += 1
+                yield b"x"
+
+            headers = {"Content-Length": "30000000"}
+            return (await http.request(method, path, content=body(), headers=headers)).status_code
+
+    assert (asyncio.run(run()), read) == (status, 0)
+    replica.close()
