@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -431,12 +431,18 @@ class Forms(APIRoute):
 
     desk: Desk
     limits = Limits()
+    permit: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Held while a request is read: what its reading takes is not taken for more at once than there may be."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers: as FastAPI does, but for bodies that are no JSON."""
         plain = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
+            with self.permit():
+                return await read_and_answer(request)
+
+        async def read_and_answer(request: Request) -> Response:
             media, body, chosen = _media(request), b"", ""
             if media in FOREIGN:
                 foreign = await self.desk.readers.read(request.headers["content-type"], await request.body())

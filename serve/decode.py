@@ -181,9 +181,10 @@ class Decoder:
             where = f"counts.{name}"
             levels = name in self._levels
             entries = _entries(part, where, self._limits, levels=levels)
+            fractional = 0.0 if levels else _fractional(entries.data_N)
             matrices[name], coverage[name] = _map(entries, self._indices[name], organism, where, levels=levels)
             _check_coverage(coverage[name], least, where)
-            warnings += _warn(name, entries, matrices[name], levels=levels)
+            warnings += _warn(name, fractional, matrices[name], levels=levels)
         return Decoded(Cells(matrices, full_prompts, n_cells, self._model_sha256), coverage, warnings)
 
     def said(self, prompts: Mapping[str, Said], n_cells: int) -> Cells:
@@ -351,7 +352,7 @@ def _integers(values: Any, where: str) -> NDArray[np.integer]:
 
 
 def _values(values: Any, given: _Given, path: Callable[[int], str], *, levels: bool) -> _Entries:
-    """Write values as float32 and check them; an array is not copied besides."""
+    """Write values as float32 and check them; of an array no other copy is made."""
     said_N = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.float64)
     with np.errstate(over="ignore"):
         data_N = said_N.astype(np.float32)
@@ -370,17 +371,19 @@ def _values(values: Any, given: _Given, path: Callable[[int], str], *, levels: b
 def _map(
     entries: _Entries, index: FeatureIndex, organism: str, where: str, *, levels: bool
 ) -> tuple[csr_matrix, Coverage]:
+    """Return counts_CG and what became of them; the entries' values are used up."""
     given, data_N = entries.given, entries.data_N
     position_F = index.positions(given.features, organism).astype(np.int32)
     column_N = position_F[given.indices_N]
     kept_N = column_N >= 0
-    before = np.zeros(len(kept_N) + 1, dtype=np.int64)
-    np.cumsum(kept_N, out=before[1:])
-    indptr, n_kept = before[given.indptr], int(before[-1])
-    del before
-    total, kept = (len(data_N), n_kept) if levels else (_sum(data_N), _sum(data_N, kept_N))
-    if n_kept < len(data_N):
-        data_N, column_N = data_N[kept_N], column_N[kept_N]
+    indptr: NDArray[np.integer] = given.indptr
+    total = kept = len(data_N) if levels else float(data_N.sum(dtype=np.float64))
+    if not kept_N.all():
+        before = np.zeros(len(kept_N) + 1, dtype=np.int32 if len(kept_N) < 2**31 else np.int64)
+        np.cumsum(kept_N, out=before[1:])
+        indptr, data_N, column_N = before[indptr], data_N[kept_N], column_N[kept_N]
+        kept = len(data_N) if levels else float(data_N.sum(dtype=np.float64))
+    n_kept = len(data_N)
     counts_CG = csr_matrix((data_N, column_N, indptr), shape=(len(given.indptr) - 1, index.size))
     counts_CG.sum_duplicates()
     if levels and counts_CG.nnz < n_kept:
@@ -394,10 +397,6 @@ def _map(
         unmapped=_named(given.features, position_F == _UNKNOWN),
         ambiguous=_named(given.features, position_F == _AMBIGUOUS),
     )
-
-
-def _sum(data_N: NDArray[np.float32], chosen_N: NDArray[np.bool_] | bool = True) -> float:
-    return float(np.sum(data_N, dtype=np.float64, where=chosen_N))
 
 
 def _named(features: list[str], chosen_F: NDArray[np.bool_]) -> list[str]:
@@ -415,10 +414,14 @@ def _check_coverage(coverage: Coverage, least: float, where: str) -> None:
     )
 
 
-def _warn(name: str, entries: _Entries, counts_CG: csr_matrix, *, levels: bool) -> list[str]:
+def _fractional(data_N: NDArray[np.float32]) -> float:
+    """Return the share of values that are no whole numbers."""
+    return float(np.mean(data_N != np.floor(data_N))) if len(data_N) else 0.0
+
+
+def _warn(name: str, fractional: float, counts_CG: csr_matrix, *, levels: bool) -> list[str]:
     warnings = []
-    fractional = float(np.mean(entries.data_N != np.floor(entries.data_N))) if len(entries.data_N) else 0.0
-    if fractional and not levels:
+    if fractional:
         warnings.append(f"{name}: {fractional:.1%} of the values are no whole numbers; the model expects raw counts")
     empty = int((np.diff(counts_CG.indptr) == 0).sum())
     if empty:

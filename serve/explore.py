@@ -98,7 +98,7 @@ def add_explore(app: FastAPI, desk: Desk, offer: Offer, forms: type[APIRoute]) -
 
 def _add_openings(router: APIRouter, forms: type[APIRoute], desk: Desk, sessions: Sessions, offer: Offer) -> None:
     limits = desk.limits
-    wide = type("Wide", (forms,), {"limits": explored(limits, offer.explore)})
+    wide = type("Wide", (forms,), {"limits": explored(limits, offer.explore), "permit": staticmethod(sessions.permit)})
     npz: dict[str, Any] = {"requestBody": {"content": {"application/x-npz": {"schema": {"type": "string"}}}}}
     cells_router = APIRouter(route_class=wide)
 

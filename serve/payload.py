@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from fastapi.exceptions import RequestValidationError
@@ -65,14 +65,19 @@ def read_npz(body: bytes, limits: Limits) -> dict[str, NDArray[Any]]:
                 raise FieldRefused("body", f"{len(members):,} members; an npz of {MEASUREMENTS} measurements has fewer")
             if sum(member.file_size for member in members) > limits.unpacked_bytes:
                 raise FieldRefused("body", f"more than {limits.unpacked_bytes:,} bytes once unpacked; send fewer cells")
-            found = {}
+            found: dict[str, NDArray[Any]] = {}
+            n_counts = 0
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise FieldRefused("body", "send an npz as numpy.savez or numpy.savez_compressed writes it")
                 if name in found or name == member.filename:
                     raise FieldRefused("body", f"member {member.filename[:80]!r}: send each array once, as NAME.npy")
-                found[name] = _array(archive.read(member), name)
+                part = name.rpartition("/")[2]
+                most = limits.nonzeros - n_counts if part == "data" else _most(part, limits)
+                with archive.open(member) as file:
+                    found[name] = _array(file, member.file_size, name, most)
+                n_counts += len(found[name]) if part == "data" else 0
             return found
     except FieldRefused:
         raise
@@ -82,21 +87,31 @@ def read_npz(body: bytes, limits: Limits) -> dict[str, NDArray[Any]]:
         raise FieldRefused("body", f"damaged: {str(error)[:200]}") from None
 
 
-def _array(data: bytes, name: str) -> NDArray[Any]:
-    """Read a ``.npy``; its header is compared with what there is."""
-    file = io.BytesIO(data)
+def _most(part: str, limits: Limits) -> int:
+    """Return how many values an array may have, as its name ends; of others, the bytes alone are bounded."""
+    known = {"indptr": limits.cells + 1, "indices": limits.nonzeros, "features": limits.features}
+    return known.get(part, limits.unpacked_bytes)
+
+
+def _array(file: IO[bytes], size: int, name: str, most: int) -> NDArray[Any]:
+    """Read a ``.npy``; its header is compared with what there is and what there may be before the rest is unpacked."""
     try:
         major = npy.read_magic(file)[0]
         read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
         shape, _, dtype = read(file)
     except Exception as error:  # noqa: BLE001 - numpy's parser of headers raises what Python's parser does
         raise FieldRefused(name[:80], f"no .npy array: {str(error)[:200]}") from None
-    left = len(data) - file.tell()
+    left = size - file.tell()
     if dtype.hasobject or dtype.fields is not None or len(shape) != 1:
         raise FieldRefused(name[:80], "send one dimension of numbers or texts")
     if dtype.itemsize == 0 or shape[0] * dtype.itemsize != left:
         raise FieldRefused(name[:80], f"its header says {shape[0]:,} values of {dtype}, and {left:,} bytes follow")
-    return np.frombuffer(data, dtype, offset=file.tell())
+    if shape[0] > most:
+        raise FieldRefused(name[:80], f"{shape[0]:,} values, where at most {most:,} fit; send fewer cells at a time")
+    data = file.read(left + 1)  # to the end, where its checksum is compared
+    if len(data) != left:
+        raise FieldRefused(name[:80], "is shorter than it says")
+    return np.frombuffer(data, dtype)
 
 
 def counts_of(arrays: Mapping[str, NDArray[Any]], limits: Limits) -> dict[str, CsrCounts]:

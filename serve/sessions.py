@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -139,6 +140,7 @@ class Sessions:
         self._desk, self._settings = desk, settings
         self._kept: dict[str, Session] = {}
         self._projector = Projector(settings.fitted_cells, settings.idle_s)
+        self._unpacking = 0
 
     def warm(self) -> None:
         """Expect that cells will be laid out soon."""
@@ -150,6 +152,20 @@ class Sessions:
             self.drop(number)
         self._projector.close()
 
+    @contextmanager
+    def permit(self) -> Iterator[None]:
+        """Count a request whose cells are being unpacked among the sets that are prepared.
+
+        Raises:
+            Overloaded: There are enough of them.
+        """
+        self._check_room(self._unpacking)
+        self._unpacking += 1
+        try:
+            yield
+        finally:
+            self._unpacking -= 1
+
     def begin(self, name: str, read: Reader, prompts: Prompts | None = None) -> Session:
         """Start to read a set of cells; ask for it until it is ready.
 
@@ -157,14 +173,18 @@ class Sessions:
             Overloaded: Too many are being read.
         """
         self._let_go()
-        preparing = sum(session.task is not None and not session.task.done() for session in self._kept.values())
-        if preparing >= self._settings.preparing:
-            raise Overloaded(f"{preparing} sets of cells are being prepared; try again soon", 5)
+        self._check_room()
         session = Session(secrets.token_urlsafe(18), name)
         self._kept[session.id] = session
         self.warm()
         session.task = asyncio.get_running_loop().create_task(self._guarded(session, read, prompts or {}))
         return session
+
+    def _check_room(self, besides: int = 0) -> None:
+        tasks = [session.task for session in self._kept.values() if session.task is not None]
+        preparing = besides + sum(not task.done() for task in tasks)
+        if preparing >= self._settings.preparing:
+            raise Overloaded(f"{preparing} sets of cells are being prepared; try again soon", 5)
 
     def get(self, number: str) -> Session:
         """Return a set of cells, which was asked for just now.

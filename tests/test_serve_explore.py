@@ -36,11 +36,12 @@ from test_serve_app import check_problem
 
 from serve import sources
 from serve.app import make_app
-from serve.errors import StaleModel
+from serve.errors import Overloaded, StaleModel
 from serve.explore import Offer
 from serve.npz import NPZ, REQUEST, write_npz
 from serve.projection import principal, project
 from serve.replica import Replica
+from serve.sessions import Sessions
 from serve.settings import Explore, Limits, ServeSettings
 from serve.sources import check_sources, read_h5ad_cells, read_snapshot_cells
 from store.errors import InputRefused, MissingError
@@ -427,3 +428,25 @@ def test_two_kinds_lie_apart_fitted_or_not_and_health_answers_meanwhile(replica:
 def test_the_same_embeddings_lie_at_the_same_places() -> None:
     embedding_CD = two_kinds(12)
     assert (project(embedding_CD, fitted=20) == project(embedding_CD, fitted=20)).all()
+
+
+def test_cells_are_not_unpacked_while_too_many_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = replica_of(FakePredictor(delay_s=0.5))
+    read: list[int] = []
+    monkeypatch.setattr("serve.app.read_request", lambda *_: read.append(1))
+    arrays: dict[str, Any] = {REQUEST: b"{}", "RNA/indptr": np.array([0, 0])}
+    with TestClient(make_app(slow, Limits(), offer=Offer(explore=Explore(preparing=1)))) as client:
+        first = client.post("/v1/explore", json=TWELVE).json()
+        check_problem(client.post("/v1/explore", content=write_npz(arrays), headers={"Content-Type": NPZ}), 429)
+        assert client.delete(f"/v1/explore/{first['session']}").status_code == 204
+    assert not read
+    slow.close()
+
+
+def test_requests_that_are_unpacked_count_among_those_that_are_prepared() -> None:
+    sessions = Sessions(None, Explore(preparing=2))  # type: ignore[arg-type]
+    with sessions.permit(), sessions.permit(), pytest.raises(Overloaded), sessions.permit():
+        pass
+    with sessions.permit():
+        pass
+    sessions.close()

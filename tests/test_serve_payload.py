@@ -16,9 +16,10 @@ from starlette.testclient import TestClient
 from test_serve_app import check_problem
 
 from serve.app import make_app
+from serve.explore import Offer
 from serve.npz import NPZ, write_npz
 from serve.replica import Replica
-from serve.settings import Limits, ServeSettings
+from serve.settings import Explore, Limits, ServeSettings
 
 COUNTS = {
     "RNA/features": np.array([b"G0", b"G1", b"NOPE"]),
@@ -118,3 +119,31 @@ def test_sizes_are_compared_before_they_are_believed(client: TestClient) -> None
         check_problem(sent(client, content), 422)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
+
+
+def test_counts_that_are_too_many_are_refused_before_they_are_unpacked() -> None:
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
+    n = 30_000_000
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, dtype, values in (("data", "|u1", n), ("indices", "|u1", n), ("indptr", "<i8", 2)):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (values,)})
+            with archive.open(f"RNA/{name}.npy", "w", force_zip64=True) as member:
+                member.write(header.getvalue() + bytes(values * np.dtype(dtype).itemsize))
+    limits = Limits(nonzeros=1_000)
+    with TestClient(make_app(replica, limits, offer=Offer(explore=Explore(nonzeros=1_000)))) as client:
+        for path in ("embed", "explore"):
+            tracemalloc.start()
+            report = check_problem(sent(client, packed.getvalue(), path), 422)
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+            tracemalloc.stop()
+            assert report["errors"][0]["field"] == "RNA/data"
+    replica.close()
+
+
+def test_an_array_is_unpacked_whole_and_its_checksum_compared(client: TestClient) -> None:
+    content = bytearray(body())
+    place = content.index(COUNTS["RNA/data"].tobytes())
+    content[place + 3] ^= 1
+    assert "CRC" in check_problem(sent(client, bytes(content)), 422)["detail"]
