@@ -289,6 +289,11 @@ class Desk:
         loaded, decoded = await self._read(request)
         head = None
         if card is not None:
+            if card.measurement not in decoded.cells.counts:
+                why = (
+                    f"the head {request.head} answers to {card.measurement}, of which the model understands too little"
+                )
+                raise FieldRefused(f"counts.{card.measurement}", why)
             head = HeadQuestion(request.head, card.context(request.context), request.options.level)
         shifts = await self.model.ask(decoded.cells, Perturb(asked, head))
         if card is not None and head is not None:

@@ -163,12 +163,14 @@ class Decoder:
         Args:
             counts: Measurement to counts in one of the two forms.
             prompts: One value for all cells, or one per cell.
-            min_coverage: Raises the server's own limit; cannot lower it.
+            min_coverage: Raises the server's own limit; cannot lower it. A measurement below it is refused; one below
+                the server's alone is left out, with a warning, where others are understood.
 
         Raises:
             FieldRefused: A field is wrong; the error names it.
-            CoverageTooLow: Too small a share of the counts belongs to known features.
+            CoverageTooLow: Too small a share of the counts belongs to known features, in all measurements.
         """
+        counts, warnings = self._known_of(counts)
         n_cells = self._n_cells(counts)
         full_prompts = self._decode_prompts(prompts, n_cells)
         organisms = set(full_prompts.get("organism", ()))
@@ -176,15 +178,23 @@ class Decoder:
         least = max(self._limits.min_coverage, min_coverage or 0.0)
         matrices: dict[str, csr_matrix] = {}
         coverage: dict[str, Coverage] = {}
-        warnings: list[str] = []
+        left_out: list[CoverageTooLow] = []
         for name, part in counts.items():
-            where = f"counts.{name}"
-            levels = name in self._levels
+            where, levels = f"counts.{name}", name in self._levels
             entries = _entries(part, where, self._limits, levels=levels)
-            fractional = 0.0 if levels else _fractional(entries.data_N)
-            matrices[name], coverage[name] = _map(entries, self._indices[name], organism, where, levels=levels)
-            _check_coverage(coverage[name], least, where)
-            warnings += _warn(name, fractional, matrices[name], levels=levels)
+            fractional, has_any = _fractional(entries.data_N), bool(levels or entries.data_N.any())
+            matrix, coverage[name] = _map(entries, self._indices[name], organism, where, levels=levels)
+            share = coverage[name].share_of_counts
+            if share < least:
+                left_out.append(_too_little(coverage[name], least, where, has_any=has_any))
+                if has_any and share < (min_coverage or 0.0):
+                    raise left_out[-1]
+                continue
+            matrices[name] = matrix
+            warnings += _warn(name, 0.0 if levels else fractional, matrix, levels=levels)
+        if not matrices:
+            raise left_out[0]
+        warnings += [f"{why.field.removeprefix('counts.')} is taken as not measured: {why.message}" for why in left_out]
         return Decoded(Cells(matrices, full_prompts, n_cells, self._model_sha256), coverage, warnings)
 
     def said(self, prompts: Mapping[str, Said], n_cells: int) -> Cells:
@@ -223,13 +233,18 @@ class Decoder:
                 remedy = f"did you mean {', '.join(map(repr, near))}?" if near else "see GET /v1/prompts"
                 raise FieldRefused(where, f"this model has not seen {field} {part!r}; {remedy}")
 
+    def _known_of(self, counts: Mapping[str, CsrCounts | ByCell]) -> tuple[dict[str, CsrCounts | ByCell], list[str]]:
+        """Return the measurements that the model knows, and what is to be said of the others."""
+        known = {name: part for name, part in counts.items() if name in self._indices}
+        if not known:
+            name, knows = next(iter(counts)), ", ".join(sorted(self._indices))
+            raise FieldRefused(f"counts.{name}", f"this model does not know this measurement; it knows {knows}")
+        return known, [f"{name} is left out: the model does not know this" for name in counts if name not in known]
+
     def _n_cells(self, counts: Mapping[str, CsrCounts | ByCell]) -> int:
         """Check sizes only: nothing is converted yet."""
         limits, total, cells = self._limits, 0, {}
         for name, part in counts.items():
-            if name not in self._indices:
-                known = ", ".join(sorted(self._indices))
-                raise FieldRefused(f"counts.{name}", f"this model does not know this measurement; it knows {known}")
             cells[name] = len(part) if isinstance(part, list) else len(part.indptr) - 1
             total += sum(map(len, part)) if isinstance(part, list) else len(part.data)
             if total > limits.nonzeros:
@@ -403,14 +418,15 @@ def _named(features: list[str], chosen_F: NDArray[np.bool_]) -> list[str]:
     return [features[position] for position in np.flatnonzero(chosen_F)[:EXAMPLES]]
 
 
-def _check_coverage(coverage: Coverage, least: float, where: str) -> None:
-    if coverage.share_of_counts >= least:
-        return
+def _too_little(coverage: Coverage, least: float, where: str, *, has_any: bool) -> CoverageTooLow:
+    """Return why a measurement cannot be used."""
+    if not has_any:
+        return CoverageTooLow(where, "the cells have no counts; send cells of which something was counted")
     lost = ", ".join([*coverage.unmapped, *coverage.ambiguous][:3])
-    raise CoverageTooLow(
+    return CoverageTooLow(
         where,
         f"only {coverage.share_of_counts:.1%} of the counts belong to features of this model, {least:.1%} are needed; "
-        f"not known: {lost or 'there are no counts'}; use ids from GET /v1/features, or name the organism",
+        f"not known: {lost or 'nothing'}; use ids from GET /v1/features, or name the organism",
     )
 
 

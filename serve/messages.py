@@ -101,7 +101,10 @@ class EmbedOptions(Request):
     )
     normalize: bool = Field(default=False, description="Scale each embedding to length 1.")
     min_coverage: float | None = Field(
-        default=None, ge=0, le=1, description="Refuse when a smaller share of the counts is known to the model."
+        default=None,
+        ge=0,
+        le=1,
+        description="Refuse when a smaller share of the counts of a measurement is known to the model.",
     )
     feature_embeddings: dict[Name, Names] | None = Field(
         default=None,

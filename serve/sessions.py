@@ -248,8 +248,7 @@ class Sessions:
         loaded = await self._desk.fresh()
         description: Description = loaded.description
         found = await read()
-        known = {name: part for name, part in found.counts.items() if name in description.vocabulary}
-        if not known:
+        if not set(found.counts) & set(description.vocabulary):
             there, here = ", ".join(found.counts), ", ".join(description.vocabulary)
             raise InputRefused(f"these cells have {there or 'no counts'}; the model knows {here}")
         decoder = Decoder(
@@ -259,11 +258,10 @@ class Sessions:
             explored(self._desk.limits, self._settings),
             description.levels,
         )
-        decoded = await asyncio.to_thread(decoder.decode, known, prompts)
+        decoded = await asyncio.to_thread(decoder.decode, found.counts, prompts)
         session.description, session.cells, session.obs = description, decoded.cells, found.obs
         session.coverage = decoded.coverage
         session.notes += [*found.notes, *decoded.warnings]
-        session.notes += [f"{name}: the model does not know this" for name in found.counts if name not in known]
         session.state = "embedding"
         embedding_CD = await self._embed(session, decoded.cells)
         session.state, session.share = "placing", 0.0

@@ -29,7 +29,8 @@ class Limits(Settings):
     values: int = Field(default=4_000_000, gt=0)
     """Most predicted values (cells times features) in a reply."""
     min_coverage: float = Field(default=0.05, ge=0, le=1)
-    """Least share of a measurement's counts that must belong to features of the model; less is refused."""
+    """Least share of a measurement's counts that must belong to features of the model; one with less is left out, and
+    refused where there is no other."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from acceptance to answer."""
     reader_bytes: int = Field(default=2**30, ge=2**28)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -231,3 +232,36 @@ def test_counts_larger_than_the_lake_takes_are_refused_with_cell_and_feature() -
 def test_a_number_that_float32_cannot_hold_is_no_prompt() -> None:
     with pytest.raises(FieldRefused, match="not a finite number"):
         decode({"RNA": [{"G1": 1}]}, {"time": 1e39})
+
+
+# ------------------------------------------------------------------ measurements that are not understood
+@pytest.mark.parametrize(
+    ("name", "cell", "warning"),
+    [
+        ("protein", {"CD3_TotalSeqB": 4}, "protein is taken as not measured: only 0.0% of the counts .*CD3_TotalSeqB"),
+        ("protein", {}, "protein is taken as not measured: the cells have no counts"),
+        ("protein", {"CD3_TotalSeqB": 0}, "protein is taken as not measured: the cells have no counts"),
+        ("peaks", {"chr1:1-2": 1}, "peaks is left out: the model does not know this"),
+    ],
+)
+def test_what_is_not_understood_beside_what_is_counts_as_not_measured(name: str, cell: Any, warning: str) -> None:
+    decoded = decode({name: [cell], "RNA": [{"G1": 4}]})
+    assert list(decoded.cells.counts) == ["RNA"]
+    (said,) = decoded.warnings
+    assert re.match(warning, said), said
+
+
+def test_where_no_measurement_is_understood_all_are_refused() -> None:
+    with pytest.raises(CoverageTooLow, match=r"counts\.RNA: only 0\.0%"):
+        decode({"RNA": [{"NOPE": 4}], "protein": [{"NADA": 1}]})
+    with pytest.raises(CoverageTooLow, match="the cells have no counts") as refused:
+        decode({"RNA": [{"G1": 0}]})
+    assert "use ids" not in str(refused.value)
+
+
+def test_a_share_that_the_request_asks_for_is_asked_of_every_measurement() -> None:
+    counts = {"RNA": [{"G1": 4}], "protein": [{"NADA": 1}]}
+    assert list(decode(counts, min_coverage=0.0).cells.counts) == ["RNA"]
+    with pytest.raises(CoverageTooLow, match=r"counts\.protein"):
+        decode(counts, min_coverage=0.5)
+    assert list(decode({"RNA": [{"G1": 4}], "protein": [{}]}, min_coverage=0.5).cells.counts) == ["RNA"]
