@@ -50,7 +50,7 @@ from serve.explored import (
 from serve.messages import AnnotateOptions, Name, TypeProbability
 from serve.model import Description, Perturb, Shift
 from serve.projection import FEWEST
-from serve.sessions import Session, Sessions, take
+from serve.sessions import Session, Sessions
 from serve.settings import Explore, ServeSettings
 from serve.sources import NAMES, Read, explored, read_h5ad_cells, read_h5ad_file, read_snapshot_cells
 from store.errors import InputRefused, MissingError
@@ -177,7 +177,9 @@ def _add_questions(router: APIRouter, desk: Desk, sessions: Sessions, offer: Off
         asked = await desk.targets(request.perturbations)
         rows_S = found.chosen(request.cells)
         averaged_S = _drawn(rows_S, offer.explore.perturbed_cells)
-        effects = await sessions.ask(await asyncio.to_thread(take, cells, averaged_S), Perturb(asked))
+        groups = [part for _, part in await asyncio.to_thread(list, found.alike(averaged_S))]
+        answers = [(part, await sessions.ask(part, Perturb(asked))) for part in groups]
+        effects = [_over_groups([(part, told[number]) for part, told in answers]) for number in range(len(asked))]
         return ShiftReply(
             shifts=[
                 PerturbationShift(
@@ -309,6 +311,18 @@ def _drawn(rows_S: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).choice(rows_S, most, replace=False))
 
 
+def _over_groups(answers: list[tuple[Cells, Mapping[str, Shift]]]) -> dict[str, Shift]:
+    """Average groups' shifts, each measurement's over the cells that have it."""
+    found = {}
+    for name in dict.fromkeys(name for part, shifts in answers for name in shifts if name in part.counts):
+        own = [(part.n_cells, shifts[name]) for part, shifts in answers if name in part.counts]
+        weights = [n_cells for n_cells, _ in own]
+        stacked = [np.stack([shift.control_G, shift.perturbed_G, shift.delta_G]) for _, shift in own]
+        control_G, perturbed_G, delta_G = np.average(stacked, axis=0, weights=weights).astype(np.float32)
+        found[name] = own[0][1] if len(own) == 1 else Shift(control_G, perturbed_G, delta_G)
+    return found
+
+
 def _shifts(
     shifts: Mapping[str, Shift], cells: Cells, description: Description, top: int
 ) -> dict[str, MeasurementShift]:
@@ -341,11 +355,15 @@ def _measured(session: Session, measurement: str) -> tuple[Any, Any, Description
 def _expression(session: Session, measurement: str, feature: str) -> ExpressionReply:
     counts_CG, vocabulary, description = _measured(session, measurement)
     column = _column(vocabulary, feature)
-    values_C = counts_CG[:, [column]].toarray().ravel().astype(np.float32)
+    found_CX = counts_CG[:, [column]].tocoo()
+    values_C = np.full(counts_CG.shape[0], np.nan if measurement in description.levels else 0, np.float32)
+    values_C[found_CX.row] = found_CX.data
     unit = "as measured"
     if "count" in description.units[measurement]:
         total_C = np.maximum(np.asarray(counts_CG.sum(axis=1)).ravel(), 1)
         values_C, unit = np.log1p(values_C / total_C * PER), f"log1p of counts per {PER:,}"
+    if measurement in session.measured:
+        values_C[~session.measured[measurement]] = np.nan
     return ExpressionReply(
         feature_id=vocabulary.feature_id[column],
         feature_name=vocabulary.feature_name[column],

@@ -171,7 +171,7 @@ class ShiftReply(Reply):
 
 
 class ExpressionReply(Reply):
-    """One feature's value in each cell, as it was measured."""
+    """One feature's value in each cell, as it was measured; NaN where it was not."""
 
     feature_id: str
     feature_name: str

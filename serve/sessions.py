@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,6 +55,7 @@ class Session:
     """A set of cells.
 
     Attributes:
+        measured: Measurement to measured_C, which cells have it; of one that is not named here, all.
         told: [C, 1 + Y], as ``serve.model.Annotate`` is answered; None where the model does not tell types.
         error: Why it will never be ready.
     """
@@ -68,6 +69,7 @@ class Session:
     cells: Cells | None = None
     obs: pd.DataFrame = field(default_factory=pd.DataFrame)
     coverage: dict[str, Coverage] = field(default_factory=dict)
+    measured: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     description: Description | None = None
     told: NDArray[np.float32] | None = None
     position_C2: NDArray[np.float32] | None = None
@@ -117,6 +119,22 @@ class Session:
             first = int(outside.argmax())
             raise FieldRefused(f"cells.{first}", f"{rows_S[first]} is no position among {self.n_cells:,} cells")
         return np.unique(rows_S)
+
+    def alike(self, rows_S: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], Cells]]:
+        """Yield some cells in groups that have the same measurements: where they stand in ``rows_S``, and the cells.
+
+        What was not measured in a group is not in it: to the model, that is something else than no counts.
+        """
+        assert self.cells is not None
+        kind_S = np.zeros(len(rows_S), np.uint16)
+        everything = np.ones(self.n_cells, bool)
+        for bit, name in enumerate(self.cells.counts):
+            kind_S |= self.measured.get(name, everything)[rows_S].astype(np.uint16) << np.uint16(bit)
+        for kind in np.unique(kind_S):
+            places = np.flatnonzero(kind_S == kind)
+            part = take(self.cells, rows_S[places])
+            has = {name: counts for bit, (name, counts) in enumerate(part.counts.items()) if kind & 1 << bit}
+            yield places, replace(part, counts=has or part.counts)
 
     def names(self) -> pd.Series[str]:
         """Return the cells' names; their positions where they have none."""
@@ -260,7 +278,7 @@ class Sessions:
         )
         decoded = await asyncio.to_thread(decoder.decode, found.counts, prompts)
         session.description, session.cells, session.obs = description, decoded.cells, found.obs
-        session.coverage = decoded.coverage
+        session.coverage, session.measured = decoded.coverage, found.measured
         session.notes += [*found.notes, *decoded.warnings]
         session.state = "embedding"
         embedding_CD = await self._embed(session, decoded.cells)
@@ -276,20 +294,23 @@ class Sessions:
 
     async def _embed(self, session: Session, cells: Cells) -> NDArray[np.float32]:
         """Embed and annotate the cells, some at a time."""
-        embedded, told = [], []
+        embedding_CD, told, n_done = np.empty((0, 0), np.float32), np.empty((0, 0), np.float32), 0
         tells = True
-        for start in range(0, cells.n_cells, ASKED_CELLS):
-            part = take(cells, slice(start, start + ASKED_CELLS))
-            embedded.append(await self._ask_patiently(part, Embed()))
-            if tells:
-                try:
-                    told.append(await self._ask_patiently(part, Annotate()))
-                except InputRefused as error:
-                    tells = False
-                    session.notes.append(str(error))
-            session.share = min(1.0, (start + ASKED_CELLS) / cells.n_cells)
-        session.told = np.concatenate(told) if tells else None
-        return np.concatenate(embedded)
+        for rows, alike in session.alike(np.arange(cells.n_cells)):
+            for start in range(0, len(rows), ASKED_CELLS):
+                some = slice(start, start + ASKED_CELLS)
+                part = take(alike, some)
+                embedding_CD = _placed(embedding_CD, rows[some], await self._ask_patiently(part, Embed()), cells)
+                if tells:
+                    try:
+                        told = _placed(told, rows[some], await self._ask_patiently(part, Annotate()), cells)
+                    except InputRefused as error:
+                        tells = False
+                        session.notes.append(str(error))
+                n_done += part.n_cells
+                session.share = n_done / cells.n_cells
+        session.told = told if tells else None
+        return embedding_CD
 
     async def _ask_patiently(self, cells: Cells, question: Question) -> Any:
         for _ in range(PATIENCE):
@@ -298,3 +319,13 @@ class Sessions:
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
         return await self.ask(cells, question)
+
+
+def _placed(
+    whole_CD: NDArray[np.float32], rows: NDArray[np.int64], values: NDArray[np.float32], cells: Cells
+) -> NDArray[np.float32]:
+    """Write some cells' values where they belong; there is room for all from the first on."""
+    if len(whole_CD) == 0:
+        whole_CD = np.zeros((cells.n_cells, values.shape[1]), values.dtype)
+    whole_CD[rows] = values
+    return whole_CD

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ LONGEST = 256
 """Characters of a name or a value."""
 OBJECTS = 20_000
 """Groups and datasets of an h5ad file."""
-_OBS = "obs"
+_OBS, _MEASURED = "obs", "measured"
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,13 @@ class Read:
         counts: Measurement to counts, as requests have them.
         obs: What the source says of each cell; the column ``cell`` names it.
         notes: What a person should know of the reading.
+        measured: Measurement to measured_C, which cells have it; of one that is not named here, all.
     """
 
     counts: dict[str, CsrCounts]
     obs: pd.DataFrame
     notes: list[str]
+    measured: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
 def read_h5ad_cells(body: bytes, settings: Explore, limits: Limits) -> Read:
@@ -136,8 +138,9 @@ def _believed(body: bytes, where: str, limits: Limits) -> Read:
         for number, (name, values) in enumerate(said["columns"]):
             column = arrays.pop(f"{_OBS}{number}")
             obs[name] = column if values is None else pd.Categorical.from_codes(column, categories=values)
+        measured = {name: arrays.pop(f"{_MEASURED}{number}") > 0 for number, name in enumerate(said["measured"])}
         counts = counts_of(arrays, limits)
-        return Read(counts, pd.DataFrame(obs), [str(note) for note in said["notes"]])
+        return Read(counts, pd.DataFrame(obs), [str(note) for note in said["notes"]], measured)
     except (KeyError, ValueError, TypeError) as error:
         if isinstance(error, SomaflowError):
             raise
@@ -184,7 +187,10 @@ def _refusal(text: str, kind: str) -> dict[str, NDArray[Any] | bytes]:
 
 
 def _answer(
-    counts: Mapping[str, tuple[csr_matrix, list[str]]], obs: pd.DataFrame, notes: list[str]
+    counts: Mapping[str, tuple[csr_matrix, list[str]]],
+    obs: pd.DataFrame,
+    notes: list[str],
+    measured: Mapping[str, NDArray[np.bool_]] | None = None,
 ) -> dict[str, NDArray[Any] | bytes]:
     arrays: dict[str, NDArray[Any] | bytes] = {}
     columns: list[tuple[str, list[str] | None]] = []
@@ -201,7 +207,10 @@ def _answer(
         arrays[f"{name}/indices"] = counts_CG.indices.astype(np.int32)
         arrays[f"{name}/data"] = counts_CG.data.astype(np.float32)
         arrays[f"{name}/features"] = np.array([feature.encode()[:LONGEST] for feature in features])
-    return arrays | {"said": json.dumps({"columns": columns, "notes": notes}).encode()}
+    for number, measured_C in enumerate((measured or {}).values()):
+        arrays[f"{_MEASURED}{number}"] = measured_C.astype(np.uint8)
+    said = {"columns": columns, "notes": notes, "measured": list(measured or {})}
+    return arrays | {"said": json.dumps(said).encode()}
 
 
 def _labels(obs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -349,6 +358,7 @@ def _check_pointers(element: Any, where: str) -> None:
 
 
 def _read_snapshot(lake: str, name: str, most_cells: int, most_counts: int) -> dict[str, NDArray[Any] | bytes]:
+    from store.schema import measured_column
     from store.snapshot import open_snapshot
 
     snapshot = open_snapshot(lake, name)
@@ -367,7 +377,8 @@ def _read_snapshot(lake: str, name: str, most_cells: int, most_counts: int) -> d
     whole = int(alive.sum()) == snapshot.n_cells
     notes = [] if whole else [f"{int(alive.sum()):,} of {snapshot.n_cells:,} cells, drawn at random from every split"]
     kept = {key: (counts_CG[alive], features) for key, (counts_CG, features) in counts.items() if counts_CG.nnz}
-    return _answer(kept, _labels(obs.loc[:, obs.nunique() > 1], names), notes)
+    measured = {key: table[measured_column(key)].to_numpy(bool) for key in kept if measured_column(key) in table}
+    return _answer(kept, _labels(obs.loc[:, obs.nunique() > 1], names), notes, measured)
 
 
 def _spans(snapshot: Any, most_cells: int) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 from encoded import add_dataset, encoded_counts
-from fake_predictor import FakePredictor
+from fake_predictor import FakePredictor, FakeVocabulary
 from hostile_files import (
     corrupt,
     external_link,
@@ -347,12 +347,12 @@ def test_sets_of_cells_are_let_go_when_idle_or_when_others_need_the_room(replica
     def opened_by(explore: Explore) -> list[int]:
         with TestClient(make_app(replica, Limits(), offer=Offer(explore=explore))) as client:
             sessions = [until_ready(client, client.post("/v1/explore", json=TWELVE).json()) for _ in range(3)]
-            time.sleep(0.06)
+            time.sleep(1.1)
             return [client.get(f"/v1/explore/{session['session']}").status_code for session in sessions]
 
     assert opened_by(Explore()) == [200, 200, 200]
     assert opened_by(Explore(sessions=2))[0] == 404
-    assert opened_by(Explore(idle_s=0.05))[2] == 404
+    assert opened_by(Explore(idle_s=1))[2] == 404
 
 
 def test_a_set_that_is_gone_says_what_to_do(client: TestClient) -> None:
@@ -450,3 +450,53 @@ def test_requests_that_are_unpacked_count_among_those_that_are_prepared() -> Non
     with sessions.permit():
         pass
     sessions.close()
+
+
+def test_cells_of_a_snapshot_are_asked_about_with_what_was_measured_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "mixed")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "genes", 20, {"RNA": 12})
+        add_dataset(writer, "both", 20, {"RNA": 12, "protein": 4})
+    create_snapshot(uri, "mixed", SnapshotSettings(seed=3))
+    whole = read_snapshot_cells(uri, "mixed", Explore(), Limits())
+    has_C = np.array([name.startswith("both") for name in whole.obs["cell"].astype(str)])
+    assert (whole.measured["protein"] == has_C).all()
+    assert whole.measured["RNA"].all()
+
+    class Seeing(FakePredictor):
+        """Embeds a cell as what it is given of it: RNA counts, protein counts (-1: it was not measured)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            genes, proteins = ([f"{kind}{i:04d}" for i in range(n)] for kind, n in (("RNA", 12), ("protein", 4)))
+            self.vocabulary["RNA"] = FakeVocabulary(genes, genes, ["homo_sapiens"] * 12)
+            self.vocabulary["protein"] = FakeVocabulary(proteins, proteins, ["homo_sapiens"] * 4)
+
+        def embed(self, cells: Any) -> np.ndarray:
+            found = super().embed(cells)
+            found[:, 1] = found[:, 1] if "protein" in cells.counts else -1
+            return found
+
+    laid: list[np.ndarray] = []
+    monkeypatch.setattr("serve.sessions.FEWEST", 1_000)
+    monkeypatch.setattr("serve.sessions.principal", lambda cells, n: laid.append(cells) or principal(cells, n))
+    model = replica_of(Seeing())
+    with TestClient(make_app(model, Limits(), offer=Offer(snapshots={"mixed": uri}))) as client:
+        session = until_ready(client, client.post("/v1/explore/dataset", json={"dataset": "mixed"}).json())
+        (embedding_CD,) = laid
+        assert ((embedding_CD[:, 1] >= 0) == has_C).all()
+        counts = {name: scipy.sparse.csr_matrix((p.data, p.indices, p.indptr)) for name, p in whole.counts.items()}
+        assert (embedding_CD[:, 0] == np.asarray(counts["RNA"].sum(axis=1)).ravel()).all()
+        asked = {"perturbations": ["G1"], "top": 1}
+        wanted = {"feature": "protein0000", "measurement": "protein"}
+        shown = client.get(f"/v1/explore/{session['session']}/expression", params=wanted).json()
+        assert (np.isfinite(array(shown["values"])) == has_C).all()
+        reply = client.post(f"/v1/explore/{session['session']}/perturb", json=asked).json()
+        effects = reply["shifts"][0]["effects"]
+        order = {name: [part.features.index(f"{name}{i:04d}") for i in range(4)] for name, part in whole.counts.items()}
+        for name, rows in (("RNA", slice(None)), ("protein", has_C)):
+            expected = counts[name].toarray()[rows][:, order[name]].mean(axis=0)
+            assert array(effects[name]["control"])[:4] == pytest.approx(expected, rel=1e-5)
+    model.close()
