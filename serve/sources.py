@@ -28,6 +28,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
+from serve import h5ad  # a form with a file is read by the same: one file says the same, whichever way it comes
 from serve.errors import DeadlineExceeded, FieldRefused
 from serve.messages import CsrCounts
 from serve.npz import write_npz
@@ -257,10 +258,9 @@ def _read_h5ad(
             raise InputRefused(f"{where}: holds {n_cells:,} cells; 1 to {most_cells:,} can be looked at together")
         values, var, found = _raw(file, where)
         counts_CG = _matrix(values, n_cells, _length(var, where), where, most_counts, most_features)
-        var_frame, obs = read_elem(var), read_elem(file["obs"])
-    features = [str(name) for name in var_frame.get("feature_id", var_frame.index)]
+        table, obs = h5ad._features(file, found, Limits(features=most_features)), read_elem(file["obs"])
     notes = [f"counts are those of {found}"]
-    return _answer({"RNA": (counts_CG, features)}, _labels(obs, [str(name) for name in obs.index]), notes)
+    return h5ad._measurements(counts_CG, table) | _answer({}, _labels(obs, [str(name) for name in obs.index]), notes)
 
 
 def _check_reach(file: Any, where: str) -> None:

@@ -38,7 +38,11 @@ from serve import sources
 from serve.app import make_app
 from serve.errors import Overloaded, StaleModel
 from serve.explore import Offer
+from serve.foreign import translate
+from serve.h5ad import FORM
+from serve.messages import EmbedRequest
 from serve.npz import NPZ, REQUEST, write_npz
+from serve.payload import read_request
 from serve.projection import principal, project
 from serve.replica import Replica
 from serve.sessions import Sessions
@@ -500,3 +504,22 @@ def test_cells_of_a_snapshot_are_asked_about_with_what_was_measured_of_each(
             expected = counts[name].toarray()[rows][:, order[name]].mean(axis=0)
             assert array(effects[name]["control"])[:4] == pytest.approx(expected, rel=1e-5)
     model.close()
+
+
+def test_a_file_of_genes_and_proteins_is_split_as_in_every_other_request(tmp_path: Path) -> None:
+    adata = anndata.AnnData(scipy.sparse.csr_matrix(np.arange(1, 13, dtype=np.float32).reshape(3, 4)))
+    adata.var_names = ["G0", "G1", "CD4", "CD8"]
+    ids = [f"ENSG{i:011d}" for i in range(2)]
+    adata.var["gene_ids"] = [*ids, "CD4", "CD8"]
+    adata.var["feature_types"] = ["Gene Expression"] * 2 + ["Antibody Capture"] * 2
+    adata.write_h5ad(tmp_path / "cite.h5ad")
+    content = (tmp_path / "cite.h5ad").read_bytes()
+    found = read_h5ad_cells(content, Explore(), Limits()).counts
+    assert {name: part.features for name, part in found.items()} == {"RNA": ids, "protein": ["CD4", "CD8"]}
+    assert [found[name].data.tolist() for name in found] == [[1, 2, 5, 6, 9, 10], [3, 4, 7, 8, 11, 12]]
+    boundary = "b"
+    form = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + content + b"\r\n--b--\r\n"
+    sent = read_request(translate(f"{FORM}; boundary={boundary}", form, Limits()).npz, EmbedRequest, Limits()).counts
+    for name, part in found.items():
+        assert part.features == sent[name].features
+        assert part.data.tolist() == sent[name].data.tolist()
