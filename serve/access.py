@@ -72,7 +72,8 @@ def read_tokens(path: str) -> dict[str, Purse]:
 
     Raises:
         MissingError: There is no such file.
-        SettingsError: It is not TOML, says something else, holds nobody, or gives two owners one token.
+        SettingsError: It is not TOML, says something else, holds nobody, gives two owners one token, or one that no
+            header can carry.
     """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -87,6 +88,9 @@ def read_tokens(path: str) -> dict[str, Purse]:
         token = table.pop("token", None)
         if not isinstance(token, str) or len(token) < SHORTEST:
             raise SettingsError(f"{path}: {name}: token: a text of at least {SHORTEST} characters is needed")
+        if not all("!" <= character <= "~" for character in token):  # what a header carries unchanged
+            said = "only letters, digits and signs of ASCII, without spaces, can be sent in a header"
+            raise SettingsError(f"{path}: {name}: token: {said}; make one with: openssl rand -hex 24")
         owner = parse_settings(Owner, table, where=f"{path}: {name}")
         purses[name] = Purse(_digest(token), owner.requests_per_minute)
     if not purses:

@@ -97,13 +97,15 @@ def test_a_purse_holds_a_minutes_worth_at_most() -> None:
         (f'[a]\ntoken = "{TEAM}"\n[b]\ntoken = "{TEAM}"\n', "the same token"),
         (f'token = "{TEAM}"\n', r"write \[OWNER\]"),
         ("not toml", "not TOML"),
+        (f'[lab]\ntoken = "{TEAM}\u00e9"\n', "lab: token: only letters"),
+        (f'[lab]\ntoken = "{TEAM} {TEAM}"\n', "lab: token: only letters"),
     ],
 )
 def test_a_file_that_says_something_else_is_refused_without_its_secrets(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "tokens.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(SettingsError, match=message) as refused:
         read_tokens(str(path))
     assert TEAM not in str(refused.value)
