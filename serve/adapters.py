@@ -7,15 +7,18 @@ one never touches another, and one that is dropped lives until its last answer.
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 
 import train.predictor
-from serve.errors import FieldRefused, StaleModel
+from serve.errors import FieldRefused, StaleModel, without_place
 from store.errors import SomaflowError
 from train.adapter import attach, use
 from train.checkpoint import read_manifest
+
+log = logging.getLogger("somaflow.serve")
 
 
 class Adapters:
@@ -30,6 +33,7 @@ class Adapters:
     def __init__(self, predictor: train.predictor.Predictor, folders: Mapping[str, str], at_most: int) -> None:
         self._predictor, self._folders, self._at_most = predictor, dict(folders), at_most
         self._kept: OrderedDict[str, train.predictor.Predictor] = OrderedDict()
+        self._told: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def digests(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -44,7 +48,11 @@ class Adapters:
                 else:
                     found[name] = str(manifest["adapter_sha256"])
             except (SomaflowError, KeyError) as error:
-                refused[name] = str(error) if isinstance(error, SomaflowError) else "not an adapter"
+                whole = str(error) if isinstance(error, SomaflowError) else "not an adapter"
+                refused[name] = without_place(whole, folder, "the adapter")
+                if self._told.get(name) != whole:  # whoever asks for the card has this looked at again
+                    log.error("the adapter %s cannot be used: %s", name, whole)
+                self._told[name] = whole
         return found, refused
 
     def get(self, name: str, sha256: str) -> train.predictor.Predictor:
@@ -76,7 +84,9 @@ class Adapters:
             manifest = read_manifest(folder)
             model = attach(plain.model, {"asked": folder}, plain.manifest)
         except SomaflowError as error:
-            raise FieldRefused("adapter", f"{name} cannot be used: {error}") from None
+            log.error("the adapter %s cannot be used: %s", name, error)
+            why = without_place(str(error), folder, "the adapter")
+            raise FieldRefused("adapter", f"{name} cannot be used: {why}") from None
         use(model, "asked")
         grown = copy.copy(plain)
         grown.model, grown.reference = model, None  # what is kept for novelty lies where the base puts cells

@@ -5,7 +5,9 @@ Requests say names; where a lake lies is said by the settings alone, and by no r
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -17,9 +19,14 @@ from serve.index import Known, VectorIndex, list_indexes
 from store import records
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError, UsageError
 
+log = logging.getLogger("somaflow.serve")
 FRESH_S = 2.0
 """Seconds for which nobody looks whether there are other indexes."""
 NEVER = -math.inf
+_HOLDER = re.compile(r" by process \d+ on \S+")
+"""How a lock says who holds it: for those who run commands on these machines."""
+_COMMANDS = {"run the same command again": "ask again", "--replace": '"replace": true'}
+"""What messages advise who runs a command, and what who asks over HTTP does instead."""
 _SHOWN: tuple[type[SomaflowError], ...] = (MissingError, ConflictError, InputRefused, StorageError)
 
 
@@ -146,13 +153,17 @@ class Atlas:
     def told(self, error: SomaflowError) -> SomaflowError:
         """Return an error as a client may read it: with names where places were."""
         text = self.plain(str(error))
+        if text != str(error):
+            log.warning("%s", error)
         if isinstance(error, UsageError):
             return InputRefused(text)
         kind = next((kind for kind in _SHOWN if type(error) is kind), None)
         return error if kind is None else kind(text)
 
     def plain(self, text: str) -> str:
-        """Return a text with lakes' names where their places were."""
+        """Return a text with lakes' names where their places were, without processes, for those who ask over HTTP."""
         for name, uri in sorted(self.lakes.items(), key=lambda item: -len(item[1])):
             text = text.replace(uri, f"lake {name}")
-        return text
+        for words, said in _COMMANDS.items():
+            text = text.replace(words, said)
+        return _HOLDER.sub("", text)

@@ -14,7 +14,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
+
 from store.errors import ConflictError, InputRefused
+
+
+def without_place(text: str, place: str, name: str) -> str:
+    """Return a text with a name where a place of this machine was: replies say no places."""
+    ways = sorted({place, str(Path(place)), os.path.abspath(place)} - {""}, key=len, reverse=True)
+    pattern = "|".join(re.escape(way) for way in ways)
+    return re.sub(rf"(?<![\w./-])(?:{pattern})(?=[/:\s]|$)", lambda _: name, text) if ways else text
 
 
 class FieldRefused(InputRefused):

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from serve.decode import Vocabulary
-from serve.errors import StaleModel
+from serve.errors import StaleModel, without_place
 from serve.head_cards import HeadCard
 from serve.model import HeadQuestion, Shift
 from store.errors import InputRefused, SomaflowError
@@ -49,7 +49,7 @@ class Heads:
                 self.cards[name] = _card(head, vocabulary, sha256(Path(folder) / MANIFEST))
                 self._heads[name] = head
             except SomaflowError as error:
-                self.refused[name] = str(error)
+                self.refused[name] = without_place(str(error), folder, "the head")
                 log.error("the head %s cannot be used: %s", name, error)
 
     def answer(

@@ -24,7 +24,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from serve.batcher import Batcher, Load, Piece
 from serve.decode import Cells
-from serve.errors import StaleModel, Unavailable
+from serve.errors import StaleModel, Unavailable, without_place
 from serve.held import Held, Predictor, Task, load_predictor
 from serve.model import (
     Annotate,
@@ -156,7 +156,7 @@ class Replica:
             except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the old one answers
                 why = str(error) if isinstance(error, SomaflowError) else type(error).__name__
                 log.error("%s was not taken: %s", checkpoint, why)
-                self._swap = Swap(begin, "", why)
+                self._swap = Swap(begin, "", without_place(why, checkpoint, "the checkpoint"))
                 self._swaps[1] += 1
                 return self._swap
             old, self._now = self._now, new

@@ -355,3 +355,18 @@ def test_others_take_what_is_known_while_one_request_looks_for_indexes(monkeypat
             ids()
         monkeypatch.setattr(atlas_module, "list_indexes", lambda uri: [])
         assert ids() == []
+
+
+def test_what_a_lock_says_of_its_holder_is_said_without_places_processes_and_commands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lake = str(tmp_path / "lake")
+    lock = embeddings.writer_lock(lake)
+    lock.acquire()
+    with pytest.raises(ConflictError) as held:
+        embeddings.writer_lock(lake).acquire()
+    lock.release()
+    told = str(Atlas({"atlas": lake}).told(held.value))
+    assert told.startswith("lake atlas: an embedding is being written since 20")
+    assert told.endswith("; wait until it has finished and ask again")
+    assert str(held.value) in caplog.text

@@ -15,7 +15,7 @@ from fake_predictor import FakePredictor
 from small_checkpoint import write_checkpoint
 
 from serve.decode import Cells, Decoder
-from serve.errors import StaleModel, Unavailable
+from serve.errors import StaleModel, Unavailable, without_place
 from serve.held import load_predictor
 from serve.model import Annotate, Embed, Forecast, Generate, Perturb, Translate
 from serve.replica import Replica
@@ -170,3 +170,11 @@ def test_an_answer_that_is_no_finite_number_is_refused_but_an_unknown_novelty_is
         asyncio.run(replica.ask(cells, Forecast(1.0)))
     assert np.isnan(asyncio.run(replica.ask(cells, Annotate()))[:, 0]).all()
     replica.close()
+
+
+def test_places_are_taken_out_of_what_is_said() -> None:
+    for place in ("runs/a", "/srv/runs/a", "runs/a/"):
+        whole = f"{Path(place)}: no manifest; {Path(place) / 'model.safetensors'} differs"
+        assert without_place(whole, place, "it") == "it: no manifest; it/model.safetensors differs"
+    assert without_place("./model: a. b ..", ".", "it") == "it/model: a. b .."
+    assert without_place("nothing", "", "it") == "nothing"
