@@ -195,17 +195,23 @@ class Replica:
             del self._held[old.sha256]
 
     def _watch(self) -> None:
-        """Take what is written where the checkpoint lies, once for each manifest."""
-        seen = self._now.sha256
+        """Take what is written where the checkpoint lies, once its files stand still; again only when they changed.
+
+        The manifest may be copied before the files that it names: what was refused then is looked at again.
+        """
+        before, tried = None, None
         while not self._closed.wait(self._settings.watch_s):
             folder = Path(self._settings.checkpoint)
-            try:  # the files themselves are compared with it when it is loaded
+            try:  # the files themselves are compared with the manifest when they are loaded
+                looks = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir())
                 found = str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["model_sha256"])
             except (ValueError, KeyError, TypeError, OSError):
+                before = None
                 continue  # it is being written, or gone: the one in memory answers
-            if found not in (seen, self._now.sha256):
+            if looks == before and looks != tried and found != self._now.sha256:
                 self.swap(str(folder))
-            seen = found
+                tried = looks
+            before = looks
 
 
 def _apart(question: Question, n_pieces: int) -> list[list[Question]]:

@@ -112,7 +112,8 @@ class ServeSettings(Settings):
     snapshots: dict[str, str] = Field(default_factory=dict)
     """Name of a snapshot to the lake that holds it, of those that the page offers."""
     watch_s: float = Field(default=0, ge=0)
-    """Seconds between looks for another checkpoint written at the same place, which then answers; 0 never looks."""
+    """Seconds between looks for another checkpoint written at the same place, which answers once its files stand
+    still from one look to the next; 0 never looks."""
     host: str = "127.0.0.1"
     """Address to listen on. Anyone who reaches it can ask the model, unless there is a file of tokens."""
     port: int = Field(default=8000, ge=0, le=65_535)

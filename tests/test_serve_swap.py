@@ -154,6 +154,42 @@ def test_what_is_written_over_the_checkpoint_answers_soon(checkpoints: dict[str,
     replica.close()
 
 
+def test_a_checkpoint_whose_manifest_is_copied_first_answers_once_it_is_whole(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoints["first"], folder)
+    replica = Replica(ServeSettings(checkpoint=str(folder), watch_s=0.05))
+    swaps: list[str] = []
+    swap = replica.swap
+
+    def counted(checkpoint: str) -> Any:
+        swaps.append(checkpoint)
+        return swap(checkpoint)
+
+    replica.swap = counted  # type: ignore[method-assign]
+
+    def wait_for(n_swaps: int) -> None:
+        until = time.monotonic() + 30
+        while len(swaps) < n_swaps:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    with TestClient(make_app(replica, Limits())) as client:
+        shutil.copy(checkpoints["second"] / "manifest.json", folder / "manifest.json")
+        wait_for(1)
+        time.sleep(0.4)
+        assert len(swaps) == 1, "files that were refused and did not change are not read again"
+        assert told(client)[0] == expected(checkpoints["first"])[0]
+        for path in checkpoints["second"].iterdir():
+            shutil.copy(path, folder / path.name)
+        until = time.monotonic() + 30
+        while replica._now.sha256 != expected(checkpoints["second"])[0] and time.monotonic() < until:
+            time.sleep(0.05)
+        assert replica._now.sha256 == expected(checkpoints["second"])[0]
+    replica.close()
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")  # ray.serve.config, on import
