@@ -20,6 +20,7 @@ from serve.arrow import ARROW
 from serve.npz import NPZ, write_npz
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
+from store.errors import InputRefused
 from train.predictor import Predictor
 
 LEVELS = csr_matrix((np.array([0, -1.5, 2, 0], np.float32), [0, 1, 1, 4], [0, 2, 4]), shape=(2, 5))
@@ -78,3 +79,9 @@ def test_served_levels_are_answered_as_by_the_predictor(client: TestClient, fold
 
 def test_the_card_says_which_measurements_are_levels(client: TestClient) -> None:
     assert client.get("/v1/models").json()["models"][0]["levels"] == ["protein"]
+
+
+def test_a_model_of_levels_alone_says_that_it_can_draw_no_counts(tmp_path: Path) -> None:
+    predictor = Predictor.load(write_checkpoint(tmp_path / "all", levels=("RNA", "protein")))
+    with pytest.raises(InputRefused, match="'protein' can be drawn; this model knows no measurement of counts"):
+        predictor.draw(predictor.cells({}, {"organism": ["homo_sapiens"]}), "protein", 10.0)

@@ -297,7 +297,8 @@ class Predictor:
             raise InputRefused("there is no cell to draw")
         if measurement not in self.vocabulary or self.model.config.likelihood_of(measurement) not in COUNTS:
             known = [name for name in self.vocabulary if self.model.config.likelihood_of(name) in COUNTS]
-            raise InputRefused(f"no counts of {measurement!r} can be drawn; of {', '.join(known)} they can")
+            those = f"of {', '.join(known)} they can" if known else "this model knows no measurement of counts"
+            raise InputRefused(f"no counts of {measurement!r} can be drawn; {those}")
         number, task = list(self.vocabulary).index(measurement), "forecast" if elapsed else "reconstruct"
         depth_C = np.broadcast_to(np.asarray(depth, dtype=np.float64), cells.n_cells)
         asked = partial(
