@@ -50,6 +50,11 @@ class BodyLimit:
         if not self._takes(scope):
             await self._app(scope, _without_body(receive), send)
             return
+        encoding = Headers(scope=scope).get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            said = f"Content-Encoding {encoding[:80]!r} is not read; send the body as it is"
+            await self._refuse(415, said, scope, receive, send)
+            return
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdecimal():
             await self._refuse(400, "Content-Length is not a number", scope, receive, send)
