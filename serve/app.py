@@ -38,10 +38,11 @@ from serve.door import BURST, FULL, QUESTIONS, Door, Porter, waited_s
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.explore import Offer, add_explore
 from serve.foreign import FOREIGN, Readers
-from serve.forms import FORM_SCHEMA, FORMS, form_of, write
+from serve.forms import FORM_SCHEMA, FORMS, JSON, form_of, write
 from serve.h5ad import FORM
 from serve.head_cards import HeadCard
 from serve.jobs import Jobs
+from serve.lake_messages import NeighborsRequest
 from serve.lake_routes import add_lakes, add_neighbors
 from serve.messages import (
     AnnotateReply,
@@ -86,6 +87,7 @@ from serve.payload import read_request
 from serve.problems import PROBLEM, TITLES, briefly, problem
 from serve.settings import Limits
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, StorageError
+from train.cells import NUMBERS
 
 log = logging.getLogger("somaflow.serve")
 T = TypeVar("T")
@@ -302,7 +304,7 @@ class Desk:
             decoded = replace(decoded, warnings=[*decoded.warnings, *told])
         about = loaded.under(request.adapter)
         return await asyncio.to_thread(
-            encode.perturb_reply, asked, shifts, request.options, decoded, about, request.head
+            encode.perturb_reply, asked, request.perturbations, shifts, request.options, decoded, about, request.head
         )
 
     async def targets(
@@ -337,12 +339,17 @@ class Desk:
 
     async def _read(self, request: Asking) -> tuple[Loaded, Decoded]:
         loaded = await self.loaded()
+        decoded = await self.decoded(loaded, request)
+        return loaded, replace(decoded, cells=loaded.asked_of(decoded.cells, request.adapter))
+
+    async def decoded(self, loaded: Loaded, request: Asking | NeighborsRequest) -> Decoded:
+        """Decode a request's cells when it is its turn, and count them."""
         least = request.options.min_coverage
         decode = partial(loaded.decoder.decode, request.counts, request.prompts, min_coverage=least)
         async with self.door.reading():
             decoded = await asyncio.to_thread(decode)
         self.metrics.read(decoded)
-        return loaded, replace(decoded, cells=loaded.asked_of(decoded.cells, request.adapter))
+        return replace(decoded, cells=replace(decoded.cells, waited_s=waited_s()))
 
     def measurement(self, loaded: Loaded, name: str) -> Features:
         """Return the features of a measurement; one that the model does not know is refused."""
@@ -458,13 +465,17 @@ class Forms(APIRoute):
                 return await plain(request)
             message = get_type_hints(self.endpoint)["request"]
             async with self.desk.door.reading():
-                read = await asyncio.to_thread(read_request, body, message, self.limits)
+                read = await asyncio.to_thread(read_request, body, message, self.limits, WHERE.get(media, ""))
             response: Response = await self.endpoint(read, request.headers.get("accept", ""))
             if chosen:
                 response.headers[COUNTS_FROM] = quote(chosen)
             return response
 
         return answer
+
+
+WHERE = {NPZ: " as bytes (uint8)", ARROW: " in the schema's metadata"}
+"""How a message is written beside counts, where it is not in a part of a form."""
 
 
 def _media(request: Request) -> str:
@@ -474,6 +485,8 @@ def _media(request: Request) -> str:
 Accept = Annotated[
     str, Header(description=f"`{NPZ}` or `{ARROW}` gives the large array of the reply as one, beside the rest.")
 ]
+_IN_ALL_FORMS = QUESTIONS - {"/v1/generate"} | {"/v1/explore"}
+"""Where cells are sent, in any form; whatever else is sent is JSON."""
 COUNTS_FROM = "Somaflow-Counts-From"
 """Header that says which matrix of an h5ad file was read."""
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -570,6 +583,7 @@ def _add_catalog(app: FastAPI, desk: Desk) -> None:
         description = (await desk.fresh()).description
         return PromptsReply(
             prompts={name: [value for value in values if value] for name, values in description.prompts.items()},
+            numbers=list(NUMBERS),
             vocabulary_hash=description.manifest["vocabulary_hash"],
         )
 
@@ -607,7 +621,7 @@ def _card(description: Description, limits: Limits) -> ModelCard:
         measurements={name: len(part.feature_id) for name, part in description.vocabulary.items()},
         levels=sorted(description.levels),
         embedding_size=description.embedding_size,
-        prompts=sorted(description.prompts),
+        prompts=sorted([*description.prompts, *NUMBERS]),
         limits=limits.model_dump(),
         figures={name: value for name, value in figures.items() if isinstance(value, int | float)},
         swap=None
@@ -643,9 +657,14 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        media = _media(request)
-        if request.method == "POST" and media not in FORMS:
-            return problem(415, f"send Content-Type: {' or '.join(FORMS)} (got {media[:80] or 'none'!r})")
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        media, forms = _media(request), FORMS if path in _IN_ALL_FORMS else (JSON,)
+        if request.method == "POST" and media not in forms:
+            return problem(415, f"send Content-Type: {' or '.join(forms)} (got {media[:80] or 'none'!r})")
+        for item in error.errors():
+            if item["type"] == "json_invalid":
+                why = str(item.get("ctx", {}).get("error", item["msg"]))[:200]
+                return problem(400, f"the body is not valid JSON at character {item['loc'][-1]}: {why}")
         fields = [_field(item) for item in error.errors()[:MAX_PROBLEMS]]
         return problem(422, "; ".join(f"{item.field}: {item.message}" for item in fields), fields)
 

@@ -115,8 +115,14 @@ def embed_reply(
     )
 
 
+def as_named(perturbation: str | list[str]) -> str:
+    """Write a perturbation as a request named it."""
+    return perturbation if isinstance(perturbation, str) else "+".join(perturbation)
+
+
 def perturb_reply(
     asked: Sequence[Sequence[str]],
+    named: Sequence[str | list[str]],
     shifts: Sequence[dict[str, Shift]],
     options: PerturbOptions,
     decoded: Decoded,
@@ -127,11 +133,12 @@ def perturb_reply(
     effects = [
         Effect(
             perturbation="+".join(targets),
+            asked=as_named(name),
             effects={
                 name: _measurement_effect(shift, description.vocabulary[name], options) for name, shift in part.items()
             },
         )
-        for targets, part in zip(asked, shifts, strict=True)
+        for targets, name, part in zip(asked, named, shifts, strict=True)
     ]
     names = {
         name: _in_places(shift, description.vocabulary[name].feature_id)

@@ -183,9 +183,11 @@ def _add_questions(router: APIRouter, desk: Desk, sessions: Sessions, offer: Off
         return ShiftReply(
             shifts=[
                 PerturbationShift(
-                    perturbation="+".join(targets), effects=_shifts(part, cells, description, request.top)
+                    perturbation="+".join(targets),
+                    asked=encode.as_named(name),
+                    effects=_shifts(part, cells, description, request.top),
                 )
-                for targets, part in zip(asked, effects, strict=True)
+                for targets, name, part in zip(asked, request.perturbations, effects, strict=True)
             ],
             cells=len(rows_S),
             averaged=len(averaged_S),

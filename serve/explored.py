@@ -158,6 +158,7 @@ class PerturbationShift(Reply):
     """What one perturbation is predicted to do to selected cells."""
 
     perturbation: str
+    asked: str = Field(description="Its targets as the request named them, those of a list joined by `+`.")
     effects: dict[str, MeasurementShift]
 
 

@@ -6,6 +6,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel
@@ -31,9 +32,19 @@ FORM_SCHEMA: dict[str, Any] = {
 
 
 def form_of(accept: str) -> str:
-    """Return the form of arrays that an Accept header names first; empty where it names none, so that JSON is sent."""
-    named = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
-    return next((one for one in named if one in (JSON, NPZ, ARROW)), JSON).replace(JSON, "")
+    """Return the form of arrays that an Accept header likes best; empty where it names none, so that JSON is sent.
+
+    Of those that it likes as much, the first counts; one of quality 0 is not sent.
+    """
+    named = [(part.partition(";")[0].strip().lower(), _quality(part)) for part in accept.split(",")]
+    wanted = sorted((one for one in named if one[0] in (JSON, NPZ, ARROW) and one[1] > 0), key=lambda one: -one[1])
+    return wanted[0][0].replace(JSON, "") if wanted else ""
+
+
+def _quality(part: str) -> float:
+    """Return the q of a part of an Accept header; 1 where it says none, or nonsense."""
+    said = re.search(r";\s*q\s*=\s*([01](?:\.\d{0,3})?)\s*(?:;|$)", part.lower())
+    return float(said[1]) if said else 1.0
 
 
 def write(reply: BaseModel, form: str, field: str) -> bytes:

@@ -69,6 +69,7 @@ class Desk(Protocol):
 
     async def loaded(self) -> Loaded: ...  # noqa: D102
     async def fresh(self) -> Loaded: ...  # noqa: D102
+    async def decoded(self, loaded: Any, request: NeighborsRequest) -> Decoded: ...  # noqa: D102
     async def again(self, answer: Callable[[R], Awaitable[T]], request: R) -> T: ...  # noqa: D102
 
 
@@ -90,9 +91,7 @@ async def find_neighbors(desk: Desk, atlas: Atlas, request: NeighborsRequest) ->
     """Answer which cells are nearest."""
     loaded = await desk.loaded()
     named, index = await asyncio.to_thread(atlas.find, request.index, loaded.sha256)
-    decode = loaded.decoder.decode
-    least = request.options.min_coverage
-    decoded = await asyncio.to_thread(decode, request.counts, request.prompts, min_coverage=least)
+    decoded = await desk.decoded(loaded, request)
     n_values = decoded.cells.n_cells * request.k * (2 + len(request.options.columns))
     if n_values > desk.limits.values:
         raise FieldRefused(

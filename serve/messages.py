@@ -352,7 +352,8 @@ class MeasurementEffect(Reply):
 class Effect(Reply):
     """What one perturbation is predicted to do."""
 
-    perturbation: str
+    perturbation: str = Field(description="Its targets, each once, in order of the alphabet.")
+    asked: str = Field(description="Its targets as the request named them, those of a list joined by `+`.")
     effects: dict[str, MeasurementEffect]
 
 
@@ -462,8 +463,11 @@ class ModelCard(Reply):
         default_factory=list, description="Those of them whose values are levels (intensities, fractions), not counts."
     )
     embedding_size: int
-    prompts: list[str]
-    limits: dict[str, int | float]
+    prompts: list[str] = Field(description="What may be said of cells; see GET /v1/prompts.")
+    limits: dict[str, int | float] = Field(
+        description="What one request may hold: `cells`, `nonzeros` (counts), `features`, `perturbations`, "
+        "`body_bytes`, and `values` of a reply; other settings beside them."
+    )
     figures: dict[str, int | float] = Field(default_factory=dict, description="What its training measured.")
     swap: SwapReport | None = None
     adapters: dict[str, str] = Field(default_factory=dict, description="Adapter to the SHA-256 of its weights.")
@@ -507,6 +511,7 @@ class PromptsReply(Reply):
     """Prompt fields and the values that the model has seen."""
 
     prompts: dict[str, list[str]]
+    numbers: list[str] = Field(description="Prompt fields that are said in numbers.")
     vocabulary_hash: str
 
 

@@ -29,8 +29,14 @@ _PLACEHOLDER: dict[str, Any] = {"RNA": [{}]}
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_request(body: bytes, message: type[M], limits: Limits) -> M:
+def read_request(body: bytes, message: type[M], limits: Limits, where: str = "") -> M:
     """Return the message that an npz body holds; its counts hold arrays where JSON has lists.
+
+    Args:
+        body: The npz.
+        message: What it is.
+        limits: What it may hold.
+        where: How whoever sent it wrote the message, for errors; the npz may have been made of another form.
 
     Raises:
         FieldRefused: The body is no such npz, or claims more than it is.
@@ -43,7 +49,7 @@ def read_request(body: bytes, message: type[M], limits: Limits) -> M:
     except ValueError:
         values = None
     if not isinstance(values, dict) or "counts" in values:
-        raise FieldRefused(REQUEST, "must hold the message without its counts, a JSON object as bytes (uint8)")
+        raise FieldRefused(REQUEST, f"must hold the message without its counts, a JSON object{where}")
     counts = counts_of(arrays, limits)
     try:
         plain = message.model_validate(values | {"counts": _PLACEHOLDER})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,9 @@ from starlette.testclient import TestClient
 from serve.app import STATUS, make_app
 from serve.decode import Cells
 from serve.errors import DeadlineExceeded, Overloaded, StaleModel, Unavailable
+from serve.forms import form_of
 from serve.model import Description, Embed, Question
+from serve.npz import NPZ
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
 from store.errors import SomaflowError
@@ -376,3 +379,64 @@ def test_a_vector_that_float16_cannot_hold_is_refused_not_infinite(client: TestC
     request = {"counts": {"RNA": [{"G0": 70_000}]}, "options": {"dtype": "float16"}}
     assert "float32" in check_problem(client.post("/v1/embed", json=request), 422)["detail"]
     assert client.post("/v1/embed", json=request | {"options": {}}).json()["embeddings"] == [[70_000, 0, 0, 70_000]]
+
+
+# ------------------------------------------------------------------ what requests and replies are told
+def test_broken_json_is_400_with_the_place_in_the_text(client: TestClient) -> None:
+    sent = {"content": b'{"counts": }', "headers": {"Content-Type": "application/json"}}
+    for path in ("embed", "generate"):
+        report = check_problem(client.post(f"/v1/{path}", **sent), 400)
+        assert report["detail"].startswith("the body is not valid JSON at character 11")
+        assert not report["errors"]
+
+
+def test_a_packed_body_is_refused_by_the_name_of_its_packing(client: TestClient) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    report = check_problem(client.post("/v1/embed", content=gzip.compress(b"{}"), headers=headers), 415)
+    assert "'gzip'" in report["detail"]
+    identity = {"Content-Encoding": "identity"}
+    assert client.post("/v1/embed", json={"counts": CELLS}, headers=identity).status_code == 200
+
+
+def test_a_wrong_form_is_told_the_forms_that_its_route_takes(client: TestClient) -> None:
+    for path, forms in {"embed": 4, "explore": 4, "generate": 1, "jobs": 1, "explore/dataset": 1}.items():
+        for media in ("text/plain", "application/x-npz") if forms == 1 else ("text/plain",):
+            report = check_problem(client.post(f"/v1/{path}", content=b"{}", headers={"Content-Type": media}), 415)
+            assert report["detail"].count(" or ") == forms - 1, report["detail"]
+
+
+def test_effects_are_told_by_the_names_of_the_request(client: TestClient) -> None:
+    asked: list[Any] = ["G2+G1", ["G2", "G1"], ["G1", "G1"]]
+    reply = client.post("/v1/perturb", json={"counts": CELLS, "perturbations": asked}).json()
+    assert [one["asked"] for one in reply["perturbations"]] == ["G2+G1", "G2+G1", "G1+G1"]
+    assert [one["perturbation"] for one in reply["perturbations"]] == ["G1+G2", "G1+G2", "G1"]
+
+
+def test_numbers_that_may_be_said_are_listed(client: TestClient) -> None:
+    assert client.get("/v1/prompts").json()["numbers"] == ["time", "dose"]
+    card = client.get("/v1/models").json()["models"][0]
+    assert {"time", "dose", "tissue"} <= set(card["prompts"])
+
+
+def test_the_card_tells_what_one_request_may_hold(client: TestClient) -> None:
+    limits = client.get("/v1/models").json()["models"][0]["limits"]
+    assert (limits["cells"], limits["body_bytes"], limits["values"]) == (100, 20_000, Limits().values)
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"),
+    [
+        ("", ""),
+        ("*/*", ""),
+        (NPZ, NPZ),
+        (f"{NPZ}, application/json", NPZ),
+        (f"application/json, {NPZ}", ""),
+        (f"{NPZ};q=0, application/json", ""),
+        (f"{NPZ}; q=0.0", ""),
+        (f"{NPZ};q=0.2, application/json;q=0.9", ""),
+        (f"application/json;q=0.2, {NPZ};q=0.9", NPZ),
+        (f"{NPZ};q=nonsense", NPZ),
+    ],
+)
+def test_a_reply_has_the_form_that_is_liked_best(accept: str, form: str) -> None:
+    assert form_of(accept) == form

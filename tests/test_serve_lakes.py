@@ -108,6 +108,16 @@ def test_a_cell_of_the_lake_is_its_own_nearest_and_its_kind_wins_the_vote(served
         }
 
 
+def test_cells_whose_neighbours_are_asked_are_counted_and_wait_for_their_turn(served: Served) -> None:
+    def counted() -> float:
+        lines = served.http.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith("somaflow_serve_cells_total ")).split()[1])
+
+    before = counted()
+    served.client.neighbors(of_lake([4, 11, 17]), k=2)
+    assert counted() == before + 3
+
+
 def test_votes_leave_out_what_is_not_known() -> None:
     rows = [{"cell_type": name, "cell_type_ontology_term_id": name[:1]} for name in ("T", "unknown", "B", "B")]
     assert [(one.cell_type, round(one.share, 3)) for one in vote(rows)] == [("B", 0.667), ("T", 0.333)]

@@ -16,8 +16,11 @@ from starlette.testclient import TestClient
 from test_serve_app import check_problem
 
 from serve.app import make_app
+from serve.errors import FieldRefused
 from serve.explore import Offer
+from serve.messages import EmbedRequest
 from serve.npz import NPZ, write_npz
+from serve.payload import read_request
 from serve.replica import Replica
 from serve.settings import Explore, Limits, ServeSettings
 
@@ -147,3 +150,10 @@ def test_an_array_is_unpacked_whole_and_its_checksum_compared(client: TestClient
     place = content.index(COUNTS["RNA/data"].tobytes())
     content[place + 3] ^= 1
     assert "CRC" in check_problem(sent(client, bytes(content)), 422)["detail"]
+
+
+def test_a_bad_message_is_refused_in_the_words_of_its_form(client: TestClient) -> None:
+    assert "as bytes (uint8)" in check_problem(sent(client, body(b"{")), 422)["detail"]
+    with pytest.raises(FieldRefused) as refused:
+        read_request(body(b"{"), EmbedRequest, Limits())
+    assert refused.value.message == "must hold the message without its counts, a JSON object"
