@@ -23,6 +23,7 @@ from scipy.sparse import csr_matrix
 
 from serve.arrow import ARROW, read_reply, write_request
 from serve.errors import Overloaded, Unavailable
+from serve.given import Given, Measurements, chunks, read_cells
 from serve.h5ad import FORM
 from serve.npz import NPZ, REPLY, REQUEST, unpacked, write_npz
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
@@ -32,7 +33,6 @@ CHUNK_CELLS = 1_000
 CHUNK_COUNTS = 500_000
 
 Said = str | float | Sequence[str] | Sequence[float]
-Measurements = dict[str, tuple[csr_matrix, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,32 @@ class Body:
     media: str
     content: bytes
     request: str = ""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some of the cells, of which the same was measured, and where they are among all."""
+
+    rows: NDArray[np.int64]
+    measurements: Measurements
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Replies about pieces; ``rows`` says which cell each of their entries is about, None that they are in order."""
+
+    replies: list[dict[str, Any]]
+    rows: NDArray[np.int64] | None = None
+
+    def array(self, field: str) -> NDArray[Any]:
+        """Return an array of the replies, a row for each cell."""
+        values = np.concatenate([reply[field] for reply in self.replies])
+        return values if self.rows is None else values[np.argsort(self.rows)]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Return what the replies say of each cell."""
+        told = [cell for reply in self.replies for cell in reply["cells"]]
+        return told if self.rows is None else [told[place] for place in np.argsort(self.rows)]
 
 
 @dataclass(frozen=True)
@@ -209,8 +235,9 @@ class Client:
         Args:
             cells: AnnData, MuData or {measurement: AnnData} with raw counts in ``X``; {measurement: (csr, features)};
                 or a list of {feature: count}, taken as RNA. The path of an h5ad file is sent as the file that it is, in
-                one request; the server finds the raw counts in it.
-            prompts: What is known about the cells, one value for all or one per cell.
+                one request; the server finds the raw counts in it. Measurements are paired by obs_names, in the order
+                of MuData's or of the first; only cells of MuData may lack some.
+            prompts: What is known about the cells, one value for all or one per cell, in the order of the answer.
             normalize: Scale each embedding to length 1.
             dtype: ``float32`` or ``float16``.
             encoding: How bodies are sent: ``npz``, or ``arrow`` (a stream); the answer is the same.
@@ -227,14 +254,14 @@ class Client:
         if features:
             options["feature_embeddings"] = {name: list(names) for name, names in features.items()}
         media = ARROW if encoding == "arrow" else NPZ
-        replies = self._in_chunks("/v1/embed", cells, prompts, {"options": options}, media)
+        answers = self._in_chunks("/v1/embed", cells, prompts, {"options": options}, media)
+        replies = answers.replies
         first = next((reply for reply in replies if reply["warnings"]), replies[0])
-        values = np.concatenate([reply["embeddings"] for reply in replies])
         named = {
             name: (part["features"], _vectors(replies[0], name))
             for name, part in replies[0].get("feature_embeddings", {}).items()
         }
-        return Embeddings(values, first["coverage"], first["warnings"], first["provenance"], named)
+        return Embeddings(answers.array("embeddings"), first["coverage"], first["warnings"], first["provenance"], named)
 
     def perturb(
         self,
@@ -303,8 +330,7 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         options = {"top": top, "cover": cover, "min_probability": min_probability, "min_novelty_p": min_novelty_p}
-        replies = self._in_chunks("/v1/annotate", cells, prompts, {"options": options})
-        return [cell for reply in replies for cell in reply["cells"]]
+        return self._in_chunks("/v1/annotate", cells, prompts, {"options": options}).cells()
 
     def translate(
         self,
@@ -327,9 +353,9 @@ class Client:
         """
         options = {} if features is None else {"features": list(features)}
         asked = {"measurement": measurement, "options": options}
-        replies = self._in_chunks("/v1/translate", cells, prompts, asked)
-        values = np.concatenate([reply["values"] for reply in replies])
-        return Predicted(measurement, replies[0]["features"], values, replies[0]["unit"])
+        answers = self._in_chunks("/v1/translate", cells, prompts, asked)
+        first = answers.replies[0]
+        return Predicted(measurement, first["features"], answers.array("values"), first["unit"])
 
     def forecast(
         self, cells: Any, elapsed: float, *, prompts: Mapping[str, Said] | None = None, top: int = 20
@@ -407,11 +433,11 @@ class Client:
         if self._adapter:
             raise UsageError("an index holds where the checkpoint itself puts cells; ask with a client without adapter")
         options = {} if columns is None else {"columns": list(columns)}
-        replies = self._in_chunks("/v1/neighbors", cells, prompts, {"k": k, "index": index, "options": options})
-        found = [cell for reply in replies for cell in reply["cells"]]
+        answers = self._in_chunks("/v1/neighbors", cells, prompts, {"k": k, "index": index, "options": options})
+        found = answers.cells()
         rows = [cell["neighbors"] for cell in found]
         return Neighbors(
-            index=replies[0]["index"],
+            index=answers.replies[0]["index"],
             joinid=np.array([[one["soma_joinid"] for one in row] for row in rows], np.int64),
             distance=np.array([[one["distance"] for one in row] for row in rows], np.float32),
             obs=[[one["obs"] for one in row] for row in rows],
@@ -455,14 +481,16 @@ class Client:
         prompts: Mapping[str, Said] | None,
         asked: Mapping[str, Any],
         media: str = NPZ,
-    ) -> list[dict[str, Any]]:
+    ) -> _Answers:
         """Ask about cells in chunks that the server accepts."""
         asked = dict(asked) | self._adapter
         if isinstance(cells, str | os.PathLike):
-            return [self._ask("POST", path, _file(cells, prompts, asked))]
-        measurements = as_measurements(cells)
-        bodies = (_body(measurements, prompts, rows, asked, media) for rows in chunks(measurements))
-        return [self._ask("POST", path, body) for body in bodies]
+            return _Answers([self._ask("POST", path, _file(cells, prompts, asked))])
+        answered = [
+            (piece, self._ask("POST", path, _body(piece, prompts, asked, media)))
+            for piece in _pieces(read_cells(cells))
+        ]
+        return _Answers([reply for _, reply in answered], np.concatenate([piece.rows for piece, _ in answered]))
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
         """Send a message, as JSON or in the form that it has; return the reply, with its array if there is one."""
@@ -546,86 +574,33 @@ def _error(response: httpx.Response) -> SomaflowError:
     return InputRefused(where) if 400 <= status < 500 else SomaflowError(where)
 
 
-def as_measurements(cells: Any) -> Measurements:
-    """Read the ways in which counts come as {measurement: (counts_CG, features)}."""
-    if isinstance(cells, list):
-        return {"RNA": _of_dicts(cells)}
-    if hasattr(cells, "mod"):
-        return {name: _of_anndata(part) for name, part in cells.mod.items()}
-    if isinstance(cells, Mapping):
-        return {name: _of_part(part) for name, part in cells.items()}
-    if hasattr(cells, "X") and hasattr(cells, "var_names"):
-        return {"RNA": _of_anndata(cells)}
-    raise InputRefused(
-        f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, {{measurement: (csr, features)}} "
-        "or a list of {feature: count}"
-    )
-
-
-def _of_part(part: Any) -> tuple[csr_matrix, list[str]]:
-    if hasattr(part, "var_names"):
-        return _of_anndata(part)
-    if isinstance(part, list):
-        return _of_dicts(part)
-    counts, features = part
-    return csr_matrix(counts), list(features)
-
-
-def _of_anndata(adata: Any) -> tuple[csr_matrix, list[str]]:
-    names = adata.var.get("feature_id", adata.var_names)
-    return csr_matrix(adata.X), [str(name) for name in names]
-
-
-def _of_dicts(cells: list[dict[str, float]]) -> tuple[csr_matrix, list[str]]:
-    column = {name: position for position, name in enumerate(dict.fromkeys(name for cell in cells for name in cell))}
-    indptr = np.cumsum([0, *(len(cell) for cell in cells)])
-    indices = [column[name] for cell in cells for name in cell]
-    data = [float(count) for cell in cells for count in cell.values()]
-    return csr_matrix((data, indices, indptr), shape=(len(cells), len(column))), list(column)
-
-
-def _n_cells(measurements: Measurements) -> int:
-    sizes = {name: counts.shape[0] for name, (counts, _) in measurements.items()}
-    if len(set(sizes.values())) != 1:
-        raise InputRefused(f"the measurements must list the same cells; they hold {sizes}")
-    return int(next(iter(sizes.values())))
-
-
-def chunks(measurements: Measurements) -> Iterator[slice]:
-    """Cut cells into runs of at most ``CHUNK_CELLS`` cells and about ``CHUNK_COUNTS`` counts."""
-    n_cells = _n_cells(measurements)
-    if n_cells == 0:
-        raise InputRefused("there are no cells to send")
-    before = np.sum([counts.indptr.astype(np.int64) for counts, _ in measurements.values()], axis=0)
-    start = 0
-    while start < n_cells:
-        fits = int(np.searchsorted(before, before[start] + CHUNK_COUNTS, side="right")) - 1
-        stop = min(n_cells, start + CHUNK_CELLS, max(start + 1, fits))
-        yield slice(start, stop)
-        start = stop
-
-
 def _whole(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]) -> Body:
     """Write all cells and what is asked of them."""
     if isinstance(cells, str | os.PathLike):
         return _file(cells, prompts, asked)
-    measurements = as_measurements(cells)
-    return _body(measurements, prompts, slice(0, _n_cells(measurements)), asked)
+    given = read_cells(cells)
+    if given.measured:
+        partly = ", ".join(given.measured)
+        raise InputRefused(
+            f"{partly} was not measured in all cells, whose mean is asked; give cells with all, or leave it out"
+        )
+    return _body(_Piece(np.arange(given.n_cells), given.measurements), prompts, asked)
 
 
-def _body(
-    measurements: Measurements,
-    prompts: Mapping[str, Said] | None,
-    rows: slice,
-    asked: Mapping[str, Any],
-    media: str = NPZ,
-) -> Body:
+def _pieces(given: Given) -> Iterator[_Piece]:
+    """Cut cells into pieces of which the same was measured."""
+    for rows, measurements in given.groups():
+        for span in chunks(measurements, CHUNK_CELLS, CHUNK_COUNTS):
+            part = {name: (counts_CF[span], features) for name, (counts_CF, features) in measurements.items()}
+            yield _Piece(rows[span], part)
+
+
+def _body(piece: _Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any], media: str = NPZ) -> Body:
     """Write some cells and what is asked of them."""
-    message = {"prompts": _said(prompts, rows), **asked}
+    message = {"prompts": _said(prompts, piece.rows), **asked}
     parts: Measurements = {}
     arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: json.dumps(message).encode()}
-    for name, (matrix, features) in measurements.items():
-        part = matrix[rows]
+    for name, (part, features) in piece.measurements.items():
         if not np.all(np.isfinite(part.data)):
             raise InputRefused(f"counts.{name}: holds values that are not finite; send raw counts")
         used, indices = np.unique(part.indices, return_inverse=True)
@@ -642,7 +617,7 @@ def _body(
 
 def _file(path: str | os.PathLike[str], prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]) -> Body:
     """Write what is asked of an h5ad file's cells, beside the file."""
-    message = {"prompts": _said(prompts, slice(None)), **asked}
+    message = {"prompts": _said(prompts), **asked}
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -650,8 +625,13 @@ def _file(path: str | os.PathLike[str], prompts: Mapping[str, Said] | None, aske
     return Body(FORM, content, json.dumps(message))
 
 
-def _said(prompts: Mapping[str, Said] | None, rows: slice) -> dict[str, Any]:
-    return {
-        name: value if isinstance(value, str | float | int) else list(value)[rows]
-        for name, value in (prompts or {}).items()
-    }
+def _said(prompts: Mapping[str, Said] | None, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
+    """Return what is said of some of the cells, or of all."""
+    message: dict[str, Any] = {}
+    for name, value in (prompts or {}).items():
+        if isinstance(value, str | float | int):
+            message[name] = value
+        else:
+            values = list(value)
+            message[name] = values if rows is None else [values[row] for row in rows]
+    return message

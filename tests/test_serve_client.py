@@ -8,6 +8,7 @@ from typing import Any
 
 import anndata
 import httpx
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,13 +18,15 @@ from starlette.testclient import TestClient
 
 from serve import client as client_module
 from serve.app import make_app
-from serve.client import Client, as_measurements, chunks
+from serve.client import Client
 from serve.errors import Overloaded, Unavailable
+from serve.given import chunks, read_cells
 from serve.npz import NPZ
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import InputRefused, MissingError
 
+mudata.set_options(pull_on_update=False)  # as it will be by itself
 MODELS = {"models": [{"id": "tiny"}]}
 
 
@@ -148,6 +151,60 @@ def test_measurements_side_by_side_and_ids_in_var_are_understood(served: Any) ->
     assert answer.values.tolist() == [[1, 5, 0, 0], [7, 0, 0, 3]]
 
 
+def paired(order: str, cells: str = "abc") -> dict[str, anndata.AnnData]:
+    """RNA of cells a, b and c (G0: 1, 2, 3), and protein of some in another order (CD4: 10, 20, 30)."""
+    rna = anndata.AnnData(
+        csr_matrix([[1.0], [2.0], [3.0]][: len(cells)]), pd.DataFrame(index=list(cells)), pd.DataFrame(index=["G0"])
+    )
+    counts = csr_matrix([[10.0 * (1 + "abcd".find(cell))] for cell in order])
+    return {
+        "RNA": rna,
+        "protein": anndata.AnnData(counts, pd.DataFrame(index=list(order)), pd.DataFrame(index=["CD4"])),
+    }
+
+
+def test_measurements_are_paired_by_the_names_of_their_cells(served: Any) -> None:
+    client, _ = served
+    expected = [[1, 10, 0, 1], [2, 20, 0, 2], [3, 30, 0, 3]]
+    assert client.embed(paired("abc")).values.tolist() == expected
+    assert client.embed(paired("cab")).values.tolist() == expected
+    shuffled = mudata.MuData(paired("cab"))
+    by_name = dict(zip(shuffled.obs_names, client.embed(shuffled).values.tolist(), strict=True))
+    assert [by_name[cell] for cell in "abc"] == expected
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (paired("abx"), "1 only in RNA \\('c'\\), 1 only in protein \\('x'\\)"),
+        (paired("cab") | {"ATAC": (csr_matrix((3, 1)), ["peak"])}, "different orders"),
+        (paired("ab"), "they hold"),
+    ],
+)
+def test_cells_that_cannot_be_paired_are_refused(cells: Any, message: str) -> None:
+    with client_of() as client, pytest.raises(InputRefused, match=message):
+        client.embed(cells)
+
+
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")  # that is what is asked
+def test_cells_whose_names_repeat_are_paired_in_one_order_only(served: Any) -> None:
+    client, _ = served
+    assert client.embed(paired("aab", "aab")).values.tolist() == [[1, 10, 0, 1], [2, 10, 0, 2], [3, 20, 0, 3]]
+    with pytest.raises(InputRefused, match="several cells 'a'"):
+        client.embed(paired("baa", "aab"))
+
+
+def test_cells_of_mudata_that_lack_a_measurement_are_asked_about_without_it(served: Any) -> None:
+    client, transport = served
+    partly = mudata.MuData(paired("db"))
+    answer = client.embed(partly, prompts={"tissue": ["blood" if cell == "b" else "" for cell in partly.obs_names]})
+    by_name = dict(zip(partly.obs_names, answer.values.tolist(), strict=True))
+    assert by_name == {"a": [1, 0, 0, 1], "b": [2, 20, 1, 2], "c": [3, 0, 0, 3], "d": [0, 40, 0, 0]}
+    assert sorted(list(body["counts"]) for body in transport.bodies) == [["RNA"], ["RNA", "protein"], ["protein"]]
+    with pytest.raises(InputRefused, match="was not measured in all"):
+        client.perturb(partly, ["G1"])
+
+
 def test_effects_come_back_as_vectors_over_named_features(served: Any) -> None:
     client, _ = served
     effects = client.perturb([{"G0": 2, "G1": 4}], ["G1", ["G1", "G2"]], top=1)
@@ -190,17 +247,16 @@ def test_values_that_are_not_finite_never_leave() -> None:
         client.embed([{"G0": float("nan")}])
 
 
-def test_chunks_hold_every_cell_once_and_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "CHUNK_COUNTS", 10)
+def test_chunks_hold_every_cell_once_and_stay_small() -> None:
     counts = csr_matrix(np.tril(np.ones((12, 12))))
-    parts = list(chunks({"RNA": (counts, [])}))
+    parts = list(chunks({"RNA": (counts, [])}, 1_000, 10))
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(12))
     for part in parts:
         assert counts[part].nnz <= 10 or part.stop - part.start == 1
 
 
 def test_a_list_of_dictionaries_is_rna() -> None:
-    matrix, features = as_measurements([{"G1": 1}, {"G2": 2, "G1": 3}])["RNA"]
+    matrix, features = read_cells([{"G1": 1}, {"G2": 2, "G1": 3}]).measurements["RNA"]
     assert features == ["G1", "G2"]
     assert matrix.toarray().tolist() == [[1, 0], [3, 2]]
 

@@ -1,0 +1,200 @@
+"""This module reads the forms in which the client is given cells, and pairs their measurements by the cells' names.
+
+Shape letters used in this module:
+    C  cells      F  features of a measurement      M  measurements
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, vstack
+
+from store.errors import InputRefused
+
+Measurements = dict[str, tuple[csr_matrix, list[str]]]
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement as it was given; ``cells`` names its rows, where they have names."""
+
+    counts_CF: csr_matrix
+    features: list[str]
+    cells: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Given:
+    """Cells whose measurements list them in the same order.
+
+    Attributes:
+        n_cells: C.
+        measurements: Measurement to counts_CF and the names of features; a cell that was not measured is an empty row.
+        measured: Measurement to [C], of those that lack cells.
+    """
+
+    n_cells: int
+    measurements: Measurements
+    measured: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def groups(self) -> Iterator[tuple[NDArray[np.int64], Measurements]]:
+        """Yield cells of which the same was measured: their positions, ascending, and what was measured of them."""
+        if not self.measured:
+            yield np.arange(self.n_cells), self.measurements
+            return
+        everywhere_C = np.ones(self.n_cells, dtype=bool)
+        there_CM = np.stack([self.measured.get(name, everywhere_C) for name in self.measurements], axis=1)
+        patterns, which_C = np.unique(there_CM, axis=0, return_inverse=True)
+        for number, there_M in enumerate(patterns):
+            rows = np.flatnonzero(which_C.ravel() == number)
+            named = zip(self.measurements.items(), there_M, strict=True)
+            yield rows, {name: (counts_CF[rows], features) for (name, (counts_CF, features)), there in named if there}
+
+
+def read_cells(cells: Any) -> Given:
+    """Read cells in any form that the client takes.
+
+    Measurements whose cells have names are paired by these. Cells of MuData may lack measurements; elsewhere all
+    measurements must have the same cells.
+
+    Raises:
+        InputRefused: The form is not known, or the measurements hold different cells.
+    """
+    parts = _parts(cells)
+    if not parts:
+        raise InputRefused("there are no measurements to send")
+    given = _by_name(parts, [str(name) for name in cells.obs_names]) if hasattr(cells, "mod") else _paired(parts)
+    if given.n_cells == 0:
+        raise InputRefused("there are no cells to send")
+    return given
+
+
+def _parts(cells: Any) -> dict[str, Part]:
+    if isinstance(cells, list):
+        return {"RNA": _of_dicts(cells)}
+    if hasattr(cells, "mod"):
+        return {name: _of_anndata(part) for name, part in cells.mod.items()}
+    if isinstance(cells, Mapping):
+        return {name: _of_part(part) for name, part in cells.items()}
+    if hasattr(cells, "X") and hasattr(cells, "var_names"):
+        return {"RNA": _of_anndata(cells)}
+    raise InputRefused(
+        f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, {{measurement: (csr, features)}} "
+        "or a list of {feature: count}"
+    )
+
+
+def _of_part(part: Any) -> Part:
+    if hasattr(part, "var_names"):
+        return _of_anndata(part)
+    if isinstance(part, list):
+        return _of_dicts(part)
+    counts, features = part
+    return Part(csr_matrix(counts), list(features))
+
+
+def _of_anndata(adata: Any) -> Part:
+    names = adata.var.get("feature_id", adata.var_names)
+    return Part(csr_matrix(adata.X), [str(name) for name in names], [str(name) for name in adata.obs_names])
+
+
+def _of_dicts(cells: list[dict[str, float]]) -> Part:
+    column = {name: position for position, name in enumerate(dict.fromkeys(name for cell in cells for name in cell))}
+    indptr = np.cumsum([0, *(len(cell) for cell in cells)])
+    indices = [column[name] for cell in cells for name in cell]
+    data = [float(count) for cell in cells for count in cell.values()]
+    return Part(csr_matrix((data, indices, indptr), shape=(len(cells), len(column))), list(column))
+
+
+def _paired(parts: dict[str, Part]) -> Given:
+    """Pair measurements that must have the same cells."""
+    sizes = {name: part.counts_CF.shape[0] for name, part in parts.items()}
+    if len(set(sizes.values())) != 1:
+        raise InputRefused(f"the measurements must list the same cells; they hold {sizes}")
+    named = {name: part.cells for name, part in parts.items() if part.cells is not None}
+    first, order = next(iter(named.items()), ("", None))
+    unlike = [name for name, own in named.items() if own != order]
+    if order is None or not unlike:
+        kept = {name: (part.counts_CF, part.features) for name, part in parts.items()}
+        return Given(next(iter(sizes.values())), kept)
+    for name in unlike:
+        _check_same(first, order, name, named[name])
+    nameless = [name for name in parts if name not in named]
+    if nameless:
+        raise InputRefused(
+            f"{first} and {unlike[0]} list their cells in different orders, so that nobody knows in which "
+            f"{nameless[0]} lists its own; bring all into one order, or give {nameless[0]} as AnnData with names too"
+        )
+    return _by_name(parts, order)
+
+
+def _check_same(first: str, order: list[str], name: str, own: list[str]) -> None:
+    """Refuse measurements of different cells, and say which."""
+    lacking, more = sorted(set(order) - set(own)), sorted(set(own) - set(order))
+    if not lacking and not more:
+        return
+    told = [
+        f"{len(rest):,} only in {where} ({_some(rest)})" for where, rest in ((first, lacking), (name, more)) if rest
+    ]
+    raise InputRefused(
+        f"{first} and {name} hold different cells, by obs_names: {', '.join(told)}; name the same cells alike, or give "
+        "MuData, whose cells may lack measurements"
+    )
+
+
+def _by_name(parts: dict[str, Part], order: list[str]) -> Given:
+    """Bring measurements into an order of cells; those that one lacks were not measured there."""
+    measurements: Measurements = {}
+    measured: dict[str, NDArray[np.bool_]] = {}
+    for name, part in parts.items():
+        counts_CF, own = part.counts_CF, part.cells or []
+        if own != order:
+            position = _positions(name, own, order)
+            there = position >= 0
+            if not there.all():
+                measured[name] = there
+                counts_CF = csr_matrix(vstack([counts_CF, csr_matrix((1, counts_CF.shape[1]), dtype=counts_CF.dtype)]))
+            counts_CF = counts_CF[np.where(there, position, len(own))]
+        measurements[name] = counts_CF, part.features
+    if len(measured) == len(parts):
+        nowhere = ~np.logical_or.reduce(list(measured.values()))
+        if nowhere.any():
+            names = [order[row] for row in np.flatnonzero(nowhere)]
+            raise InputRefused(f"{len(names):,} cells are in no modality ({_some(names)}); call update() of the MuData")
+    return Given(len(order), measurements, measured)
+
+
+def _positions(name: str, own: list[str], order: list[str]) -> NDArray[np.int64]:
+    """Return where each cell is among a measurement's own, -1 for one that it lacks."""
+    place = {cell: position for position, cell in enumerate(own)}
+    for where, cells in ((name, own), ("the whole", order)):
+        if len(set(cells)) < len(cells):
+            twice, _ = Counter(cells).most_common(1)[0]
+            raise InputRefused(f"{where} names several cells {twice!r}, so that measurements cannot be paired by names")
+    strange = sorted(set(own) - set(order))
+    if strange:
+        raise InputRefused(f"{name} has cells that the whole lacks ({_some(strange)}); call update() of the MuData")
+    return np.fromiter((place.get(cell, -1) for cell in order), dtype=np.int64, count=len(order))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:EXAMPLES])) + (", ..." if len(names) > EXAMPLES else "")
+
+
+def chunks(measurements: Measurements, most_cells: int, most_counts: int) -> Iterator[slice]:
+    """Cut cells into runs of at most ``most_cells`` cells and about ``most_counts`` counts."""
+    n_cells = next(iter(measurements.values()))[0].shape[0]
+    before = np.sum([counts.indptr.astype(np.int64) for counts, _ in measurements.values()], axis=0)
+    start = 0
+    while start < n_cells:
+        fits = int(np.searchsorted(before, before[start] + most_counts, side="right")) - 1
+        stop = min(n_cells, start + most_cells, max(start + 1, fits))
+        yield slice(start, stop)
+        start = stop
