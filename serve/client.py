@@ -396,11 +396,8 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        said = {
-            name: value if isinstance(value, str | float | int) else list(value)
-            for name, value in (prompts or {}).items()
-        }
-        body = {"cells": n_cells, "measurement": measurement, "prompts": said, "depth": depth, "seed": seed}
+        _check_said(prompts, n_cells)
+        body = {"cells": n_cells, "measurement": measurement, "prompts": _said(prompts), "depth": depth, "seed": seed}
         body |= self._adapter
         counts = self._ask("POST", "/v1/generate", body)["counts"]
         shape = (n_cells, len(counts["features"]))
@@ -486,10 +483,9 @@ class Client:
         asked = dict(asked) | self._adapter
         if isinstance(cells, str | os.PathLike):
             return _Answers([self._ask("POST", path, _file(cells, prompts, asked))])
-        answered = [
-            (piece, self._ask("POST", path, _body(piece, prompts, asked, media)))
-            for piece in _pieces(read_cells(cells))
-        ]
+        given = read_cells(cells)
+        _check_said(prompts, given.n_cells)
+        answered = [(piece, self._ask("POST", path, _body(piece, prompts, asked, media))) for piece in _pieces(given)]
         return _Answers([reply for _, reply in answered], np.concatenate([piece.rows for piece, _ in answered]))
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
@@ -584,6 +580,7 @@ def _whole(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, A
         raise InputRefused(
             f"{partly} was not measured in all cells, whose mean is asked; give cells with all, or leave it out"
         )
+    _check_said(prompts, given.n_cells)
     return _body(_Piece(np.arange(given.n_cells), given.measurements), prompts, asked)
 
 
@@ -623,6 +620,13 @@ def _file(path: str | os.PathLike[str], prompts: Mapping[str, Said] | None, aske
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}; give the path of an h5ad file") from None
     return Body(FORM, content, json.dumps(message))
+
+
+def _check_said(prompts: Mapping[str, Said] | None, n_cells: int) -> None:
+    """Refuse prompts that are said of more or fewer cells than there are."""
+    for name, value in (prompts or {}).items():
+        if not isinstance(value, str | float | int) and len(value) != n_cells:
+            raise InputRefused(f"prompts.{name}: {len(value):,} values for {n_cells:,} cells; say one, or one per cell")
 
 
 def _said(prompts: Mapping[str, Said] | None, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:

@@ -247,6 +247,17 @@ def test_values_that_are_not_finite_never_leave() -> None:
         client.embed([{"G0": float("nan")}])
 
 
+@pytest.mark.parametrize("n_values", [1, 3])
+def test_prompts_of_more_or_fewer_cells_than_there_are_are_refused_with_both_numbers(n_values: int) -> None:
+    tissue = {"tissue": ["blood"] * n_values}
+    with client_of() as client:
+        for ask in (client.embed, lambda cells, prompts: client.perturb(cells, ["G1"], prompts=prompts)):
+            with pytest.raises(InputRefused, match=f"prompts.tissue: {n_values} values for 2 cells"):
+                ask([{"G0": 1}, {"G0": 2}], prompts=tissue)
+        with pytest.raises(InputRefused, match=f"{n_values} values for 2 cells"):
+            client.generate(2, prompts=tissue)
+
+
 def test_chunks_hold_every_cell_once_and_stay_small() -> None:
     counts = csr_matrix(np.tril(np.ones((12, 12))))
     parts = list(chunks({"RNA": (counts, [])}, 1_000, 10))
