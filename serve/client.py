@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -176,6 +177,7 @@ class Client:
             base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
         )
         self._adapter = {"adapter": adapter} if adapter else {}
+        self._model = _Model(self)
         self._tries = tries
         self._sleep = sleep
 
@@ -297,7 +299,7 @@ class Client:
         }
         if head:
             asked |= {"head": head, "context": dict(context or {})}
-        reply = self._ask("POST", "/v1/perturb", _whole(cells, prompts, asked | self._adapter))
+        reply = self._ask("POST", "/v1/perturb", _whole(cells, prompts, asked | self._adapter, self._model))
         return [
             _effect(item["perturbation"], name, part, reply)
             for item in reply["perturbations"]
@@ -372,7 +374,7 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         asked = {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
-        reply = self._ask("POST", "/v1/forecast", _whole(cells, prompts, asked | self._adapter))
+        reply = self._ask("POST", "/v1/forecast", _whole(cells, prompts, asked | self._adapter, self._model))
         return {name: _effect("", name, part, reply) for name, part in reply["effects"].items()}
 
     def generate(
@@ -483,7 +485,7 @@ class Client:
         asked = dict(asked) | self._adapter
         if isinstance(cells, str | os.PathLike):
             return _Answers([self._ask("POST", path, _file(cells, prompts, asked))])
-        given = read_cells(cells)
+        given = read_cells(cells, self._model)
         _check_said(prompts, given.n_cells)
         answered = [(piece, self._ask("POST", path, _body(piece, prompts, asked, media))) for piece in _pieces(given)]
         return _Answers([reply for _, reply in answered], np.concatenate([piece.rows for piece, _ in answered]))
@@ -509,6 +511,22 @@ class Client:
             if response.status_code not in RETRIED:
                 break
         raise last
+
+
+class _Model:
+    """What a server tells of its model; it is asked when something is wanted, once."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @cached_property
+    def _card(self) -> dict[str, Any]:
+        return self._client.models()[0]
+
+    @property
+    def measurements(self) -> list[str]:
+        """Those that it knows."""
+        return list(self._card["measurements"])
 
 
 def _sent(body: dict[str, Any] | Body | None) -> tuple[dict[str, str], dict[str, Any]]:
@@ -570,11 +588,11 @@ def _error(response: httpx.Response) -> SomaflowError:
     return InputRefused(where) if 400 <= status < 500 else SomaflowError(where)
 
 
-def _whole(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]) -> Body:
+def _whole(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any], model: _Model) -> Body:
     """Write all cells and what is asked of them."""
     if isinstance(cells, str | os.PathLike):
         return _file(cells, prompts, asked)
-    given = read_cells(cells)
+    given = read_cells(cells, model)
     if given.measured:
         partly = ", ".join(given.measured)
         raise InputRefused(

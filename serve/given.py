@@ -6,19 +6,23 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 
+from serve.h5ad import split_by_type
 from store.errors import InputRefused
 
 Measurements = dict[str, tuple[csr_matrix, list[str]]]
 EXAMPLES = 3
+STACK = 6
+"""Calls from a warning here to who asked the client."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,26 @@ class Given:
             yield rows, {name: (counts_CF[rows], features) for (name, (counts_CF, features)), there in named if there}
 
 
-def read_cells(cells: Any) -> Given:
+class Model(Protocol):
+    """What is told of the model that is to be asked."""
+
+    @property
+    def measurements(self) -> Collection[str]:
+        """Those that it knows."""
+        ...
+
+
+def read_cells(cells: Any, model: Model) -> Given:
     """Read cells in any form that the client takes.
 
     Measurements whose cells have names are paired by these. Cells of MuData may lack measurements; elsewhere all
-    measurements must have the same cells.
+    measurements must have the same cells. AnnData whose ``var["feature_types"]`` names 10x's types holds several
+    measurements; of these, what the model does not know is left out with a warning.
 
     Raises:
         InputRefused: The form is not known, or the measurements hold different cells.
     """
-    parts = _parts(cells)
+    parts = _parts(cells, model)
     if not parts:
         raise InputRefused("there are no measurements to send")
     given = _by_name(parts, [str(name) for name in cells.obs_names]) if hasattr(cells, "mod") else _paired(parts)
@@ -76,33 +90,53 @@ def read_cells(cells: Any) -> Given:
     return given
 
 
-def _parts(cells: Any) -> dict[str, Part]:
+def _parts(cells: Any, model: Model) -> dict[str, Part]:
     if isinstance(cells, list):
         return {"RNA": _of_dicts(cells)}
     if hasattr(cells, "mod"):
-        return {name: _of_anndata(part) for name, part in cells.mod.items()}
+        return {name: _of_anndata(part, name) for name, part in cells.mod.items()}
     if isinstance(cells, Mapping):
-        return {name: _of_part(part) for name, part in cells.items()}
+        return {name: _of_part(part, name) for name, part in cells.items()}
     if hasattr(cells, "X") and hasattr(cells, "var_names"):
-        return {"RNA": _of_anndata(cells)}
+        return _by_type(cells, model)
     raise InputRefused(
         f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, {{measurement: (csr, features)}} "
         "or a list of {feature: count}"
     )
 
 
-def _of_part(part: Any) -> Part:
+def _of_part(part: Any, name: str) -> Part:
     if hasattr(part, "var_names"):
-        return _of_anndata(part)
+        return _of_anndata(part, name)
     if isinstance(part, list):
         return _of_dicts(part)
     counts, features = part
     return Part(csr_matrix(counts), list(features))
 
 
-def _of_anndata(adata: Any) -> Part:
-    names = adata.var.get("feature_id", adata.var_names)
-    return Part(csr_matrix(adata.X), [str(name) for name in names], [str(name) for name in adata.obs_names])
+def _by_type(adata: Any, model: Model) -> dict[str, Part]:
+    """Read AnnData that holds what its features' types say, RNA where they say nothing."""
+    split = split_by_type(adata.var.get("feature_types", ()))
+    kept = list(split)
+    if len(split) > 1:
+        kept = [name for name in split if name in model.measurements] or kept
+    n_left = adata.shape[1] - sum(len(split[name]) for name in kept)
+    if kept and n_left:
+        warnings.warn(
+            f"{n_left:,} features are left out, of types in var['feature_types'] that are not {', '.join(kept)}; the "
+            f"model knows {', '.join(model.measurements)}",
+            stacklevel=STACK,
+        )
+    return {name: _of_anndata(adata, name) for name in kept or ["RNA"]}
+
+
+def _of_anndata(adata: Any, measurement: str) -> Part:
+    """Read one measurement; features of other types of 10x's, where there are some of its own, are not of it."""
+    names = np.asarray(adata.var.get("feature_id", adata.var_names), dtype=object)
+    columns = split_by_type(adata.var.get("feature_types", ())).get(measurement)
+    chosen = slice(None) if columns is None else columns
+    counts_CF = csr_matrix(adata.X)[:, chosen]
+    return Part(counts_CF, [str(name) for name in names[chosen]], [str(name) for name in adata.obs_names])
 
 
 def _of_dicts(cells: list[dict[str, float]]) -> Part:

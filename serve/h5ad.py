@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -224,11 +225,8 @@ def _features(file: Any, key: str, limits: Limits) -> pd.DataFrame:
 def _measurements(counts_CG: scipy.sparse.csr_matrix, table: pd.DataFrame) -> dict[str, NDArray[Any]]:
     if len(table) != counts_CG.shape[1]:
         raise FieldRefused("file", f"var has {len(table):,} features and the matrix {counts_CG.shape[1]:,} columns")
-    kinds = {"RNA": np.arange(len(table))}
-    if "feature_types" in table:
-        said = table["feature_types"].str.lower()
-        split = {name: np.flatnonzero((said == kind).to_numpy()) for kind, name in MEASUREMENT_OF.items()}
-        kinds = {name: columns for name, columns in split.items() if len(columns)} or kinds
+    kinds = split_by_type(table["feature_types"]) if "feature_types" in table else {}
+    kinds = kinds or {"RNA": np.arange(len(table))}
     arrays: dict[str, NDArray[Any]] = {}
     for name, columns in kinds.items():
         names = _names(table.iloc[columns])
@@ -240,6 +238,13 @@ def _measurements(counts_CG: scipy.sparse.csr_matrix, table: pd.DataFrame) -> di
             f"{name}/data": part.data.astype(np.float32 if part.dtype.kind in "fb" else np.int64),
         }
     return arrays
+
+
+def split_by_type(types: Iterable[object]) -> dict[str, NDArray[np.int64]]:
+    """Split features by 10x's types: measurement to positions; types that measure nothing here are in none."""
+    said = [MEASUREMENT_OF.get(str(kind).lower(), "") for kind in types]
+    split = {name: np.flatnonzero([one == name for one in said]) for name in MEASUREMENT_OF.values()}
+    return {name: columns for name, columns in split.items() if len(columns)}
 
 
 def _names(table: pd.DataFrame) -> pd.Series:

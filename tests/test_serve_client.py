@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import anndata
@@ -60,6 +61,13 @@ def body_of(media: str, content: bytes) -> dict[str, Any]:
                     arrays[name].astype(str if part == "features" else None).tolist()
                 )
         return json.loads(arrays["request"].tobytes()) | {"counts": counts}
+
+
+@dataclass(frozen=True)
+class Knows:
+    """What is told of a model."""
+
+    measurements: tuple[str, ...] = ("RNA", "protein")
 
 
 class InProcess(httpx.BaseTransport):
@@ -186,6 +194,29 @@ def test_cells_that_cannot_be_paired_are_refused(cells: Any, message: str) -> No
         client.embed(cells)
 
 
+def cite(antibodies: str = "Antibody Capture") -> anndata.AnnData:
+    """Genes G0 and CD4 (1, 2), and an antibody named like the second (50)."""
+    var = pd.DataFrame({"feature_types": ["Gene Expression"] * 2 + [antibodies]}, index=["G0", "G1", "antibody"])
+    var["feature_id"] = ["G0", "G1", "CD4"]
+    return anndata.AnnData(csr_matrix([[1.0, 2.0, 50.0]]), var=var)
+
+
+def test_features_of_several_types_in_one_anndata_are_several_measurements(served: Any) -> None:
+    client, transport = served
+    assert client.embed(cite()).values.tolist() == [[3, 50, 0, 1]]
+    assert client.embed({"RNA": cite()}).values.tolist() == [[3, 0, 0, 1]]
+    assert transport.bodies[-1]["counts"]["RNA"]["features"] == ["G0", "G1"]
+
+
+def test_features_of_types_that_nobody_can_use_are_left_out_with_a_warning(served: Any) -> None:
+    client, _ = served
+    with pytest.warns(UserWarning, match="1 features are left out") as caught:
+        assert client.embed(cite("Multiplexing Capture")).values.tolist() == [[3, 0, 0, 1]]
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="1 features are left out"):
+        assert list(read_cells(cite(), Knows(("RNA",))).measurements) == ["RNA"]
+
+
 @pytest.mark.filterwarnings("ignore:Observation names are not unique")  # that is what is asked
 def test_cells_whose_names_repeat_are_paired_in_one_order_only(served: Any) -> None:
     client, _ = served
@@ -267,7 +298,7 @@ def test_chunks_hold_every_cell_once_and_stay_small() -> None:
 
 
 def test_a_list_of_dictionaries_is_rna() -> None:
-    matrix, features = read_cells([{"G1": 1}, {"G2": 2, "G1": 3}]).measurements["RNA"]
+    matrix, features = read_cells([{"G1": 1}, {"G2": 2, "G1": 3}], Knows()).measurements["RNA"]
     assert features == ["G1", "G2"]
     assert matrix.toarray().tolist() == [[1, 0], [3, 2]]
 
