@@ -32,13 +32,15 @@ from store.errors import ConflictError, InputRefused, MissingError, SomaflowErro
 RETRIED = frozenset({429, 503})
 CHUNK_CELLS = 1_000
 CHUNK_COUNTS = 500_000
+AGAIN = 2
+"""How often parts are asked about again, of which another model told than of the others."""
 
 Said = str | float | Sequence[str] | Sequence[float]
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One row per cell, with the server's report; warnings and coverage are those of the first chunk that has any."""
+    """One row per cell, of one model, with the report of the first chunk that the server warned of, if of any."""
 
     values: NDArray[np.floating]
     coverage: dict[str, Any]
@@ -63,6 +65,10 @@ class _Piece:
 
     rows: NDArray[np.int64]
     measurements: Measurements
+
+
+_Answered = list[tuple[_Piece, dict[str, Any]]]
+"""Pieces and the replies about them."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,7 @@ class Client:
             InputRefused: The server cannot use the request; the message names the field.
             Overloaded: The server stays busy.
             Unavailable: Nobody answers, or no model is ready.
+            ConflictError: The server changed its model while it answered, again and again.
         """
         if encoding not in ("npz", "arrow"):
             raise InputRefused(f"encoding: {encoding!r} is not known; bodies are sent as npz or arrow")
@@ -487,7 +494,11 @@ class Client:
             return _Answers([self._ask("POST", path, _file(cells, prompts, asked))])
         given = read_cells(cells, self._model)
         _check_said(prompts, given.n_cells)
-        answered = [(piece, self._ask("POST", path, _body(piece, prompts, asked, media))) for piece in _pieces(given)]
+
+        def ask(piece: _Piece) -> _Answered:
+            return [(piece, self._ask("POST", path, _body(piece, prompts, asked, media)))]
+
+        answered = _of_one_model(ask, [one for piece in _pieces(given) for one in ask(piece)])
         return _Answers([reply for _, reply in answered], np.concatenate([piece.rows for piece, _ in answered]))
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
@@ -608,6 +619,31 @@ def _pieces(given: Given) -> Iterator[_Piece]:
         for span in chunks(measurements, CHUNK_CELLS, CHUNK_COUNTS):
             part = {name: (counts_CF[span], features) for name, (counts_CF, features) in measurements.items()}
             yield _Piece(rows[span], part)
+
+
+def _of_one_model(ask: Callable[[_Piece], _Answered], answered: _Answered) -> _Answered:
+    """Ask again about the pieces that another model answered than the last, so that one answers about all.
+
+    Raises:
+        ConflictError: The model changed again and again meanwhile.
+    """
+    last = _origin(answered[-1][1])
+    for _ in range(AGAIN):
+        fresh: _Answered = []
+        latest = last
+        for piece, reply in answered:
+            told = [(piece, reply)] if _origin(reply) == last else ask(piece)
+            latest = latest if told[0][1] is reply else _origin(told[-1][1])
+            fresh += told
+        answered, last = fresh, latest
+    if all(_origin(reply) == last for _, reply in answered):
+        return answered
+    raise ConflictError("the server changed its model while it answered, several times; ask again when it stays")
+
+
+def _origin(reply: dict[str, Any]) -> tuple[str, ...]:
+    """Return what made a reply; the numbers of two replies are to be compared only where it is the same."""
+    return tuple(str(reply["provenance"].get(name, "")) for name in ("model_sha256", "adapter_sha256"))
 
 
 def _body(piece: _Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any], media: str = NPZ) -> Body:

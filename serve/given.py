@@ -133,10 +133,11 @@ def _by_type(adata: Any, model: Model) -> dict[str, Part]:
 def _of_anndata(adata: Any, measurement: str) -> Part:
     """Read one measurement; features of other types of 10x's, where there are some of its own, are not of it."""
     names = np.asarray(adata.var.get("feature_id", adata.var_names), dtype=object)
+    counts_CF = csr_matrix(adata.X)
     columns = split_by_type(adata.var.get("feature_types", ())).get(measurement)
-    chosen = slice(None) if columns is None else columns
-    counts_CF = csr_matrix(adata.X)[:, chosen]
-    return Part(counts_CF, [str(name) for name in names[chosen]], [str(name) for name in adata.obs_names])
+    if columns is not None and len(columns) < len(names):
+        counts_CF, names = csr_matrix(counts_CF[:, columns]), names[columns]
+    return Part(counts_CF, [str(name) for name in names], [str(name) for name in adata.obs_names])
 
 
 def _of_dicts(cells: list[dict[str, float]]) -> Part:

@@ -25,7 +25,7 @@ from serve.given import chunks, read_cells
 from serve.npz import NPZ
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
-from store.errors import InputRefused, MissingError
+from store.errors import ConflictError, InputRefused, MissingError
 
 mudata.set_options(pull_on_update=False)  # as it will be by itself
 MODELS = {"models": [{"id": "tiny"}]}
@@ -276,6 +276,40 @@ def test_what_cannot_be_sent_is_refused_here_or_there(served: Any, cells: Any) -
 def test_values_that_are_not_finite_never_leave() -> None:
     with client_of() as client, pytest.raises(InputRefused, match="not finite"):
         client.embed([{"G0": float("nan")}])
+
+
+def by_model(*models: str) -> tuple[Client, list[httpx.Request]]:
+    """A client of a server whose model is another at each request: it tells its number as the cells' embedding."""
+    queue, asked = list(models), []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(200, json=MODELS)
+        asked.append(request)
+        model = queue.pop(0)
+        n_cells = len(body_of(NPZ, request.read())["counts"]["RNA"]["indptr"]) - 1
+        reply = {"embeddings": [[float(model)]] * n_cells, "coverage": {}, "warnings": []}
+        return httpx.Response(200, json=reply | {"provenance": {"model_sha256": model}})
+
+    return Client("http://test", transport=httpx.MockTransport(handle), sleep=lambda _: None), asked
+
+
+@pytest.mark.parametrize(
+    ("models", "answered"),
+    [("111", "111"), ("1222", "222"), ("11222", "222"), ("122333", "333"), ("122334", ""), ("1234567", "")],
+)
+def test_all_cells_are_answered_by_one_model_though_it_is_changed_meanwhile(
+    models: str, answered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "CHUNK_CELLS", 1)
+    client, asked = by_model(*models)
+    with client:
+        if answered:
+            assert client.embed([{"G0": 1}] * 3).values.ravel().tolist() == [float(one) for one in answered]
+        else:
+            with pytest.raises(ConflictError, match="changed its model"):
+                client.embed([{"G0": 1}] * 3)
+    assert len(asked) == len(models)
 
 
 @pytest.mark.parametrize("n_values", [1, 3])
