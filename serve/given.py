@@ -20,6 +20,32 @@ from serve.h5ad import split_by_type
 from store.errors import InputRefused
 
 Measurements = dict[str, tuple[csr_matrix, list[str]]]
+MEASUREMENT_OF_MODALITY = {
+    "rna": "RNA",
+    "gex": "RNA",
+    "gene expression": "RNA",
+    "mrna": "RNA",
+    "prot": "protein",
+    "protein": "protein",
+    "adt": "protein",
+    "rppa": "protein",
+    "atac": "ATAC",
+    "peaks": "ATAC",
+    "guide": "guide",
+    "crispr": "guide",
+    "grna": "guide",
+    "met": "methylation",
+    "meth": "methylation",
+    "dna_methylation": "methylation",
+    "methylation": "methylation",
+    "methylation_coverage": "methylation_coverage",
+    "coverage": "methylation_coverage",
+    "cov": "methylation_coverage",
+    "mirna": "miRNA",
+    "metabolite": "metabolite",
+    "metabolites": "metabolite",
+}
+"""What MuData's customary names of modalities (in lower case) stand for, as ``ingest`` takes them; others are ours."""
 EXAMPLES = 3
 STACK = 6
 """Calls from a warning here to who asked the client."""
@@ -94,7 +120,7 @@ def _parts(cells: Any, model: Model) -> dict[str, Part]:
     if isinstance(cells, list):
         return {"RNA": _of_dicts(cells)}
     if hasattr(cells, "mod"):
-        return {name: _of_anndata(part, name) for name, part in cells.mod.items()}
+        return _of_modalities(cells.mod)
     if isinstance(cells, Mapping):
         return {name: _of_part(part, name) for name, part in cells.items()}
     if hasattr(cells, "X") and hasattr(cells, "var_names"):
@@ -103,6 +129,20 @@ def _parts(cells: Any, model: Model) -> dict[str, Part]:
         f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, {{measurement: (csr, features)}} "
         "or a list of {feature: count}"
     )
+
+
+def _of_modalities(modalities: Mapping[str, Any]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    named: dict[str, str] = {}
+    for modality, part in modalities.items():
+        name = MEASUREMENT_OF_MODALITY.get(modality.lower(), modality)
+        if name in parts:
+            raise InputRefused(
+                f"the modalities {named[name]} and {modality} are {name} both; leave one out, or give "
+                "{measurement: AnnData} with the names of measurements"
+            )
+        parts[name], named[name] = _of_anndata(part, name), modality
+    return parts
 
 
 def _of_part(part: Any, name: str) -> Part:

@@ -118,6 +118,8 @@ def _read_file(content: bytes, layer: str, limits: Limits) -> tuple[dict[str, ND
         raise FieldRefused("file", "not a readable HDF5 file; send an h5ad as AnnData writes it") from None
     with file:
         check_hdf5(file, "file", budget_bytes=limits.unpacked_bytes)
+        if "mod" in file:
+            raise FieldRefused("file", "is MuData; send each modality as arrays, as serve.client does, or one as h5ad")
         for key in (layer and _key(layer),) if layer else _candidates(file):
             if key not in file:
                 raise FieldRefused("file", f"has no matrix {key}; it has {_known(file)}: name one in the part 'layer'")

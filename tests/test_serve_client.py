@@ -17,15 +17,17 @@ from fake_predictor import FakePredictor
 from scipy.sparse import csr_matrix
 from starlette.testclient import TestClient
 
+from ingest.sources import h5mu
 from serve import client as client_module
 from serve.app import make_app
 from serve.client import Client
 from serve.errors import Overloaded, Unavailable
-from serve.given import chunks, read_cells
+from serve.given import MEASUREMENT_OF_MODALITY, chunks, read_cells
 from serve.npz import NPZ
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import ConflictError, InputRefused, MissingError
+from store.export import MODALITY
 
 mudata.set_options(pull_on_update=False)  # as it will be by itself
 MODELS = {"models": [{"id": "tiny"}]}
@@ -192,6 +194,24 @@ def test_measurements_are_paired_by_the_names_of_their_cells(served: Any) -> Non
 def test_cells_that_cannot_be_paired_are_refused(cells: Any, message: str) -> None:
     with client_of() as client, pytest.raises(InputRefused, match=message):
         client.embed(cells)
+
+
+def test_modalities_of_mudata_have_their_customary_names(served: Any) -> None:
+    client, transport = served
+    parts = paired("cab")
+    exported = mudata.MuData({"rna": parts["RNA"], "prot": parts["protein"]})
+    assert client.embed(exported).values[:, 1].tolist() == [10, 20, 30]
+    assert set(transport.bodies[-1]["counts"]) == {"RNA", "protein"}
+    parts["protein"].obs_names = parts["RNA"].obs_names
+    with pytest.raises(InputRefused, match="rna and gex are RNA both"):
+        client.embed(mudata.MuData({"rna": parts["RNA"], "gex": parts["protein"]}))
+
+
+def test_customary_names_of_modalities_are_those_of_ingestion_and_of_exports() -> None:
+    assert MEASUREMENT_OF_MODALITY == h5mu.MEASUREMENT
+    assert {measurement: MEASUREMENT_OF_MODALITY[name] for measurement, name in MODALITY.items()} == {
+        measurement: measurement for measurement in MODALITY
+    }
 
 
 def cite(antibodies: str = "Antibody Capture") -> anndata.AnnData:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import httpx
 import numpy as np
 import pandas as pd
@@ -243,6 +244,13 @@ def test_columns_dense_matrices_ids_and_types_of_features_are_understood(client:
         reply = posted(client, file_of(adata, tmp_path)).json()
         assert reply["coverage"]["RNA"]["mapped"] == 2
         assert [cell[:2] for cell in reply["embeddings"]] == [[5, 0], [2, 1]]
+
+
+def test_mudata_in_a_form_is_refused_by_its_name(client: TestClient, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "cells.h5mu", "w") as file:
+        file.create_group("mod/rna")
+    content = (tmp_path / "cells.h5mu").read_bytes()
+    assert "is MuData" in check_problem(posted(client, content), 422)["detail"]
 
 
 @pytest.mark.parametrize(
