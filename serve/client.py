@@ -244,7 +244,8 @@ class Client:
             cells: AnnData, MuData or {measurement: AnnData} with raw counts in ``X``; {measurement: (csr, features)};
                 or a list of {feature: count}, taken as RNA. The path of an h5ad file is sent as the file that it is, in
                 one request; the server finds the raw counts in it. Measurements are paired by obs_names, in the order
-                of MuData's or of the first; only cells of MuData may lack some.
+                of MuData's or of the first; only cells of MuData may lack some. Of measurements that the
+                model knows as levels all that a sparse matrix stores is sent, and all but NaN of a dense one.
             prompts: What is known about the cells, one value for all or one per cell, in the order of the answer.
             normalize: Scale each embedding to length 1.
             dtype: ``float32`` or ``float16``.
@@ -539,6 +540,11 @@ class _Model:
         """Those that it knows."""
         return list(self._card["measurements"])
 
+    @property
+    def levels(self) -> list[str]:
+        """Those of them whose values are levels."""
+        return list(self._card.get("levels", ()))
+
 
 def _sent(body: dict[str, Any] | Body | None) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the headers of a request and what httpx is told to send."""
@@ -652,8 +658,6 @@ def _body(piece: _Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str,
     parts: Measurements = {}
     arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: json.dumps(message).encode()}
     for name, (part, features) in piece.measurements.items():
-        if not np.all(np.isfinite(part.data)):
-            raise InputRefused(f"counts.{name}: holds values that are not finite; send raw counts")
         used, indices = np.unique(part.indices, return_inverse=True)
         names = [features[column] for column in used] or features[:1]
         parts[name] = csr_matrix((part.data, indices, part.indptr), shape=(part.shape[0], len(names))), names

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix, issparse, vstack
 
 from serve.h5ad import split_by_type
 from store.errors import InputRefused
@@ -96,6 +96,11 @@ class Model(Protocol):
         """Those that it knows."""
         ...
 
+    @property
+    def levels(self) -> Collection[str]:
+        """Those of them whose values are levels: a zero is a value, NaN is missing."""
+        ...
+
 
 def read_cells(cells: Any, model: Model) -> Given:
     """Read cells in any form that the client takes.
@@ -118,11 +123,11 @@ def read_cells(cells: Any, model: Model) -> Given:
 
 def _parts(cells: Any, model: Model) -> dict[str, Part]:
     if isinstance(cells, list):
-        return {"RNA": _of_dicts(cells)}
+        return {"RNA": _of_dicts(cells, "RNA", model)}
     if hasattr(cells, "mod"):
-        return _of_modalities(cells.mod)
+        return _of_modalities(cells.mod, model)
     if isinstance(cells, Mapping):
-        return {name: _of_part(part, name) for name, part in cells.items()}
+        return {name: _of_part(part, name, model) for name, part in cells.items()}
     if hasattr(cells, "X") and hasattr(cells, "var_names"):
         return _by_type(cells, model)
     raise InputRefused(
@@ -131,7 +136,7 @@ def _parts(cells: Any, model: Model) -> dict[str, Part]:
     )
 
 
-def _of_modalities(modalities: Mapping[str, Any]) -> dict[str, Part]:
+def _of_modalities(modalities: Mapping[str, Any], model: Model) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     named: dict[str, str] = {}
     for modality, part in modalities.items():
@@ -141,17 +146,17 @@ def _of_modalities(modalities: Mapping[str, Any]) -> dict[str, Part]:
                 f"the modalities {named[name]} and {modality} are {name} both; leave one out, or give "
                 "{measurement: AnnData} with the names of measurements"
             )
-        parts[name], named[name] = _of_anndata(part, name), modality
+        parts[name], named[name] = _of_anndata(part, name, model), modality
     return parts
 
 
-def _of_part(part: Any, name: str) -> Part:
+def _of_part(part: Any, name: str, model: Model) -> Part:
     if hasattr(part, "var_names"):
-        return _of_anndata(part, name)
+        return _of_anndata(part, name, model)
     if isinstance(part, list):
-        return _of_dicts(part)
-    counts, features = part
-    return Part(csr_matrix(counts), list(features))
+        return _of_dicts(part, name, model)
+    values, features = part
+    return Part(_stored(values, name, model), list(features))
 
 
 def _by_type(adata: Any, model: Model) -> dict[str, Part]:
@@ -167,25 +172,50 @@ def _by_type(adata: Any, model: Model) -> dict[str, Part]:
             f"model knows {', '.join(model.measurements)}",
             stacklevel=STACK,
         )
-    return {name: _of_anndata(adata, name) for name in kept or ["RNA"]}
+    return {name: _of_anndata(adata, name, model) for name in kept or ["RNA"]}
 
 
-def _of_anndata(adata: Any, measurement: str) -> Part:
+def _of_anndata(adata: Any, measurement: str, model: Model) -> Part:
     """Read one measurement; features of other types of 10x's, where there are some of its own, are not of it."""
     names = np.asarray(adata.var.get("feature_id", adata.var_names), dtype=object)
-    counts_CF = csr_matrix(adata.X)
+    counts_CF = _stored(adata.X, measurement, model)
     columns = split_by_type(adata.var.get("feature_types", ())).get(measurement)
     if columns is not None and len(columns) < len(names):
         counts_CF, names = csr_matrix(counts_CF[:, columns]), names[columns]
     return Part(counts_CF, [str(name) for name in names], [str(name) for name in adata.obs_names])
 
 
-def _of_dicts(cells: list[dict[str, float]]) -> Part:
+def _of_dicts(cells: list[dict[str, float]], measurement: str, model: Model) -> Part:
     column = {name: position for position, name in enumerate(dict.fromkeys(name for cell in cells for name in cell))}
     indptr = np.cumsum([0, *(len(cell) for cell in cells)])
     indices = [column[name] for cell in cells for name in cell]
     data = [float(count) for cell in cells for count in cell.values()]
-    return Part(csr_matrix((data, indices, indptr), shape=(len(cells), len(column))), list(column))
+    counts_CF = csr_matrix((data, indices, indptr), shape=(len(cells), len(column)))
+    return Part(_stored(counts_CF, measurement, model), list(column))
+
+
+def _stored(values: Any, measurement: str, model: Model) -> csr_matrix:
+    """Return the values to send: all that a sparse matrix stores; of a table, counts that are not zero, or all levels.
+
+    Raises:
+        InputRefused: There are some that are not finite; of levels NaN may be, which is missing.
+    """
+    if issparse(values):
+        counts_CF = csr_matrix(values)
+    elif measurement in model.levels:
+        table_CF = np.asarray(values)
+        row, column = np.nonzero(~np.isnan(table_CF))
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(table_CF)))])
+        counts_CF = csr_matrix((table_CF[row, column], column, indptr), shape=table_CF.shape)
+    else:
+        counts_CF = csr_matrix(np.asarray(values))
+    missing = np.isnan(counts_CF.data)
+    if missing.any() and measurement in model.levels:
+        indptr = np.concatenate([[0], np.cumsum(~missing)])[counts_CF.indptr]
+        counts_CF = csr_matrix((counts_CF.data[~missing], counts_CF.indices[~missing], indptr), shape=counts_CF.shape)
+    if not np.isfinite(counts_CF.data).all():
+        raise InputRefused(f"counts.{measurement}: holds values that are not finite; send raw counts")
+    return counts_CF
 
 
 def _paired(parts: dict[str, Part]) -> Given:

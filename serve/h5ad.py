@@ -123,7 +123,7 @@ def _read_file(content: bytes, layer: str, limits: Limits) -> tuple[dict[str, ND
         for key in (layer and _key(layer),) if layer else _candidates(file):
             if key not in file:
                 raise FieldRefused("file", f"has no matrix {key}; it has {_known(file)}: name one in the part 'layer'")
-            counts_CG = _matrix(file[key], key, limits)
+            counts_CG = _matrix(file[key], key, limits, named=bool(layer))
             if layer or _whole(counts_CG.data):
                 return _measurements(counts_CG, _features(file, key, limits)), key
         raise FieldRefused(
@@ -153,8 +153,11 @@ def _whole(data_N: NDArray[Any]) -> bool:
     return bool(np.all(np.isfinite(some) & (some >= 0) & (some == np.floor(some))))
 
 
-def _matrix(element: Any, key: str, limits: Limits) -> scipy.sparse.csr_matrix:
-    """Read a matrix; its size is compared with the limits before anything is allocated for it."""
+def _matrix(element: Any, key: str, limits: Limits, *, named: bool) -> scipy.sparse.csr_matrix:
+    """Read a matrix; its size is compared with the limits before anything is allocated for it.
+
+    A table that somebody named and whose values are no counts may be one of levels: its zeros are values then.
+    """
     import scipy.sparse
 
     if hasattr(element, "keys"):
@@ -176,7 +179,7 @@ def _matrix(element: Any, key: str, limits: Limits) -> scipy.sparse.csr_matrix:
             f"{limits.features:,} and {limits.nonzeros:,}",
         )
     if form == "dense":
-        return _of_dense(element, key, limits)
+        return _of_dense(element, key, limits, maybe_levels=named)
     parts = (element["data"][()], element["indices"][()], element["indptr"][()])
     kind = scipy.sparse.csr_matrix if form.startswith("csr") else scipy.sparse.csc_matrix
     if parts[0].dtype.kind not in "iufb":
@@ -184,17 +187,29 @@ def _matrix(element: Any, key: str, limits: Limits) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix(kind(parts, shape=shape))
 
 
-def _of_dense(element: Any, key: str, limits: Limits) -> scipy.sparse.csr_matrix:
+def _of_dense(element: Any, key: str, limits: Limits, *, maybe_levels: bool) -> scipy.sparse.csr_matrix:
     import scipy.sparse
 
     step = max(1, SLAB // max(1, element.shape[1]))
+    starts = range(0, element.shape[0], step)
+    levels = maybe_levels and not all(_whole(element[start : start + step].ravel()) for start in starts)
     slabs, stored = [], 0
-    for start in range(0, element.shape[0], step):
-        slabs.append(scipy.sparse.csr_matrix(element[start : start + step]))
+    for start in starts:
+        table = element[start : start + step]
+        slabs.append(_all_of(table) if levels else scipy.sparse.csr_matrix(table))
         stored += slabs[-1].nnz
         if stored > limits.nonzeros:
             raise FieldRefused("file", f"{key}: more than {limits.nonzeros:,} counts; send fewer cells at a time")
     return scipy.sparse.csr_matrix(scipy.sparse.vstack(slabs) if slabs else element.shape)
+
+
+def _all_of(table: NDArray[Any]) -> scipy.sparse.csr_matrix:
+    """Store all values of a table, zeros too."""
+    import scipy.sparse
+
+    n_rows, n_columns = table.shape
+    columns = np.tile(np.arange(n_columns), n_rows)
+    return scipy.sparse.csr_matrix((table.ravel(), columns, np.arange(n_rows + 1) * n_columns), shape=table.shape)
 
 
 def _features(file: Any, key: str, limits: Limits) -> pd.DataFrame:

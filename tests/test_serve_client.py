@@ -70,6 +70,7 @@ class Knows:
     """What is told of a model."""
 
     measurements: tuple[str, ...] = ("RNA", "protein")
+    levels: tuple[str, ...] = ("protein",)
 
 
 class InProcess(httpx.BaseTransport):
@@ -214,6 +215,33 @@ def test_customary_names_of_modalities_are_those_of_ingestion_and_of_exports() -
     }
 
 
+@pytest.mark.parametrize("form", [np.asarray, csr_matrix])
+def test_of_levels_zeros_are_sent_and_what_is_missing_is_not(form: Any) -> None:
+    nan = np.nan
+    table = np.array([[0, nan, -1.5], [nan, 0, 2]])
+    stored = csr_matrix((np.array([0, -1.5, 0, 2, nan]), [0, 2, 1, 2, 0], [0, 2, 5]), shape=(2, 3))
+    values = table if form is np.asarray else stored
+    levels = {"RNA": (csr_matrix([[1], [0]]), ["G0"]), "protein": (values, ["a", "b", "c"])}
+    sent = read_cells(levels, Knows()).measurements["protein"][0]
+    assert [sent.indptr.tolist(), sent.indices.tolist(), sent.data.tolist()] == [
+        [0, 2, 4],
+        [0, 2, 1, 2],
+        [0, -1.5, 0, 2],
+    ]
+    with pytest.raises(InputRefused, match="RNA: holds values that are not finite"):
+        read_cells({"RNA": (values, ["a", "b", "c"])}, Knows())
+
+
+def test_zeros_that_are_stored_are_sent_as_they_are(served: Any) -> None:
+    client, transport = served
+    zeros = csr_matrix((np.array([0.0, 3.0]), [0, 1], [0, 2]), shape=(1, 2))
+    client.embed({"RNA": (zeros, ["G0", "G1"])})
+    client.embed([{"G0": 0, "G1": 3}])
+    assert [body["counts"]["RNA"]["data"] for body in transport.bodies] == [[0, 3], [0, 3]]
+    client.embed({"RNA": (zeros.toarray(), ["G0", "G1"])})
+    assert transport.bodies[-1]["counts"]["RNA"]["data"] == [3]
+
+
 def cite(antibodies: str = "Antibody Capture") -> anndata.AnnData:
     """Genes G0 and CD4 (1, 2), and an antibody named like the second (50)."""
     var = pd.DataFrame({"feature_types": ["Gene Expression"] * 2 + [antibodies]}, index=["G0", "G1", "antibody"])
@@ -293,11 +321,6 @@ def test_what_cannot_be_sent_is_refused_here_or_there(served: Any, cells: Any) -
         client.embed(cells)
 
 
-def test_values_that_are_not_finite_never_leave() -> None:
-    with client_of() as client, pytest.raises(InputRefused, match="not finite"):
-        client.embed([{"G0": float("nan")}])
-
-
 def by_model(*models: str) -> tuple[Client, list[httpx.Request]]:
     """A client of a server whose model is another at each request: it tells its number as the cells' embedding."""
     queue, asked = list(models), []
@@ -330,6 +353,13 @@ def test_all_cells_are_answered_by_one_model_though_it_is_changed_meanwhile(
             with pytest.raises(ConflictError, match="changed its model"):
                 client.embed([{"G0": 1}] * 3)
     assert len(asked) == len(models)
+
+
+def test_values_that_are_not_finite_never_leave() -> None:
+    client, asked = by_model("1")
+    with client, pytest.raises(InputRefused, match="not finite"):
+        client.embed([{"G0": float("nan")}])
+    assert asked == []
 
 
 @pytest.mark.parametrize("n_values", [1, 3])

@@ -26,6 +26,7 @@ from small_checkpoint import write_checkpoint
 from starlette.testclient import TestClient
 from test_serve_app import check_problem
 
+from serve import h5ad
 from serve.app import make_app
 from serve.arrow import ARROW, read_reply
 from serve.client import Client
@@ -244,6 +245,17 @@ def test_columns_dense_matrices_ids_and_types_of_features_are_understood(client:
         reply = posted(client, file_of(adata, tmp_path)).json()
         assert reply["coverage"]["RNA"]["mapped"] == 2
         assert [cell[:2] for cell in reply["embeddings"]] == [[5, 0], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("table", "stored"),
+    [([[0, 0.5], [-1, 0]], [0, 0.5, -1, 0]), ([[0, 1], [2, 0]], [1, 2]), ([[0, np.nan]], [0, np.nan])],
+)
+def test_zeros_of_a_named_table_of_levels_are_values(table: list[Any], stored: list[float], tmp_path: Path) -> None:
+    adata = anndata.AnnData(np.array(table, np.float32), var=pd.DataFrame(index=["G0", "G1"]))
+    form = httpx.Request("POST", "http://x", files={"file": file_of(adata, tmp_path)}, data={"layer": "X"})
+    _, arrays, _ = h5ad.read(form.headers["content-type"], form.read(), Limits())
+    np.testing.assert_array_equal(arrays["RNA/data"], stored)
 
 
 def test_mudata_in_a_form_is_refused_by_its_name(client: TestClient, tmp_path: Path) -> None:
