@@ -32,6 +32,8 @@ from store.errors import ConflictError, InputRefused, MissingError, SomaflowErro
 RETRIED = frozenset({429, 503})
 CHUNK_CELLS = 1_000
 CHUNK_COUNTS = 500_000
+FEWER = "send fewer"
+"""What the server says, besides its status, of a request that is too large."""
 AGAIN = 2
 """How often parts are asked about again, of which another model told than of the others."""
 
@@ -65,6 +67,20 @@ class _Piece:
 
     rows: NDArray[np.int64]
     measurements: Measurements
+
+    def part(self, span: slice) -> _Piece:
+        """Return some of them."""
+        parts = {name: (counts_CF[span], features) for name, (counts_CF, features) in self.measurements.items()}
+        return _Piece(self.rows[span], parts)
+
+    def halves(self) -> tuple[_Piece, _Piece]:
+        """Return the first half and the rest."""
+        middle = len(self.rows) // 2
+        return self.part(slice(0, middle)), self.part(slice(middle, None))
+
+
+class _TooLarge(InputRefused):
+    """The server takes no request of this size; it may take a smaller one."""
 
 
 _Answered = list[tuple[_Piece, dict[str, Any]]]
@@ -361,9 +377,10 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        options = {} if features is None else {"features": list(features)}
-        asked = {"measurement": measurement, "options": options}
-        answers = self._in_chunks("/v1/translate", cells, prompts, asked)
+        options: dict[str, Any] = {} if features is None else {"features": list(features)}
+        asked: dict[str, Any] = {"measurement": measurement, "options": options}
+        values = self._model.size(measurement) if features is None else len(asked["options"]["features"])
+        answers = self._in_chunks("/v1/translate", cells, prompts, asked, values=values)
         first = answers.replies[0]
         return Predicted(measurement, first["features"], answers.array("values"), first["unit"])
 
@@ -488,8 +505,9 @@ class Client:
         prompts: Mapping[str, Said] | None,
         asked: Mapping[str, Any],
         media: str = NPZ,
+        values: int = 0,
     ) -> _Answers:
-        """Ask about cells in chunks that the server accepts."""
+        """Ask about cells in chunks that the server accepts; of each so many values are wanted as its limits count."""
         asked = dict(asked) | self._adapter
         if isinstance(cells, str | os.PathLike):
             return _Answers([self._ask("POST", path, _file(cells, prompts, asked))])
@@ -497,9 +515,16 @@ class Client:
         _check_said(prompts, given.n_cells)
 
         def ask(piece: _Piece) -> _Answered:
-            return [(piece, self._ask("POST", path, _body(piece, prompts, asked, media)))]
+            try:
+                return [(piece, self._ask("POST", path, _body(piece, prompts, asked, media)))]
+            except _TooLarge:
+                if len(piece.rows) == 1:
+                    raise
+                return [one for half in piece.halves() for one in ask(half)]
 
-        answered = _of_one_model(ask, [one for piece in _pieces(given) for one in ask(piece)])
+        most_cells, most_counts = self._model.room(values)
+        pieces = _pieces(given, min(CHUNK_CELLS, most_cells), min(CHUNK_COUNTS, most_counts))
+        answered = _of_one_model(ask, [one for piece in pieces for one in ask(piece)])
         return _Answers([reply for _, reply in answered], np.concatenate([piece.rows for piece, _ in answered]))
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
@@ -526,7 +551,7 @@ class Client:
 
 
 class _Model:
-    """What a server tells of its model; it is asked when something is wanted, once."""
+    """What a server tells of its model and of its limits; it is asked when something is wanted, once."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -544,6 +569,18 @@ class _Model:
     def levels(self) -> list[str]:
         """Those of them whose values are levels."""
         return list(self._card.get("levels", ()))
+
+    def size(self, measurement: str) -> int:
+        """Return how many features it knows of a measurement, 0 where it does not know that."""
+        return int(self._card["measurements"].get(measurement, 0))
+
+    def room(self, values: int) -> tuple[int, int]:
+        """Return most cells and most counts of a request, where so many values are wanted of each cell."""
+        limits = self._card.get("limits", {})
+        most_cells = int(limits.get("cells", CHUNK_CELLS))
+        if values:
+            most_cells = min(most_cells, int(limits.get("values", values * most_cells)) // values)
+        return max(1, most_cells), max(1, int(limits.get("nonzeros", CHUNK_COUNTS)))
 
 
 def _sent(body: dict[str, Any] | Body | None) -> tuple[dict[str, str], dict[str, Any]]:
@@ -598,6 +635,8 @@ def _error(response: httpx.Response) -> SomaflowError:
         return Overloaded(where, int(asked) if asked.isdigit() else 1)
     if status in RETRIED or status == 504:
         return Unavailable(where)
+    if status == 413 or (status == 422 and FEWER in detail):
+        return _TooLarge(where)
     if status == 404:
         return MissingError(where)
     if status == 409:
@@ -619,12 +658,12 @@ def _whole(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, A
     return _body(_Piece(np.arange(given.n_cells), given.measurements), prompts, asked)
 
 
-def _pieces(given: Given) -> Iterator[_Piece]:
+def _pieces(given: Given, most_cells: int, most_counts: int) -> Iterator[_Piece]:
     """Cut cells into pieces of which the same was measured."""
     for rows, measurements in given.groups():
-        for span in chunks(measurements, CHUNK_CELLS, CHUNK_COUNTS):
-            part = {name: (counts_CF[span], features) for name, (counts_CF, features) in measurements.items()}
-            yield _Piece(rows[span], part)
+        whole = _Piece(rows, measurements)
+        for span in chunks(measurements, most_cells, most_counts):
+            yield whole.part(span)
 
 
 def _of_one_model(ask: Callable[[_Piece], _Answered], answered: _Answered) -> _Answered:

@@ -200,7 +200,8 @@ def _stored(values: Any, measurement: str, model: Model) -> csr_matrix:
     Raises:
         InputRefused: There are some that are not finite; of levels NaN may be, which is missing.
     """
-    if issparse(values):
+    sparse = bool(issparse(values))
+    if sparse:
         counts_CF = csr_matrix(values)
     elif measurement in model.levels:
         table_CF = np.asarray(values)

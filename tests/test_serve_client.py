@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +92,20 @@ class InProcess(httpx.BaseTransport):
         return httpx.Response(answer.status_code, content=answer.content, headers=dict(answer.headers))
 
 
-@pytest.fixture
-def served() -> Any:
+@contextmanager
+def serving(limits: Limits) -> Iterator[tuple[Client, InProcess]]:
     replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
-    with TestClient(make_app(replica, Limits())) as test_client:
+    with TestClient(make_app(replica, limits)) as test_client:
         transport = InProcess(test_client)
         with Client("http://test", transport=transport, sleep=lambda _: None) as client:
             yield client, transport
     replica.close()
+
+
+@pytest.fixture
+def served() -> Any:
+    with serving(Limits()) as both:
+        yield both
 
 
 def test_a_busy_server_is_asked_again_no_sooner_than_it_says() -> None:
@@ -353,6 +361,29 @@ def test_all_cells_are_answered_by_one_model_though_it_is_changed_meanwhile(
             with pytest.raises(ConflictError, match="changed its model"):
                 client.embed([{"G0": 1}] * 3)
     assert len(asked) == len(models)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"cells": 4}, {"nonzeros": 8}, {"values": 30}, {"values": 3}, {"body_bytes": 1_600}, {"unpacked_bytes": 1_400}],
+)
+def test_calls_of_any_size_work_within_the_limits_of_the_server(limits: dict[str, int]) -> None:
+    cells = [{"G0": number, "G1": 1} for number in range(1, 101)]
+    with serving(Limits(**limits)) as (client, _):
+        assert client.translate(cells, "protein").values[:, 0].tolist() == list(range(1, 101))
+        assert client.embed(cells).values[:, 3].tolist() == list(range(1, 101))
+
+
+@pytest.mark.parametrize("limits", [{"cells": 4}, {"nonzeros": 8}, {"values": 12}])
+def test_limits_that_the_server_tells_are_kept_from_the_first_request(limits: dict[str, int]) -> None:
+    with serving(Limits(**limits)) as (client, transport):
+        client.translate([{"G0": 1, "G1": 1}] * 100, "protein")
+        assert len(transport.bodies) == 25
+
+
+def test_one_cell_that_is_too_large_is_refused_as_the_server_does() -> None:
+    with serving(Limits(nonzeros=1)) as (client, _), pytest.raises(InputRefused, match="more than 1 counts"):
+        client.embed([{"G0": 1, "G1": 1}])
 
 
 def test_values_that_are_not_finite_never_leave() -> None:

@@ -344,7 +344,7 @@ class Through(httpx.BaseTransport):
         self.test_client, self.media = test_client, ""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        self.media = request.headers["content-type"].partition(";")[0]
+        self.media = request.headers.get("content-type", "").partition(";")[0]
         path, headers = request.url.raw_path.decode(), dict(request.headers)
         answer = self.test_client.request(request.method, path, content=request.read(), headers=headers)
         return httpx.Response(answer.status_code, content=answer.content, headers=dict(answer.headers))
