@@ -11,6 +11,7 @@ import json
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,8 +42,23 @@ Said = str | float | Sequence[str] | Sequence[float]
 
 
 @dataclass(frozen=True)
+class Report:
+    """What the server says of a question beside its answer.
+
+    Attributes:
+        coverage: Measurement to how much of it was understood, of the part of the cells in which that was least.
+        warnings: Of all parts, each once.
+        provenance: Which model answered, and what it learned from.
+    """
+
+    coverage: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Embeddings:
-    """One row per cell, of one model, with the report of the first chunk that the server warned of, if of any."""
+    """One row per cell, all of one model; the rest is as in :class:`Report`."""
 
     values: NDArray[np.floating]
     coverage: dict[str, Any]
@@ -94,6 +110,15 @@ class _Answers:
     replies: list[dict[str, Any]]
     rows: NDArray[np.int64] | None = None
 
+    def report(self) -> Report:
+        """Return what the replies say beside the answer."""
+        coverage: dict[str, Any] = {}
+        for reply in self.replies:
+            for name, part in reply.get("coverage", {}).items():
+                coverage[name] = min(coverage.get(name, part), part, key=lambda one: one["share_of_counts"])
+        told = dict.fromkeys(warning for reply in self.replies for warning in reply.get("warnings", ()))
+        return Report(coverage, list(told), self.replies[-1]["provenance"])
+
     def array(self, field: str) -> NDArray[Any]:
         """Return an array of the replies, a row for each cell."""
         values = np.concatenate([reply[field] for reply in self.replies])
@@ -124,12 +149,15 @@ class Effect:
 
 @dataclass(frozen=True)
 class Predicted:
-    """Expected values of a measurement, [cells, features]; ``unit`` says what they are."""
+    """Expected values of a measurement, [cells, features]; ``unit`` says what they are, :class:`Report` the rest."""
 
     measurement: str
     feature_id: list[str]
     values: NDArray[np.float32]
     unit: str
+    coverage: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,6 +170,7 @@ class Neighbors:
         distance: Euclidean, between embeddings.
         obs: Of each neighbour, what the lake says of it.
         types: Of each cell, its neighbours' types with their shares, largest first.
+        coverage, warnings, provenance: As in :class:`Report`.
     """
 
     index: str
@@ -149,6 +178,9 @@ class Neighbors:
     distance: NDArray[np.float32]
     obs: list[list[dict[str, Any]]]
     types: list[list[dict[str, Any]]]
+    coverage: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,7 +212,12 @@ class Client:
         tries: How often a request is sent before a busy or absent server becomes an error.
         transport: For tests.
         sleep: For tests.
+
+    Attributes:
+        last: What the server said beside its last answer about cells.
     """
+
+    last: Report
 
     def __init__(
         self,
@@ -200,6 +237,7 @@ class Client:
         )
         self._adapter = {"adapter": adapter} if adapter else {}
         self._model = _Model(self)
+        self.last = Report()
         self._tries = tries
         self._sleep = sleep
 
@@ -282,12 +320,11 @@ class Client:
         media = ARROW if encoding == "arrow" else NPZ
         answers = self._in_chunks("/v1/embed", cells, prompts, {"options": options}, media)
         replies = answers.replies
-        first = next((reply for reply in replies if reply["warnings"]), replies[0])
         named = {
             name: (part["features"], _vectors(replies[0], name))
             for name, part in replies[0].get("feature_embeddings", {}).items()
         }
-        return Embeddings(answers.array("embeddings"), first["coverage"], first["warnings"], first["provenance"], named)
+        return Embeddings(answers.array("embeddings"), **vars(self.last), features=named)
 
     def perturb(
         self,
@@ -323,7 +360,7 @@ class Client:
         }
         if head:
             asked |= {"head": head, "context": dict(context or {})}
-        reply = self._ask("POST", "/v1/perturb", _whole(cells, prompts, asked | self._adapter, self._model))
+        reply = self._about("/v1/perturb", _whole(cells, prompts, asked | self._adapter, self._model))
         return [
             _effect(item["perturbation"], name, part, reply)
             for item in reply["perturbations"]
@@ -342,7 +379,8 @@ class Client:
     ) -> list[dict[str, Any]]:
         """Tell the type of each cell: ``cell_type``, ``types`` with probabilities and ontology ids, ``covering``.
 
-        ``novelty_p`` is how likely a cell of a known kind is to look so strange.
+        ``novelty_p`` is how likely a cell of a known kind is to look so strange. What the server warns of is a warning
+        of Python's; coverage and provenance are in ``client.last``.
 
         Args:
             cells: As for :meth:`embed`.
@@ -356,7 +394,10 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         options = {"top": top, "cover": cover, "min_probability": min_probability, "min_novelty_p": min_novelty_p}
-        return self._in_chunks("/v1/annotate", cells, prompts, {"options": options}).cells()
+        told = self._in_chunks("/v1/annotate", cells, prompts, {"options": options}).cells()
+        for warning in self.last.warnings:
+            warnings.warn(warning, stacklevel=2)
+        return told
 
     def translate(
         self,
@@ -382,7 +423,7 @@ class Client:
         values = self._model.size(measurement) if features is None else len(asked["options"]["features"])
         answers = self._in_chunks("/v1/translate", cells, prompts, asked, values=values)
         first = answers.replies[0]
-        return Predicted(measurement, first["features"], answers.array("values"), first["unit"])
+        return Predicted(measurement, first["features"], answers.array("values"), first["unit"], **vars(self.last))
 
     def forecast(
         self, cells: Any, elapsed: float, *, prompts: Mapping[str, Said] | None = None, top: int = 20
@@ -399,7 +440,7 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         asked = {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
-        reply = self._ask("POST", "/v1/forecast", _whole(cells, prompts, asked | self._adapter, self._model))
+        reply = self._about("/v1/forecast", _whole(cells, prompts, asked | self._adapter, self._model))
         return {name: _effect("", name, part, reply) for name, part in reply["effects"].items()}
 
     def generate(
@@ -426,7 +467,7 @@ class Client:
         _check_said(prompts, n_cells)
         body = {"cells": n_cells, "measurement": measurement, "prompts": _said(prompts), "depth": depth, "seed": seed}
         body |= self._adapter
-        counts = self._ask("POST", "/v1/generate", body)["counts"]
+        counts = self._about("/v1/generate", body)["counts"]
         shape = (n_cells, len(counts["features"]))
         return csr_matrix((counts["data"], counts["indices"], counts["indptr"]), shape=shape), counts["features"]
 
@@ -466,6 +507,7 @@ class Client:
             distance=np.array([[one["distance"] for one in row] for row in rows], np.float32),
             obs=[[one["obs"] for one in row] for row in rows],
             types=[cell["types"] for cell in found],
+            **vars(self.last),
         )
 
     def job(self, lake: str, *, where: str = "", organism: str = "", name: str = "", replace: bool = False) -> Job:
@@ -510,7 +552,7 @@ class Client:
         """Ask about cells in chunks that the server accepts; of each so many values are wanted as its limits count."""
         asked = dict(asked) | self._adapter
         if isinstance(cells, str | os.PathLike):
-            return _Answers([self._ask("POST", path, _file(cells, prompts, asked))])
+            return self._noted(_Answers([self._ask("POST", path, _file(cells, prompts, asked))]))
         given = read_cells(cells, self._model)
         _check_said(prompts, given.n_cells)
 
@@ -525,7 +567,17 @@ class Client:
         most_cells, most_counts = self._model.room(values)
         pieces = _pieces(given, min(CHUNK_CELLS, most_cells), min(CHUNK_COUNTS, most_counts))
         answered = _of_one_model(ask, [one for piece in pieces for one in ask(piece)])
-        return _Answers([reply for _, reply in answered], np.concatenate([piece.rows for piece, _ in answered]))
+        rows = np.concatenate([piece.rows for piece, _ in answered])
+        return self._noted(_Answers([reply for _, reply in answered], rows))
+
+    def _about(self, path: str, body: dict[str, Any] | Body) -> dict[str, Any]:
+        """Ask one question in one request."""
+        return self._noted(_Answers([self._ask("POST", path, body)])).replies[0]
+
+    def _noted(self, answers: _Answers) -> _Answers:
+        """Keep what the server says beside its answer."""
+        self.last = answers.report()
+        return answers
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
         """Send a message, as JSON or in the form that it has; return the reply, with its array if there is one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from ingest.sources import h5mu
 from serve import client as client_module
 from serve.app import make_app
-from serve.client import Client
+from serve.client import Client, Report
 from serve.errors import Overloaded, Unavailable
 from serve.given import MEASUREMENT_OF_MODALITY, chunks, read_cells
 from serve.npz import NPZ
@@ -423,6 +423,33 @@ def test_nothing_is_retried_that_cannot_succeed() -> None:
     with client_of(httpx.Response(422, json={"detail": "no"}), pauses=pauses) as client, pytest.raises(InputRefused):
         client.models()
     assert pauses == []
+
+
+def test_every_question_says_who_answered_and_how_much_was_understood(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = served
+    monkeypatch.setattr(client_module, "CHUNK_CELLS", 1)
+    cells = [{"G0": 2}, {"G0": 3, "NOPE": 1}, {"G0": 0.5}, {"G0": 1.5}]
+    embedded, predicted = client.embed(cells), client.translate(cells, "protein")
+    for told in (embedded, predicted):
+        assert told.coverage["RNA"]["share_of_counts"] == 0.75
+        assert [warning[:11] for warning in told.warnings] == ["RNA: 100.0%"]
+        assert told.provenance["model_sha256"] == "a" * 64
+    with pytest.warns(UserWarning, match="no whole numbers") as caught:
+        client.annotate(cells)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert client.last == Report(embedded.coverage, embedded.warnings, embedded.provenance)
+    asks: list[Callable[[], Any]] = [
+        lambda: client.perturb([{"G0": 1}], ["G1"]),
+        lambda: client.forecast([{"G0": 1}], 1.0),
+        lambda: client.generate(1),
+    ]
+    for ask in asks:
+        client.last = Report()
+        ask()
+        assert client.last.provenance == embedded.provenance
+        assert client.last.warnings == []
 
 
 def test_features_are_listed_whole_or_in_part(served: Any) -> None:
