@@ -31,10 +31,14 @@ from serve.npz import NPZ, REPLY, REQUEST, unpacked, write_npz
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
 
 RETRIED = frozenset({429, 503})
+TROUBLE = frozenset({408, 500, 502, 503, 504})
+"""Asked again where no report says why: they come from what stands between, or from a server that died."""
 CHUNK_CELLS = 1_000
 CHUNK_COUNTS = 500_000
 FEWER = "send fewer"
 """What the server says, besides its status, of a request that is too large."""
+SAID = 200
+"""Characters of an answer that is no report, in errors."""
 AGAIN = 2
 """How often parts are asked about again, of which another model told than of the others."""
 
@@ -597,7 +601,7 @@ class Client:
             if response.is_success:
                 return _reply(response)
             last = _error(response)
-            if response.status_code not in RETRIED:
+            if response.status_code not in (RETRIED if _detail(response) else RETRIED | TROUBLE):
                 break
         raise last
 
@@ -674,18 +678,31 @@ def _pause_s(attempt: int, last: SomaflowError) -> float:
     return asked + random.uniform(0, min(8.0, 0.25 * 2**attempt))
 
 
-def _error(response: httpx.Response) -> SomaflowError:
+def _detail(response: httpx.Response) -> str:
+    """Return what a report says; empty where it is none of ours."""
     try:
-        report = response.json()
-        detail = str(report["detail"])
+        return str(response.json()["detail"])
     except (ValueError, KeyError, TypeError):
-        detail = f"status {response.status_code} without a report"
-    where = f"{response.request.url}: {detail}"
+        return ""
+
+
+def _unreported(response: httpx.Response) -> str:
+    """Say what came in the place of a report."""
+    said = " ".join(response.text.split())[:SAID]
+    where = f"status {response.status_code} without a report{f': {said}' if said else ''}"
+    if response.status_code in TROUBLE:
+        return f"{where}; the server or a proxy before it died or took too long; try again"
+    return where
+
+
+def _error(response: httpx.Response) -> SomaflowError:
+    detail = _detail(response)
+    where = f"{response.request.url}: {detail or _unreported(response)}"
     status = response.status_code
     if status in RETRIED and "retry-after" in response.headers:
         asked = response.headers["retry-after"]
         return Overloaded(where, int(asked) if asked.isdigit() else 1)
-    if status in RETRIED or status == 504:
+    if status in RETRIED or status == 504 or (status in TROUBLE and not detail):
         return Unavailable(where)
     if status == 413 or (status == 422 and FEWER in detail):
         return _TooLarge(where)

@@ -28,7 +28,7 @@ from serve.given import MEASUREMENT_OF_MODALITY, chunks, read_cells
 from serve.npz import NPZ
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
-from store.errors import ConflictError, InputRefused, MissingError
+from store.errors import ConflictError, InputRefused, MissingError, SomaflowError
 from store.export import MODALITY
 
 mudata.set_options(pull_on_update=False)  # as it will be by itself
@@ -130,12 +130,26 @@ def test_a_server_that_starts_late_is_waited_for() -> None:
         ([httpx.Response(413, json={"detail": "too large"})], InputRefused, "too large"),
         ([httpx.Response(404, json={"detail": "Not Found"})], MissingError, "Not Found"),
         ([httpx.Response(504, json={"detail": "late"})], Unavailable, "late"),
-        ([httpx.Response(502, text="<html>")], Exception, "status 502 without a report"),
+        ([httpx.Response(502, text="<html>")] * 3, Unavailable, "status 502 without a report: <html>"),
+        ([httpx.Response(408, text="Request 7 timed out after 60s.")] * 3, Unavailable, "timed out"),
+        ([httpx.Response(408, json={"detail": "came too slowly"})], InputRefused, "came too slowly"),
+        ([httpx.Response(500, json={"detail": "internal error"})], SomaflowError, "internal error"),
+        ([httpx.Response(418)], InputRefused, "status 418 without a report"),
+        ([httpx.Response(404, text="nothing")], MissingError, "nothing"),
     ],
 )
 def test_each_status_has_its_error(answers: list[Any], error: type[Exception], message: str) -> None:
     with client_of(*answers) as client, pytest.raises(error, match=message):
         client.models()
+
+
+@pytest.mark.parametrize("status", [408, 500, 502, 503, 504])
+def test_an_answer_without_a_report_is_the_servers_trouble_and_asked_again(status: int) -> None:
+    pauses: list[float] = []
+    plain = httpx.Response(status, text="Internal Server Error")
+    with client_of(plain, plain, httpx.Response(200, json=MODELS), pauses=pauses) as client:
+        assert client.models() == MODELS["models"]
+    assert len(pauses) == 2
 
 
 def test_readiness_never_raises() -> None:
