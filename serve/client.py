@@ -12,11 +12,13 @@ import os
 import random
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -39,6 +41,8 @@ FEWER = "send fewer"
 """What the server says, besides its status, of a request that is too large."""
 SAID = 200
 """Characters of an answer that is no report, in errors."""
+PAGE = 10_000
+"""Most features that the server lists at a time."""
 AGAIN = 2
 """How often parts are asked about again, of which another model told than of the others."""
 
@@ -270,14 +274,19 @@ class Client:
     def features(self, measurement: str = "", at_most: int | None = None) -> tuple[str, list[str]]:
         """List the feature ids of one measurement (empty: the model's first), which is named beside them."""
         name = measurement or next(iter(self.models()[0]["measurements"]))
-        ids: list[str] = []
-        while at_most is None or len(ids) < at_most:
-            size = 10_000 if at_most is None else min(10_000, at_most - len(ids))
-            page = self._ask("GET", f"/v1/features?measurement={name}&offset={len(ids)}&limit={size}")["features"]
+        return name, [feature["feature_id"] for feature in self._features(name, at_most)]
+
+    def _features(self, measurement: str, at_most: int | None = None) -> list[dict[str, Any]]:
+        """Ask for the features of one measurement, page by page."""
+        found: list[dict[str, Any]] = []
+        while at_most is None or len(found) < at_most:
+            size = PAGE if at_most is None else min(PAGE, at_most - len(found))
+            asked = f"measurement={quote(measurement, safe='')}&offset={len(found)}&limit={size}"
+            page = self._ask("GET", f"/v1/features?{asked}")["features"]
             if not page:
                 break
-            ids += [feature["feature_id"] for feature in page]
-        return name, ids
+            found += page
+        return found
 
     def ready(self) -> bool:
         """Say whether a model answers now; never raises, never retries."""
@@ -581,6 +590,8 @@ class Client:
     def _noted(self, answers: _Answers) -> _Answers:
         """Keep what the server says beside its answer."""
         self.last = answers.report()
+        if self._model.is_another(self.last.provenance):
+            self._model = _Model(self)
         return answers
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
@@ -612,9 +623,26 @@ class _Model:
     def __init__(self, client: Client) -> None:
         self._client = client
 
+        self._names: dict[str, frozenset[str]] = {}
+
     @cached_property
     def _card(self) -> dict[str, Any]:
         return self._client.models()[0]
+
+    def is_another(self, provenance: Mapping[str, Any]) -> bool:
+        """Say whether a reply is of another model than what was told."""
+        told = self.__dict__.get("_card", {}).get("provenance", {}).get("model_sha256")
+        return told not in (None, provenance.get("model_sha256"))
+
+    def known(self, measurement: str, names: Sequence[str]) -> int:
+        """Count the ids and symbols among some names by which it knows a feature of a measurement."""
+        if measurement not in self._names:
+            features = self._client._features(measurement) if self.size(measurement) else []
+            symbols = Counter(feature["feature_name"] for feature in features)
+            alone = {name for name, n in symbols.items() if n == 1}
+            self._names[measurement] = frozenset(alone | {feature["feature_id"] for feature in features})
+        mine = self._names[measurement]
+        return sum(name in mine or (name.startswith("ENS") and name.partition(".")[0] in mine) for name in names)
 
     @property
     def measurements(self) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, issparse, vstack
 
-from serve.h5ad import split_by_type
+from serve.h5ad import ID_COLUMNS, split_by_type
 from store.errors import InputRefused
 
 Measurements = dict[str, tuple[csr_matrix, list[str]]]
@@ -101,6 +101,10 @@ class Model(Protocol):
         """Those of them whose values are levels: a zero is a value, NaN is missing."""
         ...
 
+    def known(self, measurement: str, names: Sequence[str]) -> int:
+        """Count the names by which it knows a feature."""
+        ...
+
 
 def read_cells(cells: Any, model: Model) -> Given:
     """Read cells in any form that the client takes.
@@ -177,12 +181,23 @@ def _by_type(adata: Any, model: Model) -> dict[str, Part]:
 
 def _of_anndata(adata: Any, measurement: str, model: Model) -> Part:
     """Read one measurement; features of other types of 10x's, where there are some of its own, are not of it."""
-    names = np.asarray(adata.var.get("feature_id", adata.var_names), dtype=object)
     counts_CF = _stored(adata.X, measurement, model)
-    columns = split_by_type(adata.var.get("feature_types", ())).get(measurement)
-    if columns is not None and len(columns) < len(names):
-        counts_CF, names = csr_matrix(counts_CF[:, columns]), names[columns]
-    return Part(counts_CF, [str(name) for name in names], [str(name) for name in adata.obs_names])
+    columns = split_by_type(adata.var.get("feature_types", ())).get(measurement, np.arange(counts_CF.shape[1]))
+    if len(columns) < counts_CF.shape[1]:
+        counts_CF = csr_matrix(counts_CF[:, columns])
+    return Part(counts_CF, _names(adata, columns, measurement, model), [str(name) for name in adata.obs_names])
+
+
+def _names(adata: Any, columns: NDArray[np.int64], measurement: str, model: Model) -> list[str]:
+    """Return the features' names in that column of var, or its index, by which the model knows most of them."""
+    table = {name: adata.var[name] for name in ID_COLUMNS if name in adata.var}
+    first, index = table.pop("feature_id", None), adata.var_names
+    found: list[list[str]] = []
+    for column in (first, index, *table.values()):
+        names = [] if column is None else [str(name) for name in np.asarray(column, dtype=object)[columns]]
+        if names and names not in found:
+            found.append(names)
+    return max(found, key=lambda names: model.known(measurement, names)) if len(found) > 1 else [*found, []][0]
 
 
 def _of_dicts(cells: list[dict[str, float]], measurement: str, model: Model) -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,9 @@ class Knows:
 
     measurements: tuple[str, ...] = ("RNA", "protein")
     levels: tuple[str, ...] = ("protein",)
+
+    def known(self, measurement: str, names: Sequence[str]) -> int:
+        return 0
 
 
 class InProcess(httpx.BaseTransport):
@@ -194,6 +197,22 @@ def paired(order: str, cells: str = "abc") -> dict[str, anndata.AnnData]:
         "RNA": rna,
         "protein": anndata.AnnData(counts, pd.DataFrame(index=list(order)), pd.DataFrame(index=["CD4"])),
     }
+
+
+def test_features_go_by_the_column_of_var_that_the_model_knows_best(served: Any) -> None:
+    client, transport = served
+    ids = [f"ENSG{i:011d}" for i in range(3)]
+    adata = counted(2)
+    for column, names in (("gene_ids", [f"ENSG{i:011d}" for i in range(100, 103)]), ("ensembl_id", [*ids[:2], "x"])):
+        adata.var[column] = names  # nothing of the first, and fewer of the second
+        client.embed(adata)
+        assert transport.bodies[-1]["counts"]["RNA"]["features"] == ["G0", "G1"]
+    adata.var_names = ["TWIN", "y", "z"]
+    client.embed(adata)
+    assert transport.bodies[-1]["counts"]["RNA"]["features"] == ids[:2]
+    adata.var["feature_id"] = [f"{name}.7" for name in ids]
+    client.embed(adata)
+    assert transport.bodies[-1]["counts"]["RNA"]["features"] == [f"{name}.7" for name in ids[:2]]
 
 
 def test_measurements_are_paired_by_the_names_of_their_cells(served: Any) -> None:
@@ -469,4 +488,6 @@ def test_every_question_says_who_answered_and_how_much_was_understood(
 def test_features_are_listed_whole_or_in_part(served: Any) -> None:
     client, _ = served
     assert client.features(at_most=2) == ("RNA", ["ENSG00000000000", "ENSG00000000001"])
+    with pytest.raises(InputRefused, match="does not know 'RN A&x=1'"):
+        client.features("RN A&x=1")
     assert client.features("protein") == ("protein", ["P0", "P1", "P2"])
