@@ -46,7 +46,9 @@ PAGE = 10_000
 AGAIN = 2
 """How often parts are asked about again, of which another model told than of the others."""
 
-Said = str | float | Sequence[str] | Sequence[float]
+Said = str | float | np.generic | Sequence[str] | Sequence[float] | NDArray[Any]
+ONE = (str, int, float, np.generic)
+"""One value of a prompt, for all cells."""
 
 
 @dataclass(frozen=True)
@@ -309,10 +311,11 @@ class Client:
 
         Args:
             cells: AnnData, MuData or {measurement: AnnData} with raw counts in ``X``; {measurement: (csr, features)};
-                or a list of {feature: count}, taken as RNA. The path of an h5ad file is sent as the file that it is, in
-                one request; the server finds the raw counts in it. Measurements are paired by obs_names, in the order
-                of MuData's or of the first; only cells of MuData may lack some. Of measurements that the
-                model knows as levels all that a sparse matrix stores is sent, and all but NaN of a dense one.
+                or a DataFrame of cells x features or a list of {feature: count}, both taken as RNA. Measurements are
+                paired by obs_names, in the order of MuData's or of the first; only cells of MuData may lack some. Of
+                measurements that the model knows as levels all that a sparse matrix stores is sent, and all but NaN of
+                a dense one. The path of an h5ad file is sent as the file that it is, in one request; the server finds
+                the raw counts in it.
             prompts: What is known about the cells, one value for all or one per cell, in the order of the answer.
             normalize: Scale each embedding to length 1.
             dtype: ``float32`` or ``float16``.
@@ -669,12 +672,29 @@ class _Model:
 
 def _sent(body: dict[str, Any] | Body | None) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the headers of a request and what httpx is told to send."""
+    if body is None:
+        return {}, {}
     if not isinstance(body, Body):
-        return {}, {"json": body}
+        return {"Content-Type": "application/json"}, {"content": _json(body)}
     if body.media == FORM:
         parts = {"file": ("cells.h5ad", body.content, "application/x-hdf5"), "request": (None, body.request)}
         return {"Accept": f"{NPZ}, application/json"}, {"files": parts}
     return {"Content-Type": body.media, "Accept": f"{body.media}, application/json"}, {"content": body.content}
+
+
+def _json(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Return what numpy has as JSON has it.
+
+    Raises:
+        InputRefused: JSON has nothing like it.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise InputRefused(f"a request holds texts, numbers and lists, not {type(value).__name__}")
 
 
 def _reply(response: httpx.Response) -> dict[str, Any]:
@@ -792,7 +812,7 @@ def _body(piece: _Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str,
     """Write some cells and what is asked of them."""
     message = {"prompts": _said(prompts, piece.rows), **asked}
     parts: Measurements = {}
-    arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: json.dumps(message).encode()}
+    arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: _json(message)}
     for name, (part, features) in piece.measurements.items():
         used, indices = np.unique(part.indices, return_inverse=True)
         names = [features[column] for column in used] or features[:1]
@@ -808,18 +828,25 @@ def _body(piece: _Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str,
 
 def _file(path: str | os.PathLike[str], prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]) -> Body:
     """Write what is asked of an h5ad file's cells, beside the file."""
+    _check_said(prompts)
     message = {"prompts": _said(prompts), **asked}
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise MissingError(f"{path}: cannot be read: {error.strerror}; give the path of an h5ad file") from None
-    return Body(FORM, content, json.dumps(message))
+    return Body(FORM, content, _json(message).decode())
 
 
-def _check_said(prompts: Mapping[str, Said] | None, n_cells: int) -> None:
-    """Refuse prompts that are said of more or fewer cells than there are."""
+def _check_said(prompts: Mapping[str, Said] | None, n_cells: int | None = None) -> None:
+    """Refuse prompts that say nothing, or are said of more or fewer cells than there are."""
     for name, value in (prompts or {}).items():
-        if not isinstance(value, str | float | int) and len(value) != n_cells:
+        if isinstance(value, ONE):
+            continue
+        if not hasattr(value, "__len__") or isinstance(value, Mapping):
+            raise InputRefused(
+                f"prompts.{name}: cannot use {type(value).__name__}; say a text or a number, one per cell, or nothing"
+            )
+        if n_cells is not None and len(value) != n_cells:
             raise InputRefused(f"prompts.{name}: {len(value):,} values for {n_cells:,} cells; say one, or one per cell")
 
 
@@ -827,7 +854,7 @@ def _said(prompts: Mapping[str, Said] | None, rows: NDArray[np.int64] | None = N
     """Return what is said of some of the cells, or of all."""
     message: dict[str, Any] = {}
     for name, value in (prompts or {}).items():
-        if isinstance(value, str | float | int):
+        if isinstance(value, ONE):
             message[name] = value
         else:
             values = list(value)

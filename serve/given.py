@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -119,7 +120,7 @@ def read_cells(cells: Any, model: Model) -> Given:
     parts = _parts(cells, model)
     if not parts:
         raise InputRefused("there are no measurements to send")
-    given = _by_name(parts, [str(name) for name in cells.obs_names]) if hasattr(cells, "mod") else _paired(parts)
+    given = _by_name(parts, [str(name) for name in cells.obs_names]) if _is_mudata(cells) else _paired(parts)
     if given.n_cells == 0:
         raise InputRefused("there are no cells to send")
     return given
@@ -128,16 +129,36 @@ def read_cells(cells: Any, model: Model) -> Given:
 def _parts(cells: Any, model: Model) -> dict[str, Part]:
     if isinstance(cells, list):
         return {"RNA": _of_dicts(cells, "RNA", model)}
-    if hasattr(cells, "mod"):
+    if _is_mudata(cells):
         return _of_modalities(cells.mod, model)
     if isinstance(cells, Mapping):
         return {name: _of_part(part, name, model) for name, part in cells.items()}
     if hasattr(cells, "X") and hasattr(cells, "var_names"):
         return _by_type(cells, model)
-    raise InputRefused(
-        f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, {{measurement: (csr, features)}} "
-        "or a list of {feature: count}"
+    if _is_table(cells):
+        return {"RNA": _of_table(cells, "RNA", model)}
+    raise _unreadable(cells)
+
+
+def _unreadable(cells: Any) -> InputRefused:
+    return InputRefused(
+        f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, a DataFrame of cells x features, "
+        "{measurement: (csr, features)} or a list of {feature: count}"
     )
+
+
+def _is_mudata(cells: Any) -> bool:
+    return isinstance(getattr(cells, "mod", None), Mapping)
+
+
+def _is_table(cells: Any) -> bool:
+    return hasattr(cells, "columns") and hasattr(cells, "index") and hasattr(cells, "to_numpy")
+
+
+def _of_table(table: Any, measurement: str, model: Model) -> Part:
+    """Read a DataFrame of cells x features."""
+    values = _stored(table.to_numpy(), measurement, model)
+    return Part(values, [str(name) for name in table.columns], [str(name) for name in table.index])
 
 
 def _of_modalities(modalities: Mapping[str, Any], model: Model) -> dict[str, Part]:
@@ -159,6 +180,10 @@ def _of_part(part: Any, name: str, model: Model) -> Part:
         return _of_anndata(part, name, model)
     if isinstance(part, list):
         return _of_dicts(part, name, model)
+    if _is_table(part):
+        return _of_table(part, name, model)
+    if not isinstance(part, tuple) or len(part) != 2:
+        raise _unreadable(part)
     values, features = part
     return Part(_stored(values, name, model), list(features))
 
@@ -181,6 +206,14 @@ def _by_type(adata: Any, model: Model) -> dict[str, Part]:
 
 def _of_anndata(adata: Any, measurement: str, model: Model) -> Part:
     """Read one measurement; features of other types of 10x's, where there are some of its own, are not of it."""
+    if getattr(adata, "isbacked", False):
+        raise InputRefused(
+            "AnnData that is backed by a file is not read here; give adata[rows].to_memory(), some cells at a time, or "
+            "the path of the file, which is sent whole"
+        )
+    if adata.X is None:
+        layers = ", ".join(map(str, getattr(adata, "layers", ()))) or "none"
+        raise InputRefused(f"AnnData has no X; it has the layers {layers}: put the raw counts there, adata.X = ...")
     counts_CF = _stored(adata.X, measurement, model)
     columns = split_by_type(adata.var.get("feature_types", ())).get(measurement, np.arange(counts_CF.shape[1]))
     if len(columns) < counts_CF.shape[1]:
@@ -209,22 +242,41 @@ def _of_dicts(cells: list[dict[str, float]], measurement: str, model: Model) -> 
     return Part(_stored(counts_CF, measurement, model), list(column))
 
 
+def _numbers(values: Any, measurement: str) -> NDArray[Any]:
+    """Return a table of numbers."""
+    table = np.asarray(values)
+    if table.dtype == object:
+        with suppress(TypeError, ValueError):
+            table = table.astype(np.float64)
+    if table.ndim != 2 or table.dtype.kind not in "iufb":
+        raise InputRefused(
+            f"counts.{measurement}: cannot use values of type {table.dtype} in {table.ndim} dimensions; give a "
+            "matrix of numbers, cells x features"
+        )
+    return table
+
+
+def _found(table_CF: NDArray[Any]) -> csr_matrix:
+    """Store all levels of a table that are not missing, zeros too."""
+    row, column = np.nonzero(~np.isnan(table_CF))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(table_CF)))])
+    return csr_matrix((table_CF[row, column], column, indptr), shape=table_CF.shape)
+
+
 def _stored(values: Any, measurement: str, model: Model) -> csr_matrix:
     """Return the values to send: all that a sparse matrix stores; of a table, counts that are not zero, or all levels.
 
     Raises:
-        InputRefused: There are some that are not finite; of levels NaN may be, which is missing.
+        InputRefused: Some are no numbers or not finite; of levels NaN may be, which is missing.
     """
     sparse = bool(issparse(values))
     if sparse:
         counts_CF = csr_matrix(values)
-    elif measurement in model.levels:
-        table_CF = np.asarray(values)
-        row, column = np.nonzero(~np.isnan(table_CF))
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(table_CF)))])
-        counts_CF = csr_matrix((table_CF[row, column], column, indptr), shape=table_CF.shape)
     else:
-        counts_CF = csr_matrix(np.asarray(values))
+        table_CF = _numbers(values, measurement)
+        counts_CF = _found(table_CF) if measurement in model.levels else csr_matrix(table_CF)
+    if counts_CF.dtype.kind == "b":
+        counts_CF = counts_CF.astype(np.uint8)
     missing = np.isnan(counts_CF.data)
     if missing.any() and measurement in model.levels:
         indptr = np.concatenate([[0], np.cumsum(~missing)])[counts_CF.indptr]

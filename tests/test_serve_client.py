@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anndata
@@ -417,6 +418,53 @@ def test_limits_that_the_server_tells_are_kept_from_the_first_request(limits: di
 def test_one_cell_that_is_too_large_is_refused_as_the_server_does() -> None:
     with serving(Limits(nonzeros=1)) as (client, _), pytest.raises(InputRefused, match="more than 1 counts"):
         client.embed([{"G0": 1, "G1": 1}])
+
+
+def test_numbers_of_numpy_are_numbers(served: Any) -> None:
+    client, transport = served
+    cells = [{"G0": np.int64(1)}, {"G0": np.float32(2)}]
+    client.embed(cells, prompts={"time": np.int64(3), "dose": np.array([0.5, 1]), "tissue": np.array(["lung", ""])})
+    assert transport.bodies[-1]["prompts"] == {"time": 3, "dose": [0.5, 1], "tissue": ["lung", ""]}
+    client.embed(cells, prompts={"time": np.array([1, 2]), "tissue": pd.Series(["lung", "blood"], index=["b", "a"])})
+    assert transport.bodies[-1]["prompts"] == {"time": [1, 2], "tissue": ["lung", "blood"]}
+    counts, _ = client.generate(np.int64(2), depth=np.float32(10), seed=np.int64(4), prompts={"time": np.float32(1)})
+    assert counts.toarray().tolist() == [[14], [14]]
+    assert client.annotate(cells, top=np.int64(1))
+    assert client.perturb(cells, np.array(["G1"]), top=np.int64(1))
+
+
+def backed(folder: Path) -> anndata.AnnData:
+    counted(2).write_h5ad(folder / "cells.h5ad")
+    return anndata.read_h5ad(folder / "cells.h5ad", backed="r")
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda client, _: client.embed([{"G0": 1}], prompts={"tissue": None}), "prompts.tissue: cannot use NoneType"),
+        (lambda client, at: client.embed(at / "cells.h5ad", prompts={"tissue": {"a": 1}}), "cannot use dict"),
+        (lambda client, _: client.embed([{"G0": 1}], prompts={"time": [{1}]}), "not set"),
+        (lambda client, at: client.embed(backed(at)), "to_memory"),
+        (lambda client, _: client.embed(anndata.AnnData(var=pd.DataFrame(index=["G0"]))), "has no X; .* layers none"),
+        (lambda client, _: client.embed(pd.DataFrame({"G0": ["a"]})), "RNA: cannot use values of type object"),
+        (lambda client, _: client.embed({"RNA": 7}), "cannot read counts from int"),
+        (lambda client, _: client.embed({"RNA": (np.ones(2), ["G0"])}), "in 1 dimensions"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_words(ask: Any, message: str, tmp_path: Path) -> None:
+    client, asked = by_model("1")
+    with client, pytest.raises(InputRefused, match=message):
+        ask(client, tmp_path)
+    assert asked == []
+
+
+def test_a_table_of_cells_and_features_is_rna(served: Any) -> None:
+    client, _ = served
+    table = pd.DataFrame({"G0": [1, 2], "G1": [0, 5]}, index=["a", "b"])
+    assert client.embed(table).values[:, 0].tolist() == [1, 7]
+    assert client.embed(table > 0).values[:, 0].tolist() == [1, 2]
+    protein = pd.DataFrame({"CD4": [30, 20]}, index=["b", "a"])
+    assert client.embed({"RNA": table, "protein": protein}).values[:, :2].tolist() == [[1, 20], [7, 30]]
 
 
 def test_values_that_are_not_finite_never_leave() -> None:
