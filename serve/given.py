@@ -141,8 +141,9 @@ def _parts(cells: Any, model: Model) -> dict[str, Part]:
 
 
 def _unreadable(cells: Any) -> InputRefused:
+    kind = f"a list of {type(cells[0]).__name__}" if isinstance(cells, list) else type(cells).__name__
     return InputRefused(
-        f"cannot read counts from {type(cells).__name__}; give AnnData, MuData, a DataFrame of cells x features, "
+        f"cannot read counts from {kind}; give AnnData, MuData, a DataFrame of cells x features, "
         "{measurement: (csr, features)} or a list of {feature: count}"
     )
 
@@ -184,8 +185,10 @@ def _of_part(part: Any, name: str, model: Model) -> Part:
         return _of_table(part, name, model)
     if not isinstance(part, tuple) or len(part) != 2:
         raise _unreadable(part)
-    values, features = part
-    return Part(_stored(values, name, model), list(features))
+    counts_CF, features = _stored(part[0], name, model), list(part[1])
+    if len(features) != counts_CF.shape[1]:
+        raise InputRefused(f"counts.{name}: {len(features):,} features for {counts_CF.shape[1]:,} columns; name each")
+    return Part(counts_CF, features)
 
 
 def _by_type(adata: Any, model: Model) -> dict[str, Part]:
@@ -234,10 +237,16 @@ def _names(adata: Any, columns: NDArray[np.int64], measurement: str, model: Mode
 
 
 def _of_dicts(cells: list[dict[str, float]], measurement: str, model: Model) -> Part:
+    strange = next((cell for cell in cells if not isinstance(cell, Mapping)), None)
+    if strange is not None:
+        raise _unreadable([strange])
     column = {name: position for position, name in enumerate(dict.fromkeys(name for cell in cells for name in cell))}
     indptr = np.cumsum([0, *(len(cell) for cell in cells)])
     indices = [column[name] for cell in cells for name in cell]
-    data = [float(count) for cell in cells for count in cell.values()]
+    try:
+        data = [float(count) for cell in cells for count in cell.values()]
+    except (TypeError, ValueError) as error:
+        raise InputRefused(f"counts.{measurement}: {error}; give {{feature: count}} with numbers") from None
     counts_CF = csr_matrix((data, indices, indptr), shape=(len(cells), len(column)))
     return Part(_stored(counts_CF, measurement, model), list(column))
 
