@@ -416,7 +416,7 @@ def test_limits_that_the_server_tells_are_kept_from_the_first_request(limits: di
 
 
 def test_one_cell_that_is_too_large_is_refused_as_the_server_does() -> None:
-    with serving(Limits(nonzeros=1)) as (client, _), pytest.raises(InputRefused, match="more than 1 counts"):
+    with serving(Limits(nonzeros=1)) as (client, _), pytest.raises(InputRefused, match="send fewer cells"):
         client.embed([{"G0": 1, "G1": 1}])
 
 
