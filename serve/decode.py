@@ -179,14 +179,17 @@ class Decoder:
         matrices: dict[str, csr_matrix] = {}
         coverage: dict[str, Coverage] = {}
         left_out: list[CoverageTooLow] = []
+        silent: dict[str, csr_matrix] = {}
         for name, part in counts.items():
             where, levels = f"counts.{name}", name in self._levels
-            entries = _entries(part, where, self._limits, levels=levels)
+            entries = _entries(_known_best(part, self._indices[name]), where, self._limits, levels=levels)
             fractional, has_any = _fractional(entries.data_N), bool(levels or entries.data_N.any())
             matrix, coverage[name] = _map(entries, self._indices[name], organism, where, levels=levels)
             share = coverage[name].share_of_counts
             if share < least:
                 left_out.append(_too_little(coverage[name], least, where, has_any=has_any))
+                if not has_any and coverage[name].mapped:
+                    silent[name] = matrix
                 if has_any and share < (min_coverage or 0.0):
                     raise left_out[-1]
                 continue
@@ -194,7 +197,9 @@ class Decoder:
             warnings += _warn(name, 0.0 if levels else fractional, matrix, levels=levels)
         if not matrices:
             raise left_out[0]
-        warnings += [f"{why.field.removeprefix('counts.')} is taken as not measured: {why.message}" for why in left_out]
+        matrices |= silent  # measured, and nothing found, which a cell among others may be too
+        lacking = {why.field.removeprefix("counts."): why.message for why in left_out}
+        warnings += [f"{name} is taken as not measured: {why}" for name, why in lacking.items() if name not in silent]
         return Decoded(Cells(matrices, full_prompts, n_cells, self._model_sha256), coverage, warnings)
 
     def said(self, prompts: Mapping[str, Said], n_cells: int) -> Cells:
@@ -305,11 +310,24 @@ class _Given:
     def feature(self, entry: int) -> str:
         return self.features[int(self.indices_N[entry])]
 
+    def only(self, kept_N: NDArray[np.bool_]) -> _Given:
+        """Return some of the values' places."""
+        before = np.concatenate([[0], np.cumsum(kept_N)])
+        return _Given(self.features, before[self.indptr], self.indices_N[kept_N])
+
 
 @dataclass(frozen=True)
 class _Entries:
     given: _Given
     data_N: NDArray[np.float32]
+
+
+def _known_best(part: CsrCounts | ByCell, index: FeatureIndex) -> CsrCounts | ByCell:
+    """Return counts whose features have those of a file's names that the model knows most of."""
+    if isinstance(part, list) or not part.others:
+        return part
+    names = max([part.features, *part.others], key=lambda names: int((index.positions(names) >= 0).sum()))
+    return part.model_copy(update={"features": names})
 
 
 def _entries(part: CsrCounts | ByCell, where: str, limits: Limits, *, levels: bool) -> _Entries:
@@ -371,13 +389,16 @@ def _values(values: Any, given: _Given, path: Callable[[int], str], *, levels: b
     said_N = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.float64)
     with np.errstate(over="ignore"):
         data_N = said_N.astype(np.float32)
+    if levels and np.isnan(data_N).any():  # as tables have what was not measured
+        there_N = ~np.isnan(data_N)
+        given, said_N, data_N = given.only(there_N), said_N[there_N], data_N[there_N]
     least, most = (-_LARGEST, _LARGEST) if levels else (0, LARGEST_COUNT)
     bad = ~((data_N >= least) & (data_N <= most))  # of what is no number, no comparison is true
     if np.any(bad):
         entry = int(np.argmax(bad))
         whose = f"cell {given.cell(entry)}, {given.feature(entry)}: "
         if levels:
-            raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is no level; leave out what was not measured")
+            raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is no level; leave out what was not measured, or send NaN")
         why = f"counts are at most {LARGEST_COUNT:,}" if said_N[entry] > most else "counts are finite and not negative"
         raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is not a count; {why}")
     return _Entries(given, data_N)

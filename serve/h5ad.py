@@ -22,7 +22,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serve.errors import FieldRefused
-from serve.npz import LONGEST_NAME
+from serve.npz import LONGEST_NAME, OTHERS
 from serve.settings import Limits
 from store.hdf5 import check_hdf5
 
@@ -246,10 +246,11 @@ def _measurements(counts_CG: scipy.sparse.csr_matrix, table: pd.DataFrame) -> di
     kinds = kinds or {"RNA": np.arange(len(table))}
     arrays: dict[str, NDArray[Any]] = {}
     for name, columns in kinds.items():
-        names = _names(table.iloc[columns])
+        names, *others = _names(table.iloc[columns])
         part = counts_CG if len(columns) == counts_CG.shape[1] else counts_CG[:, columns]
         arrays |= {
-            f"{name}/features": np.array([one.encode() for one in names]),
+            f"{name}/features": _encoded(names),
+            **({f"{name}/{OTHERS}": _encoded([one for column in others for one in column])} if others else {}),
             f"{name}/indptr": part.indptr.astype(np.int64),
             f"{name}/indices": part.indices.astype(np.int64),
             f"{name}/data": part.data.astype(np.float32 if part.dtype.kind in "fb" else np.int64),
@@ -264,16 +265,21 @@ def split_by_type(types: Iterable[object]) -> dict[str, NDArray[np.int64]]:
     return {name: columns for name, columns in split.items() if len(columns)}
 
 
-def _names(table: pd.DataFrame) -> pd.Series:
-    """Return the ids of features, from a customary column where the index of their table has none of Ensembl."""
-    found = table["feature_id"] if "feature_id" in table else table["index"]
-    if "feature_id" not in table and not _ids(found):
-        found = next((table[name] for name in ID_COLUMNS if name in table and _ids(table[name])), found)
-    if len(found) == 0 or found.map(lambda name: len(name.encode())).max() > LONGEST_NAME:
+def _encoded(names: list[str]) -> NDArray[np.bytes_]:
+    return np.array([one.encode() for one in names])
+
+
+def _names(table: pd.DataFrame) -> list[list[str]]:
+    """Return the names of features in each column that has some, Ensembl ids first; the model says which are taken."""
+    order = [name for name in ("feature_id", "index", *ID_COLUMNS) if name in table]
+    columns = [list(table[name]) for name in dict.fromkeys(order)]
+    short = [names for names in columns if names and max(len(name.encode()) for name in names) <= LONGEST_NAME]
+    if not short:
         raise FieldRefused("file", f"var must have features, with names of at most {LONGEST_NAME} bytes")
-    return found
+    short.sort(key=lambda names: not _ids(names))
+    return [names for position, names in enumerate(short) if names not in short[:position]]
 
 
-def _ids(names: pd.Series) -> bool:
+def _ids(names: list[str]) -> bool:
     """Say whether most names are Ensembl ids."""
-    return bool(names.str.match(ENSEMBL).mean() >= 0.5)
+    return sum(ENSEMBL.match(name) is not None for name in names) >= 0.5 * len(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 from pydantic.config import JsonDict
 
 
@@ -36,6 +36,12 @@ class CsrCounts(Request):
     data: Numbers = Field(
         description="Raw count of each entry, 0 to 2^24; of a measurement of levels, any finite number, zeros too."
     )
+    _others: list[list[str]] = PrivateAttr(default_factory=list)
+
+    @property
+    def others(self) -> list[list[str]]:
+        """Further names of the same features, of a file; those are taken that the model knows most of."""
+        return self._others
 
 
 CellCounts = Annotated[

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 NPZ = "application/x-npz"
 REQUEST, REPLY = "request", "reply"
+OTHERS = "others"
+"""Further names of the features of a file, column after column; the model takes those that it knows most of."""
 MEASUREMENTS = 16
 """Most measurements of a request."""
 LONGEST_NAME = 256

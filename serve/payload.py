@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from serve.errors import FieldRefused
+from serve.h5ad import ID_COLUMNS
 from serve.messages import CsrCounts
-from serve.npz import LONGEST_NAME, MEASUREMENTS, REQUEST
+from serve.npz import LONGEST_NAME, MEASUREMENTS, OTHERS, REQUEST
 from serve.settings import Limits
 
 PARTS = {"indptr": "iu", "indices": "iu", "data": "iuf", "features": "US"}
@@ -67,7 +68,7 @@ def read_npz(body: bytes, limits: Limits) -> dict[str, NDArray[Any]]:
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             members = archive.infolist()
-            if len(members) > MEASUREMENTS * len(PARTS) + 1:
+            if len(members) > MEASUREMENTS * (len(PARTS) + 1) + 1:
                 raise FieldRefused("body", f"{len(members):,} members; an npz of {MEASUREMENTS} measurements has fewer")
             if sum(member.file_size for member in members) > limits.unpacked_bytes:
                 raise FieldRefused("body", f"more than {limits.unpacked_bytes:,} bytes once unpacked; send fewer cells")
@@ -129,9 +130,9 @@ def counts_of(arrays: Mapping[str, NDArray[Any]], limits: Limits) -> dict[str, C
     parts: dict[str, dict[str, NDArray[Any]]] = {}
     for name, values in arrays.items():
         measurement, _, part = name.rpartition("/")
-        if not measurement or part not in PARTS or len(measurement) > LONGEST_NAME:
+        if not measurement or part not in (*PARTS, OTHERS) or len(measurement) > LONGEST_NAME:
             raise FieldRefused(name[:80], f"no part of counts; send MEASUREMENT/{{{', '.join(PARTS)}}}")
-        if values.dtype.kind not in PARTS[part]:
+        if values.dtype.kind not in PARTS.get(part, PARTS["features"]):
             raise FieldRefused(f"counts.{name.replace('/', '.')}", f"holds {values.dtype}; it cannot be used here")
         parts.setdefault(measurement, {})[part] = values
     if not parts or len(parts) > MEASUREMENTS:
@@ -144,13 +145,21 @@ def counts_of(arrays: Mapping[str, NDArray[Any]], limits: Limits) -> dict[str, C
             raise FieldRefused(f"{where}.{lacking[0]}", "is missing")
         if own["indptr"].dtype == np.uint64 or own["indices"].dtype == np.uint64:
             raise FieldRefused(where, "send indptr and indices as int64 or smaller")
-        found[measurement] = CsrCounts.model_construct(
-            features=_names(own["features"], f"{where}.features", limits),
-            indptr=own["indptr"],
-            indices=own["indices"],
-            data=own["data"],
+        features = _names(own["features"], f"{where}.features", limits)
+        counts = CsrCounts.model_construct(
+            features=features, indptr=own["indptr"], indices=own["indices"], data=own["data"]
         )
+        if OTHERS in own:
+            counts.others.extend(_others(own[OTHERS], len(features), f"{where}.{OTHERS}", limits))
+        found[measurement] = counts
     return found
+
+
+def _others(values: NDArray[Any], n_features: int, where: str, limits: Limits) -> list[list[str]]:
+    """Return further names of the same features, of each column that a file has them in."""
+    if len(values) % n_features or len(values) > len(ID_COLUMNS) * n_features:
+        raise FieldRefused(where, f"{len(values):,} names for {n_features:,} features; send columns of as many")
+    return [_names(part, where, limits) for part in np.split(values, len(values) // n_features)]
 
 
 def _names(values: NDArray[Any], where: str, limits: Limits) -> list[str]:

@@ -200,14 +200,29 @@ def test_levels_that_are_understood_are_counted_whatever_their_sign() -> None:
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ({"CD4": float("nan")}, "cell 0, CD4: nan is no level; leave out what was not measured"),
-        ({"CD4": 1e39}, r"1e\+39 is no level"),
+        ({"CD4": 1e39}, r"cell 0, CD4: 1e\+39 is no level; leave out what was not measured, or send NaN"),
         ({"CD4": 1, "P1": 1}, "several names of one feature"),
     ],
 )
 def test_what_is_no_level_is_refused(cell: dict[str, float], message: str) -> None:
     with pytest.raises(FieldRefused, match=message):
         levels({"protein": [cell]})
+
+
+def test_a_level_that_is_no_number_was_not_measured() -> None:
+    nan = float("nan")
+    found = levels({"protein": [{"CD4": nan, "CD8": 2}, {"CD4": 0, "CD8": nan}]}).cells.counts["protein"]
+    assert (np.diff(found.indptr).tolist(), found.data.tolist()) == ([1, 1], [2, 0])
+
+
+def test_a_measurement_in_which_nothing_was_found_is_measured_beside_others() -> None:
+    empty = CsrCounts(features=["CD4", "CD8"], indptr=[0, 0], indices=[], data=[])
+    decoded = decode({"RNA": [{"G1": 3}], "protein": empty})
+    assert decoded.cells.counts["protein"].shape[0] == 1
+    assert not [warning for warning in decoded.warnings if "protein" in warning]
+    unnamed = decode({"RNA": [{"G1": 3}], "protein": [{}]})
+    assert "protein" not in unnamed.cells.counts
+    assert any("protein is taken as not measured" in warning for warning in unnamed.warnings)
 
 
 def test_a_count_of_zero_is_as_one_that_is_not_sent_and_null_is_no_count() -> None:

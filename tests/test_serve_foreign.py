@@ -247,6 +247,14 @@ def test_columns_dense_matrices_ids_and_types_of_features_are_understood(client:
         assert [cell[:2] for cell in reply["embeddings"]] == [[5, 0], [2, 1]]
 
 
+def test_features_of_a_file_go_by_the_column_that_the_model_knows_best(client: TestClient, tmp_path: Path) -> None:
+    for n_known, ids in ((2, ["ENSG00000000100", "ENSG00000000101"]), (2, ["ENSG00000000000", "x"])):
+        adata = counted(gene_ids=[*ids, "y"])
+        assert posted(client, file_of(adata, tmp_path)).json()["coverage"]["RNA"]["mapped"] == n_known
+    adata.var_names = ["TWIN", "b", "c"]
+    assert posted(client, file_of(adata, tmp_path)).json()["coverage"]["RNA"]["mapped"] == 1
+
+
 @pytest.mark.parametrize(
     ("table", "stored"),
     [([[0, 0.5], [-1, 0]], [0, 0.5, -1, 0]), ([[0, 1], [2, 0]], [1, 2]), ([[0, np.nan]], [0, np.nan])],
