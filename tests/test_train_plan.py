@@ -160,3 +160,33 @@ def test_of_several_sources_too_a_rank_is_told_every_block_that_it_needs(
             told = {b for number in range(order.n_windows) for b in blocks(plan, 0, number, rank, world, source)}
             needed = {row // order.block for part in mine for row in part.row[part.source == source].tolist()}
             assert needed <= told
+
+
+@settings(deadline=None)
+@given(n_rows=st.integers(1, 60), block=st.integers(1, 9), window=st.integers(1, 5), n_places=st.integers(0, 130))
+def test_so_many_places_lie_in_at_most_so_many_windows_and_somewhere_in_as_many(
+    n_rows: int, block: int, window: int, n_places: int
+) -> None:
+    order = RowOrder(n_rows, block=block, window=window)
+    passed = [len(order.pieces(first, first + n_places)) for first in range(2 * n_rows)]
+    assert max(passed) == order.most_windows(n_places)
+
+
+sources = st.lists(
+    st.tuples(st.integers(1, 120), st.integers(1, 9), st.integers(0, 2**30)), min_size=1, max_size=5
+)  # rows, block, share
+
+
+@settings(deadline=None, max_examples=300)
+@given(made=sources, by_rows=st.booleans(), window=st.integers(1, 4), batch=st.integers(1, 90), steps=st.integers(1, 9))
+def test_steps_that_are_made_together_need_no_more_windows_of_a_source_than_there_is_room_for(
+    made: list[tuple[int, int, int]], by_rows: bool, window: int, batch: int, steps: int
+) -> None:
+    orders = tuple(RowOrder(n_rows, 0, block, window, 1, number) for number, (n_rows, block, _) in enumerate(made))
+    shares = tuple(share for *_, share in made)
+    plan = SamplePlan(orders, batch, 0, shares if sum(shares) and not by_rows else ())
+    for first in range(3 * plan.steps_per_epoch):
+        begun, ended = plan.spans(first), plan.spans(first + steps - 1)
+        for number, order in enumerate(orders):
+            room = order.most_windows(plan.most_rows(number, steps))
+            assert len(order.pieces(begun[number][0], ended[number][1])) <= room

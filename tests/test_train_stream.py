@@ -475,6 +475,52 @@ def test_snapshots_are_mixed_by_their_shares_and_only_with_one_vocabulary(tmp_pa
     assert sorted(np.unique(drawn.row[drawn.row < 2], return_counts=True)[1].tolist()) == [16, 16]
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Snapshot]:
+    """Three snapshots of one vocabulary, the last one small."""
+    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
+    sizes = {"a": 176, "b": 169, "c": 43}
+    with LakeWriter(uri) as writer:
+        for number, (name, n_cells) in enumerate(sizes.items()):
+            add_dataset(writer, name, n_cells, {"RNA": 30}, version=number)
+    made: list[Snapshot] = []
+    for name in sizes:
+        words = {"where": f"dataset_id == '{name}'", "like": made[0].name if made else ""}
+        made.append(create_snapshot(uri, name, SnapshotSettings(seed=1, fractions={"train": 1.0}, **words)))
+    return made
+
+
+def chosen_by_chance(number: int) -> tuple[tuple[float, ...], dict[str, int], int]:
+    """Shares, words of a stream and how many take turns; the first choice once waited for ever."""
+    if number == 0:
+        return (1.775, 4.137, 0.089), {"batch": 24, "block": 4, "window": 4}, 1
+    rng = np.random.default_rng(number)
+    block, window = int(rng.choice([1, 2, 4, 16])), int(rng.choice([1, 2, 4]))
+    batch = int(rng.integers(1, block * window + 1))
+    return tuple(rng.uniform(0.05, 4, 3)), {"batch": batch, "block": block, "window": window}, int(rng.integers(1, 3))
+
+
+class Impatient(threading.Semaphore):
+    """Says that nothing comes where others wait for ever."""
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        there = super().acquire(blocking, 20 if blocking and timeout is None else timeout)
+        assert there or timeout is not None, "no room for a window is ever given back"
+        return there
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_no_choice_of_shares_and_windows_waits_for_ever(
+    three: list[Snapshot], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    shares, words, every = chosen_by_chance(number)
+    made = Stream(dict(zip(three, shares, strict=True)), **words)
+    stop = min(2 * made.plan.steps_per_epoch, 120)
+    monkeypatch.setattr("train.reader.threading.Semaphore", Impatient)
+    cells = [batch.n_cells for batch in made.steps(0, stop, every=every)]
+    assert len(cells) == len(range(0, stop, every))
+
+
 @pytest.mark.parametrize(("lanes", "world"), [(1, 1), (1, 3), (4, 2), (4, 4)])
 def test_controls_match_and_are_the_same_at_any_number_of_ranks(grown: Snapshot, lanes: int, world: int) -> None:
     words = {"batch": 32, "block": 24, "window": 4, "lanes": lanes, "seed": 5, "balance": False}

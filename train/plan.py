@@ -78,6 +78,19 @@ class RowOrder:
             first += end - within
         return found
 
+    def most_windows(self, n_places: int) -> int:
+        """Return in how many windows so many consecutive places lie at most; 0 for none.
+
+        Each border between two of them opens one more. Borders are ``window_rows`` apart, and once an epoch, behind
+        its last window, as few rows as that one has.
+        """
+        if n_places == 0:
+            return 0
+        epochs, rest = divmod(n_places - 1, self.n_rows)
+        last = self.n_rows - (self.n_windows - 1) * self.window_rows
+        further = max(0, rest - 1 - last + self.window_rows) // self.window_rows
+        return 1 + epochs * self.n_windows + min(rest, 1) + further
+
     def rows(self, first: int, stop: int) -> NDArray[np.int64]:
         """Return the rows at places ``first`` to ``stop`` (exclusive) of the order."""
         parts = [self.window_order(window)[start:end] for window, start, end in self.pieces(first, stop)]
@@ -199,10 +212,14 @@ class SamplePlan:
         ends = (self._taken(epoch * self.n_rows + place) for place in (first, stop))
         return list(zip(*ends, strict=True))
 
-    def most_rows(self, source: int) -> int:
-        """Return how many rows of a source a batch has at most."""
+    def most_rows(self, source: int, steps: int = 1) -> int:
+        """Return how many rows of a source so many consecutive steps have at most.
+
+        That is its share of them and less than one more for each time that ``_taken`` rounds.
+        """
         shares = self.shares or tuple(order.n_rows for order in self.orders)
-        return min(self.global_batch, self.global_batch * shares[source] // sum(shares) + len(shares))
+        n_rows = steps * self.global_batch
+        return min(n_rows, n_rows * shares[source] // sum(shares) + len(shares))
 
     def _taken(self, place: int) -> list[int]:
         """Return how many of the first ``place`` rows come from each source.

@@ -95,7 +95,7 @@ class DataSettings(Settings):
     block: int = Field(default=2048, ge=1)
     """Consecutive rows that are read together."""
     window: int = Field(default=4, ge=1)
-    """Blocks whose rows are mixed; three windows are held in memory, four from S3."""
+    """Blocks whose rows are mixed; three windows are held in memory, four from S3, more of a small part."""
     sets: bool = False
     """Stream whole sets of the snapshot (``set_size``), whose cells read each other; ``global_batch`` counts sets."""
     lanes: int = Field(default=1, ge=1)

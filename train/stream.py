@@ -304,7 +304,7 @@ class Stream:
         many = self._steps_together(world, every)
         firsts = range(start, stop, many * every)
         kept = self._slots.pop() if self._slots else []
-        self._add_slots(kept, many)
+        self._add_slots(kept, many * every)
         decoders = ThreadPoolExecutor(self._reading, thread_name_prefix="somaflow-read")
         beside = ThreadPoolExecutor(self._reading, thread_name_prefix="somaflow-beside")
         makers = ThreadPoolExecutor(self.threads, thread_name_prefix="somaflow-batch")
@@ -361,10 +361,10 @@ class Stream:
         enough = -(-GROUP_CELLS * world // self.plan.global_batch)
         return max(1, min(enough, room // (2 * self.plan.global_batch * every)))
 
-    def _add_slots(self, kept: list[list[Slot]], many: int) -> None:
-        """Have room for the windows of each source; so many steps may pass several where it has few cells."""
+    def _add_slots(self, kept: list[list[Slot]], steps: int) -> None:
+        """Have room for the windows of each source: at least for all those that so many steps may need together."""
         for number, order in enumerate(self.plan.orders):
-            passed = 1 + -(-self.plan.most_rows(number) * many // order.n_rows) if order.n_windows == 1 else 0
+            passed = order.most_windows(self.plan.most_rows(number, steps))
             if number == len(kept):
                 kept.append([])
             kept[number] += [Slot() for _ in range(max(2 + self._ahead, passed) - len(kept[number]))]
