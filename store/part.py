@@ -73,6 +73,10 @@ CELLS_SCHEMA = pa.schema(
 class _Opened:
     """Arrays of a part, opened at their first use, with a TileDB context of their own; any thread may ask.
 
+    Args:
+        uri: The part.
+        shapes: How many values each array holds, along each dimension.
+
     Attributes:
         context: Of all of them.
         since: The number of this process's query from which on they are used.
@@ -81,25 +85,42 @@ class _Opened:
     queries = count()
     """Numbers the queries of all parts."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, shapes: dict[tuple[str, ...], tuple[int, ...]]) -> None:
         self.context = new_tiledb_context(READING_THREADS)
         self.since = next(self.queries)
-        self._uri = uri
+        self._uri, self._shapes = uri, shapes
         self._arrays: dict[tuple[str, ...], tiledb.Array] = {}
         self._opening = threading.Lock()
         self._locks: dict[tuple[str, ...], threading.Lock] = {}
 
     def array(self, member: tuple[str, ...]) -> tiledb.Array:
+        """Return one array.
+
+        Raises:
+            VerificationError: Files of it are lost: TileDB would give fill values for what they held, without a word.
+        """
         with self._opening:
             mine = self._locks.setdefault(member, threading.Lock())
         with mine:  # several arrays may be opened at the same time: from afar that takes a while
             if member not in self._arrays:
-                self._arrays[member] = tiledb.open(records.join(self._uri, *member), ctx=self.context)
+                opened = tiledb.open(records.join(self._uri, *member), ctx=self.context)
+                self._refuse_lost(member, opened.nonempty_domain())  # known since it was opened: nothing is asked
+                self._arrays[member] = opened
             return self._arrays[member]
+
+    def _refuse_lost(self, member: tuple[str, ...], held: tuple[tuple[int, int], ...] | None) -> None:
+        shape = self._shapes[member]
+        if 0 not in shape and held != tuple((0, length - 1) for length in shape):
+            there = " x ".join(f"{first:,} to {last:,}" for first, last in held) if held else "none"
+            needed = " x ".join(f"0 to {length - 1:,}" for length in shape)
+            raise VerificationError(
+                f"{records.join(self._uri, *member)}: of its elements {needed} there are {there}: files of it are "
+                "lost, or the snapshot is being deleted; put the files back, or delete the snapshot and make it again"
+            )
 
     def anew(self) -> _Opened:
         """Open the same arrays again."""
-        fresh = _Opened(self._uri)
+        fresh = _Opened(self._uri, self._shapes)
         for member in list(self._arrays):
             fresh.array(member)
         return fresh
@@ -125,7 +146,7 @@ class Part:
         self.n_rows: int = entry["n_rows"]
         self.measurements: dict[str, dict[str, Any]] = entry["measurements"]
         self.split_rows: dict[str, tuple[int, int]] = {key: (a, b) for key, (a, b) in entry["split_rows"].items()}
-        self._opened = _Opened(self.uri)
+        self._opened = _Opened(self.uri, self._shapes())
         self._renewing = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -135,6 +156,18 @@ class Part:
         """Name the arrays from which these measurements are read, for ``warm``."""
         names = [name for name in measurements if name in self.measurements]
         return [("codes",), ("numbers",), *((name, one) for name in names for one in ("indptr", "features", "counts"))]
+
+    def _shapes(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """Say how many values each array holds, along each dimension."""
+        found: dict[tuple[str, ...], tuple[int, ...]] = {
+            ("codes",): (len(FIELDS), self.n_rows),
+            ("numbers",): (len(NUMBERS), self.n_rows),
+            ("sets",): (self.entry.get("n_sets", 0) + 1,),
+        }
+        for name, of in self.measurements.items():
+            found[name, "indptr"] = (self.n_rows + 1,)
+            found[name, "features"] = found[name, "counts"] = (of["nnz"],)
+        return found
 
     @cached_property
     def set_starts(self) -> NDArray[np.int64]:
@@ -170,8 +203,12 @@ class Part:
         if measurement not in self.measurements:
             return out
         self._read((measurement, "indptr"), [(start, stop)], out)
+        nnz = self.measurements[measurement]["nnz"]
         if np.any(np.diff(out) < 0):
             raise self._damaged(f"{measurement}/indptr", start, stop, "rows end before they begin")
+        first, last = 0 if start == 0 else out[0], nnz if stop == self.n_rows else out[-1]
+        if not 0 <= out[0] == first or not out[-1] == last <= nnz:
+            raise self._damaged(f"{measurement}/indptr", start, stop, f"rows lie outside the {nnz:,} values")
         return out
 
     def dtype(self, measurement: str, member: str) -> np.dtype[Any]:
@@ -223,8 +260,15 @@ class Part:
         return indptr - first, features, counts
 
     def codes(self, fields: Sequence[str], start: int, stop: int) -> NDArray[np.int32]:
-        """Return codes_FR of some of ``FIELDS`` for rows ``start`` to ``stop`` (exclusive)."""
-        return self._lines("codes", [FIELDS.index(name) for name in fields], start, stop, np.int32)
+        """Return codes_FR of some of ``FIELDS`` for rows ``start`` to ``stop`` (exclusive).
+
+        Raises:
+            VerificationError: The stored bytes are damaged.
+        """
+        codes_FR = self._lines("codes", [FIELDS.index(name) for name in fields], start, stop, np.int32)
+        if codes_FR.min(initial=0) < 0:
+            raise self._damaged("codes", start, stop, "a code is below 0")
+        return codes_FR
 
     def numbers(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return numbers_FR of ``NUMBERS`` for rows ``start`` to ``stop`` (exclusive); NaN is "not said"."""
@@ -235,6 +279,7 @@ class Part:
 
         Raises:
             UsageError: Unknown column.
+            VerificationError: Some rows are not there.
         """
         wanted = list(CELLS_SCHEMA.names if columns is None else dict.fromkeys(["row", *columns]))
         if unknown := sorted(set(wanted) - set(CELLS_SCHEMA.names)):
@@ -243,6 +288,8 @@ class Part:
             return CELLS_SCHEMA.empty_table().select(wanted)
         with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
             found = frame.read((slice(start, stop - 1),), column_names=wanted).concat()
+        if len(found) != stop - start:
+            raise self._damaged("cells", start, stop, f"{len(found):,} of {stop - start:,} rows are there")
         return found.select(wanted).sort_by("row")
 
     def _lines(self, member: str, lines: list[int], start: int, stop: int, kind: type[Any]) -> NDArray[Any]:

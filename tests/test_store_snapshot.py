@@ -21,6 +21,7 @@ from store.build import CELL_ELEMENTS, builder_lock, cut
 from store.cluster import Tasks, in_this_process, ray_tasks
 from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
+from store.part import Part
 from store.settings import load_settings, parse_settings
 from store.shuffle import _borders, _narrow
 from store.snapshot import (
@@ -448,6 +449,89 @@ def test_damage_is_an_error_that_names_the_array_never_a_wrong_batch(lake_uri: s
     with ThreadPoolExecutor(1) as beside, pytest.raises(VerificationError, match=f"RNA/{member}"):
         part.read_into("RNA", 0, *room, beside=beside)
     delete_snapshot(lake_uri, "damaged")
+
+
+@pytest.fixture(scope="module")
+def lost(lake_uri: str) -> Snapshot:
+    """A snapshot of sets whose files each test takes away and puts back; one task wrote it."""
+    return create_snapshot(lake_uri, "lost", SnapshotSettings(set_size=8, set_by=("dataset_id",)))
+
+
+@pytest.fixture(scope="module")
+def lost_of_many(lake_uri: str) -> Snapshot:
+    """Another one, written by many tasks, so that the lists of its files are merged."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("store.build.ELEMENTS", 2500)
+        return create_snapshot(lake_uri, "lost-of-many", SnapshotSettings(set_size=8, set_by=("dataset_id",)))
+
+
+@pytest.mark.parametrize("member", ["RNA/indptr", "RNA/features", "RNA/counts", "codes", "numbers", "sets", "cells"])
+@pytest.mark.parametrize("which", ["lost", "lost_of_many"])
+def test_files_that_are_lost_are_an_error_that_names_the_array_never_a_wrong_batch(
+    request: pytest.FixtureRequest, which: str, member: str
+) -> None:
+    snapshot: Snapshot = request.getfixturevalue(which)
+    commits = sorted(Path(snapshot.uri, member, "__commits").iterdir())
+    for gone in (commits[:1], commits[-1:], commits):
+        contents = [path.read_bytes() for path in gone]
+        for path in gone:
+            path.unlink()
+        (part,) = open_snapshot(snapshot.lake_uri, snapshot.name).parts
+        with pytest.raises(VerificationError, match=f"{snapshot.name}/{member}: .* delete the snapshot and make it"):
+            something_of(part, member)
+        for path, content in zip(gone, contents, strict=True):
+            path.write_bytes(content)
+
+
+def test_arrays_that_lost_files_are_not_taken_when_they_are_opened_anew(
+    lost: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = open_snapshot(lost.lake_uri, lost.name).parts
+    part.block("RNA", 0, 9)
+    monkeypatch.setattr("store.part.QUERIES", 0)
+    commits = {path: path.read_bytes() for path in Path(lost.uri, "RNA/counts/__commits").iterdir()}
+    for path in commits:
+        path.unlink()
+    with pytest.raises(VerificationError, match=r"RNA/counts: of its elements .* there are none"):
+        part.block("RNA", 0, 9)
+    for path, content in commits.items():
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "place_and_value", [(0, 1), (0, -1), (5, -(2**63)), (310, 1), (310, 2**40)], ids=lambda pair: f"{pair[1]}@{pair[0]}"
+)
+def test_rows_that_cannot_lie_there_are_damage(lost: Snapshot, place_and_value: tuple[int, int]) -> None:
+    place, value = place_and_value
+    (part,) = open_snapshot(lost.lake_uri, lost.name).parts
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(part, "_read", written(part.indptr("RNA", 0, 310), place, value))
+        with pytest.raises(VerificationError, match=r"RNA/indptr: elements .* delete the snapshot and make it again"):
+            part.indptr("RNA", 0, 310)
+        with pytest.raises(VerificationError, match=r"codes: .*a code is below 0"):
+            part.codes(["tissue"], 0, 9)
+
+
+def something_of(part: Part, member: str) -> object:
+    """Read some of an array."""
+    if member == "sets":
+        return part.set_starts
+    if member == "cells":
+        return part.cells(0, part.n_rows, ["split"])
+    if member == "codes":
+        return part.codes(["tissue"], 3, 9)
+    return part.numbers(3, 9) if member == "numbers" else part.block("RNA", 3, 9)
+
+
+def written(indptr: np.ndarray, place: int, value: int) -> Any:
+    """Return what reads an array in which one value was changed, and codes that are fill values."""
+
+    def read(member: tuple[str, ...], ranges: list[tuple[int, int]], out: np.ndarray, lines: object = ()) -> None:
+        out[:] = np.iinfo(np.int32).min
+        if member == ("RNA", "indptr"):
+            out[:] = np.where(np.arange(len(indptr)) == place, value, indptr)
+
+    return read
 
 
 def test_bad_requests_say_what_would_be_right(lake_uri: str, all_cells: Snapshot) -> None:
