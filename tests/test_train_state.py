@@ -89,6 +89,48 @@ def test_a_torn_state_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
     assert not (tmp_path / "step_000000009_half").exists()
 
 
+def flip(state: Path) -> None:
+    """Change a bit of a state's weights."""
+    victim = next(path for path in state.iterdir() if path.suffix == ".distcp")
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.split("_")[1]) for path in valid_states(folder)]
+
+
+@pytest.mark.parametrize(("before", "goes_on"), [((100, 200), 100), ((200,), None)])
+def test_a_damaged_newest_state_is_set_aside_and_new_ones_stay(
+    tmp_path: Path, before: tuple[int, ...], goes_on: int | None
+) -> None:
+    states = States(tmp_path, keep_last=len(before))
+    for step in before:
+        states.save(*trained(float(step), steps=1), {"global_step": step})
+    states.finish()
+    flip(valid_states(tmp_path)[-1])
+    resumed = States(tmp_path, keep_last=1)
+    manifest = resumed.load(*trained(0.0, steps=0))
+    assert (manifest and manifest["global_step"]) == goes_on
+    assert [path.name.split("_")[2] for path in tmp_path.glob("damaged_*")] == ["000000200"]
+    for step in (150, 160):
+        resumed.save(*trained(4.0, steps=1), {"global_step": step})
+        resumed.finish()
+        assert steps(tmp_path) == [step]
+    again = States(tmp_path).load(*trained(0.0, steps=0))
+    assert again is not None
+    assert again["global_step"] == 160
+
+
+def test_the_state_just_written_is_never_removed(tmp_path: Path) -> None:
+    states = States(tmp_path, keep_last=1)
+    states.save(*trained(1.0, steps=1), {"global_step": 200})
+    states.save(*trained(1.0, steps=1), {"global_step": 50})
+    states.finish()
+    assert 50 in steps(tmp_path)
+
+
 def test_the_best_state_is_kept_beside_the_last_ones(tmp_path: Path) -> None:
     states = States(tmp_path, keep_last=1, keep_best=True)
     for step, loss in ((1, 0.9), (2, 0.5), (3, 0.7), (4, 0.8)):

@@ -64,14 +64,24 @@ class States:
         self.committed = 0
 
     def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Load the newest valid state, saved by any number of ranks; return its manifest, or None if there is none."""
-        found = self._agreed(newest(self.folder) if self.rank == 0 else None)
+        """Load the newest valid state, saved by any number of ranks; return its manifest, or None if there is none.
+
+        Damaged ones that are newer are set aside, as ``damaged_step_...``: they would count as the newest for ever.
+        """
+        found = self._agreed(self._newest() if self.rank == 0 else None)
         if found is None:
             return None
         path, manifest = found
         self._read(path, model, optimizer)
         self.saved = self.committed = int(manifest["global_step"])
         return dict(manifest)
+
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        found = newest(self.folder)
+        for path in valid_states(self.folder):
+            if found is None or path > found[0]:
+                path.rename(path.with_name(f"damaged_{path.name}"))
+        return found
 
     def _read(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         weights, moments = get_state_dict(model, optimizer)
@@ -135,14 +145,18 @@ class States:
             if self.rank == 0:  # it returns here only when every rank has written
                 write_manifest(target, {**values, "created": utc_now()})
                 self.committed = int(values["global_step"])
-                self._forget()
+                self._forget(target)
         except BaseException as error:  # noqa: BLE001  (told to whoever waits)
             self.error = error
 
-    def _forget(self) -> None:
-        """Remove states that are not kept, the manifest first, and what earlier attempts left half-written."""
+    def _forget(self, written: Path) -> None:
+        """Remove states that are not kept, the manifest first, and what earlier attempts left half-written.
+
+        Args:
+            written: The state that was just written, which is kept in any case.
+        """
         states = valid_states(self.folder)
-        kept = states[-self.keep_last :]
+        kept = [*states[-self.keep_last :], written]
         best = _best(states) if self.keep_best else None
         for old in states:
             if old not in kept and old != best:
