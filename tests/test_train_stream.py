@@ -24,7 +24,7 @@ from store.snapshot import Snapshot, SnapshotSettings, create_snapshot, refresh_
 from store.writer import LakeWriter, write_counts
 from train.cells import Cells, Csr
 from train.controls import MatchedControls
-from train.dataset import EpochDataset
+from train.dataset import EpochDataset, EpochLoader
 from train.labels import read_labels
 from train.stream import Stream
 from train.telemetry import ShuffleTelemetry
@@ -587,15 +587,49 @@ def test_telemetry_tells_a_mixed_stream_from_one_in_runs(grown: Snapshot, monkey
     assert sorted_once.ratio == 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_dataloader_with_workers_gives_the_same_batches_in_the_same_order(snapshot: Snapshot, workers: int) -> None:
-    made = Stream(snapshot, batch=32, tokens=TOKENS, block=20, window=3)
-    expected = [tokens.feature_CL for tokens in made.epoch(1, rank=1, world=2, start=2)]
-    dataset = EpochDataset(made, 1, rank=1, world=2, start=2)
-    words = {"multiprocessing_context": "spawn"} if workers else {}
-    found = [tokens.feature_CL for tokens in DataLoader(dataset, batch_size=None, num_workers=workers, **words)]
-    assert len(found) == len(expected) == len(dataset)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+SPAWNED = {"num_workers": 2, "multiprocessing_context": "spawn"}
+
+
+@pytest.mark.parametrize("words", [{}, SPAWNED], ids=["here", "workers"])
+def test_a_dataloader_with_workers_gives_the_same_batches_in_the_same_order_and_resumes(
+    snapshot: Snapshot, words: dict[str, object]
+) -> None:
+    def made() -> Stream:
+        return Stream(snapshot, batch=32, tokens=TOKENS, block=20, window=3)
+
+    expected = [tokens.feature_CL for tokens in made().epoch(1, rank=1, world=2, start=0)]
+    stream = made()
+    first = EpochDataset(stream, 1, rank=1, world=2, start=2)
+    assert len(first) == len(expected) - 2
+    taken = []
+    for tokens in EpochLoader(first, batch_size=None, **words):
+        taken.append(tokens.feature_CL)
+        if len(taken) == 2:
+            break
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert state["step"] == len(expected) + 4
+    resumed = made()
+    resumed.load_state_dict(state)
+    rest = EpochDataset(resumed, 1, rank=1, world=2)
+    assert len(rest) == len(expected) - 4
+    taken += [tokens.feature_CL for tokens in EpochLoader(rest, batch_size=None, **words)]
+    assert all(torch.equal(a, b) for a, b in zip(taken, expected[2:], strict=True))
+    assert resumed.state_dict()["step"] == 2 * len(expected)
+    assert len(EpochDataset(resumed, 1)) == len(EpochDataset(resumed, 2)) == len(expected)
+
+
+def test_a_dataloader_resumes_or_says_that_it_would_not(snapshot: Snapshot) -> None:
+    stream = Stream(snapshot, batch=32, block=20, window=3)
+    rows = [cells.row.tolist() for cells in stream.epoch(0)]
+    state = stream.state_dict() | {"step": 3}
+    before = EpochDataset(stream)
+    stream.load_state_dict(state)
+    with pytest.raises(UsageError, match="call load_state_dict before, or say start"):
+        next(iter(before))
+    plain = DataLoader(EpochDataset(stream), batch_size=None)
+    assert [cells.row.tolist() for cells in plain] == rows[3:]
+    with pytest.raises(UsageError, match=r"use train\.dataset\.EpochLoader in its place"):
+        next(iter(DataLoader(EpochDataset(stream), batch_size=None, **SPAWNED)))
 
 
 @pytest.fixture(scope="module")

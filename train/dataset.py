@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from store.errors import UsageError
 from train.stream import Stream
 
 
 class EpochDataset(IterableDataset[Any]):
-    """One rank's batches of one epoch of a stream, in order, for ``DataLoader(..., batch_size=None)``.
+    """One rank's batches of one epoch of a stream, in order, for ``EpochLoader(..., batch_size=None)``.
 
     The stream's own threads do the work, so ``num_workers=0`` is fastest. Workers (``multiprocessing_context="spawn"``)
     take turns: of n of them each makes every n-th batch, and reads everything.
@@ -21,18 +22,61 @@ class EpochDataset(IterableDataset[Any]):
         epoch: The epoch.
         rank: This process of the training.
         world: All of them.
-        start: Step of the epoch to begin with.
+        start: Step of the epoch to begin with; left out, the step at which the stream stands now if that is in this
+            epoch, else the first.
+
+    Attributes:
+        start: The step of the epoch with which it begins.
+        counted: An ``EpochLoader`` counts the batches that are taken.
     """
 
-    def __init__(self, stream: Stream, epoch: int = 0, *, rank: int = 0, world: int = 1, start: int = 0) -> None:
-        self.stream, self.epoch, self.rank, self.world, self.start = stream, epoch, rank, world, start
+    def __init__(
+        self, stream: Stream, epoch: int = 0, *, rank: int = 0, world: int = 1, start: int | None = None
+    ) -> None:
+        self.stream, self.epoch, self.rank, self.world = stream, epoch, rank, world
+        self.start = stream.start_of(epoch) if start is None else start
+        self.counted = False
+        self._made_for = None if start is not None else stream.loaded
+
+    @property
+    def first_step(self) -> int:
+        """The step of the whole training with which it begins.
+
+        Raises:
+            UsageError: The stream was told another step after this was made.
+        """
+        if self._made_for not in (None, self.stream.loaded):
+            raise UsageError(
+                "the stream was given a saved state after this EpochDataset was made, which would begin elsewhere: "
+                "call load_state_dict before, or say start"
+            )
+        return self.epoch * self.stream.plan.steps_per_epoch + self.start
 
     def __len__(self) -> int:
         return self.stream.plan.steps_per_epoch - self.start
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
+        if worker and not self.counted:
+            raise UsageError(
+                "workers of a DataLoader do not tell the stream which batches were taken, so its state_dict would be "
+                "wrong: use train.dataset.EpochLoader in its place, with the same arguments, or num_workers=0"
+            )
         turn, every = (worker.id, worker.num_workers) if worker else (0, 1)
-        first = self.epoch * self.stream.plan.steps_per_epoch
-        stop = first + self.stream.plan.steps_per_epoch
-        return self.stream.steps(first + self.start + turn, stop, rank=self.rank, world=self.world, every=every)
+        stop = (self.epoch + 1) * self.stream.plan.steps_per_epoch
+        return self.stream.steps(self.first_step + turn, stop, rank=self.rank, world=self.world, every=every)
+
+
+class EpochLoader(DataLoader[Any]):
+    """A DataLoader of an :class:`EpochDataset` whose stream knows the next step also where workers make the batches.
+
+    Workers are ahead of whoever takes their batches; the stream's ``state_dict`` speaks of those that were taken.
+    """
+
+    dataset: EpochDataset
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises a class of its own
+        first, self.dataset.counted = self.dataset.first_step, True
+        for number, batch in enumerate(super().__iter__()):
+            self.dataset.stream.step = first + number + 1
+            yield batch

@@ -104,6 +104,7 @@ class Stream:
     Attributes:
         step: The next step.
         telemetry: How well batches are mixed so far.
+        loaded: How many saved states it was given.
 
     Raises:
         UsageError: No cell is in the split, a measurement is unknown, a batch is larger than a window, vocabularies
@@ -183,7 +184,7 @@ class Stream:
         expected = None if weights is not None or sets else _dataset_shares(self.sources, self.labels, split, portions)
         self.telemetry = ShuffleTelemetry(expected)
         self._drawn_for: dict[int, tuple[int, NDArray[np.int64]]] = {}
-        self.step = 0
+        self.step = self.loaded = 0
         self._offsets = first_numbers({name: sizes[name] for name in self.measurements})
         self._factors = self._divisors(factors, sizes) if factors is not None else None
         self._room = _Room()
@@ -220,6 +221,7 @@ class Stream:
             if key != "step" and state[key] != mine:
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
         self.step = int(state["step"])
+        self.loaded += 1
 
     def _divisors(self, factors: Mapping[str, NDArray[np.float32]], sizes: dict[str, int]) -> torch.Tensor:
         """Return what counts are divided by, by the number of the feature among all; 0 is padding."""
@@ -286,10 +288,13 @@ class Stream:
         this epoch, else with the first.
         """
         first = epoch * self.plan.steps_per_epoch
-        stop = first + self.plan.steps_per_epoch
-        if start is None:
-            start = self.step - first if first <= self.step < stop else 0
-        yield from self.steps(first + start, stop, rank=rank, world=world)
+        start = self.start_of(epoch) if start is None else start
+        yield from self.steps(first + start, first + self.plan.steps_per_epoch, rank=rank, world=world)
+
+    def start_of(self, epoch: int) -> int:
+        """Return the step of an epoch at which the stream stands, counted from the epoch's first; 0 outside of it."""
+        now, step = self.plan.epoch_of(self.step)
+        return step if now == epoch else 0
 
     def steps(self, start: int, stop: int, *, rank: int = 0, world: int = 1, every: int = 1) -> Iterator[Any]:
         """Yield one rank's share of global steps ``start`` to ``stop`` (exclusive), over epoch borders.
