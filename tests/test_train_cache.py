@@ -88,14 +88,25 @@ def test_the_folder_stays_within_its_size_and_the_oldest_go_first(snapshot: Snap
         room.store(("s", number), np.array([300]), block, block)
         os.utime(tmp_path / "order/s" / str(number), (number, number))
     assert [path.name for path in files(tmp_path / "order")] == ["2", "3"]
-    many = BlockCache(tmp_path / "many", 100_000)
+    many = BlockCache(tmp_path / "many", 1_000_000)
     with mock.patch.object(many, "_files", side_effect=many._files) as looked:
-        for number in range(400):
+        for number in range(1600):
             many.store(("s", number), np.array([300]), blocks[0], blocks[0])
-    assert 70 < len(files(tmp_path / "many")) < 80
-    assert looked.call_count < 60
+    assert 690 < len(files(tmp_path / "many")) < 790
+    assert looked.call_count < 240  # not once for each file
     room.store(("s", "huge"), np.array([9000]), np.zeros(9000, np.uint16), np.zeros(9000, np.uint16))
     assert len(files(tmp_path / "order")) == 2
+
+
+def test_processes_that_write_side_by_side_stay_within_the_size_together(tmp_path: Path) -> None:
+    caches = [BlockCache(tmp_path, 1_000_000) for _ in range(4)]  # each counts its own writes, as a process does
+    block = np.zeros(1000, np.uint16)
+    for number in range(500):
+        for who, cache in enumerate(caches):
+            cache.store(("s", who, number), np.array([1000]), block, block)
+        if number % 25 == 24:
+            assert sum(path.stat().st_size for path in files(tmp_path)) <= 1_040_000
+    assert sum(path.stat().st_size for path in files(tmp_path)) > 850_000
 
 
 def test_a_disk_that_takes_nothing_is_no_error(

@@ -32,6 +32,8 @@ OPEN_FILES = 1024
 """Blocks that a process keeps mapped; the kernel allows some ten thousand maps."""
 SPARE = 0.1
 """Share of the cache that is emptied when it is full: all files are looked at to find the oldest."""
+UNSEEN = 0.01
+"""Share of the cache that a process writes before it looks at all files again: others write there too."""
 
 
 class BlockCache:
@@ -39,7 +41,8 @@ class BlockCache:
 
     Args:
         folder: Where; made if it is not there. Fastest on a local NVMe disk or in shared memory.
-        max_bytes: What the folder may hold, over all snapshots and processes.
+        max_bytes: What the folder may hold, over all snapshots and processes; while several write, for a moment a
+            hundredth more for each of them.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
@@ -54,6 +57,7 @@ class BlockCache:
                 if time.time() - left.stat().st_mtime > STALE_S:
                     left.unlink()
         self._bytes = sum(size for _, size, _ in self._files())
+        self._look_at = self._bytes + UNSEEN * max_bytes
         self._writing = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -143,33 +147,40 @@ class BlockCache:
                 self._open.popitem(last=False)
         return content
 
-    def _files(self) -> list[tuple[float, int, Path]]:
+    def _files(self) -> list[tuple[float, int, str]]:
+        """Return when each block was opened last, its size and its path."""
         found = []
-        for path in self.folder.glob("*/[!.]*"):
-            with contextlib.suppress(OSError):
-                state = path.stat()
-                found.append((state.st_mtime, state.st_size, path))
-        return sorted(found)
+        for folder in self.folder.iterdir():
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        with contextlib.suppress(OSError):
+                            state = entry.stat()
+                            found.append((state.st_mtime, state.st_size, entry.path))
+        return found
 
     def _make_room(self, size: int) -> None:
         """Count a file that is about to be written; where it does not fit, remove the oldest, and some room beside."""
         with self._lock:
             self._writing += size
             room = self.max_bytes - self._writing
-            if self._bytes <= room:
+            if self._bytes <= min(room, self._look_at):
                 return
-            files = self._files()  # other processes write here too
+            files = self._files()
             self._bytes = sum(held for _, held, _ in files)
-            gone = set()
-            for _, held, path in files:
+            full, gone = self._bytes > room, set()
+            for _, held, name in sorted(files) if full else ():
                 if self._bytes <= room - SPARE * self.max_bytes:
                     break
+                path = Path(name)
                 gone.add(path)
                 self._open.pop(path, None)
                 with contextlib.suppress(OSError):
                     path.unlink()
                 self._bytes -= held
-            self._proved = {mark for mark in self._proved if mark[0] not in gone}
+            self._look_at = self._bytes + UNSEEN * self.max_bytes
+            if gone:
+                self._proved = {mark for mark in self._proved if mark[0] not in gone}
 
 
 def _whole(content: mmap.mmap) -> bool:
