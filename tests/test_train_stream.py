@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 import threading
 from itertools import chain
 from pathlib import Path
@@ -278,6 +279,26 @@ def test_weighted_cells_carry_their_own_counts_and_resume(one_measurement: Snaps
         Stream(one_measurement, batch=32, block=16, window=4, seed=5).load_state_dict(
             Stream(one_measurement, **words).state_dict()
         )
+
+
+def test_which_cells_come_is_drawn_once_for_each_epoch(
+    one_measurement: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(one_measurement, batch=16, block=16, window=4, weights="cell_type")
+    drawn: list[int] = []
+    whole = np.random.default_rng
+
+    def counted(seed: list[int]) -> np.random.Generator:
+        if len(seed) == 3 and seed[2] == 0:
+            drawn.append(seed[1])
+        return whole(seed)
+
+    monkeypatch.setattr("train.stream.np.random.default_rng", counted)
+    rows = [cells.row.tolist() for cells in stream.steps(0, 3 * stream.plan.steps_per_epoch)]
+    assert drawn == [0, 1, 2, 3]  # the stream looks into the epoch after
+    again = pickle.loads(pickle.dumps(stream))
+    assert [cells.row.tolist() for cells in again.steps(0, len(rows))] == rows
+    assert drawn[4:] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])

@@ -52,6 +52,8 @@ REMOTE = 4
 KEPT_BYTES = 31 * 2**20
 """Freed once, a block of this size lets glibc keep what is freed from then on instead of giving its pages back: TileDB
 takes new buffers for whatever comes from a remote store, and new pages are slow."""
+EPOCHS_KEPT = 2
+"""Of so many epochs at a time is kept which cells come how often: at a border steps of both are made."""
 SHARES = 2**30
 """Shares of sources are told to the plan in whole numbers of this sum."""
 
@@ -183,7 +185,8 @@ class Stream:
             raise UsageError(f"a batch of {batch:,} cells is larger than a window of {room:,} (block times window)")
         expected = None if weights is not None or sets else _dataset_shares(self.sources, self.labels, split, portions)
         self.telemetry = ShuffleTelemetry(expected)
-        self._drawn_for: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._drawn_for: dict[int, dict[int, NDArray[np.int64]]] = {}
+        self._drawing = threading.Lock()
         self.step = self.loaded = 0
         self._offsets = first_numbers({name: sizes[name] for name in self.measurements})
         self._factors = self._divisors(factors, sizes) if factors is not None else None
@@ -191,10 +194,11 @@ class Stream:
         self._slots: list[list[list[Slot]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_room", "_slots")}
+        own = ("_room", "_slots", "_drawn_for", "_drawing")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _room=_Room(), _slots=[])
+        self.__dict__.update(state, _room=_Room(), _slots=[], _drawn_for={}, _drawing=threading.Lock())
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: the next step and what its number means."""
@@ -271,14 +275,25 @@ class Stream:
         of times, rounded down or up, and all together exactly as often as there are cells (Madow 1949).
         """
         if self._upper:
-            drawn_for, copies = self._drawn_for.get(source, (-1, positions))
-            if drawn_for != epoch:
+            positions = self._drawn(source, epoch)[positions]
+        return self.sources[source].rows(positions)
+
+    def _drawn(self, source: int, epoch: int) -> NDArray[np.int64]:
+        """Return a source's cells of an epoch, each as often as it comes; two epochs are kept, which meet at a border.
+
+        Several threads ask, of one epoch and of the next: each is drawn once.
+        """
+        with self._drawing:
+            kept = self._drawn_for.setdefault(source, {})
+            copies = kept.pop(epoch, None)
+            if copies is None:
+                for longest_unused in list(kept)[: len(kept) + 1 - EPOCHS_KEPT]:
+                    del kept[longest_unused]
                 offset = np.random.default_rng([self.plan.seed, epoch, 0, *([source] if source else [])]).random()
                 ends = np.floor(self._upper[source] + offset).astype(np.int64)
                 copies = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-                self._drawn_for[source] = (epoch, copies)
-            positions = copies[positions]
-        return self.sources[source].rows(positions)
+            kept[epoch] = copies
+            return copies
 
     # ----------------------------------------------------------------------------------------------------- batches
     def epoch(self, epoch: int, *, rank: int = 0, world: int = 1, start: int | None = None) -> Iterator[Any]:
