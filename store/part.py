@@ -34,6 +34,7 @@ free makes it himself, and sleeps.
 QUERIES = 2**13
 """Queries of this process after which a part's arrays are opened anew, for what TileDB keeps of each: 100 MB of all."""
 VERIFIED_ELEMENTS = 2**22
+MANIFEST = "snapshot.json"
 
 LABELS = (
     "dataset_id",
@@ -175,15 +176,21 @@ class Part:
 
         Raises:
             UsageError: The part was not made of sets.
+            VerificationError: The stored bytes are damaged.
         """
-        n_sets = self.entry.get("n_sets", 0)
-        if not n_sets:
+        if not self.entry.get("n_sets", 0):
             raise UsageError(
                 f"{self.uri}: has no sets; make a snapshot that has: python -m store snapshot create NAME "
                 '--set set_size=32 --set \'set_by=["dataset_id", "sample_id"]\''
             )
+        return self._set_starts()
+
+    def _set_starts(self) -> NDArray[np.int64]:
+        n_sets = self.entry["n_sets"]
         starts = np.empty(n_sets + 1, np.int64)
         self._read(("sets",), [(0, n_sets)], starts)
+        if np.any(np.diff(starts) <= 0) or (starts[0], starts[-1]) != (0, self.n_rows):
+            raise self._damaged("sets", 0, n_sets + 1, "sets do not follow each other from the first row to the last")
         return starts
 
     def warm(self, array: tuple[str, ...]) -> None:
@@ -345,7 +352,9 @@ class Part:
         return self._opened
 
     def verify(self) -> None:
-        """Read everything again and compare with the checksums of each bucket of rows.
+        """Read all rows again and compare them with their checksums, and the vocabularies with their hashes.
+
+        For the tables ``labels`` and ``presence`` and the array ``dead`` the manifest has no checksums.
 
         Raises:
             VerificationError: Something is not what was written; the message names the array and the rows.
@@ -353,6 +362,9 @@ class Part:
         sums = records.read(records.join(self.uri, "checksums.json")) or {}
         if checksums_digest(sums) != self.entry["checksums"]:
             raise VerificationError(f"{self.uri}/checksums.json: is not what was written; make the snapshot again")
+        self._verify_vocabularies()
+        if self.entry.get("n_sets", 0):
+            self._set_starts()
         size = self.entry["bucket_rows"]
         for bucket, start in enumerate(range(0, self.n_rows, size)):
             stop = min(start + size, self.n_rows)
@@ -362,6 +374,20 @@ class Part:
                         f"{self.uri}/{member}: rows {start:,} to {stop:,} differ from the checksum that was taken when "
                         "they were written; delete the snapshot and make it again"
                     )
+
+    def _verify_vocabularies(self) -> None:
+        """Compare the vocabularies that stand beside the part with the manifest of the snapshot it was made for."""
+        manifest = records.read(records.join(self.uri, MANIFEST))
+        if manifest is None:
+            raise VerificationError(f"{self.uri}/{MANIFEST}: is lost; put it back, or make the snapshot again")
+        for name, of in manifest["measurements"].items():
+            uri = records.join(self.uri, name, "var")
+            try:
+                with tiledbsoma.DataFrame.open(uri, context=soma_context()) as frame:
+                    var = frame.read().concat().sort_by("soma_joinid")
+            except (tiledb.TileDBError, tiledbsoma.SOMAError) as error:
+                raise self._damaged(f"{name}/var", 0, of["n_features"], str(error)) from error
+            check_vocabulary(self.uri, name, var, of["vocabulary_hash"])
 
     def _digests(self, start: int, stop: int) -> Iterator[tuple[str, str]]:
         for name in self.measurements:
@@ -377,6 +403,21 @@ class Part:
         yield "codes", digest_of(self.codes(FIELDS, start, stop))
         yield "numbers", digest_of(self.numbers(start, stop))
         yield "cells", cells_digest(self.cells(start, stop))
+
+
+def check_vocabulary(uri: str, measurement: str, var: pa.Table, expected: str) -> None:
+    """Compare the features that a snapshot's table ``var`` names, in the order of their numbers, with their hash.
+
+    Raises:
+        VerificationError: They are others, or stand in another order: every count would be told of a wrong feature.
+    """
+    from store.snapshot_arrays import vocabulary_hash  # which imports this module
+
+    if vocabulary_hash(measurement, var["feature_id"].to_pylist(), var["organism"].to_pylist()) != expected:
+        raise VerificationError(
+            f"{uri}/{measurement}/var: its features are not those of the manifest's vocabulary_hash, or stand in "
+            "another order; put its files back, or delete the snapshot and make it again"
+        )
 
 
 def checksums_digest(sums: dict[str, list[str]]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 import scipy.sparse
 import tiledb
@@ -496,6 +497,47 @@ def test_arrays_that_lost_files_are_not_taken_when_they_are_opened_anew(
         part.block("RNA", 0, 9)
     for path, content in commits.items():
         path.write_bytes(content)
+
+
+def test_a_vocabulary_in_another_order_does_not_pass_verification(lake_uri: str) -> None:
+    for name, damage in (("turned", turn), ("renamed", rename), ("short", cut_short)):
+        snapshot = create_snapshot(lake_uri, name, SnapshotSettings(seed=1))
+        snapshot.verify()
+        uri = f"{snapshot.uri}/RNA/var"
+        with tiledbsoma.DataFrame.open(uri) as frame:
+            var = frame.read().concat().sort_by("soma_joinid")
+        damage(uri, var)
+        with pytest.raises(VerificationError, match=f"{name}/RNA/var: its features are not those"):
+            open_snapshot(lake_uri, name).verify()
+        delete_snapshot(lake_uri, name)
+
+
+def turn(uri: str, var: pa.Table) -> None:
+    with tiledbsoma.DataFrame.open(uri, "w") as frame:
+        frame.write(var.set_column(1, "feature_id", pa.array(var["feature_id"].to_pylist()[::-1], pa.large_string())))
+
+
+def rename(uri: str, var: pa.Table) -> None:
+    ids = ["ENSG00000000000", *var["feature_id"].to_pylist()[1:]]
+    with tiledbsoma.DataFrame.open(uri, "w") as frame:
+        frame.write(var.set_column(1, "feature_id", pa.array(ids, pa.large_string())))
+
+
+def cut_short(uri: str, var: pa.Table) -> None:
+    for commit in Path(uri, "__commits").iterdir():
+        commit.unlink()
+    with tiledbsoma.DataFrame.open(uri, "w") as frame:
+        frame.write(var.slice(0, len(var) - 1))
+
+
+def test_sets_that_do_not_follow_each_other_do_not_pass_verification(lake_uri: str) -> None:
+    snapshot = create_snapshot(lake_uri, "torn-sets", SnapshotSettings(set_size=8, set_by=("dataset_id",)))
+    snapshot.verify()
+    with tiledb.open(f"{snapshot.uri}/sets", "w") as array:
+        array[3:4] = np.array([1], np.int64)
+    with pytest.raises(VerificationError, match=r"torn-sets/sets: .* do not follow each other"):
+        open_snapshot(lake_uri, "torn-sets").verify()
+    delete_snapshot(lake_uri, "torn-sets")
 
 
 @pytest.mark.parametrize(
