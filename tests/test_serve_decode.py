@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 
 from serve.decode import Decoded, Decoder
 from serve.errors import CoverageTooLow, FieldRefused
-from serve.messages import Counts
+from serve.messages import Counts, CsrCounts
 from serve.settings import Limits
 
 FAKE = FakePredictor()

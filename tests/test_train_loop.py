@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from encoded import add_dataset
 from safetensors.torch import load_file
 
@@ -104,10 +106,38 @@ def whole(lake: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("stop", [5, 8, 11])
-def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
-    lake: str, whole: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+class Scaled(Accelerator):
+    """Scales losses as with fp16 on a GPU, and from so far up that the first steps are left out."""
+
+    def __init__(self, **words: Any) -> None:
+        super().__init__(**words)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=3)
+
+    def unscale_gradients(self, optimizer: object = None) -> None:
+        for one in self._optimizers:
+            self.scaler.unscale_(one.optimizer)
+
+
+def test_a_run_whose_losses_are_scaled_resumes_with_the_scale_that_it_had(
+    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr("train.loop.Accelerator", Scaled)
+    told = {"precision": "fp16", "steps": 24}
+    unbroken = Run(settings(lake, tmp_path / "whole", **told), 1)
+    unbroken.train()
+    assert unbroken.accelerator.scaler.get_scale() < 2.0**126
+    stopped(settings(lake, tmp_path / "broken", **told), 18, monkeypatch)
+    resumed = Run(settings(lake, tmp_path / "broken", **told), 1)
+    assert resumed.resumed_from == 16
+    assert resumed.accelerator.scaler.get_scale() < 2.0**126
+    resumed.train()
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    AcceleratorState._reset_state(True)
+
+
+def stopped(told: RunSettings, stop: int, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a run that was stopped before a step."""
     step = Run._one
 
     def dies(self: Run, cells: object) -> dict[str, float]:
@@ -117,8 +147,17 @@ def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "_one", dies)
+        run = Run(told, 1)
         with pytest.raises(KeyboardInterrupt):
-            Run(settings(lake, tmp_path / "broken"), 1).train()
+            run.train()
+    return run
+
+
+@pytest.mark.parametrize("stop", [5, 8, 11])
+def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
+    lake: str, whole: Path, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(settings(lake, tmp_path / "broken"), stop, monkeypatch)
     run = Run(settings(lake, tmp_path / "broken"), 1)
     assert run.resumed_from == stop // 4 * 4
     run.train()

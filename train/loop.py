@@ -208,6 +208,8 @@ class Run:
             return 0
         if manifest["fingerprint"] != self.fingerprint:
             raise begun_otherwise(self.folder, self.settings)
+        if self.accelerator.scaler is not None and manifest.get("scaler"):
+            self.accelerator.scaler.load_state_dict(manifest["scaler"])
         return int(manifest["global_step"])
 
     @property
@@ -219,6 +221,7 @@ class Run:
     def save(self) -> None:
         """Begin to save the training state; every rank calls it. Training goes on while it is written."""
         begin = time.monotonic()
+        scaler = self.accelerator.scaler  # of fp16; it is the same on every rank, whose gradients are
         values = {
             "global_step": self.step,
             "fingerprint": self.fingerprint,
@@ -226,6 +229,7 @@ class Run:
             "world": self.world,
             "snapshot": self.provenance()["snapshot"],
             "loss_test": self.loss_test if math.isfinite(self.loss_test) else None,
+            "scaler": None if scaler is None else scaler.state_dict(),
             "versions": checkpoint.versions(),
         }
         self.states.save(self.model, self._bare, values)
