@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -257,6 +259,35 @@ def test_the_laptop_recipe_keeps_its_golden_curve(tmp_path: Path) -> None:
     found = [row["loss"] for row in read_metrics(tmp_path / "laptop/metrics.jsonl")]
     golden = json.loads((ROOT / "tests/golden/laptop.json").read_text())
     np.testing.assert_allclose(found, golden["loss"], rtol=2e-3)
+
+
+def test_a_second_driver_of_a_run_is_refused_and_a_killed_one_is_passed_at_once(lake: str, tmp_path: Path) -> None:
+    from train.launch import alone, launch
+
+    told = settings(lake, tmp_path)
+    code = """if True:
+        import pathlib, sys
+        from train.launch import alone
+        with alone(pathlib.Path(sys.argv[1])):
+            print(flush=True)
+            input()
+    """
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    other = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ConflictError, match=rf"run: the run is being written by process {other.pid} on"):
+            launch(told)
+        assert not (tmp_path / "run/state").exists()
+    finally:
+        other.kill()
+        other.communicate()
+    begin = time.monotonic()
+    for _ in range(2):
+        with alone(tmp_path / "run"):
+            pass
+    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.ray

@@ -21,6 +21,7 @@ import ray.train.v2.api.exceptions
 
 from store.cluster import cluster_address, ray_cluster, refuse_fleeting
 from store.errors import InputRefused, InterruptedRun, MissingError, SomaflowError, StorageError, UsageError
+from store.lock import WriterLock
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.folder import begun_otherwise, exported, fingerprint, run_folder, valid_states
@@ -76,7 +77,7 @@ def launch(
     Raises:
         StorageError: The cluster has no room for the workers, and had none for ``settings.patience_s``.
         MissingError: No lake, snapshot or file of knowledge.
-        ConflictError: The run's folder belongs to other settings.
+        ConflictError: The run's folder belongs to other settings, or another driver is training in it.
         UsageError: The snapshot has no cell in the split to train on; the run would be deleted with its job.
         InterruptedRun: Somebody ended it (SIGINT, SIGTERM).
         SomaflowError: What stopped the workers.
@@ -112,7 +113,7 @@ def launch(
     watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress, missing), daemon=True)
     start_s = float(os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S))
     cpus = max(settings.workers, os.cpu_count() or 1)
-    with ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
+    with alone(folder), ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
         watcher.start()
         use_gpu = on_gpus(settings)
         trainer = ray.train.torch.TorchTrainer(
@@ -176,6 +177,23 @@ def _goes_on(folder: Path) -> str:
     if not states:
         return "the same command goes on from its start"
     return f"the same command goes on from step {checkpoint.read_manifest(states[-1])['global_step']:,}, the last saved"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only driver that trains in a run's folder; one that was killed here is passed at once, elsewhere in 20 s.
+
+    Workers hold nothing: Ray Train ends and starts them again as it must.
+
+    Raises:
+        ConflictError: A living driver trains there.
+    """
+    lock = WriterLock(str(folder), str(folder / "locks"), "the run")
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _missing(settings: RunSettings, use_gpu: bool) -> str:
