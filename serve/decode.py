@@ -398,7 +398,8 @@ def _values(values: Any, given: _Given, path: Callable[[int], str], *, levels: b
         entry = int(np.argmax(bad))
         whose = f"cell {given.cell(entry)}, {given.feature(entry)}: "
         if levels:
-            raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is no level; leave out what was not measured, or send NaN")
+            why = "leave out what was not measured, or send NaN"
+            raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is no level; {why}")
         why = f"counts are at most {LARGEST_COUNT:,}" if said_N[entry] > most else "counts are finite and not negative"
         raise FieldRefused(path(entry), f"{whose}{said_N[entry]:g} is not a count; {why}")
     return _Entries(given, data_N)

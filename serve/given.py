@@ -19,34 +19,9 @@ from scipy.sparse import csr_matrix, issparse, vstack
 
 from serve.h5ad import ID_COLUMNS, split_by_type
 from store.errors import InputRefused
+from store.schema import MEASUREMENT_OF_MODALITY
 
 Measurements = dict[str, tuple[csr_matrix, list[str]]]
-MEASUREMENT_OF_MODALITY = {
-    "rna": "RNA",
-    "gex": "RNA",
-    "gene expression": "RNA",
-    "mrna": "RNA",
-    "prot": "protein",
-    "protein": "protein",
-    "adt": "protein",
-    "rppa": "protein",
-    "atac": "ATAC",
-    "peaks": "ATAC",
-    "guide": "guide",
-    "crispr": "guide",
-    "grna": "guide",
-    "met": "methylation",
-    "meth": "methylation",
-    "dna_methylation": "methylation",
-    "methylation": "methylation",
-    "methylation_coverage": "methylation_coverage",
-    "coverage": "methylation_coverage",
-    "cov": "methylation_coverage",
-    "mirna": "miRNA",
-    "metabolite": "metabolite",
-    "metabolites": "metabolite",
-}
-"""What MuData's customary names of modalities (in lower case) stand for, as ``ingest`` takes them; others are ours."""
 EXAMPLES = 3
 STACK = 6
 """Calls from a warning here to who asked the client."""

@@ -41,6 +41,33 @@ LAYERS = {
 }
 """What ``X[layer]`` of a measurement may hold; a dataset fills one layer of each of its measurements."""
 
+MEASUREMENT_OF_MODALITY = {
+    "rna": "RNA",
+    "gex": "RNA",
+    "gene expression": "RNA",
+    "mrna": "RNA",
+    "prot": "protein",
+    "protein": "protein",
+    "adt": "protein",
+    "atac": "ATAC",
+    "peaks": "ATAC",
+    "guide": "guide",
+    "crispr": "guide",
+    "grna": "guide",
+    "rppa": "protein",
+    "met": "methylation",
+    "meth": "methylation",
+    "dna_methylation": "methylation",
+    "metabolite": "metabolite",
+    "mirna": "miRNA",
+    "methylation": "methylation",
+    "methylation_coverage": "methylation_coverage",
+    "coverage": "methylation_coverage",
+    "cov": "methylation_coverage",
+    "metabolites": "metabolite",
+}
+"""What MuData's customary names of modalities (in lower case) stand for."""
+
 CELL_CAPACITY = 2**31 - 2
 """Cells that one organism of a lake can hold: the domain is fixed at creation, so that appends never resize."""
 

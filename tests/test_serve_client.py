@@ -20,17 +20,17 @@ from fake_predictor import FakePredictor
 from scipy.sparse import csr_matrix
 from starlette.testclient import TestClient
 
-from ingest.sources import h5mu
 from serve import client as client_module
 from serve.app import make_app
 from serve.client import Client, Report
 from serve.errors import Overloaded, Unavailable
-from serve.given import MEASUREMENT_OF_MODALITY, chunks, read_cells
+from serve.given import chunks, read_cells
 from serve.npz import NPZ
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError
 from store.export import MODALITY
+from store.schema import MEASUREMENT_OF_MODALITY
 
 mudata.set_options(pull_on_update=False)  # as it will be by itself
 MODELS = {"models": [{"id": "tiny"}]}
@@ -250,8 +250,7 @@ def test_modalities_of_mudata_have_their_customary_names(served: Any) -> None:
         client.embed(mudata.MuData({"rna": parts["RNA"], "gex": parts["protein"]}))
 
 
-def test_customary_names_of_modalities_are_those_of_ingestion_and_of_exports() -> None:
-    assert MEASUREMENT_OF_MODALITY == h5mu.MEASUREMENT
+def test_customary_names_of_modalities_are_those_of_exports() -> None:
     assert {measurement: MEASUREMENT_OF_MODALITY[name] for measurement, name in MODALITY.items()} == {
         measurement: measurement for measurement in MODALITY
     }

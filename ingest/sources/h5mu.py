@@ -14,33 +14,7 @@ from ingest.job import SourceSettings
 from ingest.sources.form import Part, Rows, SourceDataset, content_digest, dataset_name, fingerprint
 from ingest.sources.h5ad import matrix_rows, open_group, read_table
 from store.errors import InputRefused
-
-MEASUREMENT = {
-    "rna": "RNA",
-    "gex": "RNA",
-    "gene expression": "RNA",
-    "mrna": "RNA",
-    "prot": "protein",
-    "protein": "protein",
-    "adt": "protein",
-    "atac": "ATAC",
-    "peaks": "ATAC",
-    "guide": "guide",
-    "crispr": "guide",
-    "grna": "guide",
-    "rppa": "protein",
-    "met": "methylation",
-    "meth": "methylation",
-    "dna_methylation": "methylation",
-    "metabolite": "metabolite",
-    "mirna": "miRNA",
-    "methylation": "methylation",
-    "methylation_coverage": "methylation_coverage",
-    "coverage": "methylation_coverage",
-    "cov": "methylation_coverage",
-    "metabolites": "metabolite",
-}
-"""What a modality's name (in lower case) stands for."""
+from store.schema import MEASUREMENT_OF_MODALITY
 
 
 def names(source: SourceSettings) -> list[str]:
@@ -94,11 +68,11 @@ def _measurements(modalities: list[str], source: SourceSettings) -> dict[str, st
     absent = sorted(set(source.modalities) - set(modalities))
     if absent:
         raise InputRefused(f"{source.uri}: has no modality {absent[0]!r}; it has {', '.join(modalities)}")
-    named = {key: source.modalities.get(key, MEASUREMENT.get(key.lower(), "")) for key in modalities}
+    named = {key: source.modalities.get(key, MEASUREMENT_OF_MODALITY.get(key.lower(), "")) for key in modalities}
     found = {key: measurement for key, measurement in named.items() if measurement}
     if not found:
         raise InputRefused(
-            f"{source.uri}: unknown modality {modalities[0]!r}; known: {', '.join(MEASUREMENT)}; "
+            f"{source.uri}: unknown modality {modalities[0]!r}; known: {', '.join(MEASUREMENT_OF_MODALITY)}; "
             "or say what one measures: modalities.NAME=protein"
         )
     for measurement in found.values():
