@@ -126,6 +126,7 @@ def test_surer_intervals_are_wider_and_a_head_that_cannot_tell_says_so(client: T
         ({"head": "foreign"}, "head", "60 of its 60 features are none of the checkpoint's, such as other0"),
         ({"head": "unheard"}, "head", "this server knows few, screen"),
         ({"head": ""}, "context", "only a head takes it"),
+        ({"counts": {"RNA": [{"NOPE": 1}], "protein": [{"P0": 1}]}}, "counts.RNA", "understands too little"),
         ({"context": {}}, "context.cell_type", "this head learned from a, b"),
         ({"context": {"cell_type": "a", "donor": "x"}}, "context.donor", "tells contexts by cell_type"),
         ({"perturbations": ["t1", "t99"]}, "perturbations.1", "knows nothing of 't99'; did you mean"),
