@@ -125,7 +125,7 @@ def _read_file(content: bytes, layer: str, limits: Limits) -> tuple[dict[str, ND
                 raise FieldRefused("file", f"has no matrix {key}; it has {_known(file)}: name one in the part 'layer'")
             counts_CG = _matrix(file[key], key, limits, named=bool(layer))
             if layer or _whole(counts_CG.data):
-                return _measurements(counts_CG, _features(file, key, limits)), key
+                return by_measurement(counts_CG, read_features(file, key, limits)), key
         raise FieldRefused(
             "file", f"no whole numbers in {', '.join(_candidates(file))}; name the matrix of raw counts in 'layer'"
         )
@@ -212,7 +212,7 @@ def _all_of(table: NDArray[Any]) -> scipy.sparse.csr_matrix:
     return scipy.sparse.csr_matrix((table.ravel(), columns, np.arange(n_rows + 1) * n_columns), shape=table.shape)
 
 
-def _features(file: Any, key: str, limits: Limits) -> pd.DataFrame:
+def read_features(file: Any, key: str, limits: Limits) -> pd.DataFrame:
     """Read the table of features that belongs to a matrix, only what is needed of it."""
     import pandas as pd
     from anndata.io import read_elem
@@ -239,7 +239,7 @@ def _features(file: Any, key: str, limits: Limits) -> pd.DataFrame:
     return pd.DataFrame({name: column for name, column in found.items() if len(column) == size})
 
 
-def _measurements(counts_CG: scipy.sparse.csr_matrix, table: pd.DataFrame) -> dict[str, NDArray[Any]]:
+def by_measurement(counts_CG: scipy.sparse.csr_matrix, table: pd.DataFrame) -> dict[str, NDArray[Any]]:
     if len(table) != counts_CG.shape[1]:
         raise FieldRefused("file", f"var has {len(table):,} features and the matrix {counts_CG.shape[1]:,} columns")
     kinds = split_by_type(table["feature_types"]) if "feature_types" in table else {}

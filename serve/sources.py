@@ -258,9 +258,9 @@ def _read_h5ad(
             raise InputRefused(f"{where}: holds {n_cells:,} cells; 1 to {most_cells:,} can be looked at together")
         values, var, found = _raw(file, where)
         counts_CG = _matrix(values, n_cells, _length(var, where), where, most_counts, most_features)
-        table, obs = h5ad._features(file, found, Limits(features=most_features)), read_elem(file["obs"])
+        table, obs = h5ad.read_features(file, found, Limits(features=most_features)), read_elem(file["obs"])
     notes = [f"counts are those of {found}"]
-    return h5ad._measurements(counts_CG, table) | _answer({}, _labels(obs, [str(name) for name in obs.index]), notes)
+    return h5ad.by_measurement(counts_CG, table) | _answer({}, _labels(obs, [str(name) for name in obs.index]), notes)
 
 
 def _check_reach(file: Any, where: str) -> None:
