@@ -240,6 +240,7 @@ def read_features(file: Any, key: str, limits: Limits) -> pd.DataFrame:
 
 
 def by_measurement(counts_CG: scipy.sparse.csr_matrix, table: pd.DataFrame) -> dict[str, NDArray[Any]]:
+    """Return counts as arrays of a request, split into measurements where the table of features names 10x's types."""
     if len(table) != counts_CG.shape[1]:
         raise FieldRefused("file", f"var has {len(table):,} features and the matrix {counts_CG.shape[1]:,} columns")
     kinds = split_by_type(table["feature_types"]) if "feature_types" in table else {}
