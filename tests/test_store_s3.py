@@ -34,10 +34,18 @@ from ingest.sandbox import Reader
 from serve import index
 from serve.bulk import Asked, Bulk, Outcome, in_this_process
 from store import context, records
-from store.errors import ConflictError, MissingError, StorageError
+from store.cluster import in_this_process as one_after_the_other
+from store.errors import ConflictError, InterruptedRun, MissingError, StorageError, UsageError
 from store.lake import open_lake
 from store.settings import parse_settings
-from store.snapshot import SnapshotSettings, create_snapshot, delete_snapshot, list_snapshots, open_snapshot
+from store.snapshot import (
+    SnapshotSettings,
+    begun_snapshots,
+    create_snapshot,
+    delete_snapshot,
+    list_snapshots,
+    open_snapshot,
+)
 from store.upkeep import collect, consolidate, vacuum
 from store.validate import validate
 from store.writer import LakeWriter
@@ -107,6 +115,32 @@ def test_snapshots_on_s3_come_and_go_whole(bucket: str) -> None:
     assert list_snapshots(uri) == []
     with pytest.raises(MissingError, match="no lake here"):
         open_lake(f"{bucket}/none")
+
+
+def test_a_build_that_died_on_s3_goes_on_or_goes_away(bucket: str) -> None:
+    uri = f"{bucket}/begun"
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 70, {"RNA": 40})
+    create_snapshot(uri, "words", SnapshotSettings())
+
+    def none_is_gathered(function: Any, common: Any, items: Any) -> Iterator[None]:
+        if function.__name__ == "gather":
+            raise InterruptedRun("killed")
+        yield from one_after_the_other(function, common, items)
+
+    for seed in (1, 2):
+        with pytest.raises(InterruptedRun):
+            create_snapshot(uri, "s", SnapshotSettings(seed=seed, like="words"), tasks=none_is_gathered)
+        assert begun_snapshots(uri) == ["s"]
+        with pytest.raises(UsageError, match="snapshot 's' is being built from it"):
+            delete_snapshot(uri, "words")
+        if seed == 1:
+            delete_snapshot(uri, "s")
+            assert begun_snapshots(uri) == []
+    create_snapshot(uri, "s", SnapshotSettings(seed=2, like="words")).verify()
+    assert records.names(f"{uri}/somaflow/building") == []
+    delete_snapshot(uri, "words")
+    assert list_snapshots(uri) == ["s"]
 
 
 def test_a_store_that_fails_now_and_then_changes_nothing(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
