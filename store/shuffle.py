@@ -37,7 +37,9 @@ from store.splits import coded
 READ_ELEMENTS = 2**22
 """Values that one read of X should bring."""
 READ_CELLS = 2**17
-"""Cells of obs, chosen or not, that one read brings: half a kilobyte each or more (as many again are no faster)."""
+"""Cells of obs, chosen or not, that one read brings where chosen ones are scattered: half a kilobyte each or more."""
+CLOSE = 2
+"""Cells are scattered where they are fewer than one of so many."""
 
 MEASURED = tuple(schema.measured_column(name) for name in schema.MEASUREMENTS)
 
@@ -162,13 +164,19 @@ def scatter(job: Scatter, chunk: Chunk) -> None:
 
 
 def _labels(lake: Lake, chunk: Chunk) -> pa.Table:
-    """Return the obs of the chunk's cells, in their order; of cells between them few are in memory at a time."""
+    """Return the obs of the chunk's cells, in their order.
+
+    Cells that lie close are read at once, which is fastest; scattered ones a stretch at a time, so that what lies
+    between them does not fill the memory.
+    """
     obs, uri = lake.experiment(chunk.organism).obs, records.join(lake.uri, "census_data", chunk.organism, "obs")
     wanted = ["soma_joinid", *LABELS, *MEASURED]
+    span = int(chunk.joinids_C[-1] - chunk.joinids_C[0]) + 1
+    step = span if span <= CLOSE * len(chunk.joinids_C) else READ_CELLS
     parts, start = [], 0
     while start < len(chunk.joinids_C):
         first = int(chunk.joinids_C[start])
-        stop = int(np.searchsorted(chunk.joinids_C, first + READ_CELLS))
+        stop = int(np.searchsorted(chunk.joinids_C, first + step))
         mine = chunk.joinids_C[start:stop]
         with reading(uri):
             found = obs.read((slice(first, int(mine[-1])),), column_names=wanted).concat().sort_by("soma_joinid")

@@ -273,21 +273,30 @@ def test_spill_files_count_values_in_64_bits(uri: str) -> None:
     assert pa.types.is_large_list(spilled.field("RNA.counts").type)
 
 
-def test_labels_of_scattered_cells_are_read_a_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+SCATTERED = (
+    [3, 4, 40, 102, 103, 950, 1400, 1401, 1499, 1500],
+    [[3, 102], [103] * 2, [950] * 2, [1400, 1499], [1500] * 2],
+)
+CLOSE = (list(range(500, 1000, 2)), [[500, 998]])
+
+
+@pytest.mark.parametrize(("joinids", "stretches"), [SCATTERED, CLOSE])
+def test_labels_are_read_at_once_where_cells_lie_close_and_a_stretch_at_a_time_where_they_do_not(
+    joinids: list[int], stretches: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("store.shuffle.READ_CELLS", 100)
-    joinids = np.array([3, 4, 40, 102, 103, 950, 1400, 1401, 1499, 1500])
     everything = pa.table({"soma_joinid": np.arange(2000)})
-    asked: list[tuple[int, int]] = []
+    asked: list[list[int]] = []
 
     def read(rows: tuple[slice], column_names: list[str]) -> Any:
         assert set(LABELS) < set(column_names)
-        asked.append((rows[0].start, rows[0].stop))
+        asked.append([rows[0].start, rows[0].stop])
         return SimpleNamespace(concat=lambda: everything.slice(rows[0].start, rows[0].stop - rows[0].start + 1))
 
     lake: Any = SimpleNamespace(uri="/lake", experiment=lambda _: SimpleNamespace(obs=SimpleNamespace(read=read)))
-    chunk: Any = SimpleNamespace(organism="homo_sapiens", joinids_C=joinids)
-    assert _labels(lake, chunk)["soma_joinid"].to_pylist() == joinids.tolist()
-    assert asked == [(3, 102), (103, 103), (950, 950), (1400, 1499), (1500, 1500)]
+    chunk: Any = SimpleNamespace(organism="homo_sapiens", joinids_C=np.array(joinids))
+    assert _labels(lake, chunk)["soma_joinid"].to_pylist() == joinids
+    assert asked == stretches
 
 
 def test_scattered_cells_keep_their_labels(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
