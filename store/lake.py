@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from store import catalog, records, schema
 from store.catalog import Commit
-from store.context import read_parts, soma_context
+from store.context import read_parts, reading, soma_context
 from store.errors import ConflictError, MissingError, StorageError, UsageError
 
 
@@ -316,6 +316,9 @@ class Lake:
                     f"{self.uri}: obs cannot be read: {str(error).strip().splitlines()[0]}; open the lake again: small "
                     "files may have been merged since; if that does not help, check the place and your rights to it"
                 ) from None
+            if where is None or "Query FAILED" in str(error) or "Checksum" in str(error):
+                with reading(f"{self.uri}: obs"):
+                    raise
             raise UsageError(
                 f"where = {where!r}: {str(error).strip().splitlines()[0]}; columns: {', '.join(obs.schema.names)}"
             ) from None

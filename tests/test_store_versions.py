@@ -22,7 +22,7 @@ from encoded import add_dataset, encoded_counts, numbered
 
 import store.writer
 from store import catalog, lock, records, tables, upkeep
-from store.errors import ConflictError, MissingError, StorageError, UsageError
+from store.errors import ConflictError, MissingError, StorageError, UsageError, VerificationError
 from store.fragments import fragments
 from store.lake import Lake, layer_uris, open_lake, table_uris
 from store.lock import WriterLock
@@ -379,6 +379,21 @@ def test_a_name_belongs_to_one_organism(tmp_path: Path) -> None:
         writer.remove("a")
         add_dataset(writer, "a", 30, {"RNA": 20})
     assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
+def test_damage_of_obs_is_no_mistake_of_whoever_reads_it(two_versions: str) -> None:
+    flipped = 0
+    for path in Path(two_versions).glob("census_data/homo_sapiens/obs/__fragments/*/a*.tdb"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+        flipped += 1
+    assert flipped
+    for where in (None, "cell_type == 'odd'"):
+        with pytest.raises(VerificationError, match=r"obs: cannot be read: .*damaged"):
+            open_lake(two_versions).obs("homo_sapiens", where)
+    with pytest.raises(UsageError, match="where = "):
+        open_lake(two_versions).obs("homo_sapiens", "cell_type ==")
 
 
 def test_a_proof_goes_on_where_something_cannot_be_read(two_versions: str) -> None:

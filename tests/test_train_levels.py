@@ -247,7 +247,7 @@ def test_a_snapshot_holds_levels_as_they_are_and_says_so(lake: str, shared_data:
 @pytest.mark.ray
 def test_streamed_tokens_of_levels_are_the_levels(lake: str) -> None:
     snapshot = open_snapshot(lake, "s")
-    stream = Stream(snapshot, batch=32, tokens=TokenSettings(budget=300, hide=(0.0, 0.0), drop_measurement=0.0))
+    stream = Stream(snapshot, batch=32, tokens=TokenSettings.whole(budget=300))
     batch = next(iter(stream.epoch(0)))
     first = 1
     for name in snapshot.measurements:

@@ -8,6 +8,7 @@ import pickle
 import threading
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -718,3 +719,26 @@ def test_sets_need_a_snapshot_of_sets_and_come_ragged(snapshot: Snapshot, tissue
         Stream(tissue, batch=4, sets=True, tokens=TOKENS)
     alone = [cells.row.tolist() for cells in Stream(tissue, batch=32, block=64).epoch(0)]
     assert sorted(chain.from_iterable(alone)) == list(range(tissue.splits["train"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"batch": 0}, "batch = 0: at least 1"),
+        ({"batch": -3}, "batch = -3: at least 1"),
+        ({"threads": 0}, "threads = 0: at least 1"),
+        ({"measurements": "RNA"}, r"measurements = 'RNA': say a list, \['RNA'\]"),
+    ],
+)
+def test_what_no_stream_can_be_made_of_is_refused(snapshot: Snapshot, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        Stream(snapshot, **{"batch": 8, "block": 16} | asked)
+
+
+def test_ranks_are_counted_from_nought_and_a_mixture_has_snapshots(snapshot: Snapshot) -> None:
+    stream = Stream(snapshot, batch=8, block=16)
+    for rank, world in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(UsageError, match=f"rank = {rank} of world = {world}: ranks are counted from 0"):
+            next(iter(stream.epoch(0, rank=rank, world=world)))
+    with pytest.raises(UsageError, match="no snapshot is named"):
+        Stream({}, batch=8)

@@ -260,3 +260,18 @@ def test_packing_leaves_out_the_padding_and_keeps_within_the_budget() -> None:
 @pytest.mark.parametrize("counts", OF)
 def test_tokens_made_on_cuda_are_those_made_on_cpu(values: Any, chance: tuple[int, int] | None, counts: str) -> None:
     on_gpu.tokens(torch.device("cuda"), counts, values, chance)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"budget": 0}, {"bins": 0}, {"hide": (0.9, 0.1)}, {"hide": (0.0, 1.5)}, {"drop_prompt": 2.0}, {"values": "bin"}],
+)
+def test_settings_that_make_no_tokens_are_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(asked))):
+        TokenSettings(**asked)
+
+
+def test_whole_tokens_hide_nothing() -> None:
+    whole = TokenSettings.whole(7, values="bins")
+    assert (whole.budget, whole.values, whole.hide) == (7, "bins", (0.0, 0.0))
+    assert not whole.drop_measurement + whole.drop_prompt + whole.drop_cell_type

@@ -136,6 +136,9 @@ class Stream:
         controls: MatchedControls | None = None,
         sets: bool = False,
     ) -> None:
+        for name, value in {"batch": batch, "block": block, "window": window, "threads": threads}.items():
+            if value < 1:
+                raise UsageError(f"{name} = {value}: at least 1")
         if lanes < 1 or window % lanes:
             raise UsageError(f"lanes = {lanes} does not divide window = {window}")
         if not isinstance(balance, bool):
@@ -147,7 +150,11 @@ class Stream:
             raise UsageError("controls come with ragged batches: leave tokens out, and make tokens of both")
         if sets and (tokens or weights is not None):
             raise UsageError("sets come in ragged batches and without weights: make tokens of what comes")
+        if isinstance(measurements, str):
+            raise UsageError(f"measurements = {measurements!r}: say a list, [{measurements!r}]")
         shares = dict(snapshot) if isinstance(snapshot, Mapping) else {snapshot: 1.0}
+        if not shares:
+            raise UsageError("no snapshot is named; a mixture maps snapshots to their weights")
         self.snapshots = tuple(shares)
         sizes = vocabulary_sizes(self.snapshots)
         unknown = sorted(set(measurements or ()) - set(sizes))
@@ -319,8 +326,9 @@ class Stream:
 
         Raises:
             VerificationError: The snapshot's stored bytes are damaged.
-            UsageError: Windows take more memory than is allowed.
+            UsageError: Windows take more memory than is allowed, or there is no such rank.
         """
+        _check_rank(rank, world)
         many = self._steps_together(world, every)
         firsts = range(start, stop, many * every)
         kept = self._slots.pop() if self._slots else []
@@ -615,6 +623,11 @@ class Stream:
         firsts = self.sources[number].sets[places] if self.sets else self._rows(number, epoch, places)
         lanes = order.lanes_of_blocks(key[1], blocks[np.searchsorted(firsts, window.firsts)])
         return np.repeat(lanes, np.diff(window.offsets))
+
+
+def _check_rank(rank: int, world: int) -> None:
+    if not 0 <= rank < world:
+        raise UsageError(f"rank = {rank} of world = {world}: ranks are counted from 0")
 
 
 @dataclass(frozen=True)

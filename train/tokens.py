@@ -66,6 +66,22 @@ class TokenSettings:
     def __post_init__(self) -> None:
         if self.levels and self.values != "log1p":
             raise ValueError(f"values={self.values!r} are for counts; {', '.join(self.levels)} holds levels")
+        if self.values not in ("log1p", "bins", "rank"):
+            raise ValueError(f"values={self.values!r}: say log1p, bins or rank")
+        if self.budget < 1 or self.bins < 1:
+            raise ValueError(f"budget={self.budget}, bins={self.bins}: both are at least 1")
+        least, most = self.hide
+        if not 0 <= least <= most <= 1:
+            raise ValueError(f"hide={self.hide}: the least and the greatest share, both from 0 to 1")
+        for name in ("drop_measurement", "drop_prompt", "drop_cell_type"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a chance is from 0 to 1")
+
+    @classmethod
+    def whole(cls, budget: int = 128, **others: Any) -> TokenSettings:
+        """Return settings that hide nothing and leave out nothing but what the budget does."""
+        kept: dict[str, Any] = dict.fromkeys(("drop_measurement", "drop_prompt", "drop_cell_type"), 0.0)
+        return cls(budget, **{"hide": (0.0, 0.0)} | kept | others)
 
 
 @dataclass(frozen=True)
