@@ -42,11 +42,11 @@ from numpy.typing import NDArray
 from store import records
 from store.cluster import Tasks, in_this_process
 from store.context import soma_context
-from store.errors import MissingError, UsageError, VerificationError
+from store.errors import MissingError, UsageError
 from store.lake import open_lake
-from store.part import CODED, LABELS, Part
+from store.part import CODED, LABELS, Part, check_vocabulary
 from store.settings import parse_settings
-from store.snapshot_arrays import FORMAT, vocabulary_hash
+from store.snapshot_arrays import FORMAT
 from store.splits import SnapshotSettings
 
 __all__ = ["LABELS", "Snapshot", "SnapshotSettings", "create_snapshot", "open_snapshot", "refresh_snapshot"]
@@ -300,14 +300,14 @@ class Snapshot:
     def vocabulary(self, measurement: str) -> pa.Table:
         """Return feature_id, feature_name, organism of each feature; its position is its number in ``block``."""
         self._know(measurement)
-        return self._table(measurement, "var").select(["feature_id", "feature_name", "organism"])
+        return self._var(measurement).select(["feature_id", "feature_name", "organism"])
 
     def var_rows(self, measurement: str) -> list[tuple[str, str, str, int]]:
         """Return feature_id, feature_name, organism and joinid in the lake of each feature."""
         if measurement not in self.measurements:
             return []
         columns = ("feature_id", "feature_name", "organism", "lake_joinid")
-        found = self._table(measurement, "var")
+        found = self._var(measurement)
         return list(zip(*(found[column].to_pylist() for column in columns), strict=True))
 
     def cells(self, columns: Sequence[str] | None = None, spans: Sequence[tuple[int, int]] | None = None) -> pa.Table:
@@ -413,6 +413,13 @@ class Snapshot:
                     if len(rows := np.flatnonzero((code == number) & (split >= 0))):
                         yield organism, joinids[rows], first + rows, split[rows]
 
+    def _var(self, measurement: str) -> pa.Table:
+        """Read the features, and compare them with the manifest."""
+        table = self._table(measurement, "var")
+        expected = self.manifest["measurements"][measurement]["vocabulary_hash"]
+        check_vocabulary(self.uri, measurement, table, expected)
+        return table
+
     def _table(self, measurement: str, member: str) -> pa.Table:
         uri = records.join(self.uri, *(part for part in (measurement, member) if part))
         with tiledbsoma.DataFrame.open(uri, context=soma_context()) as frame:
@@ -463,12 +470,7 @@ class Snapshot:
         Raises:
             VerificationError: Some array is not what was written; the message names it.
         """
-        for name, entry in self.manifest["measurements"].items():
-            rows = self.var_rows(name)
-            if vocabulary_hash(name, [row[0] for row in rows], [row[2] for row in rows]) != entry["vocabulary_hash"]:
-                raise VerificationError(
-                    f"{self.uri}/{name}/var: does not hold the features that the manifest promises, so that counts may "
-                    "stand at others; delete the snapshot and make it again"
-                )
+        for name in self.measurements:
+            self._var(name)
         for part in self.parts:
             part.verify()

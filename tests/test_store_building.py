@@ -374,5 +374,5 @@ def test_a_snapshot_whose_features_are_not_those_of_its_manifest_is_found(uri: s
     made = create_snapshot(uri, "s", SnapshotSettings())
     made.verify()
     made.manifest["measurements"]["RNA"]["vocabulary_hash"] = "another"
-    with pytest.raises(VerificationError, match="RNA/var: does not hold the features that the manifest promises"):
+    with pytest.raises(VerificationError, match="RNA/var: its features are not those of the manifest"):
         made.verify()

@@ -650,8 +650,13 @@ def test_a_dataloader_resumes_or_says_that_it_would_not(snapshot: Snapshot) -> N
         next(iter(before))
     plain = DataLoader(EpochDataset(stream), batch_size=None)
     assert [cells.row.tolist() for cells in plain] == rows[3:]
+    stream.load_state_dict(state)
+    workers = DataLoader(EpochDataset(stream), batch_size=None, **SPAWNED)
+    assert [cells.row.tolist() for cells in workers] == rows[3:]
     with pytest.raises(UsageError, match=r"use train\.dataset\.EpochLoader in its place"):
-        next(iter(DataLoader(EpochDataset(stream), batch_size=None, **SPAWNED)))
+        stream.state_dict()
+    assert [cells.row.tolist() for cells in DataLoader(EpochDataset(stream, 1), batch_size=None)] != rows
+    assert stream.state_dict()["step"] == 2 * len(rows)
 
 
 @pytest.fixture(scope="module")

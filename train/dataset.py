@@ -12,10 +12,11 @@ from train.stream import Stream
 
 
 class EpochDataset(IterableDataset[Any]):
-    """One rank's batches of one epoch of a stream, in order, for ``EpochLoader(..., batch_size=None)``.
+    """One rank's batches of one epoch of a stream, in order, for ``DataLoader(..., batch_size=None)``.
 
     The stream's own threads do the work, so ``num_workers=0`` is fastest. Workers (``multiprocessing_context="spawn"``)
-    take turns: of n of them each makes every n-th batch, and reads everything.
+    take turns: of n of them each makes every n-th batch, and reads everything. They do not tell the stream here which
+    batches were taken: whoever wants its ``state_dict`` then takes an ``EpochLoader``.
 
     Args:
         stream: The stream.
@@ -57,14 +58,17 @@ class EpochDataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        if worker and not self.counted:
-            raise UsageError(
-                "workers of a DataLoader do not tell the stream which batches were taken, so its state_dict would be "
-                "wrong: use train.dataset.EpochLoader in its place, with the same arguments, or num_workers=0"
-            )
+        if worker is None:
+            self.stream.uncounted = False
         turn, every = (worker.id, worker.num_workers) if worker else (0, 1)
         stop = (self.epoch + 1) * self.stream.plan.steps_per_epoch
         return self.stream.steps(self.first_step + turn, stop, rank=self.rank, world=self.world, every=every)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to a worker, whose batches only an ``EpochLoader`` counts here."""
+        if not self.counted:
+            self.stream.uncounted = True
+        return self.__dict__
 
 
 class EpochLoader(DataLoader[Any]):
@@ -77,6 +81,7 @@ class EpochLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises a class of its own
         first, self.dataset.counted = self.dataset.first_step, True
+        self.dataset.stream.uncounted = False
         for number, batch in enumerate(super().__iter__()):
             self.dataset.stream.step = first + number + 1
             yield batch

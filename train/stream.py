@@ -107,6 +107,7 @@ class Stream:
         step: The next step.
         telemetry: How well batches are mixed so far.
         loaded: How many saved states it was given.
+        uncounted: Workers elsewhere make its batches, and nobody here counts those that are taken.
 
     Raises:
         UsageError: No cell is in the split, a measurement is unknown, a batch is larger than a window, vocabularies
@@ -195,6 +196,7 @@ class Stream:
         self._drawn_for: dict[int, dict[int, NDArray[np.int64]]] = {}
         self._drawing = threading.Lock()
         self.step = self.loaded = 0
+        self.uncounted = False
         self._offsets = first_numbers({name: sizes[name] for name in self.measurements})
         self._factors = self._divisors(factors, sizes) if factors is not None else None
         self._room = _Room()
@@ -208,7 +210,19 @@ class Stream:
         self.__dict__.update(state, _room=_Room(), _slots=[], _drawn_for={}, _drawing=threading.Lock())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands: the next step and what its number means."""
+        """Return where the stream stands: the next step and what its number means.
+
+        Raises:
+            UsageError: Workers of a DataLoader made its batches, and nobody here knows which were taken.
+        """
+        if self.uncounted:
+            raise UsageError(
+                "workers of a DataLoader do not tell the stream which batches were taken: use "
+                "train.dataset.EpochLoader in its place, with the same arguments, or num_workers=0"
+            )
+        return self._standing()
+
+    def _standing(self) -> dict[str, Any]:
         plan = self.plan
         weights = hashlib.sha256(b"".join(upper.tobytes() for upper in self._upper)).hexdigest()
         return {
@@ -228,11 +242,12 @@ class Stream:
         Raises:
             UsageError: It streamed other cells or in another order; the message says what differs.
         """
-        for key, mine in self.state_dict().items():
+        for key, mine in self._standing().items():
             if key != "step" and state[key] != mine:
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
         self.step = int(state["step"])
         self.loaded += 1
+        self.uncounted = False
 
     def _divisors(self, factors: Mapping[str, NDArray[np.float32]], sizes: dict[str, int]) -> torch.Tensor:
         """Return what counts are divided by, by the number of the feature among all; 0 is padding."""
