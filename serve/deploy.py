@@ -50,7 +50,7 @@ T = TypeVar("T")
 APP = "somaflow"
 MAX_ONGOING = 1_024
 """Requests inside at once; far above what the batcher's own bound (in tokens) lets in."""
-READY_S = 2.0
+READY_S = 4.0
 """Longest that a copy of the model that lives takes to say so."""
 GRACE_S = 2.0
 """What a request may take longer than its limit before it is given up here."""

@@ -38,7 +38,7 @@ from train.record import read_metrics
 from train.settings import RunSettings
 
 ROOT = Path(__file__).parent.parent
-PACKAGE_BYTES = 2 * 2**20
+PACKAGE_BYTES = 3 * 2**20
 LIMIT_S = 200
 
 DATASETS = ["first", "second"]

@@ -46,7 +46,9 @@ def test_a_google_bucket_is_listed_and_read(shared_data: Path, monkeypatch: pyte
         path = shared_data / "derived/pbmc68k_reduced_counts.h5ad"
         filesystem.put_file(str(path), "atlas/2026/blood.h5ad")
         filesystem.pipe("atlas/2026/notes.txt", b"not a dataset")
-        (source,) = expand(SourceSettings(uri="gs://atlas/2026"), ("gs",))
+        expanded = expand(SourceSettings(uri="gs://atlas/2026"), ("gs",))
+        (source,) = expanded.sources
+        assert expanded.passed == ["gs://atlas/2026/notes.txt"]
         assert source.uri == "gs://atlas/2026/blood.h5ad"
         _same(path, source.uri)
 
@@ -54,7 +56,7 @@ def test_a_google_bucket_is_listed_and_read(shared_data: Path, monkeypatch: pyte
 def test_a_web_address_is_read(shared_data: Path) -> None:
     path = shared_data / "derived/pbmc68k_reduced_counts.h5ad"
     with local_server(lambda port: [sys.executable, "-c", WEB, str(path.parent), port]) as url:
-        (source,) = expand(SourceSettings(uri=f"{url}/{path.name}"), ("http",))
+        (source,) = expand(SourceSettings(uri=f"{url}/{path.name}"), ("http",)).sources
         _same(path, source.uri)
         with pytest.raises(MissingError, match="no such file"):
             OpenDataset(SourceSettings(uri=f"{url}/missing.h5ad"), "x")

@@ -200,7 +200,7 @@ def test_a_metric_whose_replicate_does_not_beat_the_floor_gets_no_score() -> Non
     assert math.isnan(one.s)
     assert one.verdict == "not informative"
     (few,) = score(values(strong=[1, 1], replicate=[9, 9], ours=[5, 5]), {"m": "higher"}, "ours")
-    assert few.verdict == "not informative"
+    assert few.verdict == "too few units"
 
 
 def test_worse_than_the_floor_is_said() -> None:

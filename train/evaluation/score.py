@@ -28,7 +28,7 @@ FEWEST_UNITS = 3
 
 Way = Literal["higher", "lower"]
 """Which way of a metric is better."""
-Verdict = Literal["above", "not told apart", "below", "not informative", "floor only"]
+Verdict = Literal["above", "not told apart", "below", "not informative", "too few units", "floor only"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,8 @@ def _score(
 
 
 def _judged(one: Score, p: float) -> Score:
+    if one.n_units < FEWEST_UNITS:
+        return replace(one, verdict="too few units")
     if one.gate < ERRORS:
         return replace(one, verdict="not informative")
     if math.isnan(one.s):
