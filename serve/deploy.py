@@ -33,7 +33,7 @@ from serve.app import make_app
 from serve.atlas import Atlas
 from serve.batcher import Load
 from serve.decode import Cells
-from serve.door import waited_s
+from serve.door import is_question, waited_s
 from serve.errors import Unavailable
 from serve.explore import Offer
 from serve.held import load_predictor
@@ -52,6 +52,8 @@ MAX_ONGOING = 1_024
 """Requests inside at once; far above what the batcher's own bound (in tokens) lets in."""
 READY_S = 4.0
 """Longest that a copy of the model that lives takes to say so."""
+ASKED_S = 15.0
+"""The same where a question is waiting for it."""
 GRACE_S = 2.0
 """What a request may take longer than its limit before it is given up here."""
 PROXY_S = 5.0
@@ -131,8 +133,9 @@ class RemoteModel:
         self._handle, self._timeout_s = handle, timeout_s
 
     async def ready(self) -> str:
-        """See :class:`Replica`."""
-        return await _value(self._handle.ready.remote(), READY_S)
+        """See :class:`Replica`; a question waits longer: a busy machine, or a copy that just died, is no outage."""
+        within_s = min(ASKED_S, self._left_s()) if is_question() else READY_S
+        return await _value(self._handle.ready.remote(), within_s)
 
     async def load(self) -> Load:
         """See :class:`Replica`."""

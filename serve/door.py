@@ -58,6 +58,11 @@ def waited_s() -> float:
     return now - _came.get(now)
 
 
+def is_question() -> bool:
+    """Say whether what is being answered is a question to the model."""
+    return _came.get(None) is not None
+
+
 class Door:
     """What one ingress or proxy knows of whether requests can be let in."""
 
