@@ -7,6 +7,7 @@ default, which is meant for every run.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -94,6 +95,11 @@ def as_in_the_file(lake: Lake, path: Path) -> None:
     assert (counts[:, ids.loc[expected.var_names].to_numpy()] != expected.X).nnz == 0
 
 
+WORKER = re.compile(r"ray::(IDLE|names|inspect|check|write)\b")
+"""Ray's workers that do an ingestion's tasks, or none. With Ray's own agents the node dies, and an actor that Ray Train
+left running keeps a CPU for good when it is started again."""
+
+
 def workers(what: str) -> list[psutil.Process]:
     """Processes below this one that do an ingestion's work."""
     found = []
@@ -102,8 +108,7 @@ def workers(what: str) -> list[psutil.Process]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        # Ray's own agents are not workers: the node dies with them
-        if words and (words[0].startswith(what) or what in words) and "Agent" not in words[0]:
+        if words and (WORKER.match(words[0]) if what == "ray::" else what in words):
             found.append(process)
     return found
 
