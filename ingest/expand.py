@@ -120,7 +120,8 @@ def _matching(pattern: str) -> tuple[list[str], list[str]]:
     known = [uri for uri in uris if _known(uri)]
     if not known:
         raise MissingError(f"{pattern}: {'matches nothing' if not found else 'matches nothing that can be ingested'}")
-    return known, [uri for uri in uris if uri not in set(known)]
+    of_known = set(known)
+    return known, [uri for uri in uris if uri not in of_known]
 
 
 def _address(filesystem: Any, name: str, like: str) -> str:

@@ -101,14 +101,8 @@ class _Dataset:
         return np.concatenate([self.checked[measurement, start][column] for start, _ in self.spans])
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A dataset in the lake, or planned: what it is, where it comes from, and what brings it in."""
-
-    organism: str
-    key: str
-    origin: str
-    by: str
+_Held = dict[str, tuple[dict[str, str], str]]
+"""Name of a dataset in the lake, or planned, to its organism, key and origin, and what brings it in."""
 
 
 def plan(job: JobSettings) -> list[Outcome]:
@@ -125,36 +119,29 @@ def plan(job: JobSettings) -> list[Outcome]:
     return outcomes
 
 
-def _held(lake_uri: str) -> dict[str, _Held]:
-    """Return what is in a lake by name; nothing where there is no lake yet."""
+def _held(lake_uri: str) -> _Held:
+    """Return what is in a lake; nothing where there is no lake yet."""
     try:
         current = open_lake(lake_uri).current
     except MissingError:
         return {}
-    return {
-        one["dataset_id"]: _Held(one["organism"], one["key"], one["origin"], f"commit {commit.number}")
-        for commit in current
-        for one in [commit.dataset]
-    }
+    return {commit.dataset["dataset_id"]: (commit.dataset, f"commit {commit.number}") for commit in current}
 
 
-def _foresee(dataset: _Dataset, plan: DatasetPlan, held: dict[str, _Held]) -> None:
+def _foresee(dataset: _Dataset, plan: DatasetPlan, held: _Held) -> None:
     """Say what a run would do with a dataset that nothing is wrong with, and add it to what is ``held``."""
-    outcome, before, problem = dataset.outcome, held.get(plan.dataset_id), ""
-    if before and before.organism != plan.organism:
-        problem = catalog.of_other_organism(plan.dataset_id, before.organism)
-    elif before and before.key == plan.key:
-        outcome.state = "present"
+    before, by = held.get(plan.dataset_id, ({}, ""))
+    mine = {"organism": plan.organism, "key": plan.key, "origin": plan.origin}
+    if before and all(before[name] == mine[name] for name in ("organism", "key")):
+        dataset.outcome.state = "present"
         return
-    elif before and before.origin != plan.origin and not dataset.source.replaces:
-        problem = catalog.name_taken(plan.dataset_id, f"{before.origin} ({before.by})")
-    if problem:
-        outcome.refuse(problem, exit_code=ConflictError.exit_code)
+    if before and (why := catalog.refusal(plan, before, by, replaces=dataset.source.replaces)):
+        dataset.outcome.refuse(why, exit_code=ConflictError.exit_code)
         return
-    outcome.state = "planned"
+    dataset.outcome.state = "planned"
     if before:
-        outcome.notes.append(f"a new version: takes the place of the one of {before.by}")
-    held[plan.dataset_id] = _Held(plan.organism, plan.key, plan.origin, "this plan")
+        dataset.outcome.notes.append(f"a new version: takes the place of the one of {by}")
+    held[plan.dataset_id] = (mine, "this plan")
 
 
 def run(job: JobSettings) -> list[Outcome]:

@@ -539,29 +539,29 @@ def _without(lake: Lake, cells: pa.Table, layers: dict[str, str]) -> int:
     for name, layer in layers.items():
         if layer == "raw":
             has_C |= cells[schema.measured_column(name)].to_numpy()
-    organisms, organism_C = coded(cells, "organism")
-    for number, organism in enumerate(organisms):
-        mine = np.flatnonzero(organism_C == number)
-        joinid_C = cells["soma_joinid"].to_numpy()[mine]
-        for row in lake.measurement_presence(organism).to_pylist():
-            if row["layer"] == layers.get(row["measurement"]) == "value":
-                first, stop = np.searchsorted(joinid_C, [row["obs_start"], row["obs_stop"]])
-                has_C[mine[first:stop]] = True
+    for row, positions in _of_levels(lake, cells):
+        if layers.get(row["measurement"]) == "value":
+            has_C[positions] = True
     return int(np.count_nonzero(~has_C))
 
 
 def _with_levels(lake: Lake, cells: pa.Table) -> set[str]:
     """Return the measurements of which some chosen cells have levels."""
-    found = set()
+    return {
+        row["measurement"] for row, positions in _of_levels(lake, cells) if row["n_measured_obs"] and len(positions)
+    }
+
+
+def _of_levels(lake: Lake, cells: pa.Table) -> Iterator[tuple[dict[str, Any], NDArray[np.int64]]]:
+    """Yield what is said of each dataset's levels of a measurement, and the places of its cells among the chosen."""
     organisms, organism_C = coded(cells, "organism")
     joinid_C = cells["soma_joinid"].to_numpy()
     for number, organism in enumerate(organisms):
-        mine = joinid_C[organism_C == number]
+        mine = np.flatnonzero(organism_C == number)
         for row in lake.measurement_presence(organism).to_pylist():
-            first, stop = np.searchsorted(mine, [row["obs_start"], row["obs_stop"]])
-            if row["layer"] == "value" and row["n_measured_obs"] and first < stop:
-                found.add(row["measurement"])
-    return found
+            if row["layer"] == "value":
+                first, stop = np.searchsorted(joinid_C[mine], [row["obs_start"], row["obs_stop"]])
+                yield row, mine[first:stop]
 
 
 def _kept_features(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from store import records
 from store.errors import ConflictError, StorageError
-from store.schema import FEATURE_CAPACITY, Features
+from store.schema import FEATURE_CAPACITY, DatasetPlan, Features
 
 FORMAT = 3
 
@@ -119,20 +119,27 @@ def current(history: Sequence[Commit]) -> list[Commit]:
     return [commit for commit in history if commit.dataset and commit.dataset["number"] not in gone]
 
 
-def name_taken(dataset_id: str, by: str) -> str:
-    """Say that a name belongs to a dataset of another origin."""
-    return (
-        f"dataset {dataset_id!r} is there already and comes from {by}; give this one another name with "
-        "--set dataset_id=NAME, or, if it is a new version of that one, say --set replaces=true"
-    )
+def refusal(plan: DatasetPlan, held: Mapping[str, Any], by: str, *, replaces: bool) -> str:
+    """Say why a dataset cannot take the name that another one has; nothing where it may, as a new version of it.
 
-
-def of_other_organism(dataset_id: str, organism: str) -> str:
-    """Say that a name belongs to a dataset of another organism: labels, presence and provenance go by the name."""
-    return (
-        f"dataset {dataset_id!r} is there already, of {organism}; give this one another name with --set "
-        f"dataset_id=NAME, or take that one out first: store remove {dataset_id} --organism {organism}"
-    )
+    Args:
+        plan: Of the one that comes.
+        held: ``organism`` and ``origin`` of the one that is there.
+        by: What brought that one in.
+        replaces: Whether the one that comes is a new version although it comes from elsewhere.
+    """
+    name = plan.dataset_id
+    if held["organism"] != plan.organism:  # labels, presence and provenance go by the name alone
+        return (
+            f"dataset {name!r} is there already, of {held['organism']}; give this one another name with --set "
+            f"dataset_id=NAME, or take that one out first: store remove {name} --organism {held['organism']}"
+        )
+    if held["origin"] != plan.origin and not replaces:
+        return (
+            f"dataset {name!r} is there already and comes from {held['origin']} ({by}); give this one another name "
+            "with --set dataset_id=NAME, or, if it is a new version of that one, say --set replaces=true"
+        )
+    return ""
 
 
 def last_whole(history: Sequence[Commit], table: str) -> int:

@@ -357,12 +357,11 @@ class LakeWriter:
         standing = self._standing(plan)
         if standing and standing.dataset["key"] == plan.key:
             raise ConflictError(f"{self.uri}: dataset {plan.dataset_id!r} is in the lake already")
-        if standing and standing.dataset["origin"] != plan.origin and not replaces:
-            by = f"{standing.dataset['origin']} (commit {standing.number})"
-            raise ConflictError(f"{self.uri}: {catalog.name_taken(plan.dataset_id, by)}")
-        others = {commit.dataset["organism"] for commit in catalog.current(self._commits) if _named(commit, plan)}
-        if others - {plan.organism}:
-            raise ConflictError(f"{self.uri}: {catalog.of_other_organism(plan.dataset_id, others.pop())}")
+        for commit in catalog.current(self._commits):
+            if _named(commit, plan):
+                why = catalog.refusal(plan, commit.dataset, f"commit {commit.number}", replaces=replaces)
+                if why:
+                    raise ConflictError(f"{self.uri}: {why}")
         done = {commit.dataset["number"] for commit in self._commits if commit.dataset}
         begun = [
             known

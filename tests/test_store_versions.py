@@ -240,9 +240,14 @@ def test_a_beating_driver_elsewhere_is_waited_for(tmp_path: Path, monkeypatch: p
 
 
 class Elsewhere:
-    """A driver on another machine, that beats no more, and what another one does to its lake meanwhile."""
+    """A driver on another machine, that beats no more, and what another one does to its lake meanwhile.
+
+    The lake has 60 cells of dataset ``a``.
+    """
 
     def __init__(self, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        with LakeWriter(uri) as writer:
+            add_dataset(writer, "a", 60, {"RNA": 30})
         monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
         monkeypatch.setattr(lock, "BEAT_S", 0.1)
         self.uri, self._patch = uri, monkeypatch
@@ -287,8 +292,6 @@ def test_a_driver_that_was_taken_for_dead_changes_nothing_when_it_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, writes: bool
 ) -> None:
     uri = str(tmp_path / "lake")
-    with LakeWriter(uri) as writer:
-        add_dataset(writer, "a", 60, {"RNA": 30})
     elsewhere = Elsewhere(uri, monkeypatch)
 
     def another() -> None:
@@ -312,8 +315,6 @@ def test_what_a_late_driver_left_between_commits_is_undone_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = str(tmp_path / "lake")
-    with LakeWriter(uri) as writer:
-        add_dataset(writer, "a", 60, {"RNA": 30})
     elsewhere = Elsewhere(uri, monkeypatch)
 
     def another() -> None:
