@@ -322,6 +322,14 @@ def _say_made(made: snapshot.Snapshot, json: bool) -> None:
             f"[yellow]note[/] {n_without:,} of these cells have none of that (normalised values, or measurements that "
             "were not asked for): they are empty; leave them out with --where, such as measured_RNA == True"
         )
+    shares = made.manifest["settings"]["fractions"]
+    for split in (name for name, n_cells in made.splits.items() if not n_cells and shares[name]):
+        by = made.manifest["settings"]["split_by"]
+        why = f"whole values of {by!r} are drawn, and few there are" if by else "few cells there are"
+        console.print(
+            f"[yellow]note[/] split {split!r} has no cell, of {shares[split]:.0%} wanted: {why}; another seed draws "
+            f"anew, assign.{split} names what belongs there"
+        )
 
 
 @snapshots.command("list")

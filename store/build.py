@@ -245,15 +245,15 @@ class _Build:
             common = self._plan_arrays(spilled)
             datasets = self.lake.datasets()
         self.check()
-        path, meant = records.join(self.work, "arrays.json"), {"vocabulary": self._vocabulary_hashes()}
+        path, meant = records.join(self.work, "arrays.json"), self._vocabulary_hashes()
         made = records.read(path)
         if made is None:
             records.remove(self.uri)
             vectors = {"dead": self.dead, "sets": self.set_starts}
             contents = Contents(self.layers, self.var, self.labels, self.splits, vectors)
-            create_arrays(self.lake, self.uri, common, contents)
-            records.create(path, meant)
-        elif made != meant:
+            made = {"vocabulary": meant, "tables": create_arrays(self.lake, self.uri, common, contents)}
+            records.create(path, made)
+        elif made["vocabulary"] != meant:
             raise VerificationError(
                 f"{self.uri}: its features are not those with which it was begun; delete the half-made snapshot and "
                 "make it again"
@@ -264,7 +264,7 @@ class _Build:
             tidy(member)
         self.check()
         self._refuse_changed()
-        self._write_manifest(common, sums, datasets)
+        self._write_manifest(common, sums, made.get("tables", {}), datasets)
 
     def _refuse_changed(self) -> None:
         """Make sure that the snapshot from which this one is built is the one that was opened.
@@ -401,7 +401,9 @@ class _Build:
         return sums
 
     # ---------------------------------------------------------------------------------------------------- manifest
-    def _write_manifest(self, common: Gather, sums: dict[str, list[str]], datasets: pa.Table) -> None:
+    def _write_manifest(
+        self, common: Gather, sums: dict[str, list[str]], tables: dict[str, str], datasets: pa.Table
+    ) -> None:
         records.create(records.join(self.uri, "checksums.json"), sums)
         part: dict[str, Any] = {
             "name": self.name,
@@ -438,6 +440,7 @@ class _Build:
             "splits": splits,
             "measurements": entries,
             "datasets": list(self.labels["dataset_id"]),
+            "tables": tables,
             "parts": [*before, part],
             "settings": self.settings.model_dump(mode="json"),
             "commit": self.lake.commit.number,

@@ -7,8 +7,9 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from functools import cached_property
 from itertools import count
@@ -354,17 +355,13 @@ class Part:
     def verify(self) -> None:
         """Read all rows again and compare them with their checksums, and the vocabularies with their hashes.
 
-        For the tables ``labels`` and ``presence`` and the array ``dead`` the manifest has no checksums.
-
         Raises:
             VerificationError: Something is not what was written; the message names the array and the rows.
         """
         sums = records.read(records.join(self.uri, "checksums.json")) or {}
         if checksums_digest(sums) != self.entry["checksums"]:
             raise VerificationError(f"{self.uri}/checksums.json: is not what was written; make the snapshot again")
-        self._verify_vocabularies()
-        if self.entry.get("n_sets", 0):
-            self._set_starts()
+        self._verify_beside()
         size = self.entry["bucket_rows"]
         for bucket, start in enumerate(range(0, self.n_rows, size)):
             stop = min(start + size, self.n_rows)
@@ -375,8 +372,8 @@ class Part:
                         "they were written; delete the snapshot and make it again"
                     )
 
-    def _verify_vocabularies(self) -> None:
-        """Compare the vocabularies that stand beside the part with the manifest of the snapshot it was made for."""
+    def _verify_beside(self) -> None:
+        """Compare vocabularies and sets, which stand beside the part, with the manifest that does."""
         manifest = records.read(records.join(self.uri, MANIFEST))
         if manifest is None:
             raise VerificationError(f"{self.uri}/{MANIFEST}: is lost; put it back, or make the snapshot again")
@@ -388,6 +385,10 @@ class Part:
             except (tiledb.TileDBError, tiledbsoma.SOMAError) as error:
                 raise self._damaged(f"{name}/var", 0, of["n_features"], str(error)) from error
             check_vocabulary(self.uri, name, var, of["vocabulary_hash"])
+        if n_sets := self.entry.get("n_sets", 0):
+            digest = digest_of(self._set_starts())
+            if manifest.get("tables", {}).get("sets", digest) != digest:
+                raise self._damaged("sets", 0, n_sets + 1, "sets begin elsewhere than where they were written to")
 
     def _digests(self, start: int, stop: int) -> Iterator[tuple[str, str]]:
         for name in self.measurements:
@@ -428,6 +429,20 @@ def checksums_digest(sums: dict[str, list[str]]) -> str:
 def digest_of(values: NDArray[Any]) -> str:
     """Return the SHA-256 of an array's bytes, in hex."""
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
+def labels_digest(labels: Mapping[str, Mapping[str, Mapping[str, int]]], splits: Sequence[str]) -> str:
+    """Return a SHA-256 over fields, their values in the order of their codes, and the cells of each split, in hex."""
+    said = [
+        [field, [[value, [of.get(split, 0) for split in splits]] for value, of in by.items()]]
+        for field, by in labels.items()
+    ]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def presence_digest(measured_DG: NDArray[np.bool_]) -> str:
+    """Return a SHA-256 over which dataset measures which feature, in hex."""
+    return digest_of(np.packbits(measured_DG))
 
 
 def cells_digest(cells: pa.Table) -> str:

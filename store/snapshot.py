@@ -42,9 +42,9 @@ from numpy.typing import NDArray
 from store import records
 from store.cluster import Tasks, in_this_process
 from store.context import soma_context
-from store.errors import MissingError, UsageError
+from store.errors import MissingError, UsageError, VerificationError
 from store.lake import open_lake
-from store.part import CODED, LABELS, Part, check_vocabulary
+from store.part import CODED, LABELS, Part, check_vocabulary, digest_of, labels_digest, presence_digest
 from store.settings import parse_settings
 from store.snapshot_arrays import FORMAT
 from store.splits import SnapshotSettings
@@ -351,11 +351,17 @@ class Snapshot:
 
     @cached_property
     def dead(self) -> NDArray[np.int64]:
-        """Rows, ascending, of cells that the lake no longer held when the snapshot was made; they are in no split."""
+        """Rows, ascending, of cells that the lake no longer held when the snapshot was made; they are in no split.
+
+        Raises:
+            VerificationError: The array is not what was written.
+        """
         if not self.manifest["n_dead"]:
             return np.empty(0, np.int64)
         with tiledbsoma.DenseNDArray.open(records.join(self.uri, "dead"), context=soma_context()) as array:
-            return np.asarray(array.read().to_numpy())
+            dead = np.asarray(array.read().to_numpy())
+        self._compare("dead", digest_of(dead))
+        return dead
 
     def label_values(self) -> dict[str, dict[str, dict[str, int]]]:
         """Return, for each of ``store.part.CODED``, its values in the order of their codes, to cells of each split."""
@@ -368,7 +374,16 @@ class Snapshot:
         columns = ("field", "value", "split", "n_cells")
         for name, value, split, n_cells in zip(*(table[column].to_pylist() for column in columns), strict=True):
             found[name].setdefault(value, {})[split] = n_cells
+        self._compare("labels", labels_digest(found, tuple(self.splits)))
         return found
+
+    def _compare(self, member: str, digest: str) -> None:
+        """Compare a table's digest with the manifest; those of snapshots that were made earlier have none."""
+        if self.manifest.get("tables", {}).get(member, digest) != digest:
+            raise VerificationError(
+                f"{self.uri}/{member}: is not what was written: files of it are lost or damaged; put them back, or "
+                "delete the snapshot and make it again"
+            )
 
     def label_counts(self, dead: NDArray[np.int64]) -> dict[str, dict[str, dict[str, int]]]:
         """Return what ``label_values`` would be if these rows, and no others, were dead."""
@@ -426,7 +441,12 @@ class Snapshot:
             return frame.read().concat().sort_by("soma_joinid")
 
     def presence(self, measurement: str) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
-        """Return the dataset names, and measured_DG: which of them measures which feature of the vocabulary."""
+        """Return the dataset names, and measured_DG: which of them measures which feature of the vocabulary.
+
+        Raises:
+            UsageError: Unknown measurement.
+            VerificationError: The array is not what was written.
+        """
         self._know(measurement)
         shape = (len(self.datasets), self.manifest["measurements"][measurement]["n_features"])
         measured_DG = np.zeros(shape, dtype=bool)
@@ -435,6 +455,7 @@ class Snapshot:
         ) as array:
             found = array.read().tables().concat()
         measured_DG[found["soma_dim_0"].to_numpy(), found["soma_dim_1"].to_numpy()] = True
+        self._compare(f"{measurement}/presence", presence_digest(measured_DG))
         return self.datasets, measured_DG
 
     def block(self, measurement: str, start: int, stop: int) -> CSRBlock:
@@ -465,12 +486,14 @@ class Snapshot:
             raise UsageError(f"{self.uri}: no measurement {measurement!r}; measurements: {known}")
 
     def verify(self) -> None:
-        """Read everything again and compare with the checksums, in every part, and the features with the manifest.
+        """Read everything again and compare with the checksums, in every part, and the tables with the manifest.
 
         Raises:
             VerificationError: Some array is not what was written; the message names it.
         """
         for name in self.measurements:
-            self._var(name)
+            self.presence(name)
+        self.label_values()
+        _ = self.dead
         for part in self.parts:
             part.verify()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from store import fragments, records, schema
 from store.context import reading, soma_context, tiledb_context
 from store.lake import Lake
-from store.part import CELLS_SCHEMA, FIELDS, NUMBERS
+from store.part import CELLS_SCHEMA, FIELDS, NUMBERS, digest_of, labels_digest, presence_digest
 from store.shuffle import Gather
 
 FORMAT = 4
@@ -53,8 +53,13 @@ class Contents:
     vectors: dict[str, NDArray[np.int64]]
 
 
-def create_arrays(lake: Lake, uri: str, plan: Gather, contents: Contents) -> None:
-    """Create the collection at ``uri`` with all its arrays, and fill in what speaks of the whole."""
+def create_arrays(lake: Lake, uri: str, plan: Gather, contents: Contents) -> dict[str, str]:
+    """Create the collection at ``uri`` with all its arrays, and fill in what speaks of the whole.
+
+    Returns:
+        Member to SHA-256, in hex, of what was filled in and has no other digest.
+    """
+    digests = {"labels": labels_digest(contents.labels, contents.splits)}
     with tiledbsoma.Collection.create(uri, context=soma_context()) as root:
         root.metadata["somaflow_snapshot_format"] = FORMAT
         for name, layer in contents.layers.items():
@@ -66,7 +71,9 @@ def create_arrays(lake: Lake, uri: str, plan: Gather, contents: Contents) -> Non
             _new_vector(member, "features", plan.kinds[name][0], nnz, quick=True)
             _new_vector(member, "counts", plan.kinds[name][1], nnz)
             _write_vocabulary(member, contents.var[name])
-            _write_presence(lake, member, (name, layer), contents.var[name], list(contents.labels["dataset_id"]))
+            digests[f"{name}/presence"] = _write_presence(
+                lake, member, (name, layer), contents.var[name], list(contents.labels["dataset_id"])
+            )
         for member, kind, lines in (("codes", "int32", len(FIELDS)), ("numbers", "float32", len(NUMBERS))):
             root.add_new_dense_ndarray(
                 member,
@@ -86,6 +93,8 @@ def create_arrays(lake: Lake, uri: str, plan: Gather, contents: Contents) -> Non
             if len(values):
                 vector = _new_vector(root, name, "int64", len(values), tile=INDPTR_TILE)
                 vector.write((slice(0, len(values) - 1),), pa.Tensor.from_numpy(values))
+                digests[name] = digest_of(values)
+    return digests
 
 
 def vocabulary_hash(measurement: str, feature_ids: list[str], organisms: list[str]) -> str:
@@ -163,8 +172,8 @@ def _write_frame(member: Any, name: str, columns: pa.Schema, values: list[list[A
     frame.write(pa.table([pa.array(v, t.type) for v, t in zip(values, columns, strict=True)], schema=columns))
 
 
-def _write_presence(lake: Lake, member: Any, source: tuple[str, str], var: list[VarRow], datasets: list[str]) -> None:
-    """Write which dataset has which feature in the measurement and layer ``source``."""
+def _write_presence(lake: Lake, member: Any, source: tuple[str, str], var: list[VarRow], datasets: list[str]) -> str:
+    """Write which dataset has which feature in the measurement and layer ``source``; return its digest."""
     measurement, layer = source
     array = member.add_new_sparse_ndarray(
         "presence",
@@ -177,7 +186,7 @@ def _write_presence(lake: Lake, member: Any, source: tuple[str, str], var: list[
         for commit in lake.current
         if measurement in commit.content and commit.content[measurement].layer == layer
     }
-    rows, columns = [], []
+    measured_DG = np.zeros((len(datasets), len(var)), dtype=bool)
     for organism in dict.fromkeys(row[2] for row in var):
         if organism not in lake.organisms or measurement not in lake.measurements(organism):
             continue
@@ -188,17 +197,9 @@ def _write_presence(lake: Lake, member: Any, source: tuple[str, str], var: list[
             matrix = lake.presence(organism, measurement)
         for row, dataset in enumerate(datasets):
             if joinid_of.get(dataset, ("", 0))[0] == organism:
-                measured = np.asarray(matrix[joinid_of[dataset][1]].todense()).ravel()[joinids]
-                rows.append(np.full(int(measured.sum()), row, dtype=np.int64))
-                columns.append(positions[measured])
-    if rows and sum(map(len, rows)):
-        joined = np.concatenate(rows)
-        array.write(
-            pa.table(
-                {
-                    "soma_dim_0": joined,
-                    "soma_dim_1": np.concatenate(columns).astype(np.int64),
-                    "soma_data": np.ones(len(joined), dtype=bool),
-                }
-            )
-        )
+                measured_DG[row, positions] = np.asarray(matrix[joinid_of[dataset][1]].todense()).ravel()[joinids]
+    rows, columns = np.nonzero(measured_DG)
+    if len(rows):
+        there = np.ones(len(rows), dtype=bool)
+        array.write(pa.table({"soma_dim_0": rows, "soma_dim_1": columns, "soma_data": there}))
+    return presence_digest(measured_DG)

@@ -66,6 +66,15 @@ def test_what_is_looked_at_and_taken_away_is_told_as_json(tmp_path: Path) -> Non
     assert told("remove", "first") == {"schema": "store-remove/v1", "dataset_id": "first", "commit": 2}
 
 
+def test_a_split_that_got_no_cell_is_said(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "one", 60, {"RNA": 20})
+    words = ["snapshot", "create", "s", "--lake", uri, "--workers", "0", "--set", 'split_by="dataset_id"']
+    said = " ".join(CliRunner().invoke(app, words).output.split())
+    assert "split 'test' has no cell, of 10% wanted: whole values of 'dataset_id' are drawn, and few there are" in said
+
+
 def test_what_nobody_foresaw_does_not_end_as_if_some_inputs_were_refused(capsys: pytest.CaptureFixture[str]) -> None:
     broken = typer.Typer()
 

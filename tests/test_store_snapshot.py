@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -530,14 +531,53 @@ def cut_short(uri: str, var: pa.Table) -> None:
         frame.write(var.slice(0, len(var) - 1))
 
 
-def test_sets_that_do_not_follow_each_other_do_not_pass_verification(lake_uri: str) -> None:
+@pytest.mark.parametrize(("moved", "why"), [(-20, "do not follow each other"), (1, "begin elsewhere")])
+def test_sets_that_begin_elsewhere_do_not_pass_verification(lake_uri: str, moved: int, why: str) -> None:
     snapshot = create_snapshot(lake_uri, "torn-sets", SnapshotSettings(set_size=8, set_by=("dataset_id",)))
     snapshot.verify()
+    start = int(snapshot.parts[0].set_starts[3])
     with tiledb.open(f"{snapshot.uri}/sets", "w") as array:
-        array[3:4] = np.array([1], np.int64)
-    with pytest.raises(VerificationError, match=r"torn-sets/sets: .* do not follow each other"):
+        array[3:4] = np.array([start + moved], np.int64)
+    with pytest.raises(VerificationError, match=f"torn-sets/sets: .* {why}"):
         open_snapshot(lake_uri, "torn-sets").verify()
     delete_snapshot(lake_uri, "torn-sets")
+
+
+def test_tables_that_lost_their_files_are_an_error_that_names_them_never_fewer_cells(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30}, origin="a.h5ad")
+        create_snapshot(uri, "s", SnapshotSettings(seed=3, where="is_primary_data == True"))
+        add_dataset(writer, "a", 70, {"RNA": 30}, version=1, origin="a.h5ad")
+    refresh_snapshot(uri, "s", "s2").verify()
+    reads: dict[str, Callable[[Snapshot], Any]] = {
+        "labels": Snapshot.label_values,
+        "dead": lambda snapshot: snapshot.dead,
+        "RNA/presence": lambda snapshot: snapshot.presence("RNA"),
+    }
+    for member, read in reads.items():
+        read(open_snapshot(uri, "s2"))
+        commits = {path: path.read_bytes() for path in Path(uri, "snapshots/s2", member, "__commits").iterdir()}
+        for path in commits:
+            path.unlink()
+        for again in (read, Snapshot.verify):
+            with pytest.raises(VerificationError, match=f"s2/{member}: is not what was written: files of it are lost"):
+                again(open_snapshot(uri, "s2"))
+        for path, content in commits.items():
+            path.write_bytes(content)
+    open_snapshot(uri, "s2").verify()
+
+
+def test_a_snapshot_made_before_its_tables_had_digests_is_read(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30})
+        made = create_snapshot(uri, "s", SnapshotSettings(set_size=8, set_by=("dataset_id",)))
+    manifest = {key: value for key, value in made.manifest.items() if key != "tables"}
+    Path(made.uri, "snapshot.json").write_text(json.dumps(manifest))
+    old = open_snapshot(uri, "s")
+    old.verify()
+    assert old.label_values() == made.label_values()
 
 
 @pytest.mark.parametrize(
