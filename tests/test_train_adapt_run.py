@@ -17,9 +17,10 @@ from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot
 from train.adapter import load_adapter
 from train.arithmetic import operations
+from train.cells import with_absent
 from train.checkpoint import load, sha256
 from train.estimate import plan
-from train.loop import Run, with_absent
+from train.loop import Run
 from train.settings import RunSettings
 
 
@@ -122,6 +123,8 @@ def test_what_adapting_takes_is_told_before(lake: str, base: str, tmp_path: Path
 def test_other_features_and_settings_of_a_model_are_refused(lake: str, base: str, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(UsageError, match=r"features are not those of .*make the snapshot with --set like=s"):
         Run(adapting(lake, tmp_path, base, snapshot="other"), 1)
+    with pytest.raises(UsageError, match=r"data.tokens = 77: an adapter learns with the tokens with which it answers"):
+        Run(adapting(lake, tmp_path, base, data={"tokens": 77}), 1)
     with pytest.raises(SettingsError, match=r"leave out \[model\] and \[knowledge\]"):
         parse_settings(RunSettings, {"snapshot": "s", "adapter": {"base": "x"}, "model": {"width": 16}}, where="t")
     with pytest.raises(SettingsError, match="parallel='ddp'"):

@@ -39,6 +39,26 @@ def test_sets_cover_cells_of_fresh_donors_as_often_as_they_say_and_are_not_every
     assert inside.any(axis=1).all()
 
 
+class AlwaysTheSame:
+    """Tells every cell the same: what decides is whether a border is the number that it was made from."""
+
+    column, types = "cell_type", np.array(["t0", "t1", "t2"])
+
+    def __init__(self, probability_Y: list[float]) -> None:
+        self.probability_Y = np.array(probability_Y)
+
+    def predict_proba(self, cells: Study) -> np.ndarray:
+        return np.tile(self.probability_Y, (cells.n_cells, 1))
+
+
+def test_probabilities_that_are_alike_are_on_the_same_side_of_the_border() -> None:
+    cells = donors(n_donors=30, n_cells=15)
+    true_CY = AlwaysTheSame.types[None, :] == cells.label("cell_type")[:, None]
+    for share_Y in np.random.default_rng(0).dirichlet([5, 5, 5], 20):
+        method = LabelSets(AlwaysTheSame(share_Y.tolist()), cells, cells.label("donor_id"))
+        assert (method.sets(cells) & true_CY).any(axis=1).mean() >= 0.88, share_Y
+
+
 def test_few_donors_promise_nothing_and_it_is_said() -> None:
     cells = donors(n_donors=6)
     number = np.array([int(name[1:]) for name in cells.label("donor_id")])

@@ -155,6 +155,17 @@ def test_effects_are_of_the_cells_organism_and_combine_targets(folder: Path) -> 
     np.testing.assert_allclose(one["RNA"].perturbed_G - one["RNA"].control_G, one["RNA"].delta_G)
 
 
+def test_a_dose_is_the_perturbations_and_not_that_of_cells_without_it(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    unsaid, low, high = (
+        predictor.perturb(predictor.cells(counts(), {"dose": [dose] * 9}), ["STAT1"])["RNA"]
+        for dose in ("", "1", "1000")
+    )
+    np.testing.assert_array_equal(low.control_G, unsaid.control_G)
+    np.testing.assert_array_equal(high.control_G, unsaid.control_G)
+    assert not np.allclose(low.perturbed_G, high.perturbed_G)
+
+
 def test_stored_zeros_and_duplicates_are_the_matrix_that_they_stand_for_and_the_input_stays(folder: Path) -> None:
     predictor = Predictor.load(folder)
     plain = csr_matrix(np.array([[0, 3, 0, 2] + [0] * 8], np.float32))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csr_matrix
+from small_checkpoint import write_checkpoint
 from studies import FEATURES, perturbed, study
 
 from store.errors import InputRefused
+from train.evaluation import scratch
 from train.evaluation.ours import ModelEmbedder
-from train.evaluation.scratch import ScratchSettings, held_out_loss, train_on
+from train.evaluation.scratch import ScratchSettings, adapt_on, held_out_loss, train_on
 from train.evaluation.study import Study
+from train.model import CellModel
+from train.objective import Objective
+from train.predictor import Predictor
 from train.start import SPREAD, log_shares, mean_share, principal_axes
 from train.tokens import TokenSettings
 
@@ -102,3 +109,23 @@ def test_each_prompt_is_listened_to_shuffling_it_makes_predictions_worse() -> No
         shuffled = test.obs.assign(**{name: random.permutation(test.obs[name])})
         worse = held_out_loss(model, Study(test.counts, test.features, shuffled), settings)
         assert worse > expected + 0.01, name
+
+
+def test_an_adapter_in_memory_learns_with_the_models_tokens_also_where_a_study_measures_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Predictor.load(write_checkpoint(tmp_path / "checkpoint", tokens=7))
+    counts = csr_matrix(np.random.default_rng(0).poisson(1.0, (12, 40)).astype(np.float32))
+    genes = {"RNA": base.vocabulary["RNA"].feature_id}
+    study = Study({"RNA": counts}, genes, pd.DataFrame({"tissue": ["blood", "lung"] * 6}))
+    budgets: list[int] = []
+    real = scratch.objective_of
+
+    def seen(model: CellModel, settings: ScratchSettings, seed: int) -> Objective:
+        budgets.append(settings.tokens.budget)
+        return real(model, settings, seed)
+
+    monkeypatch.setattr(scratch, "objective_of", seen)
+    grown = adapt_on(base, study, ScratchSettings(steps=2, batch=4))
+    assert budgets == [7]
+    assert np.isfinite(held_out_loss(grown, study, ScratchSettings()))

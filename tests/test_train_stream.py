@@ -579,6 +579,16 @@ def test_controls_match_and_are_the_same_at_any_number_of_ranks(grown: Snapshot,
         MatchedControls(match=("colour",))
 
 
+def test_a_cell_whose_perturbation_has_no_code_comes_with_no_control(grown: Snapshot) -> None:
+    words = read_labels(grown).values
+    assert "RNA0003" in words["perturbation"]
+    unknowing = read_labels(grown, words={**words, "perturbation": ["", "control"]})
+    for labels, any_found in ((None, True), (unknowing, False)):
+        made = Stream(grown, batch=32, block=24, window=4, controls=MatchedControls(), labels=labels)
+        places = [cells.controls.place_CS for cells in made.epoch(0) if cells.controls is not None]
+        assert bool((np.concatenate(places) >= 0).any()) == any_found
+
+
 def test_an_unperturbed_cell_comes_with_an_earlier_one(grown: Snapshot) -> None:
     table = grown.cells().to_pandas()
     wanted = MatchedControls(share=0.0, earlier=0.8)

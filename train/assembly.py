@@ -21,8 +21,9 @@ from train.labels import Labels
 from train.likelihood import COVERAGE
 from train.model import CellModel
 from train.ontology import TypeTerms, type_terms
-from train.settings import KnowledgeSettings, RunSettings
+from train.settings import DataSettings, KnowledgeSettings, RunSettings
 from train.start import tell_types
+from train.tokens import TokenSettings
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Parts:
         with torch.device("meta"):
             return CellModel(self.config)
 
+    def tokens(self, settings: RunSettings) -> TokenSettings:
+        """Return how cells become tokens."""
+        return TokenSettings(budget=settings.data.tokens, levels=self.config.levels)
+
 
 @dataclass(frozen=True)
 class AdaptedParts:
@@ -89,6 +94,10 @@ class AdaptedParts:
         """Return the base's model with an adapter that changes nothing yet."""
         return adapted(self.base.model, self.settings, self.seed).train()
 
+    def tokens(self, _: RunSettings) -> TokenSettings:
+        """Return how cells become tokens: as they will when the adapter answers."""
+        return self.base.tokens
+
     def skeleton(self) -> CellModel:
         """Return the same."""
         return self.build()
@@ -98,8 +107,15 @@ def adapted_parts(settings: RunSettings, snapshot: Snapshot, base: Checkpoint) -
     """Return what the model of a run that adapts a checkpoint is made from.
 
     Raises:
-        UsageError: The snapshot has features that are not the base's; it may lack measurements.
+        UsageError: The snapshot has features that are not the base's (it may lack measurements), or another number of
+            tokens is asked for than the base's.
     """
+    budget, usual = base.tokens.budget, DataSettings.model_fields["tokens"].default
+    if settings.data.tokens not in (budget, usual):
+        raise UsageError(
+            f"data.tokens = {settings.data.tokens}: an adapter learns with the tokens with which it answers, up to "
+            f"{budget} of a cell as {settings.adapter.base} has them; leave it out"
+        )
     own = {name: part.feature_id for name, part in vocabulary_of(snapshot).items()}
     known = {name: part.feature_id for name, part in base.vocabulary.items()}
     differs = next((name for name in own if own[name] != known.get(name)), None)

@@ -7,7 +7,8 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,3 +141,18 @@ class Controls:
     def take(self, rows: NDArray[np.int64] | slice) -> Controls:
         """Return the controls of these cells; controls that go with none of them stay."""
         return Controls(self.cells, self.place_CS[rows])
+
+
+def with_absent(cells: Cells, names: Iterable[str]) -> Cells:
+    """Return cells with measurements that none of them has: a base may know more than a snapshot measures."""
+    names = tuple(names)
+    if not names:
+        return cells
+    empty = Csr(np.zeros(cells.n_cells + 1, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
+    others = cells.controls
+    return replace(
+        cells,
+        counts=cells.counts | dict.fromkeys(names, empty),
+        measured=cells.measured | {name: np.zeros(cells.n_cells, dtype=bool) for name in names},
+        controls=None if others is None else replace(others, cells=with_absent(others.cells, names)),
+    )

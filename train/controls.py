@@ -31,6 +31,8 @@ SEED = 2**20
 class MatchedControls:
     """Which controls a perturbed cell comes with.
 
+    A cell comes with none if its perturbation has no code: nobody could say what became of the controls.
+
     Attributes:
         size: So many, drawn with replacement; a cell that matches none has none.
         share: Chance that a perturbed cell gets its controls at all.
@@ -69,6 +71,7 @@ class ControlGroups:
     Attributes:
         key_R: What a row's controls have in common with it.
         unperturbed_R: Which rows are controls themselves.
+        perturbed_R: Which rows were hit by what has a code.
         places: Key to the places of its controls among the window's rows, ascending.
         course_R: What a row's earlier cells have in common with it.
         time_R: The rows' times; NaN is not said.
@@ -77,6 +80,7 @@ class ControlGroups:
 
     key_R: list[bytes]
     unperturbed_R: NDArray[np.bool_]
+    perturbed_R: NDArray[np.bool_]
     places: dict[bytes, NDArray[np.int64]]
     course_R: list[bytes]
     time_R: NDArray[np.float32]
@@ -89,6 +93,7 @@ def group_controls(
     window: Window,
     lane_R: NDArray[np.int64],
     unperturbed_R: NDArray[np.bool_],
+    perturbed_R: NDArray[np.bool_],
 ) -> ControlGroups:
     """Sort the rows of a window that can be controls by what must be the same.
 
@@ -98,6 +103,7 @@ def group_controls(
         window: The window.
         lane_R: The rows' lanes: a control is of the same.
         unperturbed_R: Which rows can be controls.
+        perturbed_R: Which rows can have some.
     """
     lines = {
         name: window.codes_RF[:, fields.index(name)]
@@ -109,9 +115,8 @@ def group_controls(
     course_R = _keys([*(line for name, line in lines.items() if name not in CHANGING), lane_R])
     time_R = window.numbers_RF[:, MEASURED_NUMBERS.index("time")]
     timed_R = unperturbed_R & ~np.isnan(time_R) if controls.earlier else np.zeros(len(time_R), dtype=bool)
-    return ControlGroups(
-        key_R, unperturbed_R, _places(key_R, unperturbed_R), course_R, time_R, _places(course_R, timed_R, time_R)
-    )
+    controls_of, courses = _places(key_R, unperturbed_R), _places(course_R, timed_R, time_R)
+    return ControlGroups(key_R, unperturbed_R, perturbed_R, controls_of, course_R, time_R, courses)
 
 
 def _keys(lines: list[NDArray[Any]]) -> list[bytes]:
@@ -158,8 +163,10 @@ def find_controls(
         if itself:
             candidates = groups.courses.get(groups.course_R[place], np.empty(0, np.int64))
             candidates = candidates[: np.searchsorted(groups.time_R[candidates], groups.time_R[place])]
-        else:
+        elif groups.perturbed_R[place]:
             candidates = groups.places.get(groups.key_R[place], np.empty(0, np.int64))
+        else:
+            continue
         if len(candidates):
             place_CS[cell] = candidates[(drawn_SC[1:, cell] * len(candidates)).astype(np.int64)]
     return place_CS

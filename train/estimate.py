@@ -199,7 +199,7 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
     )
     config, model = parts.config, parts.skeleton()
     sample = sample_cells(sources, tuple(config.n_features), snapshot.measurements)
-    tokens = TokenSettings(budget=data.tokens, levels=config.levels)
+    tokens = parts.tokens(settings)
     seen = look_at(sample, config, tokens, data.queries, settings.seed)
     share = share_of(settings, sources)
     panels = len(snapshot.datasets) * sum(config.n_features.values())
@@ -482,8 +482,7 @@ def time_steps(
     model = parts.build().to(device)
     model.recompute = settings.recompute
     panels = {name: np.ones((1, size), bool) for name, size in parts.config.n_features.items()}
-    tokens = TokenSettings(budget=settings.data.tokens, levels=parts.config.levels)
-    objective = Objective(panels, tokens, settings.seed, device, settings.data.queries)
+    objective = Objective(panels, parts.tokens(settings), settings.seed, device, settings.data.queries)
     learns = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learns, settings.optim.lr)
     kind = torch.float16 if settings.precision == "fp16" else torch.bfloat16

@@ -10,9 +10,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from train.arithmetic import operations, peak_of
 from train.assembly import adapted_parts, coverage_of, gather_parts
 from train.blocks import Block
 from train.card import describe, write_card
-from train.cells import PROMPTS, Cells, Csr
+from train.cells import PROMPTS, Cells, with_absent
 from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
 from train.folder import begun_otherwise, exported, fingerprint, run_folder
@@ -49,7 +49,6 @@ from train.settings import RunSettings
 from train.start import begin
 from train.state import States
 from train.stream import Stream
-from train.tokens import TokenSettings
 
 BASELINE_CELLS = 16384
 EVALUATION_STEPS = 20
@@ -118,11 +117,11 @@ class Run:
         torch.manual_seed(settings.seed)
         if self.base is None:
             parts = gather_parts(settings, self.snapshot, self.labels)
-            self.vocabulary, self.plain = parts.vocabulary, parts.build()
+            self.vocabulary, self.plain, tokens = parts.vocabulary, parts.build(), parts.tokens(settings)
             self._begin_at_the_floor()
         else:
             adapting = adapted_parts(settings, self.snapshot, self.base)
-            self.vocabulary, self.plain = adapting.vocabulary, adapting.build()
+            self.vocabulary, self.plain, tokens = adapting.vocabulary, adapting.build(), adapting.tokens(settings)
         self.plain.recompute = settings.recompute
         if settings.precision == "fp8":
             _in_float8(self.plain, self.device)
@@ -151,7 +150,6 @@ class Run:
             name: size for name, size in self.plain.config.n_features.items() if name not in self.snapshot.measurements
         }
         panels |= {name: np.zeros((n_datasets, size), dtype=bool) for name, size in self.absent.items()}
-        tokens = TokenSettings(budget=settings.data.tokens, levels=self.plain.config.levels)
         covered = coverage_of(self.snapshot, self.vocabulary)
         self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries, covered)
 
@@ -518,21 +516,6 @@ class Run:
             batches = stream.steps(0, stream.plan.steps_per_epoch)
             embedded.append(np.concatenate([model.embed(cells) for cells in first_cells(batches, n_cells)]))
         return make_reference(*(torch.from_numpy(part) for part in embedded))
-
-
-def with_absent(cells: Cells, names: Iterable[str]) -> Cells:
-    """Return cells with measurements that none of them has: a base may know more than a snapshot measures."""
-    names = tuple(names)
-    if not names:
-        return cells
-    empty = Csr(np.zeros(cells.n_cells + 1, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
-    others = cells.controls
-    return replace(
-        cells,
-        counts=cells.counts | dict.fromkeys(names, empty),
-        measured=cells.measured | {name: np.zeros(cells.n_cells, dtype=bool) for name in names},
-        controls=None if others is None else replace(others, cells=with_absent(others.cells, names)),
-    )
 
 
 def n_parts(micro_batch: int, global_batch: int, world: int) -> int:

@@ -253,6 +253,7 @@ class Predictor:
             cells,
             perturbation=np.full((cells.n_cells, 1), CONTROL, dtype=np.int32),
             prompts=cells.prompts | {"perturbation_type": silent},
+            numbers=cells.numbers | {"dose": np.full(cells.n_cells, np.nan, np.float32)},  # it is the perturbation's
         )
         asked = partial(ask, task="perturb", elapsed=0.0)
         return self._mean(control, asked, logs=logs), self._mean(hit, asked, logs=logs)

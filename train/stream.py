@@ -30,7 +30,7 @@ from store.schema import measured_column
 from store.snapshot import Snapshot
 from train import kernels
 from train.cache import BlockCache
-from train.cells import NUMBERS, PROMPTS, Cells, Controls, Csr, Spans
+from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Controls, Csr, Spans
 from train.controls import ControlGroups, MatchedControls, find_controls, group_controls
 from train.labels import FIELDS, Labels, read_labels
 from train.lanes import LINE
@@ -622,10 +622,20 @@ class Stream:
             source, own = self.sources[key[0]], window.rows()
             names = source.snapshot.label_values()["perturbation"]
             plain_V = np.array([value in ("", "control") for value in names])
-            unperturbed_R = plain_V[window.codes_RF[:, self.fields.index("perturbation")]]
-            unperturbed_R &= ~np.isin(own, source.snapshot.dead - source.part.first_row)
-            lane_R = self._lanes(key, window)
-            window.notes["controls"] = own, group_controls(self.controls, self.fields, window, lane_R, unperturbed_R)
+            coded_V: NDArray[np.bool_] = np.any(self.labels.perturbation[source.number] > CONTROL, axis=1)
+            code_R = window.codes_RF[:, self.fields.index("perturbation")]
+            unperturbed_R = plain_V[code_R] & ~np.isin(own, source.snapshot.dead - source.part.first_row)
+            window.notes["controls"] = (
+                own,
+                group_controls(
+                    self.controls,
+                    self.fields,
+                    window,
+                    self._lanes(key, window),
+                    unperturbed_R,
+                    coded_V[code_R] & ~plain_V[code_R],
+                ),
+            )
         found: tuple[NDArray[np.int64], ControlGroups] = window.notes["controls"]
         return found
 

@@ -59,12 +59,12 @@ class LabelSets:
             raise InputRefused(f"no calibration cell has a known {annotator.column}: nothing to calibrate on")
         probability_CY = annotator.predict_proba(calibration.take(known_C))
         column_C = np.searchsorted(annotator.types, label_C[known_C])
-        score_C = 1 - probability_CY[np.arange(len(column_C)), column_C]
+        score_C = -probability_CY[np.arange(len(column_C)), column_C]  # exact: 1 - (1 - p) may be above p
         most = group_quantile(score_C, group_C[known_C], level)
         self.promised = bool(np.isfinite(most))
         if not self.promised:
             most = group_quantile(score_C, group_C[known_C], level, promise=False)
-        self.least = 1 - most
+        self.least = -most
 
     def sets(self, cells: Study) -> NDArray[np.bool_]:
         """Return which types are in each cell's set, [C, Y] in the order of the annotator's types; never none."""

@@ -17,7 +17,7 @@ import torch
 
 from store.schema import UNKNOWN
 from train.adapter import AdapterSettings, adapted
-from train.cells import NUMBERS, PROMPTS, Cells
+from train.cells import NUMBERS, PROMPTS, Cells, with_absent
 from train.checkpoint import Checkpoint, Vocabulary
 from train.config import ModelConfig
 from train.evaluation.folds import UNPERTURBED
@@ -121,11 +121,11 @@ def adapt_on(
     Args:
         predictor: A model, from a checkpoint or from :func:`train_on`.
         study: The cells; features and values that the model does not know are left out.
-        settings: How; sizes and sets are the model's own.
+        settings: How; sizes, sets and tokens are the model's own.
         adapter: Sizes of the adapter.
         seed: Of the adapter's first weights, order and masks.
     """
-    settings = settings or ScratchSettings(steps=100)
+    settings = replace(settings or ScratchSettings(steps=100), tokens=predictor.tokens)
     model = adapted(predictor.model, adapter or AdapterSettings(), seed)
     _train(model, _cells(predictor, study), settings, seed)
     parts = (predictor.tokens, predictor.vocabulary, predictor.prompts, predictor.manifest)
@@ -139,7 +139,7 @@ def objective_of(model: CellModel, settings: ScratchSettings, seed: int) -> Obje
 
 
 def held_out_loss(predictor: Predictor, study: Study, settings: ScratchSettings, seed: int = 0) -> float:
-    """Return the mean loss of cells in nats per measured feature, with the masks of step 0."""
+    """Return the mean loss of cells in nats per measured feature, with the masks of step 0 and the settings' tokens."""
     objective, cells = objective_of(predictor.model, settings, seed), _cells(predictor, study)
     total = pairs = 0.0
     with torch.no_grad():
@@ -180,12 +180,16 @@ def _words(study: Study) -> dict[str, list[str]]:
 
 
 def _cells(predictor: Predictor, study: Study) -> Cells:
-    """Return all that is known of a study's cells; values that the model never saw are not said."""
+    """Return all that is known of a study's cells; values that the model never saw are not said.
+
+    Of what the model knows and the study does not hold, nothing was measured.
+    """
     names = [name for name in study.counts if name in predictor.vocabulary]
     cells = cells_of(predictor, study, names, (*PROMPTS, *NUMBERS, "perturbation"))
-    return replace(
+    known = replace(
         cells,
         measured={name: np.diff(part.indptr) > 0 for name, part in cells.counts.items()},
         panel=np.zeros(study.n_cells, np.int32),
         row=np.arange(study.n_cells, dtype=np.int64),
     )
+    return with_absent(known, [name for name in predictor.vocabulary if name not in names])
