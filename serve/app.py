@@ -584,6 +584,7 @@ def _add_catalog(app: FastAPI, desk: Desk) -> None:
         return PromptsReply(
             prompts={name: [value for value in values if value] for name, values in description.prompts.items()},
             numbers=list(NUMBERS),
+            units=description.manifest.get("data", {}).get("units", {}),
             vocabulary_hash=description.manifest["vocabulary_hash"],
         )
 

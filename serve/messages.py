@@ -518,6 +518,10 @@ class PromptsReply(Reply):
 
     prompts: dict[str, list[str]]
     numbers: list[str] = Field(description="Prompt fields that are said in numbers.")
+    units: dict[str, list[str]] = Field(
+        description="The units in which the cells that the model was trained on give numbers; what is not listed is "
+        "not known."
+    )
     vocabulary_hash: str
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -322,13 +323,20 @@ def _say_made(made: snapshot.Snapshot, json: bool) -> None:
             f"[yellow]note[/] {n_without:,} of these cells have none of that (normalised values, or measurements that "
             "were not asked for): they are empty; leave them out with --where, such as measured_RNA == True"
         )
+    for name, units in made.manifest.get("units", {}).items():
+        if len(units) > 1:
+            listed = ", ".join(f"{n_cells:,} cells in {unit!r}" for unit, n_cells in units.items())
+            console.print(
+                f"[yellow]note[/] {name} has several units ({escape(listed)}), and training takes the numbers as they "
+                f"stand: choose the cells of one with --where, such as {name}_unit == {next(iter(units))!r}"
+            )
     shares = made.manifest["settings"]["fractions"]
     for split in (name for name, n_cells in made.splits.items() if not n_cells and shares[name]):
         by = made.manifest["settings"]["split_by"]
         why = f"whole values of {by!r} are drawn, and few there are" if by else "few cells there are"
         console.print(
-            f"[yellow]note[/] split {split!r} has no cell, of {shares[split]:.0%} wanted: {why}; another seed draws "
-            f"anew, assign.{split} names what belongs there"
+            f"[yellow]note[/] split {escape(repr(split))} has no cell, of {shares[split]:.0%} wanted: {why}; another "
+            f"seed draws anew, assign.{escape(split)} names what belongs there"
         )
 
 

@@ -220,6 +220,7 @@ class _Build:
         )
         self.layers = {name: "value" if name in self.levels else "raw" for name in self.measurements}
         self.n_without = _without(lake, cells, self.layers)
+        self.units = {name: _n_of_each(cells, f"{name}_unit") for name in ("time", "dose")}
         of_size = cells.select(["soma_joinid", "nnz", *map(schema.measured_column, schema.MEASUREMENTS)])
         sized = of_size if base is None else of_size.take(pa.array(fresh))
         self.size_C, self.per_cell = _sizes(lake, self.organisms, self.layers, sized, organism_C)
@@ -437,6 +438,7 @@ class _Build:
             "n_cells": sum(splits.values()),
             "n_dead": len(self.dead),
             "n_without": self.n_without,
+            "units": self.units,
             "splits": splits,
             "measurements": entries,
             "datasets": list(self.labels["dataset_id"]),
@@ -482,11 +484,12 @@ def cut(size_C: NDArray[np.float32], organism_C: NDArray[np.int32], elements: in
 
 
 def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
-    """Return what places, splits and sizes need of each chosen cell, in lake order; texts as dictionaries."""
+    """Return what places, splits, sizes and units need of each chosen cell, in lake order; texts as dictionaries."""
     organisms = settings.organisms or tuple(lake.organisms)
     measured = (schema.measured_column(name) for name in schema.MEASUREMENTS)
     sets = (*settings.set_by, "x", "y") if settings.set_size else ()
-    wanted = list(dict.fromkeys(["soma_joinid", "nnz", *settings.split_columns, *sets, *measured]))
+    units = ("time_unit", "dose_unit")
+    wanted = list(dict.fromkeys(["soma_joinid", "nnz", *settings.split_columns, *sets, *measured, *units]))
     parts = []
     for organism in organisms:
         texts = [name for name in wanted if schema.OBS_SCHEMA.field(name).type == pa.large_string()]
@@ -498,6 +501,13 @@ def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
     if not parts:
         raise UsageError(f"{lake.uri}: no cell fits where = {settings.where!r} in {', '.join(organisms) or 'the lake'}")
     return pa.concat_tables(parts).unify_dictionaries()
+
+
+def _n_of_each(cells: pa.Table, column: str) -> dict[str, int]:
+    """Return the values of a column of texts, those of most cells first, to how many cells have each; "" is none."""
+    values, number_C = coded(cells, column)
+    counts = zip(values, np.bincount(number_C, minlength=len(values)).tolist(), strict=True)
+    return dict(sorted(((value, n_cells) for value, n_cells in counts if value), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _chosen_measurements(

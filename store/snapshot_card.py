@@ -34,6 +34,11 @@ def write_card(manifest: dict[str, Any], labels: dict[str, dict[str, dict[str, i
         f"{manifest['commit']} (`{manifest['commit_id'][:16]}`, TileDB timestamp {manifest['lake_timestamp']}); made "
         f"{manifest['created']}, id `{manifest['id'][:16]}`.",
         *([f"{manifest['n_without']:,} cells have no value here."] if manifest.get("n_without") else []),
+        *(
+            f"Unit of {name}: {', '.join(f'{unit} ({n_cells:,} cells)' for unit, n_cells in units.items())}."
+            for name, units in manifest["units"].items()
+            if units
+        ),
         "",
         "Query and settings:",
         "",

@@ -32,6 +32,7 @@ def add_dataset(
     *,
     version: int = 0,
     origin: str = "",
+    time_unit: str = "",
 ) -> None:
     """Ingest a dataset whose counts encode their coordinates within it, counted from 1,000 x ``version``."""
     features = {name: numbered(name, n) for name, n in sizes.items()}
@@ -53,6 +54,7 @@ def add_dataset(
             "perturbation": np.where(cells % 4 == 3, "RNA0003", "control"),
             "perturbation_type": "genetic",
             "time": cells % 3,
+            "time_unit": time_unit,
         }
     )
     writer.commit(reservation, obs, blocks)

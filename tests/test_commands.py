@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from store import command
 from store.__main__ import app
 from store.settings import load_settings
-from store.snapshot import SnapshotSettings, create_snapshot
+from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot, read_card
 from store.writer import LakeWriter
+from train.card import describe
 from train.evaluation.folds import FoldSettings
 
 
@@ -73,6 +74,23 @@ def test_a_split_that_got_no_cell_is_said(tmp_path: Path) -> None:
     words = ["snapshot", "create", "s", "--lake", uri, "--workers", "0", "--set", 'split_by="dataset_id"']
     said = " ".join(CliRunner().invoke(app, words).output.split())
     assert "split 'test' has no cell, of 10% wanted: whole values of 'dataset_id' are drawn, and few there are" in said
+
+
+def test_units_that_differ_are_said_where_a_snapshot_is_made_of_them(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "one", 60, {"RNA": 20}, time_unit="hour")
+        add_dataset(writer, "two", 40, {"RNA": 20}, time_unit="day")
+
+    def made(name: str, *words: str) -> str:
+        base = ["snapshot", "create", name, "--lake", uri, "--workers", "0"]
+        return " ".join(CliRunner().invoke(app, [*base, *words]).output.split())
+
+    assert "time has several units (60 cells in 'hour', 40 cells in 'day'), and training takes" in made("s")
+    assert "Unit of time: hour (60 cells), day (40 cells)." in read_card(uri, "s")
+    assert "several units" not in made("t", "--where", "time_unit == 'day'")
+    assert open_snapshot(uri, "t").manifest["units"] == {"time": {"day": 40}, "dose": {}}
+    assert describe(open_snapshot(uri, "t"), "train")["units"] == {"time": ["day"]}
 
 
 def test_what_nobody_foresaw_does_not_end_as_if_some_inputs_were_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -414,6 +414,7 @@ def test_effects_are_told_by_the_names_of_the_request(client: TestClient) -> Non
 
 def test_numbers_that_may_be_said_are_listed(client: TestClient) -> None:
     assert client.get("/v1/prompts").json()["numbers"] == ["time", "dose"]
+    assert client.get("/v1/prompts").json()["units"] == {}
     card = client.get("/v1/models").json()["models"][0]
     assert {"time", "dose", "tissue"} <= set(card["prompts"])
 

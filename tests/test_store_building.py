@@ -374,5 +374,6 @@ def test_a_snapshot_whose_features_are_not_those_of_its_manifest_is_found(uri: s
     made = create_snapshot(uri, "s", SnapshotSettings())
     made.verify()
     made.manifest["measurements"]["RNA"]["vocabulary_hash"] = "another"
+    Path(made.uri, "snapshot.json").write_text(json.dumps(made.manifest))
     with pytest.raises(VerificationError, match="RNA/var: its features are not those of the manifest"):
         made.verify()

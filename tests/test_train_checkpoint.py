@@ -166,6 +166,12 @@ def test_a_dose_is_the_perturbations_and_not_that_of_cells_without_it(folder: Pa
     assert not np.allclose(low.perturbed_G, high.perturbed_G)
 
 
+def test_cells_of_before_are_not_drawn(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    with pytest.raises(InputRefused, match=r"by a span of 0 or more; got -1\.0"):
+        predictor.draw(predictor.cells(counts()), "RNA", 100.0, elapsed=-1.0)
+
+
 def test_stored_zeros_and_duplicates_are_the_matrix_that_they_stand_for_and_the_input_stays(folder: Path) -> None:
     predictor = Predictor.load(folder)
     plain = csr_matrix(np.array([[0, 3, 0, 2] + [0] * 8], np.float32))

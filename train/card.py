@@ -60,6 +60,7 @@ def describe(snapshot: Snapshot, split: str) -> dict[str, Any]:
             name: {"n_features": entry["n_features"], "nnz": entry["nnz"]}
             for name, entry in manifest["measurements"].items()
         },
+        "units": {name: list(units) for name, units in manifest.get("units", {}).items() if units},
         "cells": cells,
         "datasets": _datasets(snapshot, datasets_of(labels)),
     }
@@ -168,6 +169,7 @@ def _data(manifest: dict[str, Any]) -> list[str]:
     if not data:
         return [*lines, "No more is known of the data.", ""]
     lines += ["Query and settings:", "", *(f"- `{key}`: `{value}`" for key, value in data["query"].items()), ""]
+    lines += [f"Unit of {name}: {', '.join(units)}.\n" for name, units in data.get("units", {}).items()]
     lines += _table(
         ("split", "cells", ""),
         [

@@ -287,15 +287,18 @@ class Predictor:
         Args:
             cells: The cells; one without counts is drawn from what is said of it alone.
             measurement: Of counts.
-            depth: Counts of each cell, or of all; the draws have as many on average.
+            depth: Counts of each cell, or of all; the draws have as many on average. The model is told the mean of all.
             seed: The same seed (or seeds together) draws the same.
             elapsed: How much later the drawn cells are.
 
         Raises:
-            InputRefused: No cells, a measurement that is not of counts, or that the model does not know.
+            InputRefused: No cells, a span below 0, or a measurement that is not of counts or that the model does not
+                know.
         """
         if cells.n_cells == 0:
             raise InputRefused("there is no cell to draw")
+        if not 0 <= elapsed < np.inf:
+            raise InputRefused(f"draw goes on in time, by a span of 0 or more; got {elapsed}")
         if measurement not in self.vocabulary or self.model.config.likelihood_of(measurement) not in COUNTS:
             known = [name for name in self.vocabulary if self.model.config.likelihood_of(name) in COUNTS]
             those = f"of {', '.join(known)} they can" if known else "this model knows no measurement of counts"

@@ -184,7 +184,10 @@ class ModelForecaster:
         return self
 
     def predict(self, time: float) -> csr_matrix:
-        """Return logs_CG of cells that begin at the last time before, or where there is none, at the first after."""
+        """Return logs_CG of cells that begin at the last time before, or where there is none, stay at the first after.
+
+        What cells were before, the model does not tell.
+        """
         time_C = self.train.obs["time"].to_numpy(dtype=np.float64)
         before = time_C[time_C < time]
         start = before.max() if len(before) else np.nanmin(time_C)
@@ -192,7 +195,7 @@ class ModelForecaster:
         shown = [name for name in cells.counts if name in self.predictor.vocabulary]
         form = cells_of(self.predictor, cells, shown, ("organism", "time"))
         depth_C = np.asarray(cells.measured(self.measurement).sum(axis=1), dtype=np.float64).ravel()
-        drawn = self.predictor.draw(form, self.measurement, depth_C, self.seed, elapsed=float(time - start))
+        drawn = self.predictor.draw(form, self.measurement, depth_C, self.seed, elapsed=max(0.0, float(time - start)))
         return log_shares(csr_matrix(_back(self.predictor, cells, self.measurement, drawn.toarray()))).astype(
             np.float32
         )
