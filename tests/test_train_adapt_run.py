@@ -11,16 +11,23 @@ from safetensors.torch import load_file
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
-from store.errors import SettingsError, UsageError
+from store.errors import InputRefused, SettingsError, UsageError
 from store.settings import parse_settings
-from store.snapshot import SnapshotSettings, create_snapshot
-from train.adapter import load_adapter
+from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
+from train.__main__ import app
+from train.adapter import AdapterSettings, load_adapter, save_adapter
 from train.arithmetic import operations
 from train.cells import with_absent
 from train.checkpoint import load, sha256
 from train.estimate import plan
+from train.evaluation.folds import FoldSettings
+from train.evaluation.judge import Question, judge
+from train.evaluation.ours import pretrained
+from train.evaluation.study import read_study
 from train.loop import Run
+from train.pretrained import from_pretrained, save_pretrained
 from train.settings import RunSettings
 
 
@@ -53,6 +60,34 @@ def test_an_adapter_learns_what_is_new_and_the_base_stays(lake: str, base: str, 
     manifest = json.loads((tmp_path / "run/adapter/manifest.json").read_text())
     assert manifest["snapshot"]["name"] == "second"
     assert manifest["figures"]["loss_test"] == summary.loss_test
+
+
+def test_an_adapter_is_judged_by_cells_that_neither_it_nor_its_base_saw(
+    lake: str,  # noqa: F811
+    base: str,
+    tmp_path: Path,
+) -> None:
+    made = Run(adapting(lake, tmp_path, base, steps=4), 1).train().checkpoint
+    snapshot = open_snapshot(lake, "second")
+    study = read_study(snapshot)
+    moved = from_pretrained(base, adapter=made)
+    merged = from_pretrained(save_pretrained(moved, tmp_path / "merged"))
+    own_C, of_base_C = study.label("split") == "train", pretrained(from_pretrained(base), study, snapshot)
+    assert (own_C & ~of_base_C).any()
+    for predictor in (moved, merged):
+        assert (pretrained(predictor, study, snapshot) == own_C | of_base_C).all()
+    unsaid = save_adapter(tmp_path / "unsaid", moved.model, AdapterSettings(4), moved.manifest)
+    with pytest.raises(InputRefused, match="the adapter does not say what it learned from"):
+        pretrained(from_pretrained(base, adapter=unsaid), study, snapshot)
+    words = ["--lake", lake, "--snapshot", "second", "--adapter", made, "--set", "by=split"]
+    told = CliRunner().invoke(app, ["audit", base, *words, "--set", 'held=["train"]', "--json"])
+    leak = next(one for one in json.loads(told.stdout)["findings"] if one["check"] == "pretraining")
+    assert f"{own_C.sum():,} " in leak["message"], leak
+    missing = CliRunner().invoke(app, ["eval", *words])
+    assert "name the checkpoint that it belongs to" in str(missing.exception)
+    members = Question("annotate", lake, "second", FoldSettings(by="split", held=("test",)), members=2)
+    with pytest.raises(UsageError, match="leave out --adapter"):
+        judge(members, base, adapter=made)
 
 
 def test_an_adapting_run_goes_on_bit_for_bit_and_is_done_once(

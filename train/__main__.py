@@ -105,6 +105,7 @@ Folds = Annotated[
     typer.Option(help="What is held out, as TOML: by, held, folds, where, ...; the test split if left out."),
 ]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value over the folds' file's.")]
+Adapter = Annotated[Path | None, typer.Option(help="A saved adapter that the checkpoint answers with.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
 
 
@@ -139,6 +140,7 @@ def evaluate(
         typer.Option("--null", help="Judge null arms too: ours with labels, prompts, pairs or gene sets dealt anew."),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of methods and of splits in halves.")] = 3,
+    adapter: Adapter = None,
     device: Annotated[str, typer.Option(help="Torch device of the checkpoint, as in cpu or cuda.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder of evaluation.json and evaluation.html.")] = Path("evaluation"),
     json: Json = False,
@@ -169,19 +171,21 @@ def evaluate(
         members,
         null,
     )
-    judged = judge(question, checkpoint, device)
+    judged = judge(question, checkpoint, device, adapter)
     scores = judged.scores
     about = {
         "suite": suite,
         "lake": lake,
         "snapshot": snapshot,
         "checkpoint": str(checkpoint or ""),
+        **({"adapter": str(adapter)} if adapter else {}),
         "folds": question.folds.model_dump(mode="json"),
         "seeds": seeds,
     }
     if judged.gates:
         about["gated"] = [f"{one.baseline} + {one.g:.2f} f, gain {one.gain:.1f} SE" for one in judged.gates]
-    what = f"{suite}: {checkpoint or ('the transition head' if gated else 'the floor')} on {snapshot}"
+    who = f"{checkpoint} with {adapter}" if adapter else checkpoint
+    what = f"{suite}: {who or ('the transition head' if gated else 'the floor')} on {snapshot}"
     as_json, as_html = write_report(output, what, judged.values, scores, about, judged.nulls)
     if json:
         answer(
@@ -266,6 +270,7 @@ def look(
     folds: Folds = None,
     overrides: Overrides = None,
     sets: Annotated[list[str] | None, typer.Option(help="GMT files of gene sets that will be used.")] = None,
+    adapter: Adapter = None,
     json: Json = False,
 ) -> None:
     """Look for leaks between what is learned from and what judges it; ends with status 8 where there is one.
@@ -276,11 +281,10 @@ def look(
     Example: python -m train audit --snapshot blood --set by=donor_id --set folds=5
     """
     from train.evaluation.audit import refuse_leaks
-    from train.evaluation.judge import Question, look_for_leaks
-    from train.predictor import Predictor
+    from train.evaluation.judge import Question, load, look_for_leaks
 
     question = Question("annotate", lake, snapshot, _held_out(folds, overrides), sets=tuple(sets or ()))
-    study, made, findings = look_for_leaks(question, None if checkpoint is None else Predictor.load(checkpoint))
+    study, made, findings = look_for_leaks(question, load(checkpoint, adapter))
     if json:
         answer("train-audit/v1", cells=study.n_cells, folds=len(made), findings=[vars(one) for one in findings])
     refuse_leaks(findings)

@@ -29,6 +29,8 @@ OWN = ("format", "files", "model_sha256", "vocabulary_hash", "created", "version
 """What a manifest says of its own files: a checkpoint that is saved again says it anew."""
 MERGED = {"base_sha256": "model_sha256", "adapter_sha256": "adapter_sha256"}
 """What the manifest of a merged model says of base and adapter, and by what names theirs said it."""
+LEARNED = ("snapshot", "settings", "chosen")
+"""What an adapter's manifest says of the cells it learned from; that of a model that uses it says so by "adapted"."""
 
 
 class Repository(NamedTuple):
@@ -69,7 +71,12 @@ def from_pretrained(
     if adapter is not None:
         with _folder(adapter, None, cache, (WEIGHTS,)) as folder:
             model = attach(loaded.model, {DEFAULT: folder}, loaded.manifest)
-            used = {"adapter_sha256": checkpoint.sha256(folder / WEIGHTS)}
+            said = checkpoint.read_manifest(folder)
+        learned = {key: said[key] for key in LEARNED if key in said}
+        used = {
+            "adapter_sha256": said["adapter_sha256"],
+            "adapted": [*loaded.manifest.get("adapted", []), learned],
+        }
         use(model, DEFAULT)
         loaded = replace(loaded, model=model, manifest=loaded.manifest | used, reference=None)  # it moves cells
     return Predictor(loaded, device)

@@ -45,6 +45,7 @@ from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suit
 from train.knowledge import read_sets
 from train.labels import NOT_SAID
 from train.predictor import Predictor
+from train.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
@@ -153,19 +154,27 @@ def _of_known_types(study: Study, column: str) -> Study:
     return study.take(said_C)
 
 
-def judge(question: Question, checkpoint: str | Path | None = None, device: str = "cpu") -> Judgement:
+def judge(
+    question: Question,
+    checkpoint: str | Path | None = None,
+    device: str = "cpu",
+    adapter: str | Path | None = None,
+) -> Judgement:
     """Evaluate the floor, and a checkpoint or the transition head where one is asked for.
 
     Args:
         question: What is asked.
         checkpoint: Who answers, beside floor and replicate.
         device: Where the checkpoint, and adapters beside it, work.
+        adapter: A saved adapter that the checkpoint answers with.
 
     Raises:
         VerificationError: The audit found a leak; no number is made.
-        UsageError: A suite that checkpoints cannot do, or a device that is not there.
+        UsageError: A suite that checkpoints cannot do, a device that is not there, or an adapter without a checkpoint.
     """
-    predictor = None if checkpoint is None else Predictor.load(checkpoint, device)
+    predictor = load(checkpoint, adapter, device)
+    if adapter is not None and question.members:
+        raise UsageError("--members trains adapters of its own beside a checkpoint; leave out --adapter")
     study, folds, findings = look_for_leaks(question, predictor)
     refuse_leaks(findings)
     gates: list[Gate] = []
@@ -179,6 +188,17 @@ def judge(question: Question, checkpoint: str | Path | None = None, device: str 
         again = [value for value in run(replace(task, arm=arm, gates=[])) if value.method == ours]
         nulls[arm] = score(others + again, better, ours)
     return Judgement(values, score(values, better, ours), gates, nulls)
+
+
+def load(checkpoint: str | Path | None, adapter: str | Path | None = None, device: str = "cpu") -> Predictor | None:
+    """Load who is judged; nobody where no checkpoint is named.
+
+    Raises:
+        UsageError: An adapter without a checkpoint, or a device that is not there.
+    """
+    if checkpoint is None and adapter is not None:
+        raise UsageError(f"--adapter {adapter}: name the checkpoint that it belongs to as well")
+    return None if checkpoint is None else from_pretrained(checkpoint, adapter=adapter, device=device)
 
 
 @dataclass(frozen=True)

@@ -276,22 +276,37 @@ def chosen_by(predictor: Predictor, study: Study, snapshot: Snapshot) -> NDArray
     Raises:
         InputRefused: As :func:`pretrained`.
     """
-    chosen = predictor.manifest.get("chosen")
-    return _of_split(predictor, study, snapshot, chosen["split"]) if chosen else None
+    parts = [
+        _of_split(said, study, snapshot, said["chosen"]["split"]) for said in _learned(predictor) if said.get("chosen")
+    ]
+    return np.any(parts, axis=0) if parts else None
 
 
 def pretrained(predictor: Predictor, study: Study, snapshot: Snapshot) -> NDArray[np.bool_]:
-    """Return which cells of a study, read from a snapshot, the checkpoint was trained on.
+    """Return which cells of a study, read from a snapshot, the checkpoint or its adapter was trained on.
 
     Raises:
         InputRefused: The snapshot that it was trained on is not at hand, so nobody can tell.
     """
-    return _of_split(predictor, study, snapshot, predictor.manifest["settings"]["data"]["split"])
+    parts = [_of_split(said, study, snapshot, said["settings"]["data"]["split"]) for said in _learned(predictor)]
+    found_C: NDArray[np.bool_] = np.any(parts, axis=0)
+    return found_C
 
 
-def _of_split(predictor: Predictor, study: Study, snapshot: Snapshot, split: str) -> NDArray[np.bool_]:
-    """Return which cells of a study are in a split of the snapshot that the checkpoint was trained on."""
-    said = predictor.manifest["snapshot"]
+def _learned(predictor: Predictor) -> list[dict[str, Any]]:
+    """Return what is said of the cells that the checkpoint was trained on, and of those of its adapters."""
+    parts = [predictor.manifest, *predictor.manifest.get("adapted", [])]
+    for said, what in zip(parts, ["checkpoint", *["adapter"] * len(parts[1:])], strict=True):
+        if not {"snapshot", "settings"} <= set(said):
+            raise InputRefused(
+                f"the {what} does not say what it learned from, as a run's do: nobody can tell which cells it saw"
+            )
+    return parts
+
+
+def _of_split(by: dict[str, Any], study: Study, snapshot: Snapshot, split: str) -> NDArray[np.bool_]:
+    """Return which cells of a study are in a split of the snapshot that a manifest names."""
+    said = by["snapshot"]
     if said["id"] == snapshot.id:
         return study.label("split") == split
     try:
