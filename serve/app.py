@@ -29,7 +29,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from serve import encode
-from serve.access import Gate, Purse
+from serve.access import Gate, Purse, is_open
 from serve.arrow import ARROW
 from serve.atlas import Atlas
 from serve.body import BodyLimit
@@ -419,7 +419,8 @@ def make_app(
     add_explore(app, desk, offer or Offer(), type("Forms", (Forms,), {"desk": desk}))
     add_page(app)
     described = app.openapi
-    app.openapi = lambda: _as_problems(described())  # type: ignore[method-assign]
+    guarded = bool(purses)
+    app.openapi = lambda: _as_served(described(), guarded)  # type: ignore[method-assign]
     return app
 
 
@@ -428,10 +429,15 @@ def _answers(app: FastAPI, scope: Scope) -> bool:
     return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
 
-def _as_problems(description: dict[str, Any]) -> dict[str, Any]:
-    """Say in the API's description that errors come as problem details."""
-    for path in description["paths"].values():
+def _as_served(description: dict[str, Any], guarded: bool) -> dict[str, Any]:
+    """Say in the API's description that errors come as problem details, and which paths need a token."""
+    if guarded:
+        description.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        description["security"] = [{"token": []}]
+    for name, path in description["paths"].items():
         for operation in path.values():
+            if guarded and is_open(name):
+                operation["security"] = []
             for status, reply in operation["responses"].items():
                 if status >= "400" and "application/json" in reply.get("content", {}):
                     reply["content"][PROBLEM] = reply["content"].pop("application/json")

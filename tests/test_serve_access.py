@@ -66,6 +66,17 @@ def test_only_known_tokens_are_let_in(client: TestClient) -> None:
     assert client.get("/v1/health/ready").status_code == 200
 
 
+def test_the_description_says_which_paths_need_a_token(client: TestClient, replica: Replica) -> None:
+    said = client.get("/openapi.json", headers={"Authorization": f"Bearer {TEAM}"}).json()
+    assert said["components"]["securitySchemes"] == {"token": {"type": "http", "scheme": "bearer"}}
+    assert said["security"] == [{"token": []}]
+    for path, operations in said["paths"].items():
+        for method, operation in operations.items():
+            needs = operation.get("security", said["security"]) != []
+            assert needs == (client.request(method, path).status_code == 401), path
+    assert "security" not in make_app(replica, Limits()).openapi()
+
+
 def test_a_strangers_body_is_not_read(client: TestClient) -> None:
     check_problem(client.post("/v1/embed", content=b"x" * 50_000), 401)
 
