@@ -118,8 +118,12 @@ def connect(address: str | None) -> JobSubmissionClient:
         _probe(given)
         return JobSubmissionClient(given)
     except FAILURES as error:
+        reason = _first_line(error)
+        if "token" in reason and "RAY_AUTH_MODE" not in os.environ:
+            said = f"the dashboard at {given!r} asks for a token ({reason}): export RAY_AUTH_MODE=token"
+            raise Refused(f"{said}, with the cluster's token in ~/.ray/auth_token", UNREACHABLE) from None
         raise Refused(
-            f"no Ray dashboard answers at {given!r} ({_first_line(error)}); give --address http://HOST:8265, the URL "
+            f"no Ray dashboard answers at {given!r} ({reason}); give --address http://HOST:8265, the URL "
             f"that 'ray start --head' prints (this one is from {where})",
             UNREACHABLE,
         ) from None

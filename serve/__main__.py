@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
-import socket
 import sys
 import threading
 import tomllib
@@ -21,10 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from serve.access import read_tokens
 from serve.client import Client
+from serve.lone import free_port
 from serve.settings import ServeSettings
 from store import command
-from store.cluster import ray_cluster
-from store.errors import ConflictError, MissingError, UsageError
+from store.cluster import cluster_address, ray_cluster
+from store.errors import MissingError
 from store.lake import open_lake
 from store.settings import load_settings
 
@@ -75,7 +74,8 @@ def run(
     token = _own_token(settings)
     settings = settings.model_copy(
         update={
-            "port": free_port(settings.host, settings.port),
+            # on a cluster it may be that of the server that is taken over
+            "port": settings.port if cluster_address(settings.address) else free_port(settings.host, settings.port),
             "checkpoint": str(Path(settings.checkpoint).resolve()),
             "lakes": {name: open_lake(uri).uri for name, uri in settings.lakes.items()},
             "heads": _absolute(settings.heads),
@@ -180,27 +180,6 @@ def check_checkpoint(path: str) -> None:
         found = next((str(manifest.parent) for manifest in folder.rglob("checkpoint/manifest.json")), "")
         remedy = f"did you mean {found}?" if found else "give the directory that holds manifest.json"
         raise MissingError(f"{path}: holds no finished checkpoint (no manifest.json); {remedy}")
-
-
-def free_port(host: str, port: int) -> int:
-    """Return ``port`` when nobody listens on it; for 0, one that is free now.
-
-    Raises:
-        ConflictError: Somebody listens there.
-        UsageError: This machine cannot listen on ``host``.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-    except PermissionError:
-        raise UsageError(f"port {port} needs rights that you do not have; choose one above 1023 with --port") from None
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise ConflictError(f"port {port} on {host} is in use; choose another with --port, or --port 0") from None
-        raise UsageError(f"cannot listen on {host}:{port} ({error}); check --host and --port") from None
 
 
 def _serve(settings: ServeSettings, token: str, *, as_json: bool) -> None:

@@ -14,14 +14,16 @@ import io
 import logging
 import math
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import ray.serve
+import ray.serve.context
 import ray.serve.exceptions
 import ray.serve.schema
 from numpy.typing import NDArray
@@ -37,12 +39,13 @@ from serve.door import is_question, waited_s
 from serve.errors import Unavailable
 from serve.explore import Offer
 from serve.held import load_predictor
+from serve.lone import Lone, free_port
 from serve.model import Columns, Description, Question
 from serve.replica import Loader, Replica
 from serve.settings import ServeSettings, gpus_of
 from serve.workers import RayJobs
-from store.cluster import cluster_address, probe, runtime_env
-from store.errors import InputRefused, MissingError, SomaflowError, UsageError
+from store.cluster import cluster_address, not_joined, probe, runtime_env
+from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
 from store.settings import parse_settings
 
 T = TypeVar("T")
@@ -58,6 +61,8 @@ GRACE_S = 2.0
 """What a request may take longer than its limit before it is given up here."""
 PROXY_S = 5.0
 """What it may take longer before Ray Serve gives it up, in a text of its own."""
+GONE_S = 20.0
+"""Longest until what a driver that died leaves is gone from a cluster, or a port that was let go is free."""
 
 
 class ModelReplica:
@@ -248,7 +253,8 @@ def serving(
     """Serve a checkpoint while the block runs; yield the URL.
 
     Where no cluster is told of (:func:`store.cluster.cluster_address`) one is started on this machine and ended with
-    the block; in one that runs already only our application is removed.
+    the block. In one that runs already our application is removed at the end, and Ray Serve with it where it serves
+    nothing else. A server that lost its driver answers on there, and is taken over by the next one.
 
     Args:
         settings: What to serve, where and how.
@@ -257,8 +263,9 @@ def serving(
         waits: Told what a running cluster has too little of: copies wait for nodes that may join it.
 
     Raises:
-        MissingError: No Ray cluster answers at the address.
+        MissingError: No Ray cluster can be joined at the address.
         UsageError: The address is a dashboard's, or this machine has fewer GPUs than copies that need one.
+        ConflictError: The port is in use, or the cluster has a server, or Ray Serve at another port.
         InputRefused: The model did not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -273,16 +280,81 @@ def serving(
             if started and not address:
                 raise UsageError(f"this machine has {lacking} that the copies need: say fewer, or --set device=cpu")
             waits(f"waiting for nodes: the cluster has {lacking} that the copies need")
-        _start_serve(settings, load)
-        yield f"http://{_host_in_url(settings.host)}:{settings.port}"
+        with _alone_there() if address else nullcontext():
+            settings = settings.model_copy(update={"port": _port(settings, shared=bool(address))})
+            try:
+                _start_serve(settings, load)
+                yield f"http://{_host_in_url(settings.host)}:{settings.port}"
+            finally:
+                _stop_serve(shared=bool(address))
     finally:
-        with redirect_stdout(io.StringIO()):  # Ray tells stdout that the controller, which ends itself, has died
-            if address:
-                ray.serve.delete(APP)
-            else:
-                ray.serve.shutdown()
-            if started:
+        if started:
+            with redirect_stdout(io.StringIO()):
                 ray.shutdown()
+
+
+@contextmanager
+def _alone_there() -> Iterator[None]:
+    """Be the only driver of a server on a cluster that others use too.
+
+    Raises:
+        ConflictError: Another one lives.
+    """
+    until = time.monotonic() + GONE_S
+    while True:
+        try:
+            mine = ray.remote(Lone).options(name=APP, namespace=APP, num_cpus=0).remote()
+            break
+        except ValueError:  # the name is taken; that of a driver that died is free again soon
+            if time.monotonic() > until:
+                raise ConflictError(
+                    "this cluster has a server, and a cluster has one: end it where it was started (Ctrl-C, or python "
+                    "infra/jobs.py stop NAME), or swap its checkpoint"
+                ) from None
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        ray.kill(mine)
+
+
+def _port(settings: ServeSettings, *, shared: bool) -> int:
+    """Return the port to listen on: one that is free, or that of the cluster's Ray Serve.
+
+    Ray Serve keeps its address for as long as it runs; where it serves nothing any more it is ended first.
+
+    Raises:
+        ConflictError: Another program listens there, or Ray Serve has another address.
+        UsageError: This machine cannot listen there.
+    """
+    client = ray.serve.context._get_global_client(raise_if_no_controller_running=False) if shared else None
+    until = time.monotonic()
+    if client is not None and not ray.serve.status().applications:
+        _stop_serve(shared=False)
+        client, until = None, until + GONE_S
+    while client is None:
+        try:
+            return free_port(settings.host, settings.port)
+        except ConflictError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+    host, port = client.http_config.host, client.http_config.port
+    if (settings.host, settings.port or port) != (host, port):
+        raise ConflictError(
+            f"Ray Serve runs on this cluster at {host}:{port}, and its address is one for all that it serves: say "
+            f"--host {host} --port {port}, or end what it serves"
+        )
+    return int(port)
+
+
+def _stop_serve(*, shared: bool) -> None:
+    """Remove our application, and end Ray Serve unless it serves others."""
+    with redirect_stdout(io.StringIO()):  # Ray tells stdout that the controller, which ends itself, has died
+        if shared:
+            ray.serve.delete(APP)
+        if not shared or not ray.serve.status().applications:
+            ray.serve.shutdown()
 
 
 def _start_ray(settings: ServeSettings, address: str | None) -> None:
@@ -295,12 +367,12 @@ def _start_ray(settings: ServeSettings, address: str | None) -> None:
         return
     try:
         probe(address)
+    except OSError as error:
+        raise MissingError(not_joined(address, error, answers=False)) from None
+    try:
         ray.init(address, runtime_env=runtime_env(("serve", "store", "train")), **quiet)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise MissingError(
-            f"no Ray cluster answers at {address!r} ({reason}); check --address or RAY_ADDRESS"
-        ) from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise MissingError(not_joined(address, error, answers=True)) from None
 
 
 def _for_jobs(settings: ServeSettings) -> int:

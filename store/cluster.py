@@ -42,10 +42,11 @@ def ray_cluster(
     if ray.is_initialized():
         yield
         return
-    address = cluster_address(address)
+    address, answers = cluster_address(address), False
     try:
         if address:
             probe(address)
+            answers = True
             ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=runtime_env(packages))
         else:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -59,12 +60,23 @@ def ray_cluster(
                 runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}},
             )
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"no Ray cluster answers at {address!r}" if address else "Ray does not start on this machine"
-        raise StorageError(f"{where}: {str(error).splitlines()[0]}; check --address or RAY_ADDRESS") from error
+        said = f"Ray does not start on this machine: {(str(error).splitlines() or [''])[0]}"
+        raise StorageError(not_joined(address, error, answers=answers) if address else said) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def not_joined(address: str, error: Exception, *, answers: bool) -> str:
+    """Say that a driver here cannot join a cluster, and what to do; ``answers``: somebody listens at the address."""
+    reason = (str(error).splitlines() or [""])[0]
+    if not answers:
+        return f"no Ray cluster answers at {address!r} ({reason}); check --address or RAY_ADDRESS"
+    ways = ["from a machine that is no node of the cluster submit a job: python infra/jobs.py submit -- python -m ..."]
+    if "RAY_AUTH_MODE" not in os.environ:
+        ways.append("where the cluster asks for a token: export RAY_AUTH_MODE=token (docs/launcher.md)")
+    return f"the Ray cluster at {address!r} answers, and cannot be joined ({reason}); {'; '.join(ways)}"
 
 
 def cluster_address(address: str | None) -> str | None:

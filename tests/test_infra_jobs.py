@@ -348,24 +348,55 @@ def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -
     assert [(job["state"], job["exit_status"]) for job in state(head, "stays")] == [("STOPPED", 7)]
 
 
+def answers(port: int) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://127.0.0.1:{port}/v1/health/ready", trust_env=False).status_code == httpx.codes.OK
+    return False
+
+
 @pytest.mark.ray
-@pytest.mark.timeout(200)
-def test_a_server_as_a_job_answers_until_it_is_stopped(head: Head, tmp_path: Path) -> None:
-    checkpoint, (port,) = write_checkpoint(tmp_path / "checkpoint", width=16, tokens=32, n_genes=40), free_ports(1)
-    begin = jobs(head, f"submit --json -- python -m serve run {checkpoint} --port {port}")
-    name, url = json.loads(begin.stdout)["job"]["name"], f"http://127.0.0.1:{port}/v1"
+@pytest.mark.timeout(400)
+def test_a_server_as_a_job_answers_until_it_is_stopped_and_starts_again_whatever_became_of_its_driver(
+    head: Head, tmp_path: Path
+) -> None:
+    checkpoint, (port, other) = (
+        write_checkpoint(tmp_path / "checkpoint", width=16, tokens=32, n_genes=40),
+        free_ports(2),
+    )
 
-    def ready() -> bool:
-        with suppress(httpx.TransportError):
-            return httpx.get(f"{url}/health/ready", trust_env=False).status_code == httpx.codes.OK
-        return False
+    def submit(name: str, at: int) -> None:
+        jobs(head, f"submit --name {name} -- python -m serve run {checkpoint} --port {at}")
 
-    wait_until(ready, "it does not answer")
+    submit("srv", port)
+    wait_until(lambda: answers(port), "it does not answer")
     counts = {"counts": {"RNA": [{"ENSG00000000003": 3}]}}
-    answer = httpx.post(f"{url}/embed", json=counts, trust_env=False)
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/embed", json=counts, trust_env=False)
     assert (answer.status_code, len(answer.json()["embeddings"])) == (httpx.codes.OK, 1), answer.text
-    assert "is stopped" in jobs(head, f"stop {name}").stderr
-    wait_until(lambda: not ready(), "it still answers")
+
+    second = jobs(head, f"submit --wait --name second -- python -m serve run {checkpoint} --port {port}")
+    assert second.returncode == 6, second.stderr
+    assert "this cluster has a server, and a cluster has one" in second.stdout + second.stderr
+    assert answers(port)
+
+    for driver in psutil.process_iter(["cmdline"]):
+        words = driver.info["cmdline"] or []
+        if words[1:4] == ["-m", "serve", "run"] and str(port) in words:
+            driver.kill()
+    wait_until(lambda: state(head, "srv")[-1]["state"] == "FAILED", "nobody saw that its driver died")
+    assert answers(port), "what a driver leaves answers on"
+    elsewhere = jobs(head, f"submit --wait --name elsewhere -- python -m serve run {checkpoint} --port {other}")
+    assert f"say --host 127.0.0.1 --port {port}" in elsewhere.stdout + elsewhere.stderr
+    submit("srv", port)
+    wait_until(
+        lambda: len(state(head, "srv")) == 2 and "ready" in jobs(head, "logs srv").stdout, "it is not taken over"
+    )
+    assert "is stopped" in jobs(head, "stop srv").stderr
+    wait_until(lambda: not answers(port), "it still answers")
+
+    submit("moved", other)
+    wait_until(lambda: answers(other), "it does not answer at another port")
+    assert "is stopped" in jobs(head, "stop moved").stderr
+    wait_until(lambda: not answers(other), "it still answers")
 
 
 @pytest.mark.ray

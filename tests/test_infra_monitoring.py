@@ -23,8 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from ingest.job import JobSettings, SourceSettings
-from serve.__main__ import free_port
 from serve.app import make_app
+from serve.lone import free_port
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
 from store.settings import parse_settings

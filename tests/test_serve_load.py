@@ -21,7 +21,7 @@ from fake_predictor import FakePredictor
 from small_checkpoint import write_checkpoint
 from test_serve_swap import COUNTS, expected
 
-from serve.__main__ import free_port
+from serve.lone import free_port
 from serve.settings import Scaling, ServeSettings
 
 pytestmark = [

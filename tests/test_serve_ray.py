@@ -15,8 +15,8 @@ import pytest
 from fake_predictor import FakePredictor
 from pydantic import ValidationError
 
-from serve.__main__ import free_port
 from serve.client import Client
+from serve.lone import free_port
 from serve.settings import Limits, ServeSettings
 from store.errors import InputRefused, UsageError
 

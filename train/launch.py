@@ -116,6 +116,8 @@ def launch(
     with alone(folder), ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
         watcher.start()
         use_gpu = on_gpus(settings)
+        if not use_gpu and cluster_address(settings.address):
+            tell("the cluster has no GPU now: training on CPUs; where GPUs are to join, start again when one is there")
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config=settings.model_dump(mode="json"),
