@@ -103,6 +103,24 @@ def test_the_head_learns_what_no_baseline_can_say_of_targets_never_seen() -> Non
     assert 0.85 <= inside < 1  # each was calibrated with one flow, and is predicted with five
 
 
+def test_a_combination_is_known_only_where_each_of_its_targets_is() -> None:
+    known = TargetVectors(given={"x": np.array([1.0, 2.0]), "y": np.array([0.5, -2.0])})
+    assert known["x"].tolist() == [1, 2]
+    assert known["x+y"].tolist() == [1.5, 0]
+    for unknown in ("nobody knows it", "x+nobody knows it", "nobody knows it+x", "x+y+nobody knows it"):
+        assert known[unknown].tolist() == [0, 0], unknown
+
+
+def test_an_open_flow_abstains_of_a_combination_with_a_target_that_nobody_knows() -> None:
+    study, sets = switched_off(n_targets=8, n_contexts=1, n_cells=15)
+    method = GatedEffects("RNA", targets=TargetVectors(sets), settings=QUICK).fit(study)
+    object.__setattr__(method.gate, "g", 0.7)  # whether it opens is another test's question
+    control = study.take(study.label("perturbation") == "control")
+    for name, abstains in (("t0+t1", False), ("t0+nobody knows it", True), ("nobody knows it+t0", True)):
+        told = [one.predict(control, name, "c0") for one in (method, method.baseline)]
+        assert np.array_equal(*told) == abstains, name
+
+
 def test_where_nothing_can_be_learned_the_answer_is_the_baselines_bit_for_bit() -> None:
     study = perturbed([f"t{number}" for number in range(9)], n_cells=30)
     train, test = held_out(study, "target")

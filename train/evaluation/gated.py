@@ -72,7 +72,7 @@ class Gate:
 class TargetVectors:
     """What is known of a target before it is ever hit: its gene's loadings, the sets that it is in, vectors of files.
 
-    A combination is the sum of its targets.
+    A combination is the sum of its targets, if each of them is known: half of a combination is another one.
     """
 
     def __init__(
@@ -98,17 +98,18 @@ class TargetVectors:
         return known
 
     def __getitem__(self, perturbation: str) -> Vector:
-        """Return the vector of a target or a combination; zeros for what nobody knows."""
-        total = None
-        for target in perturbation.split("+"):
-            parts = [
+        """Return the vector of a target or a combination; zeros where nobody knows it, or one of its targets."""
+        vectors = [self._of(target) for target in perturbation.split("+")]
+        total = np.sum(vectors, axis=0)
+        return total if all(vector.any() for vector in vectors) else np.zeros_like(total)
+
+    def _of(self, target: str) -> Vector:
+        return np.concatenate(
+            [
                 known.get(target, np.zeros(len(next(iter(known.values()), ()))))
                 for known in (self.loadings, self.by_sets, self.given)
             ]
-            vector = np.concatenate(parts)
-            total = vector if total is None else total + vector
-        assert total is not None
-        return total
+        )
 
 
 class GatedEffects:
@@ -293,6 +294,8 @@ class GatedEffects:
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
         """Return delta_G; of a target that nothing is known of, what the baseline says: the flow abstains.
+
+        It does so of a combination too unless something is known of each of its targets.
 
         Raises:
             InputRefused: The cells have other features than those of the fit, or in another order.
