@@ -15,7 +15,7 @@ from train.evaluation.effects import effects
 from train.evaluation.floor import TrainingMean, effect_floor
 from train.evaluation.flow import FlowSettings, Passage, fit_flow
 from train.evaluation.folds import FoldSettings, make_folds
-from train.evaluation.gated import GatedEffects, TargetVectors, needed
+from train.evaluation.gated import GatedEffects, TargetVectors, _deal, needed
 from train.evaluation.gatedtime import GatedForecast
 from train.evaluation.study import Study
 from train.evaluation.suites import energy_distance
@@ -154,6 +154,45 @@ def test_two_groups_choose_a_baseline_but_open_no_gate_and_one_group_is_refused(
     assert np.isinf(high_G).all()
     with pytest.raises(InputRefused, match="two groups to hold out in turn; there is x"):
         GatedEffects("RNA").fit(study.take(study.label("perturbation") != "y"))
+
+
+def test_a_target_that_is_in_every_perturbation_is_refused_by_name_and_taken_by_perturbation() -> None:
+    study = perturbed([f"x+t{number}" for number in range(6)], contexts=("a",), n_cells=20)
+    with pytest.raises(InputRefused, match=r'without x none of the 6 effects is left .* by "perturbation"'):
+        GatedEffects("RNA", settings=QUICK).fit(study)
+    with pytest.raises(InputRefused, match="without x none of the 1 effects is left"):
+        GatedEffects("RNA", settings=QUICK).fit(study.take(np.isin(study.label("perturbation"), ["control", "x+t0"])))
+    head = GatedEffects("RNA", by="perturbation", settings=QUICK).fit(study)
+    control = study.take(study.label("perturbation") == "control")
+    assert np.isfinite(head.predict(control, "x+t9", "a")).all()
+
+
+def test_targets_that_are_in_every_perturbation_together_are_held_out_apart() -> None:
+    pairs = [f"{one}+t{number}" for one in "xy" for number in range(4)]
+    groups = [frozenset(name.split("+")) for name in pairs]
+    for seed in range(40):
+        dealt_EJ = _deal(groups, seed)
+        assert dealt_EJ.any(axis=1).all(), "every effect is held out"
+        assert not dealt_EJ.all(axis=0).any(), "every fold leaves effects to learn from"
+        for target in sorted(frozenset().union(*groups)):
+            hit_E = np.array([target in group for group in groups])
+            assert dealt_EJ[hit_E].all(axis=0).any(), "a target is held out whole"
+    for seed in range(3):  # a fold of x and one of y leave nothing together
+        head = GatedEffects("RNA", settings=QUICK, seed=seed).fit(perturbed(pairs, ("a",), n_cells=20))
+        assert set(head.gate.errors) == {one.name for one in effect_floor("RNA")}
+    never_two = [frozenset(name for name in "abcdefg" if name != missing) for missing in "abcdefg"]
+    with pytest.raises(InputRefused, match="and the targets that are held out with it none of the 7 effects is left"):
+        _deal(never_two, 0)
+
+
+def test_no_flow_is_taught_where_two_folds_together_take_every_effect() -> None:
+    study = perturbed(["x+y", "y+z", "x+z"], ("a",), n_cells=20)
+    head = GatedEffects("RNA", settings=QUICK).fit(study)
+    assert head.fold_EJ.shape == (3, 3)
+    assert (head.gate.g, head.gate.gain) == (0.0, 0.0)
+    control = study.take(study.label("perturbation") == "control")
+    expected = head.baseline.predict(control, "x+y", "a")
+    assert head.predict(control, "x+y", "a").tobytes() == expected.tobytes()
 
 
 def test_features_that_nobody_has_do_not_make_intervals_narrower() -> None:

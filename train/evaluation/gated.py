@@ -149,7 +149,8 @@ class GatedEffects:
         """Choose the baseline, teach the flows, and find g, all by held-out groups of these cells.
 
         Raises:
-            InputRefused: No perturbation has enough cells, or there are fewer than two groups to hold out in turn.
+            InputRefused: No perturbation has enough cells, there are fewer than two groups to hold out in turn, or one
+                group is in every effect.
         """
         self.table = effects(train, self.measurement, self.columns)
         group_E = self.table.groups(self.by, self.columns)
@@ -158,8 +159,9 @@ class GatedEffects:
         self._look_at(train)
         told = self._choose()
         added_EG = np.zeros_like(told)
-        if self.fold_EJ.shape[1] > 2:  # else nothing is left to learn from without two folds
-            self.flows = [self._teach(fold) for fold in range(self.fold_EJ.shape[1])]
+        lessons = [self._lessons(fold) for fold in range(self.fold_EJ.shape[1])]
+        if all(lessons):  # else nothing is left to learn from without two folds, as where there are but two
+            self.flows = [self._teach(fold, lesson) for fold, lesson in enumerate(lessons)]
             for line in range(self.table.n_effects):
                 added_EG[line] = self._added([self.flows[self._fold(line)]], line, told[line])
             self._open(told, added_EG)
@@ -238,13 +240,20 @@ class GatedEffects:
         """Return the mean of each group that is held out whole."""
         return np.array([value_E[self.label_E == label].mean() for label in sorted(set(self.label_E))])
 
-    def _teach(self, fold: int) -> Flow:
+    def _lessons(self, fold: int) -> dict[int, list[int]]:
+        """Return the effects to teach a flow without one fold, by their own fold: a baseline can do without both."""
+        found = {}
+        for other in range(self.fold_EJ.shape[1]):
+            lines = [line for line in self._lines(other) if not self.fold_EJ[line, fold]]
+            if lines and not self.fold_EJ[:, [fold, other]].any(axis=1).all():
+                found[other] = lines
+        return found
+
+    def _teach(self, fold: int, lessons: Mapping[int, list[int]]) -> Flow:
         """Teach a flow without one fold: each effect starts where the baseline leaves it that saw neither its fold."""
         told: dict[int, Vector] = {}
-        for other in range(self.fold_EJ.shape[1]):
-            if other != fold:
-                lines = [line for line in self._lines(other) if not self.fold_EJ[line, fold]]
-                told |= self._answers(self.baseline, [fold, other], lines)
+        for other, lines in lessons.items():
+            told |= self._answers(self.baseline, [fold, other], lines)
         passages = [
             Passage(
                 self.control[self.table.context[line]] + self.space.into(delta_G),
@@ -339,16 +348,28 @@ def best_weight(along_E: Vector, size_E: Vector) -> float:
 
 
 def _deal(group_E: Sequence[frozenset[str]], seed: int) -> NDArray[np.bool_]:
-    """Deal groups to folds; return which effects each fold holds out, [E, J]; every effect is in one at least."""
+    """Deal groups to folds; return which effects each fold holds out, [E, J]; every effect is in one at least.
+
+    A fold takes no group with which it would hold out every effect: the next one does.
+    """
     groups = sorted({name for names in group_E for name in names})
     groups.sort(key=lambda name: drawn_place(seed, name))
     n_folds = min(FOLDS, len(groups))
     if n_folds < 2:
         raise InputRefused(f"the transition head needs two groups to hold out in turn; there is {', '.join(groups)}")
-    fold = {name: number % n_folds for number, name in enumerate(groups)}
     dealt = np.zeros((len(group_E), n_folds), dtype=bool)
-    for line, names in enumerate(group_E):
-        dealt[line, [fold[name] for name in names]] = True
+    for number, name in enumerate(groups):
+        hit_E = np.array([name in names for names in group_E])
+        folds = ((number + step) % n_folds for step in range(n_folds))
+        free = next((fold for fold in folds if not (dealt[:, fold] | hit_E).all()), None)
+        if free is None:
+            beside = "" if hit_E.all() else " and the targets that are held out with it"
+            raise InputRefused(
+                f"the transition head learns without each target in turn, but without {name}{beside} none of the "
+                f'{len(group_E):,} effects is left to learn from; hold out by "perturbation", or add perturbations '
+                f"without {name}"
+            )
+        dealt[hit_E, free] = True
     return dealt
 
 
