@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix
 
 from ingest.simulate import SimulationSettings, simulate
 from store.errors import InputRefused, UsageError, VerificationError
@@ -20,16 +21,17 @@ from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter, write_counts
 from train.__main__ import main
+from train.evaluation.effects import effects
 from train.evaluation.flow import FlowSettings
 from train.evaluation.folds import FoldSettings
-from train.evaluation.head import load_head
+from train.evaluation.head import HeadSettings, fit_head, load_head
 from train.evaluation.judge import Question, judge, look_for_leaks
 from train.evaluation.nulls import dealt_labels, dealt_members
 from train.evaluation.ours import NAME, expected_logs, pretrained
 from train.evaluation.report import write_report
 from train.evaluation.score import FEWEST_UNITS, REPLICATE
 from train.evaluation.scratch import ScratchSettings, adapt_on
-from train.evaluation.study import read_study
+from train.evaluation.study import only_measured, read_study
 from train.loop import Run
 from train.predictor import Predictor
 from train.settings import RunSettings
@@ -58,6 +60,30 @@ def trained(lake: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     output = str(tmp_path_factory.mktemp("runs"))
     values = {"lake": lake, "snapshot": "s", "output": output, "workers": 1, "steps": 80, **small}
     return Run(parse_settings(RunSettings, values, where="test"), 1).train().checkpoint
+
+
+@pytest.fixture(scope="module")
+def mosaic(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A lake in which RNA and protein were measured of 700 cells, protein alone of 300, RNA alone of 200."""
+    made = simulate(SimulationSettings(cells=1200))
+    names = {"RNA": made.truth.genes, "protein": made.truth.proteins}
+    uri = str(tmp_path_factory.mktemp("lakes") / "mosaic")
+    datasets = {
+        "both": (0, 700, ("RNA", "protein")),
+        "tags": (700, 1000, ("protein",)),
+        "genes": (1000, 1200, ("RNA",)),
+    }
+    with LakeWriter(uri) as writer:
+        for name, (first, stop, have) in datasets.items():
+            features = {
+                one: Features(names[one], names[one], ["x"] * len(names[one]), [0] * len(names[one])) for one in have
+            }
+            reservation = writer.reserve(DatasetPlan(name, "synthetic_construct", name, stop - first, features))
+            blocks = [write_counts(reservation, one, 0, made.counts[one][first:stop]) for one in have]
+            writer.commit(reservation, made.obs.iloc[first:stop].reset_index(drop=True), blocks)
+    create_snapshot(uri, "s", SnapshotSettings(fractions={"train": 0.5, "val": 0.2, "test": 0.3}))
+    create_snapshot(uri, "tags", SnapshotSettings(where="measured_RNA == False", fractions={"train": 0.5, "test": 0.5}))
+    return uri
 
 
 def question(lake: str, suite: str, **words: object) -> Question:
@@ -190,6 +216,78 @@ def test_cells_without_a_type_judge_no_telling_of_types(lake: str, monkeypatch: 
         look_for_leaks(replace(question(lake, "perturb"), folds=FoldSettings(by="dose")))
 
 
+@pytest.mark.parametrize(
+    ("suite", "words", "have"),
+    [
+        ("perturb", {"columns": ("tissue",)}, ["RNA"]),
+        ("annotate", {}, ["RNA"]),
+        ("annotate", {"measurement": "protein"}, ["protein"]),
+        ("embed", {}, ["RNA"]),
+        ("translate", {"measurement": "protein"}, ["RNA", "protein"]),
+        ("agnostic", {"source": "protein"}, ["RNA"]),
+    ],
+)
+def test_cells_that_were_not_measured_change_no_number(
+    mosaic: str, monkeypatch: pytest.MonkeyPatch, suite: str, words: dict[str, object], have: list[str]
+) -> None:
+    whole = read_study(open_snapshot(mosaic, "s"))
+    had_C = np.all([whole.obs[f"measured_{name}"].to_numpy(bool) for name in have], axis=0)
+    mixed = judge(question(mosaic, suite, **words))
+    assert (mixed.n_cells, mixed.left_out) == (had_C.sum(), (~had_C).sum())
+    assert mixed.left_out >= 200
+    monkeypatch.setattr("train.evaluation.judge.read_study", lambda *_: whole.take(had_C))
+    alone = judge(question(mosaic, suite, **words))
+    assert alone.left_out == 0
+    assert mixed.values
+    assert [repr(value) for value in mixed.values] == [repr(value) for value in alone.values]
+
+
+def test_a_head_learns_from_measured_cells_alone_and_says_so(mosaic: str, tmp_path: Path) -> None:
+    settings = HeadSettings(mosaic, "s", columns=("tissue",))
+    head = fit_head(settings, tmp_path / "head")
+    whole = read_study(open_snapshot(mosaic, "s"))
+    train = whole.take(whole.label("split") == "train")
+    measured_C = train.obs["measured_RNA"].to_numpy(bool)
+    assert head.table.treated_EG.tobytes() == effects(train.take(measured_C), "RNA", ("tissue",)).treated_EG.tobytes()
+    cells = json.loads((tmp_path / "head" / "manifest.json").read_text())["cells"]
+    assert cells == {"learned_from": measured_C.sum(), "left_out": (~measured_C).sum()}
+    assert cells["left_out"] > 50
+
+
+def test_what_no_cell_has_is_refused_and_the_audit_looks_at_all_cells(
+    mosaic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputRefused, match="the cells have no RNA; measurements: protein"):
+        judge(replace(question(mosaic, "annotate"), snapshot="tags"))
+    whole = read_study(open_snapshot(mosaic, "s"))
+    without = whole.take(~whole.obs["measured_RNA"].to_numpy(bool))
+    all_cells, _, _ = look_for_leaks(question(mosaic, "annotate", measurement=""))
+    assert (all_cells.n_cells, all_cells.left_out) == (1200, 0)
+    monkeypatch.setattr("train.evaluation.judge.read_study", lambda *_: without)
+    monkeypatch.setattr("train.evaluation.head.read_study", lambda *_: without)
+    with pytest.raises(InputRefused, match=r"of the 300 cells none has RNA measured \(RNA of 0\)"):
+        judge(question(mosaic, "annotate"))
+    with pytest.raises(InputRefused, match=r"none has RNA and protein measured \(RNA of 0, protein of 300\)"):
+        judge(question(mosaic, "translate", measurement="protein"))
+    with pytest.raises(InputRefused, match="none has RNA measured"):
+        fit_head(HeadSettings(mosaic, "s"), tmp_path / "head")
+
+
+def test_a_measured_cell_without_a_count_is_zero_and_not_absent(mosaic: str) -> None:
+    whole = read_study(open_snapshot(mosaic, "s")).take(np.arange(40))
+    counts = {name: part.copy() for name, part in whole.counts.items()}
+    had_C = whole.obs["measured_RNA"].to_numpy(bool)
+    row = int(np.flatnonzero(had_C)[0])
+    counts["RNA"] = csr_matrix(counts["RNA"].multiply((np.arange(40) != row)[:, None]))
+    emptied = replace(whole, counts=counts)
+    assert emptied.has("RNA").tolist() == had_C.tolist()
+    assert only_measured(emptied, ["RNA"]).n_cells == had_C.sum()
+    unsaid = replace(emptied, obs=emptied.obs.drop(columns="measured_RNA"))
+    assert unsaid.has("RNA").tolist() == (had_C & (np.arange(40) != row)).tolist(), "nobody says of which it was made"
+    twice = only_measured(only_measured(whole, ["RNA"]), ["protein"])
+    assert twice.left_out == 40 - twice.n_cells
+
+
 def test_cells_that_a_checkpoint_saw_may_not_judge_it(lake: str, trained: str) -> None:
     predictor = Predictor.load(trained)
     asked = replace(question(lake, "annotate"), folds=FoldSettings(by="donor_id", folds=2))
@@ -216,7 +314,12 @@ def test_cells_that_a_checkpoint_saw_may_not_judge_it(lake: str, trained: str) -
 
 
 def test_the_commands_audit_and_judge(
-    lake: str, trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lake: str,
+    mosaic: str,
+    trained: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def said(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["train", *words])
@@ -247,6 +350,10 @@ def test_the_commands_audit_and_judge(
     assert delta_G.shape == (len(control.features["RNA"]),)
     assert said("head", str(tmp_path / "head"), *place)[0] == 6
     assert said("eval", *place, "--suite", "dance")[0] == 2
+    assert json.loads(said("audit", "--lake", mosaic, "--snapshot", "tags", "--json")[1])["cells"] == 300
+    own = ("--lake", mosaic, "--snapshot", "s", "--suite", "annotate", "--seeds", "1", "--output", str(tmp_path))
+    assert said("eval", *own)[0] == 0
+    assert "300 cells are left out: RNA was not measured of them" in (tmp_path / "evaluation.html").read_text()
     assert said("eval", *place, "--suite", "translate")[0] == 2, "RNA from itself"
     asked = ("--sets", "go.gmt", "--set", "by=split", "--set", "knowledge_until=2020-01-01")
     assert said("eval", *place, "--suite", "perturb", *asked)[0] == 8, "nobody knows the day of go.gmt"

@@ -181,7 +181,11 @@ def evaluate(
         **({"adapter": str(adapter)} if adapter else {}),
         "folds": question.folds.model_dump(mode="json"),
         "seeds": seeds,
+        "cells": f"{judged.n_cells:,}",
     }
+    if judged.left_out:
+        missing = f"{judged.left_out:,} cells are left out: {' or '.join(question.looks_at)} was not measured of them"
+        about["left out"] = missing
     if judged.gates:
         about["gated"] = [f"{one.baseline} + {one.g:.2f} f, gain {one.gain:.1f} SE" for one in judged.gates]
     who = f"{checkpoint} with {adapter}" if adapter else checkpoint
@@ -213,6 +217,8 @@ def evaluate(
     for method, metric, mean in means(judged.values):
         if metric not in scored and method in (NAME, HEAD):
             console.print(f"{method}: {metric} {mean:.3f}")
+    if judged.left_out:
+        console.print(about["left out"])
     console.print("u: the model; b: the strongest baseline; r: a replicate; s = (u - b) / (r - b)")
     console.print(f"report: {as_html}", soft_wrap=True)
 
@@ -283,7 +289,7 @@ def look(
     from train.evaluation.audit import refuse_leaks
     from train.evaluation.judge import Question, load, look_for_leaks
 
-    question = Question("annotate", lake, snapshot, _held_out(folds, overrides), sets=tuple(sets or ()))
+    question = Question("annotate", lake, snapshot, _held_out(folds, overrides), measurement="", sets=tuple(sets or ()))
     study, made, findings = look_for_leaks(question, load(checkpoint, adapter))
     if json:
         answer("train-audit/v1", cells=study.n_cells, folds=len(made), findings=[vars(one) for one in findings])

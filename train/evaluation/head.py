@@ -29,7 +29,7 @@ from train.evaluation.effects import Effects
 from train.evaluation.floor import effect_floor
 from train.evaluation.flow import Flow, FlowSettings
 from train.evaluation.gated import Gate, GatedEffects, Space, TargetVectors
-from train.evaluation.study import read_study
+from train.evaluation.study import only_measured, read_study
 from train.knowledge import read_sets
 from train.transition import Transition, TransitionConfig
 
@@ -67,7 +67,7 @@ def fit_head(settings: HeadSettings, folder: str | Path) -> GatedEffects:
     """Fit a head and write it.
 
     Raises:
-        InputRefused: The split has no cells, or too few perturbations to hold some out.
+        InputRefused: The split has no cells, or none with the measurement, or too few perturbations to hold some out.
         ConflictError: There is something in the folder.
     """
     folder = Path(folder)
@@ -78,6 +78,7 @@ def fit_head(settings: HeadSettings, folder: str | Path) -> GatedEffects:
     chosen_C = (study.label("split") == settings.split) & (study.label("perturbation") != UNKNOWN)
     if not chosen_C.any():
         raise InputRefused(f"snapshot {settings.snapshot!r} has no cells in split {settings.split!r}")
+    train = only_measured(study.take(chosen_C), [settings.measurement])
     members = read_sets(settings.sets)
     head = GatedEffects(
         settings.measurement,
@@ -86,11 +87,12 @@ def fit_head(settings: HeadSettings, folder: str | Path) -> GatedEffects:
         TargetVectors(members),
         effect_floor(settings.measurement, settings.columns, members),
         seed=settings.seed,
-    ).fit(study.take(chosen_C))
+    ).fit(train)
     source = {
         "snapshot": {"name": snapshot.name, "id": snapshot.id, "commit_id": snapshot.commit_id},
         "settings": asdict(settings),
         "knowledge": {path: sha256(Path(path)) for path in settings.sets},
+        "cells": {"learned_from": train.n_cells, "left_out": train.left_out},
     }
     save_head(folder, head, members, source)
     return head

@@ -40,7 +40,7 @@ from train.evaluation.ours import (
 from train.evaluation.perturb import METRICS, perturb_suite
 from train.evaluation.score import Score, Value, Way, score
 from train.evaluation.scratch import adapt_on
-from train.evaluation.study import Study, read_study
+from train.evaluation.study import Study, only_measured, read_study
 from train.evaluation.suites import ANNOTATE, FORECAST, TRANSLATE, annotate_suite, forecast_suite, translate_suite
 from train.knowledge import read_sets
 from train.labels import NOT_SAID
@@ -56,7 +56,8 @@ class Question:
         suite: One of ``SUITES``.
         lake, snapshot: Whose cells.
         folds: What is held out.
-        measurement: What is predicted, or looked at to tell types.
+        measurement: What is predicted, or looked at to tell types; cells without it are left out, of translations also
+            those without the source. Empty takes all cells, for an audit alone.
         source: The measurement that is translated from, or that decides disputes (agnostic).
         columns: What makes a context of perturbations; the first is the column of types.
         seeds: How many.
@@ -99,6 +100,13 @@ class Question:
         if self.gated and self.suite == "translate" and not (self.folds.calibrate or self.folds.calibrate_on):
             raise UsageError("--gated needs groups to choose by: say --set calibrate=0.3, or calibrate_on")
 
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        """Measurements that were made of every cell which judges or is learned from."""
+        if not self.measurement:
+            return ()
+        return (self.source, self.measurement) if self.suite == "translate" else (self.measurement,)
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -109,18 +117,26 @@ class Judgement:
         scores: What came of them.
         gates: Where the transition head was judged: what each fit of it found.
         nulls: Null arm to the scores of ours in it.
+        n_cells: Cells that were held out or learned from.
+        left_out: Cells that were read and left out, since what is asked was not measured of them.
     """
 
     values: list[Value]
     scores: list[Score]
     gates: list[Gate]
     nulls: dict[str, list[Score]]
+    n_cells: int
+    left_out: int
 
 
 def look_for_leaks(question: Question, predictor: Predictor | None = None) -> tuple[Study, list[Fold], list[Finding]]:
-    """Read the cells, hold out, and audit."""
+    """Read the cells of which what is asked was measured, hold out, and audit.
+
+    Raises:
+        InputRefused: There is no such measurement, or no cell has it.
+    """
     snapshot = open_snapshot(question.lake, question.snapshot)
-    study = read_study(snapshot, question.max_cells)
+    study = only_measured(read_study(snapshot, question.max_cells), question.looks_at)
     if question.suite == "perturb":
         study = study.take(study.label("perturbation") != UNKNOWN)
     if question.suite in OF_TYPES:
@@ -187,7 +203,7 @@ def judge(
     for arm in task.arms if question.null and ours else ():
         again = [value for value in run(replace(task, arm=arm, gates=[])) if value.method == ours]
         nulls[arm] = score(others + again, better, ours)
-    return Judgement(values, score(values, better, ours), gates, nulls)
+    return Judgement(values, score(values, better, ours), gates, nulls, study.n_cells, study.left_out)
 
 
 def load(checkpoint: str | Path | None, adapter: str | Path | None = None, device: str = "cpu") -> Predictor | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, vstack
 
 from store.errors import InputRefused
-from store.schema import OBS_DEFAULTS
+from store.schema import OBS_DEFAULTS, measured_column
 from store.snapshot import Snapshot
 from train.start import log_shares
 
@@ -29,17 +29,21 @@ BLOCK_ROWS = 8192
 class Study:
     """Cells with their labels; methods get a part of it to be fitted on, and another part to be judged by.
 
+    Methods and suites take every cell for measured in what they look at: :func:`only_measured` leaves out the others.
+
     Attributes:
         counts: Measurement to raw counts_CG; the row of a cell that was not measured is empty.
         features: Measurement to the names of its G features.
         obs: One line per cell, columns as the lake names them (``perturbation``, ``cell_type``, ``donor_id``, ...).
         called: Measurement to what people call its features (a gene's symbol), where ``features`` are ids.
+        left_out: Cells that :func:`only_measured` left out.
     """
 
     counts: dict[str, csr_matrix]
     features: dict[str, list[str]]
     obs: pd.DataFrame
     called: dict[str, list[str]] = field(default_factory=dict)
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         for name, part in self.counts.items():
@@ -83,6 +87,21 @@ class Study:
             raise InputRefused(f"the cells have no {measurement}; measurements: {', '.join(self.counts)}")
         return self.counts[measurement]
 
+    def has(self, measurement: str) -> NDArray[np.bool_]:
+        """Return of which cells a measurement was made: as obs says, else of those with a count in it.
+
+        A cell that was measured may have no count, so what the lake says of it (``measured_RNA``) goes first.
+
+        Raises:
+            InputRefused: There is no such measurement.
+        """
+        counts_CG = self.measured(measurement)
+        column = measured_column(measurement)
+        if column in self.obs:
+            return self.obs[column].to_numpy(dtype=bool)
+        has_C: NDArray[np.bool_] = np.asarray(counts_CG.sum(axis=1)).ravel() > 0
+        return has_C
+
     def logs(self, measurement: str) -> csr_matrix:
         """Return log1p of counts per 10,000 of the cell's counts in a measurement, [C, G] float32.
 
@@ -102,6 +121,24 @@ def places(features: Sequence[str], called: Sequence[str] = ()) -> dict[str, int
     counted = Counter(called)
     by_call = {name: place for place, name in enumerate(called) if counted[name] == 1}
     return by_call | {name: place for place, name in enumerate(features)}
+
+
+def only_measured(study: Study, measurements: Sequence[str]) -> Study:
+    """Leave out the cells of which not all of these measurements were made: what is absent is not zero.
+
+    Raises:
+        InputRefused: There is no such measurement, or no cell is left.
+    """
+    kept_C = np.ones(study.n_cells, dtype=bool)
+    for name in measurements:
+        kept_C &= study.has(name)
+    if study.n_cells and not kept_C.any():
+        each = ", ".join(f"{name} of {int(study.has(name).sum()):,}" for name in measurements)
+        raise InputRefused(
+            f"of the {study.n_cells:,} cells none has {' and '.join(measurements)} measured ({each}); ask for another "
+            "measurement, or of a snapshot whose cells have it"
+        )
+    return replace(study.take(kept_C), left_out=study.left_out + int((~kept_C).sum()))
 
 
 def read_study(snapshot: Snapshot, max_cells: int = 200_000) -> Study:

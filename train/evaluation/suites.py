@@ -140,7 +140,7 @@ class Calibrated(Protocol):
 
 def with_both(cells: Study, source: str, target: str) -> Study:
     """Return the cells in which both were measured."""
-    return cells.take((np.diff(cells.measured(source).indptr) > 0) & (np.diff(cells.measured(target).indptr) > 0))
+    return cells.take(cells.has(source) & cells.has(target))
 
 
 def units(test: Study, fold: Fold, column: str) -> list[tuple[str, Study]]:
