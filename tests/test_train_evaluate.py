@@ -27,7 +27,7 @@ from train.evaluation.folds import FoldSettings
 from train.evaluation.head import HeadSettings, fit_head, load_head
 from train.evaluation.judge import Question, judge, look_for_leaks
 from train.evaluation.nulls import dealt_labels, dealt_members
-from train.evaluation.ours import NAME, expected_logs, pretrained
+from train.evaluation.ours import NAME, ModelEmbedder, cells_of, expected_logs, pretrained
 from train.evaluation.report import write_report
 from train.evaluation.score import FEWEST_UNITS, REPLICATE
 from train.evaluation.scratch import ScratchSettings, adapt_on
@@ -286,6 +286,28 @@ def test_a_measured_cell_without_a_count_is_zero_and_not_absent(mosaic: str) -> 
     assert unsaid.has("RNA").tolist() == (had_C & (np.arange(40) != row)).tolist(), "nobody says of which it was made"
     twice = only_measured(only_measured(whole, ["RNA"]), ["protein"])
     assert twice.left_out == 40 - twice.n_cells
+
+
+def test_a_model_is_shown_of_a_cell_what_was_measured_of_it(lake: str, trained: str) -> None:
+    predictor = Predictor.load(trained)
+    whole = read_study(open_snapshot(lake, "s"), max_cells=60)
+    has_C = np.arange(whole.n_cells) % 2 == 0
+    protein = csr_matrix(whole.counts["protein"].multiply(has_C[:, None]))
+    mixed = replace(
+        whole, counts={"RNA": whole.counts["RNA"], "protein": protein}, obs=whole.obs.assign(measured_protein=has_C)
+    )
+    shown = cells_of(predictor, mixed, ["RNA", "protein"], ("organism",)).measured
+    assert shown["RNA"].all()
+    assert shown["protein"].tolist() == has_C.tolist()
+    found = ModelEmbedder(predictor).embed(mixed)
+    rna = replace(mixed, counts={"RNA": whole.counts["RNA"]}, features={"RNA": whole.features["RNA"]})
+    for rows, expected in (
+        (has_C, ModelEmbedder(predictor).embed(whole)),
+        (~has_C, ModelEmbedder(predictor).embed(rna)),
+    ):
+        np.testing.assert_allclose(found[rows], expected[rows], atol=1e-5)
+    claimed = ModelEmbedder(predictor).embed(replace(mixed, obs=whole.obs))  # protein of all, and nothing found
+    assert np.abs(claimed[~has_C] - found[~has_C]).max() > 1e-2
 
 
 def test_cells_that_a_checkpoint_saw_may_not_judge_it(lake: str, trained: str) -> None:

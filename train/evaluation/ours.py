@@ -10,6 +10,7 @@ Shape letters used in this module:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -36,6 +37,8 @@ Matrix = NDArray[np.float64]
 def cells_of(predictor: Predictor, study: Study, measurements: Sequence[str], fields: Sequence[str]) -> Cells:
     """Bring a study's cells into the model's form, features by their ids; what the model does not know is left out.
 
+    A cell is shown what was measured of it: of the others it says nothing, not that nothing was found.
+
     Args:
         predictor: The model.
         study: The cells.
@@ -61,7 +64,7 @@ def cells_of(predictor: Predictor, study: Study, measurements: Sequence[str], fi
         elif field in NUMBERS:
             numbers = study.obs[field].to_numpy(dtype=np.float64)
             prompts[field] = ["" if np.isnan(value) else str(value) for value in numbers]
-    return predictor.cells(counts, prompts)
+    return replace(predictor.cells(counts, prompts), measured={name: study.has(name) for name in measurements})
 
 
 def _aligned(predictor: Predictor, study: Study, measurement: str) -> csr_matrix:

@@ -67,7 +67,7 @@ def train_on(study: Study, settings: ScratchSettings | None = None, seed: int = 
     """Train a model on all cells of a study; what was never seen is told by the same errors as of a checkpoint.
 
     Args:
-        study: The cells; every feature counts as measured in each cell that has any count of the measurement.
+        study: The cells; every feature counts as measured in each cell that has the measurement.
         settings: How.
         seed: Of weights, order and masks.
     """
@@ -188,7 +188,6 @@ def _cells(predictor: Predictor, study: Study) -> Cells:
     cells = cells_of(predictor, study, names, (*PROMPTS, *NUMBERS, "perturbation"))
     known = replace(
         cells,
-        measured={name: np.diff(part.indptr) > 0 for name, part in cells.counts.items()},
         panel=np.zeros(study.n_cells, np.int32),
         row=np.arange(study.n_cells, dtype=np.int64),
     )
