@@ -80,9 +80,9 @@ def test_standards_are_of_what_was_found_and_logs_are_taken_of_intensities_only(
     found = csr_matrix((np.array([2.0, 4.0, 0.0, 5.0]), ([0, 1, 2, 0], [0, 0, 0, 1])), shape=(3, 3))
     plain = standards(found)
     assert not plain.logged
-    np.testing.assert_allclose(plain.center_G, [2.0, 5.0, 0.0])
+    np.testing.assert_allclose(plain.center_G, [2.0, 5.0, 3.5])  # the last was in no cell: as the others are
     np.testing.assert_allclose(plain.scale_G, [2.0, 2.0, 2.0])
-    np.testing.assert_allclose(plain.limit_G, [-1.0, 0.0, -3.0])
+    np.testing.assert_allclose(plain.limit_G, [-1.0, 0.0, -1.0])
     np.testing.assert_allclose(plain.of(found).toarray()[:, 0], [0.0, 1.0, -1.0])
     assert standards(found * 1000).logged
     assert not standards(-found * 1000).logged

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from scipy.sparse import csr_matrix
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -37,6 +36,7 @@ from train.card import describe, write_card
 from train.cells import PROMPTS, Cells, with_absent
 from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
+from train.floor import first_values, measured_values
 from train.folder import begun_otherwise, exported, fingerprint, run_folder
 from train.labels import Labels, read_labels
 from train.model import CellModel
@@ -50,7 +50,6 @@ from train.start import begin
 from train.state import States
 from train.stream import Stream
 
-BASELINE_CELLS = 16384
 EVALUATION_STEPS = 20
 WARNED_EVERY = 10
 Observer = Callable[[dict[str, float]], object]
@@ -188,15 +187,11 @@ class Run:
         )
 
     def _begin_at_the_floor(self) -> None:
-        """Let the model begin where the first training rows are."""
-        source = max(self.stream.sources, key=lambda one: one.n_rows)
-        rows = source.rows(np.array([0, min(source.n_rows, BASELINE_CELLS) - 1])) + source.part.first_row
-        counts = {}
-        for name, part in self.vocabulary.items():
-            block = self.snapshot.block(name, int(rows[0]), int(rows[1]) + 1)
-            shape = (len(block.indptr) - 1, len(part.feature_id))
-            counts[name] = csr_matrix((block.counts.astype(np.float32), block.features, block.indptr), shape=shape)
-        begin(self.plain, counts, seed=self.settings.seed)
+        """Let the model begin where the first training rows are; levels are measured by rows of all sources."""
+        sizes = {name: len(part.feature_id) for name, part in self.vocabulary.items()}
+        levels = {name: measured_values(self.stream.sources, name, sizes[name]) for name in self.plain.config.levels}
+        values = first_values(self.stream.sources, sizes)
+        begin(self.plain, values, levels, seed=self.settings.seed)
 
     # ----------------------------------------------------------------------------------------------------- states
     def _resume(self) -> int:

@@ -32,23 +32,33 @@ NO_LOG = 100.0
 """No logarithm of an intensity or a concentration is larger, in any usual base."""
 
 
-def begin(model: CellModel, values: Mapping[str, csr_matrix], *, spectral: bool = True, seed: int = 0) -> None:
+def begin(
+    model: CellModel,
+    values: Mapping[str, csr_matrix],
+    levels: Mapping[str, csr_matrix] | None = None,
+    *,
+    spectral: bool = True,
+    seed: int = 0,
+) -> None:
     """Let a model begin where these training cells are.
 
     Args:
         model: The model.
         values: Measurement to raw counts_CG, or levels_CG whose explicit zeros count, of the same cells.
+        levels: Measurement to levels_CG of cells that have it, which say what its levels are measured by; left out,
+            those of ``values``.
         spectral: Let features' vectors begin at principal axes.
         seed: Of the decomposition.
     """
-    known = {}
-    for name, part in values.items():
+    known: dict[str, Standards] = {}
+    fitted = dict(values) | dict(levels or {})
+    for name, part in fitted.items():
         if name in model.config.levels:
             known[name] = found = standards(part)
             assert model.levels is not None
             numbers = (torch.from_numpy(of_G) for of_G in (found.center_G, found.scale_G, found.limit_G))
             model.levels.learn(model.config.offsets[name], found.logged, *numbers)
-    output = {name: first_output(model.config.likelihood_of(name), part) for name, part in values.items()}
+    output = {name: first_output(model.config.likelihood_of(name), part) for name, part in fitted.items()}
     model.set_baseline({name: torch.from_numpy(part) for name, part in output.items()})
     if spectral:
         shown = {
@@ -71,9 +81,9 @@ class Standards:
 
     Attributes:
         logged: Are logs taken? They are where no level is negative and some are above ``NO_LOG``.
-        center_G: Mean of each feature's levels.
-        scale_G: Their standard deviation; where fewer than two cells have one, that of most features.
-        limit_G: The least of them, standardised; -3 where none was found.
+        center_G: Mean of each feature's levels; where no cell has one, the median of the other features' means.
+        scale_G: Their standard deviation; where fewer than two cells have one, the median of the other features'.
+        limit_G: The least of them, standardised; where no cell has one, the median over features that vary, or -3.
     """
 
     logged: bool
@@ -100,9 +110,11 @@ def standards(levels_CG: csr_matrix) -> Standards:
     scale_G = np.sqrt(square_G / np.maximum(n_G - 1, 1))
     spread_G = (n_G > 1) & (scale_G > 1e-6)
     scale_G = np.where(spread_G, scale_G, np.median(scale_G[spread_G]) if spread_G.any() else 1.0)
+    center_G = np.where(n_G > 0, center_G, np.median(center_G[n_G > 0]) if n_G.any() else 0.0)
     limit_G = np.full(n_features, np.inf)
     np.minimum.at(limit_G, feature_N, level_N)
-    limit_G = np.where(n_G > 0, (limit_G - center_G) / scale_G, -3.0)
+    limit_G = (limit_G - center_G) / scale_G
+    limit_G = np.where(n_G > 0, limit_G, np.median(limit_G[spread_G]) if spread_G.any() else -3.0)
     return Standards(logged, *(of_G.astype(np.float32) for of_G in (center_G, scale_G, limit_G)))
 
 
