@@ -12,7 +12,7 @@ from ranks import recorded, rows_of, together
 from safetensors.torch import load_file
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 
-from store.errors import SettingsError
+from store.errors import SettingsError, UsageError
 from store.settings import parse_settings
 from train.loop import Run, n_parts
 from train.record import read_metrics
@@ -176,7 +176,26 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         ({"output": "s3://bucket/runs"}, "output='s3://bucket/runs': runs are written to a folder"),
         ({"workers": 2, "workers_min": 3}, "workers_min=3 is more than workers=2"),
         ({"keep_best": True}, "keep_best: say how often to evaluate"),
+        ({"keep_best": True, "evaluate_every": 301}, "evaluate_every=301 never comes, for steps=300"),
+        ({"evaluate_every": 9, "data": {"test_split": ""}}, "evaluate_every=9: say on which split"),
+        ({"data": {"split": "test"}}, "test_split='test' is the split that is trained on"),
+        ({"knowledge": {"permute": True}}, "permute=true deals no membership: name files in sets"),
         ({"parallel": "fsdp", "precision": "fp16"}, "does not go with parallel='fsdp'"),
     ):
         with pytest.raises(SettingsError, match=message):
             parse_settings(RunSettings, {"snapshot": "s"} | values, where="t")
+    parse_settings(RunSettings, {"snapshot": "s", "keep_best": True, "evaluate_every": 300}, where="t")
+    parse_settings(RunSettings, {"snapshot": "s", "knowledge": {"permute": True, "sets": ["s.gmt"]}}, where="t")
+
+
+def test_evaluating_on_a_split_without_cells_is_refused_before_any_step(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    data = DATA | {"test_split": "held"}
+    message = r"no cell is in split 'held' \(data\.test_split\), which evaluate_every=4 asks for.* cells: test, train;"
+    run = settings(lake, tmp_path, evaluate_every=4, data=data)
+    with pytest.raises(UsageError, match=message):
+        Run(run, 1)
+    from train.launch import launch
+
+    with pytest.raises(UsageError, match=message):
+        launch(run)
+    assert Run(settings(lake, tmp_path, data=data), 1).step == 0, "nothing asks for it"

@@ -20,14 +20,15 @@ import ray.train.torch
 import ray.train.v2.api.exceptions
 
 from store.cluster import cluster_address, ray_cluster, refuse_fleeting
-from store.errors import InputRefused, InterruptedRun, MissingError, SomaflowError, StorageError, UsageError
+from store.errors import InputRefused, InterruptedRun, MissingError, SomaflowError, StorageError
 from store.lock import WriterLock
-from store.snapshot import Snapshot, open_snapshot
+from store.snapshot import open_snapshot
 from train import checkpoint
 from train.folder import begun_otherwise, exported, fingerprint, run_folder, valid_states
 from train.gauges import Gauges
 from train.record import Summary, kept_metrics, read_summary
 from train.settings import RunSettings
+from train.sources import refuse_empty_splits
 
 POLL_S = 0.5
 RESIZE_S = 300.0
@@ -78,7 +79,8 @@ def launch(
         StorageError: The cluster has no room for the workers, and had none for ``settings.patience_s``.
         MissingError: No lake, snapshot or file of knowledge.
         ConflictError: The run's folder belongs to other settings, or another driver is training in it.
-        UsageError: The snapshot has no cell in the split to train on; the run would be deleted with its job.
+        UsageError: The snapshot has no cell in the split to train on, or in that to evaluate on now and then; the run
+            would be deleted with its job.
         InterruptedRun: Somebody ended it (SIGINT, SIGTERM).
         SomaflowError: What stopped the workers.
     """
@@ -94,7 +96,7 @@ def launch(
     snapshot = open_snapshot(settings.lake, settings.snapshot)
     folder = run_folder(settings)
     wanted = fingerprint(settings, snapshot.id)
-    _check_split(settings, snapshot)
+    refuse_empty_splits(settings, snapshot)  # else each worker would, after each restart
     for path in settings.knowledge.files:
         if not Path(path).is_file():
             raise MissingError(f"knowledge: {path}: no such file; paths count from where the command is started")
@@ -208,16 +210,6 @@ def _missing(settings: RunSettings, use_gpu: bool) -> str:
         "start more nodes" if settings.workers_min else "start more nodes, or let it go on with fewer (workers_min)"
     )
     return f"the cluster has {have:g} {kind}s and the run needs {needed}: {remedy}"
-
-
-def _check_split(settings: RunSettings, snapshot: Snapshot) -> None:
-    """Refuse here what every worker would refuse, each after its start and again after each restart."""
-    splits = snapshot.manifest["splits"]
-    if not splits.get(settings.data.split):
-        known = ", ".join(sorted(name for name, n_cells in splits.items() if n_cells))
-        raise UsageError(
-            f"{snapshot.uri}: no cell is in split {settings.data.split!r} (data.split); splits with cells: {known}"
-        )
 
 
 def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:

@@ -46,6 +46,7 @@ from train.predictor import Predictor
 from train.record import PARTS, Metrics, Summary, kept_metrics, number_or_nan, read_summary, write_json
 from train.schedule import learning_rate
 from train.settings import RunSettings
+from train.sources import refuse_empty_splits
 from train.start import begin
 from train.state import States
 from train.stream import Stream
@@ -101,6 +102,7 @@ class Run:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         self.peak = peak_of(device, half=settings.precision != "no")
         self.snapshot: Snapshot = open_snapshot(settings.lake, settings.snapshot)
+        refuse_empty_splits(settings, self.snapshot)
         self.base = checkpoint.load(settings.adapter.base) if settings.adapter.base else None
         words = None if self.base is None else self.base.prompts
         self.labels: Labels = read_labels(self.snapshot, settings.data.split, words)

@@ -82,6 +82,12 @@ class KnowledgeSettings(Settings):
             raise ValueError(f"motifs={self.motifs!r}: name the FASTA file to look in: genome")
         return self
 
+    @model_validator(mode="after")
+    def _memberships_to_deal(self) -> KnowledgeSettings:
+        if self.permute and not (self.sets or self.motifs):
+            raise ValueError("permute=true deals no membership: name files in sets, or motifs, or leave it out")
+        return self
+
 
 class DataSettings(Settings):
     """What is streamed."""
@@ -91,7 +97,7 @@ class DataSettings(Settings):
     split: str = "train"
     """The snapshot's split to train on."""
     test_split: str = "test"
-    """The split whose loss is reported at the end; empty reports none."""
+    """The split whose loss is reported at the end, not that of training; empty reports none."""
     block: int = Field(default=2048, ge=1)
     """Consecutive rows that are read together."""
     window: int = Field(default=4, ge=1)
@@ -117,6 +123,14 @@ class DataSettings(Settings):
     """Share of perturbed cells that are predicted from a matched control of the same window."""
     earlier_cells: float = Field(default=0.25, ge=0, le=1)
     """Share of unperturbed cells that are predicted from an earlier one of the same dataset, where times are known."""
+
+    @model_validator(mode="after")
+    def _tested_elsewhere(self) -> DataSettings:
+        if self.split == self.test_split:
+            raise ValueError(
+                f"test_split={self.test_split!r} is the split that is trained on; name another, or none (test_split='')"
+            )
+        return self
 
 
 class OptimSettings(Settings):
@@ -190,7 +204,8 @@ class RunSettings(Settings):
     keep_best: bool = False
     """Keep the state with the lowest held-out loss too, and export it at the end as ``checkpoint-best``."""
     evaluate_every: int = Field(default=0, ge=0)
-    """Steps between evaluations on ``data.test_split``; 0 evaluates at the beginning and at the end."""
+    """Steps between evaluations on ``data.test_split``, which must have cells; 0 evaluates at the beginning and at the
+    end."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where losses are shown besides metrics.jsonl: Accelerate's trackers by name (mlflow, wandb, trackio, ...)."""
     report: bool = True
@@ -218,8 +233,6 @@ class RunSettings(Settings):
             raise ValueError(f"output={self.output!r}: runs are written to a folder; give one that all workers see")
         if self.workers_min > self.workers:
             raise ValueError(f"workers_min={self.workers_min} is more than workers={self.workers}")
-        if self.keep_best and not (self.evaluate_every and self.data.test_split):
-            raise ValueError("keep_best: say how often to evaluate (evaluate_every) and on what (data.test_split)")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError("precision='fp16' does not go with parallel='fsdp'; take 'bf16'")
         if self.adapter.base and self.precision == "fp8":
@@ -228,6 +241,21 @@ class RunSettings(Settings):
             raise ValueError("adapter.base goes with parallel='ddp'")
         if self.adapter.base and (self.knowledge.files or self.model != ModelSettings()):
             raise ValueError("adapter.base: the model is the checkpoint's; leave out [model] and [knowledge]")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> RunSettings:
+        if self.keep_best and not (self.evaluate_every and self.data.test_split):
+            raise ValueError("keep_best: say how often to evaluate (evaluate_every) and on what (data.test_split)")
+        if self.evaluate_every and not self.data.test_split:
+            raise ValueError(
+                f"evaluate_every={self.evaluate_every}: say on which split (data.test_split), or leave it out"
+            )
+        if self.keep_best and self.evaluate_every > self.steps:
+            raise ValueError(
+                f"keep_best: evaluate_every={self.evaluate_every} never comes, for steps={self.steps}, and no state "
+                "would be the best; evaluate more often, or leave keep_best out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from store.errors import UsageError
 from store.part import Part
 from store.snapshot import Snapshot
+from train.settings import RunSettings
 
 SCANNED_ROWS = 2**20
 
@@ -108,6 +109,24 @@ def find_sources(shares: Mapping[Snapshot, float], split: str, *, sets: bool = F
                 sources.append(Source(snapshot, number, part, first, gone, n_rows, mine, row, starts))
         first_row += snapshot.n_rows
     return sources
+
+
+def refuse_empty_splits(settings: RunSettings, snapshot: Snapshot) -> None:
+    """Refuse a run whose snapshot has no cell to train on, or none to evaluate on where that is asked for.
+
+    Raises:
+        UsageError: Which split, by which setting, and which splits have cells.
+    """
+    data = settings.data
+    known = ", ".join(sorted(name for name, n_cells in snapshot.splits.items() if n_cells))
+    if not snapshot.splits.get(data.split):
+        raise UsageError(f"{snapshot.uri}: no cell is in split {data.split!r} (data.split); splits with cells: {known}")
+    if settings.evaluate_every and not snapshot.splits.get(data.test_split):
+        raise UsageError(
+            f"{snapshot.uri}: no cell is in split {data.test_split!r} (data.test_split), which "
+            f"evaluate_every={settings.evaluate_every} asks for; splits with cells: {known}; name one of them, make a "
+            "snapshot that holds cells out (fractions), or leave evaluate_every out"
+        )
 
 
 def vocabulary_sizes(snapshots: Sequence[Snapshot]) -> dict[str, int]:
