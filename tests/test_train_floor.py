@@ -1,125 +1,328 @@
-"""Where a run's model begins: at training cells of all parts that the lake still holds."""
+"""Baselines against answers worked out by hand or planted in made-up cells; scores against arithmetic on paper."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
-from encoded import add_dataset
-from test_store_layers import add_levels
-from test_train_loop import settings
+from studies import FEATURES, perturbed, study
 
-from store.errors import UsageError
-from store.snapshot import Snapshot, SnapshotSettings, create_snapshot, open_snapshot, refresh_snapshot
-from store.writer import LakeWriter
-from train import floor
-from train.floor import first_values, measured_rows, measured_values
-from train.loop import Run
-from train.sources import find_sources
+from store.errors import InputRefused
+from train.evaluation.cellfloor import (
+    Forecaster,
+    PrincipalComponents,
+    annotation_floor,
+    forecast_floor,
+    translation_floor,
+)
+from train.evaluation.effects import effects, profile
+from train.evaluation.floor import (
+    Additive,
+    BilinearRidge,
+    ContextMean,
+    ControlPasted,
+    KnowledgeNeighbours,
+    SameElsewhere,
+    Shrunken,
+    TrainingMean,
+    effect_floor,
+)
+from train.evaluation.folds import FoldSettings, make_folds
+from train.evaluation.gated import TargetVectors
+from train.evaluation.perturb import CAPPED, METRICS, TOLD_APART, perturb_suite
+from train.evaluation.score import REPLICATE, Value, holm, score
+from train.evaluation.study import Study
 
 
 @pytest.fixture(scope="module")
-def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A snapshot s of two datasets, of which one went; s2 has it again and metabolites beside, in a part of its own."""
-    uri = str(tmp_path_factory.mktemp("lakes") / "lake")
-    with LakeWriter(uri) as writer:
-        add_dataset(writer, "a", 90, {"RNA": 30}, origin="a.h5ad")
-        add_levels(writer, "old", 200, {"RNA": 30, "peptide": 5}, "homo_sapiens")
-        create_snapshot(uri, "s", SnapshotSettings(seed=3))
-        add_dataset(writer, "a", 40, {"RNA": 30}, version=1, origin="a.h5ad")
-        add_levels(writer, "new", 60, {"RNA": 30, "metabolite": 6, "peptide": 8}, "homo_sapiens")
-    refresh_snapshot(uri, "s", "s2")
-    return uri
+def cells() -> Study:
+    return perturbed(["x", "y", "z", "x+y"])
 
 
-def levels_of(snapshot: Snapshot, name: str, split: str = "train") -> list[float]:
-    """All levels of a split's cells, sorted; read in another way."""
-    block, cells = snapshot.block(name, 0, snapshot.n_rows), snapshot.cells(["split"]).to_pandas()
-    wanted = np.repeat((cells.sort_values("row")["split"] == split).to_numpy(), np.diff(block.indptr))
-    return sorted(block.counts[wanted].tolist())
+def test_an_effect_is_the_difference_of_pseudobulk_profiles(cells: Study) -> None:
+    found = effects(cells, "RNA")
+    assert found.n_effects == 8
+    line = [*zip(found.perturbation, found.context, strict=True)].index(("x", "b"))
+    here = cells.label("cell_type") == "b"
+    counts = cells.counts["RNA"].toarray()
+    total = counts[here & (cells.label("perturbation") == "x")].sum(0)
+    np.testing.assert_allclose(found.treated_EG[line], np.log1p(1e4 * total / total.sum()))
+    assert found.n_cells[line] == 60
+    with pytest.raises(InputRefused, match="no perturbation has 8 with RNA beside controls"):
+        effects(cells.take(cells.label("perturbation") != "control"), "RNA")
 
 
-def test_levels_are_measured_by_the_training_cells_of_every_part(lake: str) -> None:
-    snapshot = open_snapshot(lake, "s2")
-    sources = find_sources({snapshot: 1.0}, "train")
-    assert len(sources) == 2
-    for name, n_features in (("peptide", 8), ("metabolite", 6)):
-        found = measured_values(sources, name, n_features)
-        assert sorted(found.data.tolist()) == levels_of(snapshot, name)
-        assert found.shape[1] == n_features
-        assert (np.diff(found.indptr) > 0).all()
+def test_baselines_say_what_they_are_named_after(cells: Study) -> None:
+    train = cells.take(cells.label("perturbation") != "x+y")
+    known = effects(train, "RNA")
+    delta = {
+        key: d
+        for *key, d in zip(known.perturbation, known.context, known.delta_EG, strict=True)
+        for key in [tuple(key)]
+    }
+    control = cells.take(cells.label("perturbation") == "control")
+
+    def said(kind: type, perturbation: str, context: str) -> np.ndarray:
+        return np.asarray(kind("RNA").fit(train).predict(control, perturbation, context))
+
+    assert not said(ControlPasted, "x+y", "a").any()
+    np.testing.assert_allclose(said(TrainingMean, "q", "a"), known.delta_EG.mean(0))
+    in_a = np.mean([d for (_, context), d in delta.items() if context == "a"], axis=0)
+    np.testing.assert_allclose(said(ContextMean, "q", "a"), in_a)
+    np.testing.assert_allclose(said(Additive, "x+y", "a"), delta["x", "a"] + delta["y", "a"])
+    elsewhere = SameElsewhere("RNA").fit(train.take(train.label("cell_type") == "a")).predict(control, "x", "b")
+    np.testing.assert_allclose(elsewhere, delta["x", "a"])
 
 
-@pytest.mark.parametrize("read_rows", [1, 7, 2**14])
-def test_cells_are_the_same_however_many_rows_are_read_together_and_no_more_than_asked_for(
-    lake: str, monkeypatch: pytest.MonkeyPatch, read_rows: int
-) -> None:
-    sources = find_sources({open_snapshot(lake, "s2"): 1.0}, "train")
-    monkeypatch.setattr(floor, "BASELINE_CELLS", 60)
-    expected = {"peptide": measured_values(sources, "peptide", 8), "RNA": first_values(sources, {"RNA": 30})["RNA"]}
-    monkeypatch.setattr(floor, "READ_ROWS", read_rows)
-    peptides = measured_values(sources, "peptide", 8)
-    assert peptides.shape[0] == 60
-    np.testing.assert_array_equal(peptides.toarray(), expected["peptide"].toarray())
-    np.testing.assert_array_equal(first_values(sources, {"RNA": 30})["RNA"].toarray(), expected["RNA"].toarray())
-    assert peptides[:, 5:].nnz, "features that only the new part has"
+def test_a_mean_is_trusted_as_far_as_effects_agree_and_a_target_as_far_as_its_cells_do(cells: Study) -> None:
+    train = cells.take(cells.label("perturbation") != "x+y")
+    known = effects(train, "RNA")
+    one = known.take(np.array([key == ("x", "a") for key in zip(known.perturbation, known.context, strict=True)]))
+    same = replace(
+        known,
+        treated_EG=known.control_EG + one.delta_EG,
+        noise_E=np.zeros(known.n_effects),
+    )
+    np.testing.assert_allclose(Shrunken("RNA").learn(same).predict(train, "q", "a"), one.delta_EG[0], atol=1e-12)
+    opposed_EG = np.resize([[1.0], [-1.0]], (known.n_effects, 1)) * np.random.default_rng(0).normal(size=len(FEATURES))
+    opposed = replace(known, treated_EG=known.control_EG + opposed_EG, noise_E=np.zeros(known.n_effects))
+    nothing = Shrunken("RNA").learn(opposed)
+    assert not nothing.predict(train, "q", "a").any()
+    delta = dict(zip(zip(opposed.perturbation, opposed.context, strict=True), opposed_EG, strict=True))
+    np.testing.assert_allclose(nothing.predict(train, "x+z", "a"), delta["x", "a"] + delta["z", "a"], rtol=1e-9)
+    noisy = replace(opposed, noise_E=np.full(known.n_effects, 1e9))
+    assert not Shrunken("RNA").learn(noisy).predict(train, "x+z", "a").any()
+    alone = Shrunken("RNA").learn(replace(one, noise_E=np.array([0.25 * float((one.delta_EG**2).mean())])))
+    np.testing.assert_allclose(alone.predict(train, "q", "a"), 0.75 * one.delta_EG[0])
 
 
-def test_dead_rows_say_nothing_of_where_a_model_begins(lake: str) -> None:
-    snapshot = open_snapshot(lake, "s2")
-    assert len(snapshot.dead) == 90
-    sources = find_sources({snapshot: 1.0}, "train")
-    largest = max(sources, key=lambda one: one.n_rows)
-    cells = snapshot.cells(["dataset_id", "split"]).to_pandas()
-    mine = cells[(cells["split"] == "train") & (cells["row"] < 290)]
-    assert set(mine["dataset_id"]) == {"old"}
-    values = first_values(sources, {"RNA": 30})["RNA"]
-    assert values.shape[0] == len(mine) == largest.n_rows
-    assert sorted(values.data.tolist()) == sorted(
-        value for row in mine["row"] for value in snapshot.block("RNA", row, row + 1).counts.tolist()
+def test_targets_are_found_by_what_people_call_features_as_by_their_ids() -> None:
+    hit = FEATURES[:6]
+    named = perturbed(hit, ("a",))
+    ids = [f"ENSG{number:011d}" for number in range(len(FEATURES))]
+    called = replace(named, features={"RNA": ids}, called={"RNA": FEATURES})
+    assert called.take(np.arange(5)).places("RNA") == named.places("RNA") | {
+        name: place for place, name in enumerate(ids)
+    }
+    folds = make_folds(named, FoldSettings(by="target", folds=2))
+    methods = {"ridge": lambda seed: BilinearRidge("RNA"), "mean": lambda seed: TrainingMean("RNA")}
+    one, other = (perturb_suite(study, folds, methods, seeds=[0]) for study in (named, called))
+    assert [replace(value, value=0.0) for value in one] == [replace(value, value=0.0) for value in other]
+    np.testing.assert_allclose([value.value for value in one], [value.value for value in other], rtol=1e-9)
+    ridge, mean = ([value.value for value in other if value.method == name] for name in methods)
+    assert ridge != mean, "it knows the targets' own genes"
+    twice = replace(called, called={"RNA": ["same", "same", *FEATURES[2:]]})
+    assert "same" not in twice.places("RNA"), "what two are called names neither"
+    told = TargetVectors().beside(effects(called, "RNA").places, np.arange(120.0).reshape(60, 2))
+    assert told[FEATURES[3]].tolist() == told[ids[3]].tolist() != [0, 0]
+
+
+def test_a_replicate_of_a_perturbation_that_stands_alone_is_as_good_as_noise_allows() -> None:
+    alone = perturbed(["x"], tuple("abcdef"), n_cells=80)
+    folds = make_folds(alone, FoldSettings(by="cell_type"))
+    found = perturb_suite(alone, folds, {"mean": lambda seed: TrainingMean("RNA")}, seeds=range(4))
+    error = {
+        name: np.mean([value.value for value in found if (value.method, value.metric) == (name, CAPPED)])
+        for name in (REPLICATE, "mean")
+    }
+    assert abs(error[REPLICATE]) < 0.3 * error["mean"], "with a cap it were larger than that of the mean"
+    assert all(math.isnan(value.value) for value in found if value.metric == TOLD_APART)
+
+
+def test_noise_of_an_effect_is_the_sampling_variance_of_its_profile() -> None:
+    made = perturbed(["x"], ("a",), n_cells=2000)
+    label = [f"x{number % 40}" if one == "x" else one for number, one in enumerate(made.label("perturbation"))]
+    found = effects(Study(made.counts, made.features, made.obs.assign(perturbation=label)), "RNA")
+    assert found.n_effects == 40
+    assert found.noise_E.mean() == pytest.approx(found.treated_EG.var(axis=0, ddof=1).mean(), rel=0.1)
+
+
+def test_bilinear_ridge_recovers_effects_that_follow_vectors_given_for_targets() -> None:
+    rng = np.random.default_rng(1)
+    vectors = {f"t{number}": rng.normal(size=3) for number in range(24)}
+    mix = rng.normal(size=(3, len(FEATURES))) * 0.6
+    base = rng.uniform(20, 60, len(FEATURES))
+    lines, rates = [], []
+    for name, vector in [("control", np.zeros(3)), *vectors.items()]:
+        lines += [{"perturbation": name, "cell_type": "a"}] * 40
+        rates += [base * np.exp(vector @ mix)] * 40
+    made = study(pd.DataFrame(lines), np.array(rates))
+    held = [f"t{number}" for number in range(6)]
+    train = made.take(~np.isin(made.label("perturbation"), held))
+    truth = effects(made, "RNA")
+
+    def error(method: object) -> float:
+        predicted = [method.predict(made, name, "a") for name in held]  # type: ignore[attr-defined]
+        real = [truth.delta_EG[truth.perturbation.index(name)] for name in held]
+        return float(np.mean((np.array(predicted) - np.array(real)) ** 2))
+
+    ridge = BilinearRidge("RNA", vectors=vectors).fit(train)
+    assert error(ridge) < 0.3 * error(TrainingMean("RNA").fit(train))
+    np.testing.assert_allclose(ridge.predict(made, "nobody", "a"), ridge.training_mean)
+
+
+def test_knowledge_neighbours_copy_targets_of_the_same_sets(cells: Study) -> None:
+    train = cells.take(~np.isin(cells.label("perturbation"), ["z", "x+y"]))
+    like = KnowledgeNeighbours("RNA", {"s1": ["z", "x"], "s2": ["y", "w"]}, neighbours=1).fit(train)
+    np.testing.assert_allclose(like.predict(cells, "z", "a"), like.single("x", "a"))
+    np.testing.assert_allclose(like.predict(cells, "unheard", "a"), like.training_mean)
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+def values(**by_method: list[float]) -> list[Value]:
+    return [
+        Value(method.replace("_", " "), "m", f"u{number}", 0, value)
+        for method, line in by_method.items()
+        for number, value in enumerate(line)
+    ]
+
+
+def test_a_score_is_ours_between_the_strongest_baseline_and_the_replicate() -> None:
+    found = values(weak=[0, 0, 0, 0], strong=[1, 1.1, 0.9, 1], replicate=[2, 2.1, 2, 1.9], ours=[1.5, 1.6, 1.4, 1.5])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.b_method == "strong"
+    assert one.s == pytest.approx(0.5)
+    assert one.verdict == "above"
+    assert one.low > 0
+    (turned,) = score([replace(v, value=-v.value) for v in found], {"m": "lower"}, "ours")
+    assert (turned.s, turned.b_method) == (pytest.approx(0.5), "strong")
+    (floor_only,) = score(found, {"m": "higher"})
+    assert floor_only.verdict == "not told apart" or floor_only.verdict == "floor only"
+
+
+def test_a_metric_whose_replicate_does_not_beat_the_floor_gets_no_score() -> None:
+    found = values(strong=[1, 2, 3, 4], replicate=[1.5, 1.7, 3.2, 3.8], ours=[9, 9, 9, 9])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.gate < 2
+    assert math.isnan(one.s)
+    assert one.verdict == "not informative"
+    (few,) = score(values(strong=[1, 1], replicate=[9, 9], ours=[5, 5]), {"m": "higher"}, "ours")
+    assert few.verdict == "too few units"
+
+
+def test_worse_than_the_floor_is_said() -> None:
+    found = values(strong=[1, 1.1, 0.9, 1], replicate=[2, 2.1, 2, 1.9], ours=[0.5, 0.6, 0.4, 0.5])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.verdict == "below"
+    assert one.s == pytest.approx(-0.5)
+
+
+def test_units_that_a_method_lacks_count_for_none() -> None:
+    found = values(strong=[1, 1, 1, 1], replicate=[2, 2, 2, 2], ours=[1.5, 1.5, 1.5, math.nan])
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert one.n_units == 3
+    with pytest.raises(InputRefused, match="needs a replicate"):
+        score([v for v in found if v.method != REPLICATE], {"m": "higher"}, "ours")
+
+
+def test_holm_is_that_of_the_textbook() -> None:
+    assert holm([0.01, 0.04, math.nan, 0.03])[:2] == pytest.approx([0.03, 0.06])
+    assert holm([0.01, 0.04, math.nan, 0.03])[3] == pytest.approx(0.06)
+    assert math.isnan(holm([math.nan])[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ suites
+def test_a_replicate_beats_every_baseline_where_effects_cannot_be_guessed() -> None:
+    cells = perturbed([f"t{number}" for number in range(12)], contexts=("a",), n_cells=50)
+    folds = make_folds(cells, FoldSettings(by="target", folds=2))
+    methods = {one.name: (lambda seed, one=one: one) for one in effect_floor("RNA")}
+    found = perturb_suite(cells, folds, methods, seeds=range(2))
+    scores = {one.metric: one for one in score(found, METRICS)}
+    assert scores["pds_cosine"].r > 0.9
+    assert 0.3 < scores["pds_cosine"].b < 0.7
+    assert all(one.gate > 2 for one in scores.values())
+    assert {one.unit for one in found} == {f"t{number} | a" for number in range(12)}
+
+
+def test_the_same_effect_elsewhere_is_found_in_a_new_context() -> None:
+    cells = perturbed([f"t{number}" for number in range(8)], contexts=("a", "b"), n_cells=50)
+    settings = FoldSettings(by="cell_type", held=("b",), where={"perturbation": tuple(f"t{n}" for n in range(8))})
+    methods = {one.name: (lambda seed, one=one: one) for one in effect_floor("RNA")}
+    found = perturb_suite(cells, make_folds(cells, settings), methods, seeds=[0])
+    pds = {name: np.mean([v.value for v in found if v.method == name and v.metric == "pds_cosine"]) for name in methods}
+    assert pds["same elsewhere"] > 0.9
+    assert pds["training mean"] == pytest.approx(0.5, abs=0.01)
+
+
+def two_types(n_cells: int = 240, seed: int = 0) -> Study:
+    rng = np.random.default_rng(seed)
+    types = np.array(["t", "u", "v"])[np.arange(n_cells) % 3]
+    means = {name: rng.uniform(1, 12, len(FEATURES)) for name in "tuv"}
+    proteins = {name: rng.uniform(5, 50, 8) for name in "tuv"}
+    one = study(
+        pd.DataFrame({"cell_type": types, "donor_id": [f"d{n % 5}" for n in range(n_cells)]}),
+        np.array([means[name] for name in types]),
+    )
+    other = study(
+        pd.DataFrame({"cell_type": types}), np.array([proteins[name] for name in types]), 1, [f"p{n}" for n in range(8)]
+    )
+    return Study(
+        {"RNA": one.counts["RNA"], "protein": other.counts["RNA"]},
+        {"RNA": one.features["RNA"], "protein": other.features["RNA"]},
+        one.obs,
     )
 
 
-def test_few_cells_that_have_levels_are_looked_for_in_so_many_rows_only(
-    lake: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = find_sources({open_snapshot(lake, "s"): 1.0}, "train")[0]
-    whole = np.concatenate(list(measured_rows(source, "peptide", 1000)))
-    monkeypatch.setattr(floor, "READ_ROWS", 4)
-    monkeypatch.setattr(floor, "SCANNED_MOST", 40)
-    some = np.concatenate(list(measured_rows(source, "peptide", 3)))
-    assert 0 < len(some) < len(whole)
-    np.testing.assert_array_equal(some, whole[: len(some)])
+def test_annotators_learn_types_and_are_fitted_on_training_cells_only() -> None:
+    cells = two_types()
+    train, test = cells.take(np.arange(120)), cells.take(np.arange(120, 240))
+    accuracy = {}
+    for method in annotation_floor("RNA"):
+        method.fit(train)
+        accuracy[method.name] = (method.predict(test) == test.label("cell_type").astype(str)).mean()
+        np.testing.assert_allclose(method.predict_proba(test).sum(axis=1), 1)
+    assert accuracy["logistic regression on PCs"] > 0.95
+    assert accuracy["kNN on PCs"] > 0.9
+    assert accuracy["most frequent"] < 0.5
+    changed = Study(cells.counts, cells.features, cells.obs)
+    twice = [PrincipalComponents("RNA").fit(one.take(np.arange(120))).embed(test) for one in (cells, changed)]
+    np.testing.assert_array_equal(*twice)
 
 
-def test_one_part_whose_cells_are_all_there_begins_where_its_first_rows_are(tmp_path: Path) -> None:
-    uri = str(tmp_path / "lake")
-    with LakeWriter(uri) as writer:
-        add_levels(writer, "m", 80, {"RNA": 30, "peptide": 5}, "homo_sapiens")
-    snapshot = create_snapshot(uri, "s", SnapshotSettings())
-    sources = find_sources({snapshot: 1.0}, "train")
-    first = sources[0].first
-    block = snapshot.block("peptide", first, first + sources[0].n_rows)
-    for found in (measured_values(sources, "peptide", 5), first_values(sources, {"peptide": 5})["peptide"]):
-        np.testing.assert_array_equal(found.indptr, block.indptr)
-        np.testing.assert_array_equal(found.indices, block.features)
-        np.testing.assert_array_equal(found.data, block.counts)
+def test_translators_know_what_goes_with_a_type() -> None:
+    cells = two_types()
+    train, test = cells.take(np.arange(120)), cells.take(np.arange(120, 240))
+    truth = test.logs("protein").toarray()
+    error = {
+        method.name: float(((method.fit(train).predict(test) - truth) ** 2).mean())
+        for method in translation_floor("RNA", "protein")
+    }
+    assert error["ridge on PCs"] < 0.5 * error["mean"]
+    assert error["kNN on PCs"] < 0.5 * error["mean"]
+    assert error["type mean"] < 0.5 * error["mean"]
+    with pytest.raises(InputRefused, match="the cells have no ATAC; measurements: RNA, protein"):
+        test.logs("ATAC")
 
 
-def test_a_new_parts_levels_are_standardised_and_the_loss_is_of_their_order(lake: str, tmp_path: Path) -> None:
-    run = Run(settings(lake, tmp_path, snapshot="s2"), 1)
-    levels, config = run.plain.levels, run.plain.config
-    assert levels is not None
-    first = config.offsets["metabolite"]
-    mine = slice(first, first + config.n_features["metabolite"])
-    assert levels.logged_F[mine].all()
-    assert (levels.center_F[mine] > 1).all()
-    assert run.train().loss_test_first < 20
+def test_transport_lands_between_the_times_where_copies_do_not() -> None:
+    rng = np.random.default_rng(0)
+    early, late = rng.uniform(1, 6, 60), rng.uniform(1, 6, 60)
+    times = np.repeat([0.0, 1.0, 2.0], 80)
+    rates = np.stack([early + (late - early) * time / 2 for time in times]) * 5
+    cells = study(pd.DataFrame({"time": times}), rates)
+    train, truth = cells.take(times != 1.0), profile(cells.counts["RNA"][times == 1.0])
+    distance = {}
+    for method in forecast_floor("RNA"):
+        sample = method.fit(train).predict(1.0)
+        distance[method.name] = float(np.abs(np.asarray(sample.mean(axis=0)).ravel() - truth).mean())
+    assert distance["OT midpoint"] < 0.6 * min(distance["copy of the time before"], distance["copy of the time after"])
+    assert distance["both times"] < min(distance["copy of the time before"], distance["copy of the time after"])
+    beyond = Forecaster("RNA", "transport").fit(train).predict(5.0)
+    assert beyond.shape[0] == 80  # nothing after: the last time as it was
+    with pytest.raises(InputRefused, match="way='backwards'"):
+        Forecaster("RNA", "backwards")
 
 
-def test_levels_that_no_training_cell_has_are_refused_with_what_to_do(lake: str, tmp_path: Path) -> None:
-    held = SnapshotSettings(assign={"test": {"dataset_id": ("new",)}})
-    create_snapshot(lake, "held", held)
-    with pytest.raises(UsageError, match=r"\(data\.split\) has levels of 'metabolite'.* without this measurement"):
-        Run(settings(lake, tmp_path, snapshot="held"), 1)
+def test_papalexi_shows_why_metrics_are_gated(shared_data: object) -> None:
+    """On 21 targets of which few respond, most metrics cannot tell a replicate from a constant."""
+    import mudata
+
+    from train.evaluation.study import from_anndata
+
+    with mudata.set_options(pull_on_update=False):
+        data = mudata.read_h5mu(f"{shared_data}/derived/papalexi_dev.h5mu")
+    assert data is not None
+    assert from_anndata({"RNA": data["rna"]}).n_cells == 17490

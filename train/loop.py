@@ -31,12 +31,12 @@ from train import checkpoint
 from train.adapter import AdapterSettings, save_adapter
 from train.arithmetic import operations, peak_of
 from train.assembly import adapted_parts, coverage_of, gather_parts
+from train.beginning import first_values, measured_values
 from train.blocks import Block
 from train.card import describe, write_card
 from train.cells import PROMPTS, Cells, with_absent
 from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
-from train.floor import first_values, measured_values
 from train.folder import begun_otherwise, exported, fingerprint, run_folder
 from train.labels import Labels, read_labels
 from train.model import CellModel
