@@ -319,6 +319,7 @@ class TestRealRuns:
         assert told("checkpoint_step") % told("checkpoint_every_steps") == 0
         assert told("checkpoint_unixtime") <= told("last_step_unixtime")
         assert 0 < told("goodput_ratio") < 1
+        assert told("useful_seconds") > 0
         assert told("cache_blocks_total", found="yes") > told("cache_blocks_total", found="no") > 0
         shown = {json.loads(key)["part"] for key in scraped["ray_somaflow_train_seconds_total"]}
         assert {"forward_backward_s", "optimizer_s"} <= shown <= set(PARTS)

@@ -52,6 +52,7 @@ def test_goodput_counts_what_a_restart_threw_away_and_the_time_until_it_went_on(
     made = Gauges(RunSettings(snapshot="s"), kept=[row(1, 1010.0), row(2, 1020.0)])
     made.show(row(3, 1100.0))
     assert shown(made)["goodput_ratio"] == pytest.approx(3 * 6 / 100)
+    assert shown(made)["useful_seconds"] == pytest.approx(3 * 6)
     fresh = Gauges(RunSettings(snapshot="s"))
     fresh.show(row(1, 1010.0))
     assert shown(fresh)["goodput_ratio"] == pytest.approx(0.6)

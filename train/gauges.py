@@ -31,6 +31,11 @@ METRICS = {
         "Share of the time since the run's first step in which a step that was kept learned.",
         ("run",),
     ),
+    "somaflow_train_useful_seconds": (
+        "gauge",
+        "Seconds in which steps that were kept learned, since the run's first; less after a restart that lost some.",
+        ("run",),
+    ),
     "somaflow_train_entropy_ratio": ("gauge", "How well batches are mixed: 1 is an ideal shuffle.", ("run",)),
     "somaflow_train_checkpoint_step": ("gauge", "Step of the newest state that is whole; 0 before one.", ("run",)),
     "somaflow_train_checkpoint_unixtime": (
@@ -108,6 +113,7 @@ class Gauges:
         if self.begun is None:
             self.begun = now - _whole(row)
         self.useful_s += _useful(row)
+        self._set("useful_seconds", self.useful_s)
         self._set("goodput_ratio", self.useful_s / max(1e-9, now - self.begun))
 
     def _show_lag(self, committed: float, now: float) -> None:

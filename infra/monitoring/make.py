@@ -402,6 +402,7 @@ DASHBOARDS = (
 
 _LEFT, _ENDED = "ray_somaflow_ingest_datasets_left", 'ray_somaflow_ingest_datasets_total{{state="{0}"}}'
 _STEP, _WANTED = "ray_somaflow_train_step", "ray_somaflow_train_steps_wanted"
+_USEFUL, _UP = "ray_somaflow_train_useful_seconds", 'up{job="somaflow-serve"}'
 _STATUS = "sum(rate(somaflow_serve_requests_total{{status=~'{0}'}}[5m])) / sum(rate(somaflow_serve_requests_total[5m]))"
 
 ALERTS = {
@@ -479,10 +480,11 @@ ALERTS = {
         ),
         Alert(
             "TrainGoodputLow",
-            "max by (run) (ray_somaflow_train_goodput_ratio) < 0.7",
+            f"(max by (run) (last_over_time({_USEFUL}[15m])) - "
+            f"max by (run) (last_over_time({_USEFUL}[15m] offset 30m))) / 1800 < 0.7",
             "1h",
             "ticket",
-            "{{ $labels.run }}: only {{ $value | humanizePercentage }} of the time made the model better",
+            "{{ $labels.run }}: only {{ $value | humanizePercentage }} of the last half hour made the model better",
             "Where does the time go? Where it is no part of a step, restarts threw steps away: lower checkpoint_every.",
         ),
         Alert(
@@ -497,18 +499,19 @@ ALERTS = {
     "serve": (
         Alert(
             "ServeDown",
-            'up{job="somaflow-serve"} == 0',
+            f"max by (job) ({_UP}) == 0 or (max by (job) (last_over_time({_UP}[30m])) unless max by (job) ({_UP}))",
             "1m",
             "page",
-            "{{ $labels.instance }} does not answer",
-            "Look at the server's log and at Ray Serve's dashboard.",
+            "{{ $labels.job }}: no server answers, or none is there any more",
+            "Look at the server's log and at Ray Serve's dashboard. It is said for half an hour after the last server "
+            "has gone, also where it was taken down on purpose: silence it then.",
         ),
         Alert(
             "ServeNoCopyReady",
-            "max by (instance) (somaflow_serve_ready) == 0",
+            "max by (job) (somaflow_serve_ready) == 0",
             "2m",
             "page",
-            "{{ $labels.instance }}: no copy of the model answers",
+            "{{ $labels.job }}: no copy of the model answers",
             "It loads still, or its checkpoint is refused: the copy's log says why. Requests are answered 503.",
         ),
         Alert(
