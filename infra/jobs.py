@@ -355,12 +355,16 @@ def _took(job: JobDetails) -> str:
 
 
 def logs(options: argparse.Namespace) -> int:
-    """Print a job's log, and follow it until the job ends where that is wanted."""
+    """Print a job's log, or follow it until the job ends; return the exit status, which is then the job's."""
+    if options.follow and options.json:
+        raise Refused(
+            "logs --follow shows text as it comes, --json is one object at the end; leave out one of them, or submit "
+            "the job's command with --json --wait"
+        )
     client = connect(options.address)
     job = found(client, options.name)
     if options.follow:
-        wait(client, str(job.submission_id), print)
-        return 0
+        return exit_status(wait(client, str(job.submission_id), print))
     text = client.get_job_logs(str(job.submission_id))
     if options.json:
         answer("jobs-logs/v1", job=as_json(job), log=text)
@@ -429,7 +433,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("name", nargs="?", metavar="NAME")
     one = verb("logs", logs, "print the log of a job's newest attempt")
     one.add_argument("name", metavar="NAME", help="of a job or of one attempt, such as NAME-1")
-    one.add_argument("--follow", action="store_true", help="until the job ends")
+    one.add_argument(
+        "--follow", action="store_true", help="until the job ends, with its exit status; not beside --json"
+    )
     one = verb("stop", stop, "stop a job")
     one.add_argument("name", metavar="NAME")
     return parser

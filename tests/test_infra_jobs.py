@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 import zipfile
@@ -142,6 +143,15 @@ def test_a_jobs_package_holds_the_code_and_little_else(tmp_path: Path) -> None:
     assert {"ingest", "store", "train", "serve", "infra"} <= {name.split("/")[0] for name in names}
     assert not {"tests", "docs", ".git", ".ci", "build", "demo", "lake"} & {name.split("/")[0] for name in names}
     assert (tmp_path / "package.zip").stat().st_size < PACKAGE_BYTES
+
+
+def test_following_a_log_as_json_is_refused_before_a_cluster_is_asked() -> None:
+    line = "infra/jobs.py logs NAME --follow --json --address http://127.0.0.1:9"
+    refused = subprocess.run(
+        [sys.executable, *line.split()], cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT_S
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("jobs: logs --follow shows text as it comes, --json is one object at the end; ")
 
 
 # ---------------------------------------------------------------------- on a cluster
@@ -331,6 +341,8 @@ def test_waiting_ends_as_the_job_does_and_ctrl_c_leaves_it_running(head: Head) -
     failed = jobs(head, "submit --name fails --cpus 1 --wait -- python -c 'print(\"so far\"); raise SystemExit(3)'")
     assert failed.returncode == 3
     assert "so far" in failed.stdout
+    followed = jobs(head, "logs fails --follow")
+    assert (followed.returncode, "so far" in followed.stdout) == (3, True)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell ignores it, its children do too
     line = f"python infra/jobs.py submit --address {head.dashboard} --name stays --wait -- python -c "
     with begun(head, line + shlex.quote("import time; print('begun'); time.sleep(600)")) as waiting:
