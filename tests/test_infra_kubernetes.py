@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import shutil
 import subprocess
 import tomllib
@@ -230,6 +231,11 @@ PLANTED: dict[str, tuple[str, Plant, str]] = {
         lambda job: job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(minReplicas=9),
         "cannot shrink or grow",
     ),
+    "a job that waits for more pods than it needs": (
+        "RayJob",
+        lambda job: job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(replicas=2),
+        "submits the job only when all 2 replicas run",
+    ),
     "a server that does not answer what it has": (
         "RayService",
         lambda one: head(one["spec"]["rayClusterConfig"])["spec"]["containers"][0].pop("lifecycle"),
@@ -295,3 +301,12 @@ def test_the_jobs_settings_are_understood(base: Any) -> None:
     (group,) = trainers["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (run.workers_min, run.workers) == (group["minReplicas"], group["maxReplicas"])
     assert job.lake == run.lake
+
+
+def test_the_rule_for_an_ingress_controller_holds_once_it_is_no_comment_any_more() -> None:
+    text = (FOLDER / "base" / "network.yaml").read_text()
+    rules = yaml.safe_load(re.sub(r"(?m)^    # (?=[- ])", "    ", text))["spec"]["ingress"]
+    assert len(rules) == len(yaml.safe_load(text)["spec"]["ingress"]) + 1
+    ingress = [rule for rule in rules if "ingress" in str(rule.get("from"))]
+    selector = {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}
+    assert ingress == [{"ports": [{"port": 8000}], "from": [{"namespaceSelector": selector}]}]

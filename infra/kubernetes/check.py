@@ -198,6 +198,11 @@ def _job(item: dict[str, Any]) -> Iterator[str]:
     for group in _cluster_of(item).get("workerGroupSpecs", []):
         if group["minReplicas"] >= group["maxReplicas"]:
             yield f"{group['groupName']}: minReplicas is not below maxReplicas, so that the job cannot shrink or grow"
+        if group.get("replicas", 0) > group["minReplicas"]:
+            yield (
+                f"{group['groupName']}: KubeRay submits the job only when all {group['replicas']} replicas run, more "
+                "than minReplicas; the autoscaler adds the others"
+            )
 
 
 def _drain(cluster: dict[str, Any]) -> Iterator[str]:
