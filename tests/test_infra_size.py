@@ -226,3 +226,13 @@ def test_the_readme_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> No
     _, out, _ = told(capsys, "--cells", "1e6", "100e6", "1e9")
     said = out.splitlines()
     assert [line for line in block.splitlines() if line not in said] == []
+
+
+def test_the_page_shows_the_table_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "infra" / "README.md").read_text(encoding="utf-8")
+    words = re.search(r"`python infra/size\.py (.+?)`", page)
+    assert words is not None
+    status, out, _ = told(capsys, *words[1].split())
+    assert status == 0
+    table, _, _ = out.partition("\n\n")
+    assert f"```\n{table}\n```" in page
