@@ -561,7 +561,8 @@ def _in_float8(model: CellModel, device: torch.device) -> None:
         from train.float8 import in_float8
     except ImportError as error:
         raise UsageError(
-            "precision = 'fp8' needs torchao: pip install 'somaflow[fp8]', or take precision = 'bf16'"
+            "precision = 'fp8' needs torchao, which make setup brings: pip install '.[fp8]' in the checkout, or take "
+            "precision = 'bf16'"
         ) from error
     in_float8(model, device)
 
