@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import fake_predictor
 import httpx
@@ -124,13 +125,13 @@ def test_copies_that_need_more_than_there_is_are_told_of(ray_cluster: None, monk
     settings = ServeSettings(checkpoint="c", replicas=3, device="cuda", address="head:6379")
     assert deploy._lacking(settings) == "2 CPUs of 3 and 0 GPUs of 3"
     told: list[str] = []
-    for name in ("_start_ray", "_start_serve"):
-        monkeypatch.setattr(deploy, name, lambda *_: None)
+    for name in ("_start_ray", "_start_serve", "_stop_serve"):
+        monkeypatch.setattr(deploy, name, lambda *_, **__: None)
+    monkeypatch.setattr(deploy, "_alone_there", nullcontext)
+    monkeypatch.setattr(deploy, "_port", lambda *_, **__: 8000)
     with monkeypatch.context() as patch:
         for name in ("shutdown", "is_initialized"):
             patch.setattr(ray, name, lambda: False)
-        for name in ("shutdown", "delete"):
-            patch.setattr(ray.serve, name, lambda *_: None)
         with deploy.serving(settings, waits=told.append):
             assert told == ["waiting for nodes: the cluster has 2 CPUs of 3 and 0 GPUs of 3 that the copies need"]
         here = settings.model_copy(update={"address": ""})
