@@ -60,17 +60,21 @@ def ray_cluster(
                 runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}},
             )
     except (OSError, RuntimeError, ValueError) as error:
-        said = f"Ray does not start on this machine: {(str(error).splitlines() or [''])[0]}"
-        raise StorageError(not_joined(address, error, answers=answers) if address else said) from error
+        here = f"Ray does not start on this machine: {_first_line(error)}"
+        raise StorageError(not_joined(address, error, answers=answers) if address else here) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
 def not_joined(address: str, error: Exception, *, answers: bool) -> str:
     """Say that a driver here cannot join a cluster, and what to do; ``answers``: somebody listens at the address."""
-    reason = (str(error).splitlines() or [""])[0]
+    reason = _first_line(error)
     if not answers:
         return f"no Ray cluster answers at {address!r} ({reason}); check --address or RAY_ADDRESS"
     ways = ["from a machine that is no node of the cluster submit a job: python infra/jobs.py submit -- python -m ..."]

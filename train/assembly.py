@@ -128,6 +128,17 @@ def adapted_parts(settings: RunSettings, snapshot: Snapshot, base: Checkpoint) -
     return AdaptedParts(base, AdapterSettings(settings.adapter.rank, settings.adapter.alpha), settings.seed)
 
 
+def parts_of(
+    settings: RunSettings, snapshot: Snapshot, labels: Labels, base: Checkpoint | None
+) -> Parts | AdaptedParts:
+    """Return what a run's model is made from, whether it adapts a checkpoint or begins anew.
+
+    Raises:
+        UsageError: As :func:`gather_parts` and :func:`adapted_parts`.
+    """
+    return gather_parts(settings, snapshot, labels) if base is None else adapted_parts(settings, snapshot, base)
+
+
 def gather_parts(settings: RunSettings, snapshot: Snapshot, labels: Labels) -> Parts:
     """Read what a run's model is made from.
 

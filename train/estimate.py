@@ -30,7 +30,7 @@ from store.schema import measured_column
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.arithmetic import DEVICES, Seen, linear, operations, rounds
-from train.assembly import AdaptedParts, Parts, adapted_parts, gather_parts
+from train.assembly import AdaptedParts, Parts, parts_of
 from train.blocks import Block
 from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Csr
 from train.config import ModelConfig
@@ -194,9 +194,7 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
     sources = find_sources({snapshot: 1.0}, data.split, sets=data.sets)
     base = checkpoint.load(settings.adapter.base) if settings.adapter.base else None
     labels = read_labels(snapshot, data.split, None if base is None else base.prompts)
-    parts: Parts | AdaptedParts = (
-        gather_parts(settings, snapshot, labels) if base is None else adapted_parts(settings, snapshot, base)
-    )
+    parts = parts_of(settings, snapshot, labels, base)
     config, model = parts.config, parts.skeleton()
     sample = sample_cells(sources, tuple(config.n_features), snapshot.measurements)
     tokens = parts.tokens(settings)

@@ -30,7 +30,7 @@ from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.adapter import AdapterSettings, save_adapter
 from train.arithmetic import operations, peak_of
-from train.assembly import adapted_parts, coverage_of, gather_parts
+from train.assembly import coverage_of, parts_of
 from train.beginning import first_values, measured_values
 from train.blocks import Block
 from train.card import describe, write_card
@@ -116,13 +116,10 @@ class Run:
             for path in settings.knowledge.files
         }
         torch.manual_seed(settings.seed)
+        parts = parts_of(settings, self.snapshot, self.labels, self.base)
+        self.vocabulary, self.plain, tokens = parts.vocabulary, parts.build(), parts.tokens(settings)
         if self.base is None:
-            parts = gather_parts(settings, self.snapshot, self.labels)
-            self.vocabulary, self.plain, tokens = parts.vocabulary, parts.build(), parts.tokens(settings)
             self._begin_at_the_floor()
-        else:
-            adapting = adapted_parts(settings, self.snapshot, self.base)
-            self.vocabulary, self.plain, tokens = adapting.vocabulary, adapting.build(), adapting.tokens(settings)
         self.plain.recompute = settings.recompute
         if settings.precision == "fp8":
             _in_float8(self.plain, self.device)

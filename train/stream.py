@@ -622,20 +622,12 @@ class Stream:
             source, own = self.sources[key[0]], window.rows()
             names = source.snapshot.label_values()["perturbation"]
             plain_V = np.array([value in ("", "control") for value in names])
-            coded_V: NDArray[np.bool_] = np.any(self.labels.perturbation[source.number] > CONTROL, axis=1)
+            hit_V: NDArray[np.bool_] = np.any(self.labels.perturbation[source.number] > CONTROL, axis=1)
             code_R = window.codes_RF[:, self.fields.index("perturbation")]
             unperturbed_R = plain_V[code_R] & ~np.isin(own, source.snapshot.dead - source.part.first_row)
-            window.notes["controls"] = (
-                own,
-                group_controls(
-                    self.controls,
-                    self.fields,
-                    window,
-                    self._lanes(key, window),
-                    unperturbed_R,
-                    coded_V[code_R] & ~plain_V[code_R],
-                ),
-            )
+            lane_R = self._lanes(key, window)
+            groups = group_controls(self.controls, self.fields, window, lane_R, unperturbed_R, hit_V[code_R])
+            window.notes["controls"] = own, groups
         found: tuple[NDArray[np.int64], ControlGroups] = window.notes["controls"]
         return found
 

@@ -188,9 +188,9 @@ def judge(
         VerificationError: The audit found a leak; no number is made.
         UsageError: A suite that checkpoints cannot do, a device that is not there, or an adapter without a checkpoint.
     """
-    predictor = load(checkpoint, adapter, device)
     if adapter is not None and question.members:
         raise UsageError("--members trains adapters of its own beside a checkpoint; leave out --adapter")
+    predictor = load(checkpoint, adapter, device)
     study, folds, findings = look_for_leaks(question, predictor)
     refuse_leaks(findings)
     gates: list[Gate] = []
