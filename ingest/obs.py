@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ingest.perturbations import (
     said_of_perturbations,
     written_as_gears,
 )
-from ingest.quantities import quantity
+from ingest.quantities import UNITS, quantity, written
 from store.errors import InputRefused
 from store.schema import OBS_DEFAULTS, UNKNOWN
 
@@ -135,6 +136,8 @@ def _recognised(column: str, obs: pd.DataFrame) -> str | None:
 
 
 def _normalise(frame: pd.DataFrame, controls: Sequence[str] = ()) -> None:
+    for column in frame.columns.intersection(list(UNITS)):
+        frame[column] = distinct.changed(frame[column], partial(written, units=UNITS[column]))
     for column, default in OBS_DEFAULTS.items():
         if column not in frame:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,10 @@ TIMES |= {"hours": "hour", "m": "minute", "min": "minute", "mins": "minute", "w"
 TIMES |= {"minute": "minute", "minutes": "minute", "week": "week", "p": "day", "mo": "month", "months": "month"}
 TIMES |= {"month": "month", "y": "year", "yr": "year", "yrs": "year", "year": "year", "years": "year"}
 """Units of time in lower case, ``E`` and ``P`` of development among them; a capital ``M`` may be months."""
+PARTS = {"p": "p", "n": "n", "u": "u", "\N{MICRO SIGN}": "u", "\N{GREEK SMALL LETTER MU}": "u", "m": "m"}
+DOSES = {part + unit.lower(): PARTS[part] + unit for part in PARTS for unit in ("M", "g", "g/mL")}
+"""Units of dose in lower case; the signs of micro become a ``u``."""
+UNITS = {"time_unit": TIMES, "dose_unit": DOSES}
 
 
 Quantities = tuple[NDArray[np.float64], NDArray[np.object_] | None]
@@ -51,9 +56,14 @@ def _quantities(values: pd.Series, units: Mapping[str, str]) -> Quantities | Non
     if not (found[1].notna() | empty).all():
         return None
     unit = found[2].fillna(found[0]).fillna("")
-    known = unit.where(unit == "M", unit.str.lower()).map(dict(units))
-    units_of = known.fillna(unit).where(~empty, "")
+    units_of = unit.map(lambda word: written(word, units)).where(~empty, "")
     return found[1].where(~empty).to_numpy(np.float64), units_of.to_numpy(np.object_)
+
+
+def written(unit: Any, units: Mapping[str, str]) -> Any:
+    """Return a unit as it is written here; one that is not known, or missing, stays as it is."""
+    plain = unit.strip() if isinstance(unit, str) else ""
+    return units.get(plain if plain == "M" else plain.lower(), unit)
 
 
 def _no_number(text: str) -> bool:
@@ -64,7 +74,7 @@ def _no_number(text: str) -> bool:
 
 def quantity(column: str, values: pd.Series) -> tuple[Quantities | None, str]:
     """Return a column's quantities, and what people should know of them."""
-    found = read_quantity(values, TIMES if column == "time" else {})
+    found = read_quantity(values, UNITS.get(f"{column}_unit", {}))
     if found is None:
         _, words = distinct.coded(values)
         odd = next(

@@ -299,6 +299,19 @@ def test_what_is_no_quantity_stays_beside_and_a_column_asked_for_must_be_one() -
         map_obs(pd.DataFrame({"amount": ["low", "high"]}), {"dose": "amount"})
 
 
+def test_units_are_written_in_one_way_whether_a_column_of_their_own_or_the_number_says_them() -> None:
+    micro, mu = "\N{MICRO SIGN}M", "\N{GREEK SMALL LETTER MU}M"
+    own = pd.DataFrame({"dose": [1.0] * 6, "dose_unit": ["um", micro, mu, "NM", "ug/ml", None], "time": [2.0] * 6})
+    own["time_unit"] = ["h", "Hours", "hr ", "d", "passages", "M"]
+    frame = map_obs(own, {}).frame
+    assert frame["dose_unit"].tolist()[:5] == ["uM", "uM", "uM", "nM", "ug/mL"]
+    assert frame["dose_unit"].isna().tolist() == [False] * 5 + [True]
+    assert frame["time_unit"].tolist() == ["hour", "hour", "hour", "day", "passages", "M"]
+    frame = map_obs(pd.DataFrame({"dose": [f"1 {micro}", f"2{mu}", "3 um", "4 mM"]}), {}).frame
+    assert frame["dose_unit"].tolist() == ["uM", "uM", "uM", "mM"]
+    assert set(map_obs(pd.DataFrame({"time": [1.0, 2.0]}), {"time_unit": "=h"}).frame["time_unit"]) == {"hour"}
+
+
 @pytest.mark.parametrize(
     ("names", "organism", "said", "found"),
     [
