@@ -20,6 +20,7 @@ from train.cells import Controls
 from train.evaluation.ours import cells_of
 from train.evaluation.scratch import ScratchSettings, train_on
 from train.evaluation.study import Study
+from train.fourier import FOURIER, fourier
 from train.model import CellModel
 from train.objective import Objective, seen_cells
 from train.ontology import type_terms
@@ -28,6 +29,16 @@ from train.prototypes import Prototypes
 from train.tokens import TokenSettings, make_tokens
 
 PANELS = {"RNA": np.ones((1, 30), bool), "protein": np.ones((1, 8), bool)}
+
+
+def test_a_number_below_nought_is_read_as_such_and_the_others_as_before() -> None:
+    number_CF = torch.tensor([[-6.0, 6.0, 0.0, torch.nan]])
+    below, above, nought, unsaid = fourier(number_CF).view(4, -1)
+    assert torch.equal(below[:FOURIER], -above[:FOURIER]), "sines"
+    assert torch.equal(below[FOURIER : 2 * FOURIER], above[FOURIER : 2 * FOURIER]), "cosines"
+    assert float(below[-2]) == pytest.approx(-np.log(7.0))
+    assert nought[-2:].tolist() == [0.0, 1.0]
+    assert not unsaid.any()
 
 
 def test_what_is_asked_is_what_is_hidden() -> None:

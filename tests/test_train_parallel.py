@@ -180,6 +180,7 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         ({"evaluate_every": 9, "data": {"test_split": ""}}, "evaluate_every=9: say on which split"),
         ({"data": {"split": "test"}}, "test_split='test' is the split that is trained on"),
         ({"knowledge": {"permute": True}}, "permute=true deals no membership: name files in sets"),
+        ({"knowledge": {"smallest": 50, "largest": 20}}, "smallest=50 is above largest=20: no set would be taken"),
         ({"parallel": "fsdp", "precision": "fp16"}, "does not go with parallel='fsdp'"),
     ):
         with pytest.raises(SettingsError, match=message):

@@ -15,9 +15,9 @@ from train import checkpoint
 from train.checkpoint import MANIFEST
 from train.settings import RunSettings
 
-RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "threads", "checkpoint_every")
+RUNS = ("steps", "workers", "workers_min", "max_failures", "output", "lake", "address", "device", "threads")
 MEANS = ("parallel", "recompute", "compile", "collective_timeout_s", "patience_s")
-KEPT = ("keep_last", "keep_best", "evaluate_every", "trackers", "report")
+KEPT = ("checkpoint_every", "keep_last", "keep_best", "evaluate_every", "trackers", "report")
 FREE: dict[str, Any] = dict.fromkeys((*RUNS, *MEANS, *KEPT), True) | {
     "data": {"micro_batch": True, "memory_mb": True, "cache": True, "cache_gb": True},
     "adapter": {"base": True},

@@ -13,9 +13,14 @@ FOURIER = 6
 
 
 def fourier(number_CF: Tensor) -> Tensor:
-    """Write numbers as sines and cosines of their log, 2 * ``FOURIER`` + 2 values each; zeros where nothing is said."""
+    """Write numbers as sines and cosines of their log, 2 * ``FOURIER`` + 2 values each; zeros where nothing is said.
+
+    The log is that of one more than their size, with their sign: a dose may be a logarithm itself, a time before the
+    perturbation.
+    """
     said = ~number_CF.isnan()
-    log = torch.log1p(torch.nan_to_num(number_CF).abs())
+    number_CF = torch.nan_to_num(number_CF)
+    log = torch.log1p(number_CF.abs()).copysign(number_CF)
     frequency = 2.0 ** torch.arange(-2, FOURIER - 2, device=log.device)
     angle = log.unsqueeze(-1) * frequency
     features = torch.cat([angle.sin(), angle.cos(), log.unsqueeze(-1), torch.ones_like(log).unsqueeze(-1)], dim=-1)

@@ -20,7 +20,7 @@ import ray.train.torch
 import ray.train.v2.api.exceptions
 
 from store.cluster import cluster_address, ray_cluster, refuse_fleeting
-from store.errors import InputRefused, InterruptedRun, MissingError, SomaflowError, StorageError
+from store.errors import InputRefused, InterruptedRun, MissingError, SomaflowError, StorageError, UsageError
 from store.lock import WriterLock
 from store.snapshot import open_snapshot
 from train import checkpoint
@@ -80,7 +80,7 @@ def launch(
         MissingError: No lake, snapshot or file of knowledge.
         ConflictError: The run's folder belongs to other settings, or another driver is training in it.
         UsageError: The snapshot has no cell in the split to train on, or in that to evaluate on now and then; the run
-            would be deleted with its job.
+            would be deleted with its job; GPUs are asked for and there are none.
         InterruptedRun: Somebody ended it (SIGINT, SIGTERM).
         SomaflowError: What stopped the workers.
     """
@@ -100,6 +100,8 @@ def launch(
     for path in settings.knowledge.files:
         if not Path(path).is_file():
             raise MissingError(f"knowledge: {path}: no such file; paths count from where the command is started")
+    if not cluster_address(settings.address):
+        on_gpus(settings)  # refuses, before Ray is started, what cannot be here
     if _finished(folder, settings, wanted):
         summary = read_summary(folder)
         progress(summary.steps, summary.loss_last)
@@ -114,12 +116,14 @@ def launch(
 
     watcher = threading.Thread(target=_watch, args=(folder / "metrics.jsonl", done, progress, missing), daemon=True)
     start_s = float(os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S))
-    cpus = max(settings.workers, os.cpu_count() or 1)
+    cpus = max(settings.workers * settings.threads, os.cpu_count() or 1)
     with alone(folder), ray_cluster(settings.address, cpus=cpus, packages=("train", "store"), threads=settings.threads):
         watcher.start()
         use_gpu = on_gpus(settings)
-        if not use_gpu and cluster_address(settings.address):
-            tell("the cluster has no GPU now: training on CPUs; where GPUs are to join, start again when one is there")
+        if settings.device == "auto" and not use_gpu and cluster_address(settings.address):
+            tell("the cluster has no GPU now: training on CPUs; device = 'cuda' would wait for nodes that have some")
+        if settings.device == "cuda" and (words := _missing(settings, use_gpu)):
+            tell(words)
         trainer = ray.train.torch.TorchTrainer(
             _worker,
             train_loop_config=settings.model_dump(mode="json"),
@@ -129,7 +133,7 @@ def launch(
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(settings.workers_min, settings.workers) if settings.workers_min else settings.workers,
                 use_gpu=use_gpu,
-                resources_per_worker=None if use_gpu else {"CPU": 1},
+                resources_per_worker=None if use_gpu else {"CPU": settings.threads},
                 elastic_resize_monitor_interval_s=RESIZE_S,
             ),
             run_config=ray.train.RunConfig(
@@ -201,15 +205,19 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def _missing(settings: RunSettings, use_gpu: bool) -> str:
-    """Say what the cluster lacks; "" where it has enough."""
+    """Say what the cluster lacks; "" where it has enough. A worker's CPUs, one for each thread, are of one node."""
     kind, needed = "GPU" if use_gpu else "CPU", settings.workers_min or settings.workers
-    have = ray.cluster_resources().get(kind, 0.0)
-    if have >= needed:
+    each = 1 if use_gpu else settings.threads
+    have = [node["Resources"].get(kind, 0.0) for node in ray.nodes() if node["Alive"]]
+    if sum(int(number // each) for number in have) >= needed:
         return ""
     remedy = (
         "start more nodes" if settings.workers_min else "start more nodes, or let it go on with fewer (workers_min)"
     )
-    return f"the cluster has {have:g} {kind}s and the run needs {needed}: {remedy}"
+    if each == 1:
+        return f"the cluster has {sum(have):g} {kind}s and the run needs {needed}: {remedy}"
+    largest = f"the cluster has {sum(have):g} CPUs, {max(have, default=0.0):g} on its largest node"
+    return f"{largest}, and the run needs {needed} times {each} (threads): {remedy}, or take fewer threads"
 
 
 def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:
@@ -235,12 +243,25 @@ def _absolute(uri: str) -> str:
 
 
 def on_gpus(settings: RunSettings) -> bool:
-    """Say whether there are GPUs to train on: in the cluster that is joined, whose driver may see none, or here."""
+    """Say whether to train on GPUs, by the settings or where there are some: in the cluster that is joined, or here.
+
+    A cluster's driver may see none.
+
+    Raises:
+        UsageError: They ask for GPUs, and this machine has none that torch sees.
+    """
+    if settings.device == "cpu":
+        return False
     if cluster_address(settings.address):
-        return bool(ray.cluster_resources().get("GPU"))
+        return settings.device == "cuda" or bool(ray.cluster_resources().get("GPU"))
     import torch
 
-    return torch.cuda.device_count() > 0
+    n_here = torch.cuda.device_count()
+    if settings.device == "cuda" and not n_here:
+        raise UsageError(
+            "device = 'cuda': torch sees no GPU on this machine; name a cluster (address), or take device = 'auto'"
+        )
+    return n_here > 0
 
 
 def _cause(error: BaseException, folder: Path) -> BaseException:

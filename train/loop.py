@@ -76,7 +76,10 @@ class Run:
             settings: The run's settings.
             world: Processes that there should be; Accelerate must see as many, or gradients would not be shared.
         """
-        if not torch.cuda.is_available():
+        on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+        if settings.device == "cuda" and not on_gpu:
+            raise UsageError("device = 'cuda': torch sees no GPU in this worker")
+        if not on_gpu:
             torch.set_num_threads(settings.threads)
         if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -86,7 +89,7 @@ class Run:
         self.folder = run_folder(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
+            cpu=not on_gpu,
             mixed_precision="bf16" if settings.precision == "fp8" else settings.precision,
             log_with=list(settings.trackers) or None,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # knowledge does not change

@@ -67,7 +67,7 @@ class Niche(nn.Module):
         order_C = torch.argsort(company.set_C, stable=True)
         _, size_S = torch.unique(company.set_C, return_counts=True)
         apart_CX = company.apart_CX.to(summary_CD.dtype)[order_C]
-        place = torch.cat([fourier(apart_CX), torch.nan_to_num(apart_CX)], dim=1)
+        place = torch.cat([fourier(apart_CX.abs()), torch.nan_to_num(apart_CX)], dim=1)
         x_CD = summary_CD[order_C]
         with_place_CD = x_CD + self.place(place)
         added_CD = self.block(with_place_CD, Segments.of(size_S)) - with_place_CD

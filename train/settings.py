@@ -83,6 +83,12 @@ class KnowledgeSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _some_size_fits(self) -> KnowledgeSettings:
+        if self.smallest > self.largest:
+            raise ValueError(f"smallest={self.smallest} is above largest={self.largest}: no set would be taken")
+        return self
+
+    @model_validator(mode="after")
     def _memberships_to_deal(self) -> KnowledgeSettings:
         if self.permute and not (self.sets or self.motifs):
             raise ValueError("permute=true deals no membership: name files in sets, or motifs, or leave it out")
@@ -178,6 +184,9 @@ class RunSettings(Settings):
     """Optimizer steps."""
     workers: int = Field(default=2, ge=1)
     """Processes that train; a GPU each where there are some."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where they train: "cuda" waits for nodes with GPUs (``patience_s``) and never trains on CPUs; "auto" takes what
+    the cluster or machine has when the run starts."""
     workers_min: int = Field(default=0, ge=0)
     """Go on with so few workers when no more can be had, and grow again later; 0 waits for all of them."""
     max_failures: int = Field(default=3, ge=-1)
@@ -211,7 +220,7 @@ class RunSettings(Settings):
     report: bool = True
     """Draw ``report.html`` at the end; ``python -m train report`` draws it at any time."""
     threads: int = Field(default=1, ge=1)
-    """Torch threads of a worker on CPU."""
+    """Torch threads of a worker on CPU, and the CPUs of a node that it books."""
     address: str | None = None
     """A running Ray cluster, HOST:PORT or ``auto``; left out, ``RAY_ADDRESS``, and without that Ray is started here and
     stopped at the end, as by ``local``."""
