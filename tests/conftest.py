@@ -21,6 +21,20 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal the tests to processes, where there are several: one takes all that have to do with Ray, others go by file.
+
+    So at most one Ray runs at a time, as without processes; its tests wait more than they work, and begin first.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    clusters = {item.path for item in items if {"ray", "road"} & {mark.name for mark in item.iter_markers()}}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("clusters" if item.path in clusters else item.path.stem))
+    items.sort(key=lambda item: item.path not in clusters)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real public data beside the checkout."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 
 from train.cells import Cells
 from train.loop import Run
@@ -64,9 +64,7 @@ def work(rank: int, world: int, port: int, jobs: list[RunSettings], queue: Any) 
 
 def together(world: int, jobs: list[RunSettings]) -> list[int]:
     """Train jobs on so many processes; return where each went on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [context.Process(target=work, args=(rank, world, port, jobs, queue)) for rank in range(world)]

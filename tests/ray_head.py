@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import psutil
+from ports import HOST, free_ports
 
 BIN = Path(sys.executable).parent
-HOST = "127.0.0.1"
 START_S = 90
 PORTS = (
     "port",
@@ -83,15 +82,6 @@ def wait_for_jobs(dashboard: str, head: subprocess.Popen[bytes], log: Path) -> N
         assert head.poll() is None, log.read_text()[-3000:]
         time.sleep(0.2)
     raise AssertionError(f"no dashboard after {START_S} s:\n{log.read_text()[-3000:]}")
-
-
-def free_ports(n_ports: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(n_ports)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def end(head: subprocess.Popen[bytes], folder: str) -> None:

@@ -23,8 +23,10 @@ import httpx
 import pandas as pd
 import psutil
 import pytest
+import ray
+from ports import free_ports
 from ray.job_submission import JobSubmissionClient
-from ray_head import Head, free_ports, ray_head
+from ray_head import Head, ray_head
 from small_checkpoint import write_checkpoint
 
 from infra.jobs import as_json, attempts_of, name_of
@@ -131,6 +133,42 @@ def test_a_driver_without_gpus_trains_on_those_of_the_cluster_that_it_joins(monk
     assert launch.on_gpus(settings)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0})
     assert not launch.on_gpus(settings)
+    assert launch.on_gpus(settings.model_copy(update={"device": "cuda"})), "their nodes are still to come"
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "GPU": 8.0})
+    assert not launch.on_gpus(settings.model_copy(update={"device": "cpu"}))
+
+
+def test_gpus_that_a_machine_has_not_are_refused_before_ray_starts(
+    tiny_lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    lake = shutil.copytree(tiny_lake, tmp_path / "lake")
+    create_snapshot(str(lake), "s", SnapshotSettings(measurements=("RNA",), organisms=("homo_sapiens",)))
+    settings = RunSettings(lake=str(lake), snapshot="s", output=str(tmp_path), device="cuda", data={"test_split": ""})
+    with pytest.raises(UsageError, match="torch sees no GPU on this machine"):
+        launch.launch(settings)
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "threads", "words"),
+    [
+        ([2.0, 2.0], 4, 1, ""),
+        ([4.0, 4.0], 2, 4, ""),
+        ([2.0], 4, 1, "the cluster has 2 CPUs and the run needs 4: start more nodes, or let it go on with fewer"),
+        ([3.0, 3.0, 2.0], 2, 4, "has 8 CPUs, 3 on its largest node, and the run needs 2 times 4 (threads)"),
+    ],
+)
+def test_a_worker_books_a_cpu_of_one_node_for_each_thread(
+    nodes: list[float], workers: int, threads: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {"Alive": False, "Resources": {"CPU": 64.0}}
+    alive = [{"Alive": True, "Resources": {"CPU": number}} for number in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [gone, *alive])
+    missing = launch._missing(RunSettings(snapshot="s", workers=workers, threads=threads), use_gpu=False)
+    assert words in missing
+    assert bool(missing) == bool(words)
 
 
 def test_a_jobs_package_holds_the_code_and_little_else(tmp_path: Path) -> None:

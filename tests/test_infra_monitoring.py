@@ -19,12 +19,12 @@ import httpx
 import pytest
 import yaml
 from fake_predictor import FakePredictor
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from ingest.job import JobSettings, SourceSettings
 from serve.app import make_app
-from serve.lone import free_port
 from serve.replica import Replica
 from serve.settings import Batching, Limits, ServeSettings
 from store.settings import parse_settings
@@ -210,7 +210,7 @@ def overload(seen: Callable[[], bool]) -> None:
 
     ray.cloudpickle.register_pickle_by_value(fake_predictor)
     batching = Batching(queue_tokens=8)
-    settings = ServeSettings(checkpoint="fake", port=free_port("127.0.0.1", 0), batching=batching)
+    settings = ServeSettings(checkpoint="fake", port=free_port(), batching=batching)
     answers: set[int] = set()
     until = time.monotonic() + 120
     with serving(settings, lambda _: FakePredictor(delay_s=0.2)) as url, ThreadPoolExecutor(16) as pool:

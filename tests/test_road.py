@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import pytest
 import scipy.sparse
 import tiledbsoma
 import tiledbsoma_ml
+from ports import free_port
 
 pytestmark = [
     pytest.mark.road,
@@ -201,9 +201,7 @@ def test_train_serve_and_answer_on_real_cells(lake: str, tmp_path: Path) -> None
     settings = [f"lake={lake}", f"output={tmp_path}", "steps=30", "data.global_batch=32", "data.tokens=96"]
     trained = ours("train", recipe, *(word for item in settings for word in ("--set", item)))
     assert trained["loss_test"] < trained["loss_test_first"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/v1"
     server = subprocess.Popen(
         [sys.executable, "-m", "serve", "run", trained["checkpoint"], "--port", str(port)],

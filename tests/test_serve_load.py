@@ -18,10 +18,10 @@ import numpy as np
 import psutil
 import pytest
 from fake_predictor import FakePredictor
+from ports import free_port
 from small_checkpoint import write_checkpoint
 from test_serve_swap import COUNTS, expected
 
-from serve.lone import free_port
 from serve.settings import Scaling, ServeSettings
 
 pytestmark = [
@@ -98,7 +98,7 @@ def test_a_killed_copy_and_changed_checkpoints_give_no_wrong_answer(ray_cluster:
     known, shas = dict(right.values()), {name: sha256 for name, (sha256, _) in right.items()}
     weights = made["damaged"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
-    port = free_port("127.0.0.1", 0)
+    port = free_port()
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     def deploy(name: str) -> None:
@@ -162,7 +162,7 @@ def test_copies_come_and_go_with_the_work(ray_cluster: None) -> None:
     ray.cloudpickle.register_pickle_by_value(fake_predictor)
     settings = ServeSettings(
         checkpoint="fake",
-        port=free_port("127.0.0.1", 0),
+        port=free_port(),
         scaling=Scaling(most=2, requests=1, up_s=0.2, down_s=0.5),
     )
     try:

@@ -14,10 +14,10 @@ import httpx
 import numpy as np
 import pytest
 from fake_predictor import FakePredictor
+from ports import free_port
 from pydantic import ValidationError
 
 from serve.client import Client
-from serve.lone import free_port
 from serve.settings import Limits, ServeSettings
 from store.errors import InputRefused, UsageError
 
@@ -34,7 +34,7 @@ def url(ray_cluster: None) -> Iterator[str]:
     from serve.deploy import serving
 
     ray.cloudpickle.register_pickle_by_value(fake_predictor)
-    settings = ServeSettings(checkpoint="fake", port=free_port("127.0.0.1", 0), limits=Limits(body_bytes=100_000))
+    settings = ServeSettings(checkpoint="fake", port=free_port(), limits=Limits(body_bytes=100_000))
     with serving(settings, lambda _: FakePredictor(delay_s=0.01)) as url:
         yield url
     with socket.socket() as probe:

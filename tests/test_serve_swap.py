@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from small_checkpoint import write_checkpoint
 from starlette.testclient import TestClient
 
@@ -197,10 +198,9 @@ def test_a_changed_user_config_swaps_without_a_new_process(checkpoints: dict[str
     import ray.serve
     import ray.serve.schema
 
-    from serve.__main__ import free_port
     from serve.deploy import APP
 
-    port = free_port("127.0.0.1", 0)
+    port = free_port()
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port})
 
     def deploy(name: str) -> None:
