@@ -25,6 +25,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import Scope
 
@@ -381,11 +382,12 @@ def make_app(
     atlas: Atlas | None = None,
     jobs: Jobs | None = None,
     offer: Offer | None = None,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only.
 
     ``atlas`` holds the lakes that can be asked about, and ``jobs`` embeds them;
-    ``offer`` says which cells the page at ``/`` has to show.
+    ``offer`` says which cells the page at ``/`` has to show, ``origins`` which other pages' scripts may ask.
     """
     desk = Desk(model, limits)
     app = FastAPI(
@@ -408,6 +410,14 @@ def make_app(
     if purses:  # outermost: a stranger's body is not read
         app.add_middleware(Gate, purses=purses, problem=briefly)
     app.add_middleware(Metered, metrics=desk.metrics, known=QUESTIONS)
+    if origins:  # outermost: a browser asks without a token first, and reads refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "Location", COUNTS_FROM],
+        )
     app.state.readers = desk.readers
     _add_problems(app, desk)
     atlas = atlas or Atlas({})

@@ -74,6 +74,7 @@ class JobSettings(Settings):
     """CPUs of each, which Ray must have free; threads too."""
 
 
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]
 LakeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
@@ -129,6 +130,9 @@ class ServeSettings(Settings):
     stopped at the end, as by ``local``."""
     tokens_file: str = ""
     """TOML file of who may ask (``serve.access``), on every machine with an ingress; empty lets everybody in."""
+    origins: tuple[Origin, ...] = ()
+    """Origins (``https://app.example.org``) of web pages beside ours whose scripts may ask, with a token where there is
+    a file of them (CORS); ``*`` is every page."""
     adapters: dict[str, str] = Field(default_factory=dict)
     """Name to folder of adapters of the checkpoint (``<run>/adapter``); requests choose one by name."""
     adapters_loaded: int = Field(default=8, gt=0)

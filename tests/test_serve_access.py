@@ -22,6 +22,7 @@ from serve.client import Client
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import InputRefused, MissingError, SettingsError
+from store.settings import parse_settings
 
 TEAM, APP = "team-" + "x" * 30, "app-" + "y" * 30
 
@@ -143,3 +144,36 @@ def test_the_client_sends_the_token_that_it_is_given_or_that_the_environment_has
         assert mine.models()
     with Client("http://testserver", token="", transport=transport) as mine, pytest.raises(InputRefused, match="token"):
         mine.models()
+
+
+def test_scripts_of_named_pages_ask_with_a_token_and_read_refusals(replica: Replica, tokens: Path) -> None:
+    page = {"Origin": "https://app.example.org"}
+    asks = page | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    app = make_app(replica, Limits(), read_tokens(str(tokens)), origins=["https://app.example.org"])
+    with TestClient(app, raise_server_exceptions=False) as client:
+        before = client.options("/v1/embed", headers=asks)
+        assert before.status_code == 200, "asked without the token"
+        assert before.headers["access-control-allow-origin"] == page["Origin"]
+        assert "authorization" in before.headers["access-control-allow-headers"]
+        answer = asked(client, Authorization=f"Bearer {TEAM}", **page)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == page["Origin"]
+        refusal = asked(client, **page)
+        check_problem(refusal, 401)
+        assert refusal.headers["access-control-allow-origin"] == page["Origin"]
+        assert "retry-after" in refusal.headers["access-control-expose-headers"].lower()
+        strange = {"Origin": "https://other.example.org"}
+        assert client.options("/v1/embed", headers=asks | strange).status_code == 400
+        assert "access-control-allow-origin" not in asked(client, Authorization=f"Bearer {TEAM}", **strange).headers
+
+
+def test_no_page_is_let_in_that_is_not_named(client: TestClient) -> None:
+    answer = asked(client, Authorization=f"Bearer {TEAM}", Origin="https://app.example.org")
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("origin", ["app.example.org", "https://app.example.org/", "https://*.example.org", "null", ""])
+def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
+    with pytest.raises(SettingsError, match="origins"):
+        parse_settings(ServeSettings, {"checkpoint": "c", "origins": [origin]}, where="test")
+    assert ServeSettings(checkpoint="c", origins=("*", "http://localhost:3000")).origins
