@@ -27,7 +27,7 @@ demo: setup  ## run the whole road on this machine: ingest, snapshot, train, ser
 	$(BIN)/python infra/demo.py $(DEMO)
 
 test: setup  ## run all tests, in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 faults: setup  ## kill workers, readers and drivers at 300 random moments (an hour)
 	SOMAFLOW_FAULTS=300 $(BIN)/python -m pytest tests/test_ingest_faults.py

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # its workers would wait for tests of the other process
 os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")  # seconds; ten are usual
 os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
 
@@ -21,18 +25,25 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deal the tests to processes, where there are several: one takes all that have to do with Ray, others go by file.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal files to processes, where there are several; what cannot run side by side goes to the same one."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    So at most one Ray runs at a time, as without processes; its tests wait more than they work, and begin first.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    clusters = {item.path for item in items if {"ray", "road"} & {mark.name for mark in item.iter_markers()}}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("clusters" if item.path in clusters else item.path.stem))
-    items.sort(key=lambda item: item.path not in clusters)
+    class ByCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _company(config.rootpath / nodeid.partition("::")[0])
+
+    return ByCluster(config, log)
+
+
+@cache
+def _company(path: Path) -> str:
+    """Name what a file of tests runs with: those that take the session's cluster share one, and nodes their network."""
+    text = path.read_text(encoding="utf-8")
+    if "from ray_head" in text or "from infra.nodes" in text:
+        return "nodes"
+    return "session" if re.search(r"mark\.(ray|road)\b", text) else path.stem
 
 
 @pytest.fixture(scope="session")
