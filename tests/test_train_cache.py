@@ -22,6 +22,7 @@ from train.cache import BlockCache
 from train.stream import Stream
 
 ROOT = Path(__file__).parent.parent
+PART = "5" * 32
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +86,30 @@ def test_the_folder_stays_within_its_size_and_the_oldest_go_first(snapshot: Snap
     room = BlockCache(tmp_path / "order", 3000)
     blocks = [np.full(300, number, np.uint16) for number in range(4)]
     for number, block in enumerate(blocks):
-        room.store(("s", number), np.array([300]), block, block)
-        os.utime(tmp_path / "order/s" / str(number), (number, number))
+        room.store((PART, number), np.array([300]), block, block)
+        os.utime(tmp_path / "order" / PART / str(number), (number, number))
     assert [path.name for path in files(tmp_path / "order")] == ["2", "3"]
     many = BlockCache(tmp_path / "many", 1_000_000)
     with mock.patch.object(many, "_files", side_effect=many._files) as looked:
         for number in range(1600):
-            many.store(("s", number), np.array([300]), blocks[0], blocks[0])
+            many.store((PART, number), np.array([300]), blocks[0], blocks[0])
     assert 690 < len(files(tmp_path / "many")) < 790
     assert looked.call_count < 240  # not once for each file
-    room.store(("s", "huge"), np.array([9000]), np.zeros(9000, np.uint16), np.zeros(9000, np.uint16))
+    room.store((PART, "huge"), np.array([9000]), np.zeros(9000, np.uint16), np.zeros(9000, np.uint16))
     assert len(files(tmp_path / "order")) == 2
+
+
+def test_what_others_keep_in_the_folder_stays(snapshot: Snapshot, tmp_path: Path) -> None:
+    theirs = [tmp_path / "thesis/only_copy.h5ad", tmp_path / "thesis/.download.part", tmp_path / "notes.txt"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 100_000)
+        os.utime(path, (1, 1))
+    cache = BlockCache(tmp_path, 20_000)
+    assert content(snapshot, cache) == content(snapshot, None)
+    assert all(path.exists() for path in theirs)
+    held = sum(path.stat().st_size for path in files(tmp_path)) - 300_000
+    assert 10_000 < held <= 20_000, "others' files do not count"
 
 
 def test_processes_that_write_side_by_side_stay_within_the_size_together(tmp_path: Path) -> None:
@@ -103,7 +117,7 @@ def test_processes_that_write_side_by_side_stay_within_the_size_together(tmp_pat
     block = np.zeros(1000, np.uint16)
     for number in range(500):
         for who, cache in enumerate(caches):
-            cache.store(("s", who, number), np.array([1000]), block, block)
+            cache.store((PART, who, number), np.array([1000]), block, block)
         if number % 25 == 24:
             assert sum(path.stat().st_size for path in files(tmp_path)) <= 1_040_000
     assert sum(path.stat().st_size for path in files(tmp_path)) > 850_000

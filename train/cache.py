@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import re
 import struct
 import threading
 import time
@@ -28,6 +29,8 @@ MAGIC = b"somaflo1"
 STALE_S = 3600.0
 """Files that are being written are left alone for so long."""
 
+OURS = re.compile("[0-9a-f]{32}")
+"""Names of the folders of blocks: the beginning of a part's id."""
 OPEN_FILES = 1024
 """Blocks that a process keeps mapped; the kernel allows some ten thousand maps."""
 SPARE = 0.1
@@ -40,7 +43,8 @@ class BlockCache:
     """Decoded blocks in a folder of bounded size; the least recently opened ones go first.
 
     Args:
-        folder: Where; made if it is not there. Fastest on a local NVMe disk or in shared memory.
+        folder: Where; made if it is not there. Fastest on a local NVMe disk or in shared memory. What else lies there
+            stays, and does not count.
         max_bytes: What the folder may hold, over all snapshots and processes; while several write, for a moment a
             hundredth more for each of them.
     """
@@ -52,7 +56,7 @@ class BlockCache:
         self._open: OrderedDict[Path, mmap.mmap] = OrderedDict()
         self._proved: set[tuple[Path, int]] = set()
         self._lock = threading.Lock()
-        for left in self.folder.glob("*/.*.part"):
+        for left in (path for folder in self._folders() for path in folder.glob(".*.part")):
             with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > STALE_S:
                     left.unlink()
@@ -147,10 +151,14 @@ class BlockCache:
                 self._open.popitem(last=False)
         return content
 
+    def _folders(self) -> list[Path]:
+        """Return the folders that blocks lie in; others beside them are somebody else's."""
+        return [path for path in self.folder.iterdir() if OURS.fullmatch(path.name) and path.is_dir()]
+
     def _files(self) -> list[tuple[float, int, str]]:
         """Return when each block was opened last, its size and its path."""
         found = []
-        for folder in self.folder.iterdir():
+        for folder in self._folders():
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     if not entry.name.startswith("."):
