@@ -196,7 +196,7 @@ def test_a_saved_state_goes_on_where_it_stood_also_with_other_ranks(one_measurem
 
 
 def test_too_large_a_window_is_refused_with_what_it_takes(one_measurement: Snapshot) -> None:
-    with pytest.raises(UsageError, match=r"3 windows take .* \(RNA .* MiB are allowed; choose a smaller window"):
+    with pytest.raises(UsageError, match=r"3 windows take .* MiB \(RNA\), .* MiB are allowed; choose a smaller window"):
         next(Stream(one_measurement, batch=16, memory_bytes=1000).epoch(0))
     with pytest.raises(UsageError, match="larger than a window of 32"):
         Stream(one_measurement, batch=40, block=16, window=2)

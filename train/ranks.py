@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from store.errors import UsageError
 from store.snapshot import Snapshot
 from train.sources import vocabulary_sizes
 from train.stream import Stream
@@ -45,8 +46,11 @@ def rank_factors(
     Raises:
         UsageError: No such measurement, no cell in the split, or a window that does not fit into ``memory_bytes``.
     """
-    of_counts = [name for name in snapshot.measurements if name not in snapshot.levels]
-    stream = Stream(snapshot, batch=BATCH, seed=seed, split=split, measurements=measurements or of_counts, **reading)
+    if measurements is None:
+        measurements = [name for name in snapshot.measurements if name not in snapshot.levels]
+        if not measurements:
+            raise UsageError(f"{snapshot.uri}: has levels only ({', '.join(snapshot.levels)}), and no counts to rank")
+    stream = Stream(snapshot, batch=BATCH, seed=seed, split=split, measurements=measurements, **reading)
     features: dict[str, list[NDArray[np.uint32]]] = {name: [] for name in stream.measurements}
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in stream.measurements}
     seen, sizes = 0, vocabulary_sizes([snapshot])

@@ -38,7 +38,8 @@ class Window:
     """The decoded rows of a window.
 
     Attributes:
-        firsts: First row of each block, ascending.
+        numbers: Number of each block in the source's plan, ascending.
+        firsts: First row of each block.
         offsets: Where the rows of each block begin among the window's rows; one longer.
         spans: Measurement to all rows, block after block.
         codes_RF: What is said of the rows: codes of the reader's fields, in the snapshot's numbering.
@@ -47,6 +48,7 @@ class Window:
         notes: What users of the window found out about it and need again.
     """
 
+    numbers: NDArray[np.int64]
     firsts: NDArray[np.int64]
     offsets: NDArray[np.int64]
     spans: dict[str, Spans]
@@ -60,14 +62,29 @@ class Window:
         lengths = np.diff(self.offsets)
         return np.repeat(self.firsts - self.offsets[:-1], lengths) + np.arange(self.offsets[-1])
 
-    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where rows lie among the window's; -1 for those that it does not hold."""
-        if len(self.firsts) == 0:
+    def places(self, numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where rows of these blocks lie among the window's; -1 for those that it does not hold."""
+        if len(self.numbers) == 0:
             return np.full(len(rows), -1)
-        block = np.searchsorted(self.firsts, rows, side="right") - 1
+        block = np.minimum(np.searchsorted(self.numbers, numbers), len(self.numbers) - 1)
         within = rows - self.firsts[block]
-        held = (block >= 0) & (within < np.diff(self.offsets)[block])
+        held = (self.numbers[block] == numbers) & (within >= 0) & (within < np.diff(self.offsets)[block])
         return np.where(held, self.offsets[block] + within, -1)
+
+
+class Budget:
+    """What the slots of several readers may hold together, and what each of them needs so far."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self._needed: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def claim(self, reader: object, needed: int) -> int:
+        """Note what a reader needs; return what all need."""
+        with self._lock:
+            self._needed[id(reader)] = max(needed, self._needed.get(id(reader), 0))
+            return sum(self._needed.values())
 
 
 class Reader:
@@ -80,7 +97,7 @@ class Reader:
         threads: Threads that decode; several readers may share them.
         beside: Threads that read the second of two arrays while the first is read; without, one comes after the other.
         small_threads: Threads of its own that read lengths and labels.
-        memory_bytes: What the slots may hold together.
+        budget: What the slots may hold together, with those of other readers.
         slots: Room for the windows in memory: the one in use, the next, those that are being read.
         cache: Where decoded blocks are looked for first, and kept.
     """
@@ -94,12 +111,12 @@ class Reader:
         threads: ThreadPoolExecutor,
         beside: ThreadPoolExecutor | None = None,
         small_threads: int = 1,
-        memory_bytes: int,
+        budget: Budget,
         slots: Sequence[Slot],
         cache: BlockCache | None = None,
     ) -> None:
         self.part, self.measurements, self.fields = part, tuple(measurements), tuple(fields)
-        self.memory_bytes, self.cache = memory_bytes, cache
+        self.budget, self.cache = budget, cache
         self._fields_mark = zlib.crc32(" ".join(self.fields).encode())
         self._lengths = ThreadPoolExecutor(1, thread_name_prefix="somaflow-lengths")
         self._small = ThreadPoolExecutor(small_threads, thread_name_prefix="somaflow-small")
@@ -115,10 +132,10 @@ class Reader:
         self._lengths.shutdown(wait=True, cancel_futures=True)
         self._small.shutdown(wait=True, cancel_futures=True)
 
-    def ask(self, blocks: Sequence[Block]) -> Future[Window]:
-        """Read a window as soon as a slot is free."""
+    def ask(self, numbers: NDArray[np.int64], blocks: Sequence[Block]) -> Future[Window]:
+        """Read a window, blocks with their numbers in ascending order, as soon as a slot is free."""
         answer: Future[Window] = Future()
-        self._lengths.submit(self._begin, sorted(blocks), answer)
+        self._lengths.submit(self._begin, numbers, blocks, answer)
         return answer
 
     def give_back(self, window: Window) -> None:
@@ -126,12 +143,12 @@ class Reader:
         self._free.append(window.slot)
         self._returned.release()
 
-    def _begin(self, blocks: list[Block], answer: Future[Window]) -> None:
+    def _begin(self, numbers: NDArray[np.int64], blocks: Sequence[Block], answer: Future[Window]) -> None:
         """Find out how long the rows are, then have the blocks read side by side."""
         try:
             names = [name for name in self.measurements for _ in blocks]
-            asked = self._small.map(self._block_lengths, names, blocks * len(self.measurements))
-            codes, numbers = self._said(blocks)
+            asked = self._small.map(self._block_lengths, names, [*blocks] * len(self.measurements))
+            codes_RF, numbers_RF = self._said(blocks)
             found = list(asked)
             lengths = {
                 name: found[number * len(blocks) : (number + 1) * len(blocks)]
@@ -153,7 +170,8 @@ class Reader:
                 length = np.concatenate([np.empty(0, np.int64), *(part for part, _ in parts)])
                 spans[name] = Spans(np.cumsum(length) - length, length, features, counts)
             offsets = np.cumsum([0, *(stop - start for start, stop in blocks)])
-            window = Window(np.array([start for start, _ in blocks]), offsets, spans, codes, numbers, slot)
+            firsts = np.array([start for start, _ in blocks])
+            window = Window(numbers, firsts, offsets, spans, codes_RF, numbers_RF, slot)
         except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
             answer.set_exception(error)
             return
@@ -163,7 +181,7 @@ class Reader:
         if not reads:
             answer.set_result(window)
 
-    def _said(self, blocks: list[Block]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def _said(self, blocks: Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return codes_RF and numbers_RF of the rows of all blocks."""
         said = list(self._small.map(self._block_labels, blocks))
         codes = [np.empty((len(self.fields), 0), np.int32), *(codes for codes, _ in said)]
@@ -213,16 +231,17 @@ class Reader:
     def _room(self, slot: Slot, name: str, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
         if name not in slot.features or len(slot.features[name]) < size:
             kinds = [self.part.dtype(name, member) for member in ("features", "counts")]
-            others = [held[one] for held in (slot.features, slot.counts) for one in held if one != name]
-            own = size * sum(kind.itemsize for kind in kinds)
-            needed = self._n_slots * (own + sum(part.nbytes for part in others))
-            if needed > self.memory_bytes:
-                raise UsageError(
-                    f"{self.part.uri}: {self._n_slots} windows take {needed / 2**20:,.0f} MiB ({name} "
-                    f"{self._n_slots * own / 2**20:,.0f}) and {self.memory_bytes / 2**20:,.0f} MiB are allowed; choose "
-                    "a smaller window or block, or allow more"
-                )
             room = int(size * 1.05) + 1
+            own = room * sum(kind.itemsize for kind in kinds)
+            others = sum(held[one].nbytes for held in (slot.features, slot.counts) for one in held if one != name)
+            needed = self.budget.claim(self, self._n_slots * (own + others))
+            if needed > self.budget.n_bytes:
+                own_mib, all_mib, allowed_mib = (n / 2**20 for n in (self._n_slots * own, needed, self.budget.n_bytes))
+                raise UsageError(
+                    f"{self.part.uri}: {self._n_slots} windows take {own_mib:,.3g} MiB ({name}), with all that is read "
+                    f"beside them {all_mib:,.3g}, and {allowed_mib:,.3g} MiB are allowed; choose a smaller window or "
+                    "block, or allow more"
+                )
             # every page is touched once, here; np.zeros would leave that to the first read
             slot.features[name], slot.counts[name] = (np.full(room, 0, kind) for kind in kinds)
         return slot.features[name], slot.counts[name]

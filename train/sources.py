@@ -154,3 +154,19 @@ def vocabulary_sizes(snapshots: Sequence[Snapshot]) -> dict[str, int]:
                 longest[name] = (snapshot.name, rows)
             sizes[name] = len(longest[name][1])
     return sizes
+
+
+def refuse_mixed_layers(snapshots: Sequence[Snapshot], measurements: Sequence[str]) -> None:
+    """Refuse a mixture in which a measurement is counts of one snapshot and levels of another.
+
+    Raises:
+        UsageError: Which, and of which snapshots.
+    """
+    for name in measurements:
+        having = [one for one in snapshots if name in one.measurements]
+        levels = {name in one.levels: one for one in having}
+        if len(levels) > 1:
+            raise UsageError(
+                f"{name} is levels in {levels[True].name!r} and counts in {levels[False].name!r}, and cannot be mixed; "
+                "leave it out (measurements), or one of them"
+            )

@@ -36,8 +36,8 @@ from train.labels import FIELDS, Labels, read_labels
 from train.lanes import LINE
 from train.plan import RowOrder, Rows, SamplePlan
 from train.plan import Window as WindowKey
-from train.reader import Reader, Slot, Window
-from train.sources import Source, find_sources, vocabulary_sizes
+from train.reader import Budget, Reader, Slot, Window
+from train.sources import Source, find_sources, refuse_mixed_layers, vocabulary_sizes
 from train.telemetry import ShuffleTelemetry
 from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
 
@@ -95,7 +95,8 @@ class Stream:
         cache_bytes: What that folder may hold.
         weights: How often each cell of the split comes, relative to the others: numbers in row order, or a label (as
             ``"cell_type"``) whose values then come equally often. An epoch has as many cells as the split has; a cell
-            comes as often as it should up to one, rare ones several times, common ones in some epochs.
+            comes as often as it should up to one, rare ones several times, common ones in some epochs. Of several
+            snapshots each keeps its share: weights choose within it.
         balance: Deal a batch out so that ranks get about equally many non-zeros, not only equally many cells; not with
             several lanes, where a rank has only its own to choose from.
         labels: What is said of the cells, if it was read before.
@@ -138,24 +139,16 @@ class Stream:
         sets: bool = False,
     ) -> None:
         for name, value in {"batch": batch, "block": block, "window": window, "threads": threads}.items():
-            if value < 1:
-                raise UsageError(f"{name} = {value}: at least 1")
+            _at_least(name, value, 1)
+        _at_least("seed", seed, 0)
         if lanes < 1 or window % lanes:
             raise UsageError(f"lanes = {lanes} does not divide window = {window}")
-        if not isinstance(balance, bool):
-            raise UsageError(
-                f"balance = {balance!r} is not true or false: it is about ranks; weights = 'cell_type' lets the values "
-                "of a label come equally often"
-            )
+        _refuse_other_kinds(tokens, balance, measurements)
         if tokens and controls:
             raise UsageError("controls come with ragged batches: leave tokens out, and make tokens of both")
         if sets and (tokens or weights is not None):
             raise UsageError("sets come in ragged batches and without weights: make tokens of what comes")
-        if isinstance(measurements, str):
-            raise UsageError(f"measurements = {measurements!r}: say a list, [{measurements!r}]")
-        shares = dict(snapshot) if isinstance(snapshot, Mapping) else {snapshot: 1.0}
-        if not shares:
-            raise UsageError("no snapshot is named; a mixture maps snapshots to their weights")
+        shares = _shares(snapshot)
         self.snapshots = tuple(shares)
         sizes = vocabulary_sizes(self.snapshots)
         unknown = sorted(set(measurements or ()) - set(sizes))
@@ -163,6 +156,8 @@ class Stream:
             known = ", ".join(sizes)
             raise UsageError(f"{self.snapshots[0].uri}: no measurement {unknown[0]!r}; measurements: {known}")
         self.measurements = tuple(measurements or sizes)
+        refuse_mixed_layers(self.snapshots, self.measurements)
+        self.split = split
         self.sources, self.sets = find_sources(shares, split, sets=sets), sets
         matched = controls.fields if controls else ()
         measured = (measured_column(name) for name in self.measurements)
@@ -190,7 +185,11 @@ class Stream:
         )
         room = sum(order.window_rows for order in self.plan.orders)
         if min(batch, self.plan.n_rows) > room:
-            raise UsageError(f"a batch of {batch:,} cells is larger than a window of {room:,} (block times window)")
+            what = "sets" if sets else "cells"
+            raise UsageError(
+                f"a batch of {batch:,} {what} is larger than a window of {room:,}; choose a larger block or "
+                f"window: together they are {block * window:,} cells"
+            )
         expected = None if weights is not None or sets else _dataset_shares(self.sources, self.labels, split, portions)
         self.telemetry = ShuffleTelemetry(expected)
         self._drawn_for: dict[int, dict[int, NDArray[np.int64]]] = {}
@@ -228,6 +227,7 @@ class Stream:
         return {
             "step": self.step,
             "snapshot_id": "+".join(snapshot.id for snapshot in self.snapshots),
+            "split": self.split,
             "n_rows": plan.n_rows,
             "global_batch": plan.global_batch,
             "seed": plan.seed,
@@ -242,8 +242,13 @@ class Stream:
         Raises:
             UsageError: It streamed other cells or in another order; the message says what differs.
         """
-        for key, mine in self._standing().items():
-            if key != "step" and state[key] != mine:
+        standing = self._standing()
+        if missing := sorted(standing.keys() - state.keys() - {"split"}):
+            raise UsageError(f"this is no state of a stream: it has no {missing[0]!r}")
+        if int(state["step"]) < 0:
+            raise UsageError(f"step = {state['step']!r}: at least 0")
+        for key, mine in standing.items():
+            if key != "step" and state.get(key, mine) != mine:  # states once had no split
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
         self.step = int(state["step"])
         self.loaded += 1
@@ -279,16 +284,21 @@ class Stream:
             raise UsageError(
                 f"weights are {n_rows:,} numbers, one for each cell of the split, not negative, not all zero"
             )
-        first, portions = 0, []
-        for source in self.sources:
-            mine = values[first : first + source.n_rows]
+        first, sums = 0, np.empty(len(self.sources))
+        for number, source in enumerate(self.sources):
+            upper = np.cumsum(values[first : first + source.n_rows])
             first += source.n_rows
-            upper = np.cumsum(mine)
-            portions.append(float(upper[-1]) * source.share / source.n_rows if len(self.snapshots) > 1 else upper[-1])
-            upper *= source.n_rows / max(upper[-1], np.finfo(float).tiny)
+            sums[number] = upper[-1]
+            if sums[number] > 0:  # else none of its cells comes
+                upper *= source.n_rows / sums[number]
             upper[-1] = source.n_rows
             self._upper.append(upper)
-        return np.array(portions)
+        which = np.array([source.number for source in self.sources])
+        total = np.bincount(which, sums)
+        if not total.all():
+            raise UsageError(f"{self.snapshots[int(np.argmin(total))].uri}: all its cells have weight 0; leave it out")
+        shares = np.bincount(which, [source.share for source in self.sources])
+        return np.asarray(shares[which] * sums / total[which])
 
     def _rows(self, source: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of a source's part at these positions of an epoch's cells, which lie in row order.
@@ -344,6 +354,7 @@ class Stream:
             UsageError: Windows take more memory than is allowed, or there is no such rank.
         """
         _check_rank(rank, world)
+        _at_least("start", start, 0)
         many = self._steps_together(world, every)
         firsts = range(start, stop, many * every)
         kept = self._slots.pop() if self._slots else []
@@ -357,7 +368,7 @@ class Stream:
 
         def ask(key: Key) -> None:
             if key not in windows:
-                windows[key] = readers[key[0]].ask(self._blocks(key, rank, world))
+                windows[key] = readers[key[0]].ask(*self._blocks(key, rank, world))
 
         def submit(first: int) -> None:
             group = range(first, min(first + many * every, stop), every)
@@ -421,7 +432,7 @@ class Stream:
         for source in self.sources:
             for array in source.part.arrays(self.measurements):
                 decoders.submit(source.part.warm, array)
-        room = sum(order.window_rows for order in self.plan.orders)
+        budget = Budget(self.memory_bytes)
         return [
             Reader(
                 source.part,
@@ -430,11 +441,11 @@ class Stream:
                 threads=decoders,
                 beside=None if is_local(source.part.uri) else beside,
                 small_threads=max(1, self._reading // 2),
-                memory_bytes=self.memory_bytes * order.window_rows // room,
+                budget=budget,
                 slots=slots,
                 cache=self.cache,
             )
-            for source, order, slots in zip(self.sources, self.plan.orders, kept, strict=True)
+            for source, slots in zip(self.sources, kept, strict=True)
         ]
 
     def _windows(self, step: int) -> list[Key]:
@@ -465,19 +476,20 @@ class Stream:
             found.append((epoch, place // order.window_rows))
         return found
 
-    def _blocks(self, key: Key, rank: int, world: int) -> list[tuple[int, int]]:
+    def _blocks(self, key: Key, rank: int, world: int) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """Return the numbers of a window's blocks that a rank needs, ascending, and each one's first and last rows."""
         number, window = key
         order = self.plan.orders[number]
         blocks = order.blocks(window, self.plan.lanes_of(number, window, rank, world))
         if len(blocks) == 0:
-            return []
+            return blocks, []
         starts = blocks * order.block
         stops = np.minimum(starts + order.block, order.n_rows)
         if self.sets:
             borders = self.sources[number].sets
-            return list(zip(borders[starts].tolist(), borders[stops].tolist(), strict=True))
+            return blocks, list(zip(borders[starts].tolist(), borders[stops].tolist(), strict=True))
         firsts, lasts = self._rows(number, window[0], starts), self._rows(number, window[0], stops - 1)
-        return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
+        return blocks, [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
 
     def _make(
         self, waiting: dict[Key, Future[Window]], steps: range, rank: int, world: int
@@ -527,23 +539,26 @@ class Stream:
 
     def _find(self, windows: dict[Key, Window], rows: Rows) -> _Held:
         """Find a batch's rows, or all rows of its sets, in the windows."""
-        source, row, set_C = rows.source, np.empty(len(rows), np.int64), None
+        source, row, dealt, set_C = rows.source, np.empty(len(rows), np.int64), rows, None
         if self.sets:
             source, row, set_C = self._rows_of_sets(rows)
+            dealt = rows.take(set_C)
         else:
             for number, epoch in dict.fromkeys((key[0], key[1][0]) for key in windows):
                 mine = np.flatnonzero((source == number) & (rows.epoch == epoch))
                 row[mine] = self._rows(number, epoch, rows.row[mine])
         pieces = []
-        found = np.zeros(len(row), dtype=bool)
-        for key, window in windows.items():
-            mine = np.flatnonzero((source == key[0]) & ~found)
-            place = window.places(row[mine])
-            there = place >= 0
-            pieces.append((key, window, mine[there], place[there]))
-            found[mine[there]] = True
-        if not found.all():
-            raise AssertionError(f"{int((~found).sum())} rows of a batch are in none of the windows {list(windows)}")
+        n_found = 0
+        for key, window in windows.items():  # a cell may lie in several: of two epochs, or, drawn twice, of two blocks
+            number, (epoch, of_epoch) = key
+            order = self.plan.orders[number]
+            its = (dealt.place - epoch * order.n_rows) // order.window_rows
+            mine = np.flatnonzero((source == number) & (dealt.epoch == epoch) & (its == of_epoch))
+            place = window.places(dealt.row[mine] // order.block, row[mine])
+            n_found += int((place >= 0).sum())
+            pieces.append((key, window, mine, place))
+        if n_found < len(row):
+            raise AssertionError(f"{len(row) - n_found} rows of a batch are in none of the windows {list(windows)}")
         return _Held(len(row), source, row, pieces, set_C)
 
     def _rows_of_sets(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -570,6 +585,7 @@ class Stream:
         prompts = {name: np.empty(n_cells, np.int32) for name in PROMPTS}
         perturbation = np.empty((n_cells, labels.perturbation[0].shape[1]), np.int32)
         panel, row = np.empty(n_cells, np.int32), np.empty(n_cells, np.int64)
+        measured = {name: of_field[measured_column(name)].astype(bool) for name in self.measurements}
         for number, source in enumerate(self.sources):
             its: Any = np.flatnonzero(held.source == number) if len(self.sources) > 1 else slice(None)
             which = source.number
@@ -578,10 +594,13 @@ class Stream:
             perturbation[its] = labels.perturbation[which][of_field["perturbation"][its]]
             panel[its] = labels.panel[which][of_field["dataset_id"][its]]
             row[its] = source.first_row + held.row[its]
+            for name in self.measurements:
+                if name not in source.snapshot.measurements:  # the lake has it, this snapshot left it out
+                    measured[name][its] = False
         return Cells(
             n_cells=n_cells,
             counts={},
-            measured={name: of_field[measured_column(name)].astype(bool) for name in self.measurements},
+            measured=measured,
             panel=panel,
             prompts=prompts,
             perturbation=perturbation,
@@ -633,13 +652,38 @@ class Stream:
 
     def _lanes(self, key: Key, window: Window) -> NDArray[np.int64]:
         """Return the lane of each of a window's rows."""
-        number, (epoch, _) = key
-        order = self.plan.orders[number]
-        blocks = order.blocks(key[1])
-        places = blocks * order.block
-        firsts = self.sources[number].sets[places] if self.sets else self._rows(number, epoch, places)
-        lanes = order.lanes_of_blocks(key[1], blocks[np.searchsorted(firsts, window.firsts)])
+        lanes = self.plan.orders[key[0]].lanes_of_blocks(key[1], window.numbers)
         return np.repeat(lanes, np.diff(window.offsets))
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name} = {value}: at least {least}")
+
+
+def _refuse_other_kinds(tokens: object, balance: object, measurements: object) -> None:
+    """Refuse words of other kinds than they should be, of those that are easily taken for something else."""
+    if tokens is not None and not isinstance(tokens, TokenSettings):
+        raise UsageError(f"tokens = {tokens!r}: say TokenSettings(budget=...), of train.tokens")
+    if not isinstance(balance, bool):
+        raise UsageError(
+            f"balance = {balance!r} is not true or false: it is about ranks; weights = 'cell_type' lets the values "
+            "of a label come equally often"
+        )
+    if isinstance(measurements, str):
+        raise UsageError(f"measurements = {measurements!r}: say a list, [{measurements!r}]")
+    if measurements is not None and not measurements:
+        raise UsageError("measurements = []: name some, or leave it out for all")
+
+
+def _shares(snapshot: Snapshot | Mapping[Snapshot, float]) -> dict[Snapshot, float]:
+    shares = snapshot if isinstance(snapshot, Mapping) else {}
+    if isinstance(snapshot, Mapping) and not shares:
+        raise UsageError("no snapshot is named; a mixture maps snapshots to their weights")
+    for one in shares or [snapshot]:
+        if not isinstance(one, Snapshot):
+            raise UsageError(f"{one!r} is no snapshot: say open_snapshot(lake, name), of store.snapshot")
+    return dict(shares) or {snapshot: 1.0}  # type: ignore[dict-item]
 
 
 def _check_rank(rank: int, world: int) -> None:
