@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import secrets
 import time
 from collections import defaultdict
@@ -37,7 +36,7 @@ from store.errors import ConflictError, SomaflowError, UsageError, VerificationE
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.order import order_of, units_of
-from store.part import CODED, checksums_digest
+from store.part import CODED, MANIFEST, checksums_digest, manifest_digest
 from store.shuffle import (
     Bucket,
     Chunk,
@@ -272,7 +271,7 @@ class _Build:
 
         Whoever deletes it looks at plans first: this finds a deletion that began before the plan stood there.
         """
-        if self.like and (records.read(records.join(self.like.uri, snapshot.MANIFEST)) or {}).get("id") != self.like.id:
+        if self.like and (records.read(records.join(self.like.uri, MANIFEST)) or {}).get("id") != self.like.id:
             raise ConflictError(
                 f"{self.like.uri}: was deleted or made anew since {self.name!r} is built from it; drop what was done "
                 f"with: python -m store snapshot delete {self.name} --lake {self.lake.uri}"
@@ -418,7 +417,7 @@ class _Build:
             "n_sets": max(0, len(self.set_starts) - 1),
             "checksums": checksums_digest(sums),
         }
-        part["id"] = hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        part["id"] = manifest_digest(part)
         before = self.base.manifest["parts"] if self.base else []
         counts = list(self.labels["dataset_id"].values())
         splits = {split: sum(of.get(split, 0) for of in counts) for split in self.splits}
@@ -453,11 +452,11 @@ class _Build:
             ).hexdigest(),
             "versions": {key: importlib.metadata.version(key) for key in ("tiledbsoma", "tiledb", "numpy")},
         }
-        manifest["id"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        manifest["id"] = manifest_digest(manifest)
         manifest["created"] = utc_now()
         filesystem, path = fsspec.core.url_to_fs(records.join(self.uri, snapshot.CARD))
         filesystem.pipe_file(path, write_card(manifest, self.labels, datasets).encode())
-        records.create(records.join(self.uri, snapshot.MANIFEST), manifest)
+        records.create(records.join(self.uri, MANIFEST), manifest)
 
 
 @dataclass(frozen=True)

@@ -377,6 +377,7 @@ class Part:
         manifest = records.read(records.join(self.uri, MANIFEST))
         if manifest is None:
             raise VerificationError(f"{self.uri}/{MANIFEST}: is lost; put it back, or make the snapshot again")
+        check_manifest(self.uri, manifest)
         for name, of in manifest["measurements"].items():
             uri = records.join(self.uri, name, "var")
             try:
@@ -419,6 +420,29 @@ def check_vocabulary(uri: str, measurement: str, var: pa.Table, expected: str) -
             f"{uri}/{measurement}/var: its features are not those of the manifest's vocabulary_hash, or stand in "
             "another order; put its files back, or delete the snapshot and make it again"
         )
+
+
+def manifest_digest(said: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hex, that is the ``id`` of a manifest or of a part's entry in it: over all else it says.
+
+    When it was made is said beside it, so that the same cells have the same id whenever they are copied.
+    """
+    content = {key: value for key, value in said.items() if key not in ("id", "created")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_manifest(uri: str, manifest: Mapping[str, Any]) -> None:
+    """Compare what the manifest of the snapshot ``uri`` says, of the whole and of each part, with its ids.
+
+    Raises:
+        VerificationError: It says something else than when it was written.
+    """
+    for said in (manifest, *manifest.get("parts", ())):
+        if manifest_digest(said) != said.get("id"):
+            raise VerificationError(
+                f"{uri}/{MANIFEST}: is not what was written: it does not fit the ids in it; put the file back, or "
+                "delete the snapshot and make it again"
+            )
 
 
 def checksums_digest(sums: dict[str, list[str]]) -> str:

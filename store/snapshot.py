@@ -44,14 +44,23 @@ from store.cluster import Tasks, in_this_process
 from store.context import soma_context
 from store.errors import MissingError, UsageError, VerificationError
 from store.lake import open_lake
-from store.part import CODED, LABELS, Part, check_vocabulary, digest_of, labels_digest, presence_digest
+from store.part import (
+    CODED,
+    LABELS,
+    MANIFEST,
+    Part,
+    check_manifest,
+    check_vocabulary,
+    digest_of,
+    labels_digest,
+    presence_digest,
+)
 from store.settings import parse_settings
 from store.snapshot_arrays import FORMAT
 from store.splits import SnapshotSettings
 
 __all__ = ["LABELS", "Snapshot", "SnapshotSettings", "create_snapshot", "open_snapshot", "refresh_snapshot"]
 
-MANIFEST = "snapshot.json"
 CARD = "card.md"
 SCANNED_ROWS = 2**20
 
@@ -176,6 +185,7 @@ def open_snapshot(lake_uri: str, name: str) -> Snapshot:
     Raises:
         MissingError: The lake has no such snapshot; the message lists those that it has.
         UsageError: It was made in another format.
+        VerificationError: Its manifest is not what was written.
     """
     manifest = read_manifest(lake_uri, name)
     if manifest["format"] != FORMAT:
@@ -183,6 +193,7 @@ def open_snapshot(lake_uri: str, name: str) -> Snapshot:
             f"{snapshot_uri(lake_uri, name)}: was made in format {manifest['format']}, this version reads format "
             f"{FORMAT}; make it again: python -m store snapshot delete {name} --lake {lake_uri}, then create it"
         )
+    check_manifest(snapshot_uri(lake_uri, name), manifest)
     return Snapshot(records.absolute(lake_uri), name, manifest)
 
 

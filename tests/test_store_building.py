@@ -26,6 +26,7 @@ from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
 from store.errors import ConflictError, SettingsError, StorageError, UsageError, VerificationError
 from store.lake import Lake, open_lake
+from store.part import manifest_digest
 from store.schema import DatasetPlan
 from store.settings import parse_settings
 from store.shuffle import LABELS, _labels
@@ -361,8 +362,9 @@ def test_a_name_that_stands_twice_in_the_settings_is_refused(key: str) -> None:
 
 def test_a_snapshot_whose_settings_name_an_organism_twice_is_not_refreshed(uri: str) -> None:
     made = create_snapshot(uri, "s", SnapshotSettings())
-    manifest = json.loads(Path(made.uri, "snapshot.json").read_text())
+    manifest = made.manifest
     manifest["settings"]["organisms"] = ["homo_sapiens", "homo_sapiens"]
+    manifest["id"] = manifest_digest(manifest)
     Path(made.uri, "snapshot.json").write_text(json.dumps(manifest))
     with LakeWriter(uri) as writer:
         add_dataset(writer, "b", 50, {"RNA": 30})
@@ -374,6 +376,7 @@ def test_a_snapshot_whose_features_are_not_those_of_its_manifest_is_found(uri: s
     made = create_snapshot(uri, "s", SnapshotSettings())
     made.verify()
     made.manifest["measurements"]["RNA"]["vocabulary_hash"] = "another"
+    made.manifest["id"] = manifest_digest(made.manifest)
     Path(made.uri, "snapshot.json").write_text(json.dumps(made.manifest))
     with pytest.raises(VerificationError, match="RNA/var: its features are not those of the manifest"):
         made.verify()

@@ -23,7 +23,7 @@ from store.build import CELL_ELEMENTS, builder_lock, cut
 from store.cluster import Tasks, in_this_process, ray_tasks
 from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
-from store.part import Part
+from store.part import Part, manifest_digest
 from store.settings import load_settings, parse_settings
 from store.shuffle import _borders, _narrow
 from store.snapshot import (
@@ -574,10 +574,27 @@ def test_a_snapshot_made_before_its_tables_had_digests_is_read(tmp_path: Path) -
         add_dataset(writer, "a", 60, {"RNA": 30})
         made = create_snapshot(uri, "s", SnapshotSettings(set_size=8, set_by=("dataset_id",)))
     manifest = {key: value for key, value in made.manifest.items() if key != "tables"}
+    manifest["id"] = manifest_digest(manifest)
     Path(made.uri, "snapshot.json").write_text(json.dumps(manifest))
     old = open_snapshot(uri, "s")
     old.verify()
     assert old.label_values() == made.label_values()
+
+
+@pytest.mark.parametrize("of_part", [False, True])
+def test_a_manifest_that_says_something_else_than_was_written_is_not_opened(tmp_path: Path, of_part: bool) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "a", 60, {"RNA": 30})
+        made = create_snapshot(uri, "s", SnapshotSettings(seed=3))
+    manifest = made.manifest
+    manifest["parts"][0]["split_rows"]["train"][1] += 3  # cells of the test split would be trained on
+    if of_part:
+        manifest["id"] = manifest_digest(manifest)
+    Path(made.uri, "snapshot.json").write_text(json.dumps(manifest))
+    for read in (lambda: open_snapshot(uri, "s"), made.verify):
+        with pytest.raises(VerificationError, match=r"s/snapshot.json: is not what was written: .* make it again"):
+            read()
 
 
 @pytest.mark.parametrize(
