@@ -27,6 +27,10 @@ SMALL_BYTES = 2**25
 """Tables of up to so many bytes go to S3 a file a request: twice as much fits, and no file of a table is larger."""
 THREADS = "SOMAFLOW_TILEDB_THREADS"
 """Environment variable: threads of TileDB in this process; unset, as many as there are cores."""
+INGEST_AGAIN = "python -m store validate tells of which datasets; remove those and ingest them again"
+"""What to do about damage of a lake."""
+MAKE_AGAIN = "delete the snapshot and make it again"
+"""What to do about damage of a snapshot."""
 
 
 @cache
@@ -108,8 +112,10 @@ def storage(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def reading(uri: str) -> Iterator[None]:
+def reading(uri: str, remedy: str = INGEST_AGAIN) -> Iterator[None]:
     """Turn what reading the array (or lake) ``uri`` raises into an error that says whether its bytes are damaged.
+
+    ``remedy`` is what to do if they are.
 
     Raises:
         StorageError: The store does not answer, a file is not there, or no memory was left.
@@ -128,10 +134,7 @@ def reading(uri: str) -> Iterator[None]:
                 f"{uri}: cannot be read: {reason}; check the place and your rights to it, and run the same command "
                 "again"
             ) from error
-        raise VerificationError(
-            f"{uri}: cannot be read: {reason}; the stored bytes are damaged: python -m store validate tells of which "
-            "datasets; remove those and ingest them again"
-        ) from error
+        raise VerificationError(f"{uri}: cannot be read: {reason}; the stored bytes are damaged: {remedy}") from error
 
 
 def _reason(error: Exception) -> str:

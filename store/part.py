@@ -23,7 +23,7 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import new_tiledb_context, soma_context
+from store.context import MAKE_AGAIN, new_tiledb_context, reading, soma_context
 from store.errors import UsageError, VerificationError
 
 READING_THREADS = 1
@@ -99,8 +99,14 @@ class _Opened:
         """Return one array.
 
         Raises:
-            VerificationError: Files of it are lost: TileDB would give fill values for what they held, without a word.
+            StorageError: The store does not answer.
+            VerificationError: It is damaged, or files of it are lost: TileDB would give fill values for what they held,
+                without a word.
         """
+        with reading(records.join(self._uri, *member), MAKE_AGAIN):
+            return self._array(member)
+
+    def _array(self, member: tuple[str, ...]) -> tiledb.Array:
         with self._opening:
             mine = self._locks.setdefault(member, threading.Lock())
         with mine:  # several arrays may be opened at the same time: from afar that takes a while
@@ -124,7 +130,7 @@ class _Opened:
         """Open the same arrays again."""
         fresh = _Opened(self._uri, self._shapes)
         for member in list(self._arrays):
-            fresh.array(member)
+            fresh._array(member)
         return fresh
 
 
@@ -287,14 +293,15 @@ class Part:
 
         Raises:
             UsageError: Unknown column.
-            VerificationError: Some rows are not there.
+            VerificationError: The stored bytes are damaged, or some rows are not there.
         """
         wanted = list(CELLS_SCHEMA.names if columns is None else dict.fromkeys(["row", *columns]))
         if unknown := sorted(set(wanted) - set(CELLS_SCHEMA.names)):
             raise UsageError(f"{self.uri}: no column {unknown[0]!r}; columns: {', '.join(CELLS_SCHEMA.names)}")
         if start == stop:
             return CELLS_SCHEMA.empty_table().select(wanted)
-        with tiledbsoma.DataFrame.open(records.join(self.uri, "cells"), context=soma_context()) as frame:
+        uri = records.join(self.uri, "cells")
+        with reading(uri, MAKE_AGAIN), tiledbsoma.DataFrame.open(uri, context=soma_context()) as frame:
             found = frame.read((slice(start, stop - 1),), column_names=wanted).concat()
         if len(found) != stop - start:
             raise self._damaged("cells", start, stop, f"{len(found):,} of {stop - start:,} rows are there")

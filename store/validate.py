@@ -159,4 +159,6 @@ def _snapshots(lake: Lake) -> Iterator[Check]:
             snapshot.open_snapshot(lake.uri, name).verify()
         except SomaflowError as error:
             problem = str(error)
+        except Exception as error:  # noqa: BLE001  whatever the storage raises is the finding
+            problem = f"cannot be read: {type(error).__name__}: {error}"
         yield Check("snapshot", name, problem)

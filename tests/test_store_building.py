@@ -39,6 +39,7 @@ from store.snapshot import (
     open_snapshot,
     refresh_snapshot,
 )
+from store.validate import validate
 from store.writer import LakeWriter, write_counts
 
 
@@ -333,9 +334,50 @@ def test_a_damaged_label_is_called_damage_and_its_array_is_named(uri: str) -> No
         create_snapshot(uri, "s", SnapshotSettings())
 
 
-def damage(array: Path, pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("array", "folder", "pattern"),
+    [
+        ("cells", "__fragments", "a5.tdb"),
+        ("labels", "__fragments", "a1.tdb"),
+        ("RNA/presence", "__fragments", "d0.tdb"),
+        ("dead", "__fragments", "a0.tdb"),
+        ("codes", "__schema", "__1*"),
+        ("labels", "__schema", "__1*"),
+    ],
+)
+def test_damage_of_any_array_of_a_snapshot_is_called_damage_and_named(
+    uri: str, array: str, folder: str, pattern: str
+) -> None:
+    create_snapshot(uri, "base", SnapshotSettings())
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "b", 50, {"RNA": 30})
+        writer.remove("a", "homo_sapiens")
+    made = refresh_snapshot(uri, "base", "s")
+    damage(Path(made.uri, array), pattern, folder)
+    with pytest.raises(
+        VerificationError, match=rf"s/{array}: cannot be read: .*damaged: delete the snapshot and make it again"
+    ):
+        open_snapshot(uri, "s").verify()
+
+
+def test_a_snapshot_that_cannot_be_read_at_all_is_a_finding_beside_those_of_the_others(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "other"):
+        create_snapshot(uri, name, SnapshotSettings())
+
+    def verify(self: snapshot.Snapshot) -> None:
+        if self.name == "one":
+            raise RuntimeError("no such attribute")
+
+    monkeypatch.setattr(snapshot.Snapshot, "verify", verify)
+    found = {check.subject: check.problem for check in validate(open_lake(uri)) if check.name == "snapshot"}
+    assert found == {"one": "cannot be read: RuntimeError: no such attribute", "other": ""}
+
+
+def damage(array: Path, pattern: str, folder: str = "__fragments") -> None:
     """Turn one bit of each of an array's files of this pattern."""
-    files = list((array / "__fragments").rglob(pattern))
+    files = list((array / folder).rglob(pattern))
     assert files
     for file in files:
         content = bytearray(file.read_bytes())
