@@ -70,6 +70,7 @@ def info(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonOptio
         features = ", ".join(f"{count:,} {name}" for name, count in measurements.items())
         console.print(f"{organism}: {features} features")
     console.print(f"snapshots: {', '.join(summary['snapshots']) or 'none'}")
+    _say_damaged(summary["damaged"])
 
 
 def _summary(lake: Lake) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def _summary(lake: Lake) -> dict[str, Any]:
         }
         for row in lake.datasets().to_pylist()
     ]
+    manifests, damaged = snapshot.read_manifests(lake.uri)
     return {
         "lake": lake.uri,
         "commit": lake.commit.number,
@@ -95,7 +97,8 @@ def _summary(lake: Lake) -> dict[str, Any]:
             for name in lake.organisms
         },
         "datasets": datasets,
-        "snapshots": snapshot.list_snapshots(lake.uri),
+        "snapshots": sorted([*manifests, *damaged]),
+        "damaged": damaged,
         "pending": [plan.dataset_id for plan in lake.pending()],
     }
 
@@ -343,10 +346,10 @@ def _say_made(made: snapshot.Snapshot, json: bool) -> None:
 @snapshots.command("list")
 def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
     """List a lake's snapshots."""
-    found = [snapshot.read_manifest(lake, name) for name in snapshot.list_snapshots(open_lake(lake).uri)]
-    begun = snapshot.begun_snapshots(lake)
+    manifests, damaged = snapshot.read_manifests(open_lake(lake).uri)
+    found, begun = list(manifests.values()), snapshot.begun_snapshots(lake)
     if json:
-        answer("store-snapshots/v1", snapshots=found, begun=begun)
+        answer("store-snapshots/v1", snapshots=found, begun=begun, damaged=damaged)
         return
     _print_table(
         ("snapshot", "cells", "measurements", "commit", "created"),
@@ -355,8 +358,16 @@ def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
             for one in found
         ],
     )
+    _say_damaged(damaged)
     for name in begun:
         console.print(f"{name}: begun and not finished; give the same command again, or delete it", markup=False)
+
+
+def _say_damaged(names: list[str]) -> None:
+    for name in names:
+        console.print(
+            f"{name}: its snapshot.json is damaged; put it back from a copy, or delete the snapshot", markup=False
+        )
 
 
 @snapshots.command("show")

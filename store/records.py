@@ -22,7 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet
 
-from store.errors import StorageError
+from store.errors import StorageError, VerificationError
 
 FOLDER = "somaflow"
 MARK = "_mark"
@@ -115,7 +115,11 @@ def replace(uri: str, values: dict[str, Any]) -> None:
 
 
 def read(uri: str) -> dict[str, Any] | None:
-    """Read one record; none where there is none."""
+    """Read one record; none where there is none.
+
+    Raises:
+        VerificationError: It is not whole.
+    """
     values = _read(uri)
     return None if values is None else _unmarked(values)
 
@@ -127,9 +131,17 @@ def _unmarked(values: dict[str, Any]) -> dict[str, Any]:
 def _read(uri: str) -> dict[str, Any] | None:
     filesystem, path = fsspec.core.url_to_fs(uri)
     try:
-        return dict(json.loads(filesystem.cat_file(path)))
+        content = filesystem.cat_file(path)
     except FileNotFoundError:
         return None
+    return _parsed(uri, content)
+
+
+def _parsed(uri: str, content: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise VerificationError(f"{uri}: is not whole: {error}; put the file back from a copy") from error
 
 
 def names(folder: str) -> list[str]:
@@ -155,15 +167,16 @@ def read_each(uris: Sequence[str]) -> list[dict[str, Any] | None]:
         return []
     filesystem, paths = fsspec.core.url_to_fs(uris[0])[0], [fsspec.core.url_to_fs(uri)[1] for uri in uris]
     # unlike cat, this takes no path for a pattern
-    return [_content(content) for content in filesystem.cat_ranges(paths, None, None, on_error="return")]
+    found = filesystem.cat_ranges(paths, None, None, on_error="return")
+    return [_content(uri, content) for uri, content in zip(uris, found, strict=True)]
 
 
-def _content(content: bytes | Exception) -> dict[str, Any] | None:
+def _content(uri: str, content: bytes | Exception) -> dict[str, Any] | None:
     if isinstance(content, FileNotFoundError):
         return None
     if isinstance(content, Exception):
         raise content
-    return _unmarked(json.loads(content))
+    return _unmarked(_parsed(uri, content))
 
 
 def exists(uri: str) -> bool:

@@ -168,11 +168,19 @@ def refuse_taken(lake_uri: str, name: str) -> None:
         UsageError: It has one.
     """
     uri = snapshot_uri(lake_uri, name)
-    if records.read(records.join(uri, MANIFEST)) is not None:
+    if _has_manifest(uri):
         raise UsageError(
             f"{uri}: there is a snapshot {name!r}; snapshots never change: choose another name or delete it with "
             f"python -m store snapshot delete {name} --lake {lake_uri}"
         )
+
+
+def _has_manifest(uri: str) -> bool:
+    """Say whether a snapshot's manifest stands there, whole or damaged."""
+    try:
+        return records.read(records.join(uri, MANIFEST)) is not None
+    except VerificationError:
+        return True
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -202,8 +210,15 @@ def read_manifest(lake_uri: str, name: str) -> dict[str, Any]:
 
     Raises:
         MissingError: The lake has no such snapshot; the message lists those that it has.
+        VerificationError: The manifest is not whole.
     """
-    manifest = records.read(records.join(snapshot_uri(lake_uri, name), MANIFEST))
+    try:
+        manifest = records.read(records.join(snapshot_uri(lake_uri, name), MANIFEST))
+    except VerificationError as error:
+        raise VerificationError(
+            f"{error}, or delete the snapshot and make it again: "
+            f"python -m store snapshot delete {name} --lake {lake_uri}"
+        ) from error
     if manifest is None:
         open_lake(lake_uri)
         known = ", ".join(list_snapshots(lake_uri)) or "none yet"
@@ -215,15 +230,26 @@ def read_manifest(lake_uri: str, name: str) -> dict[str, Any]:
 
 
 def list_snapshots(lake_uri: str) -> list[str]:
-    """Name the lake's snapshots, in alphabetical order; half-made ones do not exist."""
+    """Name the lake's snapshots, also damaged ones, in alphabetical order; half-made ones do not exist."""
     folder = records.join(records.absolute(lake_uri), "snapshots")
-    return [name for name in records.folders(folder) if records.read(records.join(folder, name, MANIFEST)) is not None]
+    return [name for name in records.folders(folder) if _has_manifest(records.join(folder, name))]
+
+
+def read_manifests(lake_uri: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the lake's snapshots to their manifests, whatever their format, and the names of damaged ones."""
+    found, damaged = {}, []
+    for name in list_snapshots(lake_uri):
+        try:
+            found[name] = read_manifest(lake_uri, name)
+        except VerificationError:
+            damaged.append(name)
+    return found, damaged
 
 
 def begun_snapshots(lake_uri: str) -> list[str]:
     """Name the snapshots whose building was begun and has not ended; what is left of one that is whole is none."""
     begun = records.folders(records.join(records.absolute(lake_uri), records.FOLDER, "building"))
-    return [name for name in begun if records.read(records.join(snapshot_uri(lake_uri, name), MANIFEST)) is None]
+    return [name for name in begun if not _has_manifest(snapshot_uri(lake_uri, name))]
 
 
 def read_card(lake_uri: str, name: str) -> str:
@@ -236,6 +262,8 @@ def read_card(lake_uri: str, name: str) -> str:
 def delete_snapshot(lake_uri: str, name: str) -> None:
     """Remove a snapshot, the manifest first, so that nobody sees half of it; or what is there of one half-made.
 
+    One whose manifest is damaged can be removed too.
+
     Raises:
         MissingError: There is none of this name.
         UsageError: Another snapshot was refreshed from it and needs its arrays, or is being built from it.
@@ -245,9 +273,8 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
 
     lake_uri = records.absolute(lake_uri)
     uri = snapshot_uri(lake_uri, name)
-    half_made = name in begun_snapshots(lake_uri)
-    if not half_made:
-        read_manifest(lake_uri, name)
+    if not _has_manifest(uri) and name not in begun_snapshots(lake_uri):
+        read_manifest(lake_uri, name)  # which says that there is none
     lock = builder_lock(lake_uri, name)
     lock.acquire()
     try:
@@ -260,7 +287,7 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
 
 
 def _refuse_needed(lake_uri: str, name: str) -> None:
-    """Make sure that no other snapshot, whole or begun, needs this one."""
+    """Make sure that no other snapshot, whole or begun, needs this one; a damaged one needs none any more."""
     from store.build import needed_snapshot
 
     uri = snapshot_uri(lake_uri, name)
@@ -269,8 +296,8 @@ def _refuse_needed(lake_uri: str, name: str) -> None:
             raise UsageError(
                 f"{uri}: snapshot {other!r} is being built from it; let that end, or delete {other!r} first"
             )
-    for other in list_snapshots(lake_uri):
-        if other != name and name in {part["name"] for part in read_manifest(lake_uri, other).get("parts", ())}:
+    for other, manifest in read_manifests(lake_uri)[0].items():
+        if other != name and name in {part["name"] for part in manifest.get("parts", ())}:
             raise UsageError(f"{uri}: snapshot {other!r} was refreshed from it and needs it; delete {other!r} first")
 
 

@@ -20,8 +20,10 @@ import pytest
 import scipy.sparse
 import tiledb
 from encoded import add_dataset, numbered
+from typer.testing import CliRunner
 
 from store import records, snapshot
+from store.__main__ import app
 from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
 from store.errors import ConflictError, SettingsError, StorageError, UsageError, VerificationError
@@ -373,6 +375,43 @@ def test_a_snapshot_that_cannot_be_read_at_all_is_a_finding_beside_those_of_the_
     monkeypatch.setattr(snapshot.Snapshot, "verify", verify)
     found = {check.subject: check.problem for check in validate(open_lake(uri)) if check.name == "snapshot"}
     assert found == {"one": "cannot be read: RuntimeError: no such attribute", "other": ""}
+
+
+def test_a_snapshot_whose_manifest_was_cut_off_is_told_and_deleted_and_stands_in_nobodys_way(uri: str) -> None:
+    for name in ("base", "cut", "other"):
+        create_snapshot(uri, name, SnapshotSettings())
+    manifest = Path(uri, "snapshots/cut/snapshot.json")
+    manifest.write_bytes(manifest.read_bytes()[:300])
+    with pytest.raises(VerificationError, match=r"cut/snapshot.json: is not whole: .* snapshot delete cut --lake"):
+        open_snapshot(uri, "cut")
+    with pytest.raises(UsageError, match="there is a snapshot 'cut'"):
+        create_snapshot(uri, "cut", SnapshotSettings())
+
+    def told(*words: str) -> dict[str, Any]:
+        answer = CliRunner().invoke(app, [*words, "--lake", uri, "--json"], catch_exceptions=False)
+        found: dict[str, Any] = json.loads(answer.stdout)
+        return found
+
+    assert (told("info")["snapshots"], told("info")["damaged"]) == (["base", "cut", "other"], ["cut"])
+    listed = told("snapshot", "list")
+    assert ([one["name"] for one in listed["snapshots"]], listed["damaged"]) == (["base", "other"], ["cut"])
+    for words in (["info"], ["snapshot", "list"]):
+        shown = CliRunner().invoke(app, [*words, "--lake", uri], catch_exceptions=False)
+        assert "cut: its snapshot.json is damaged" in shown.stderr
+    found = {check.subject: check.problem for check in validate(open_lake(uri)) if check.name == "snapshot"}
+    assert [name for name, problem in found.items() if problem] == ["cut"]
+    delete_snapshot(uri, "other")
+    delete_snapshot(uri, "cut")
+    assert list_snapshots(uri) == ["base"]
+    assert not Path(uri, "snapshots/cut").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"null", b"\xff{}"])
+def test_a_record_that_is_not_whole_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "1.json").write_bytes(content)
+    for read in (lambda: records.read(f"{tmp_path}/1.json"), lambda: records.read_all(str(tmp_path))):
+        with pytest.raises(VerificationError, match=r"1.json: is not whole: .*; put the file back"):
+            read()
 
 
 def damage(array: Path, pattern: str, folder: str = "__fragments") -> None:
