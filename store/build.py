@@ -201,11 +201,11 @@ class _Build:
         self.progress, self.tasks, self.check = progress, tasks, check
         self.uri = snapshot.snapshot_uri(lake.uri, name)
         self.splits = tuple(settings.fractions)
-        cells = _chosen_cells(lake, settings)
+        cells = _chosen_cells(lake, settings, refreshed=base is not None)
         self.organisms, organism_C = coded(cells, "organism")
         self.measurements, self.levels = _chosen_measurements(lake, cells, settings, base)
-        self.kept = _kept_features(lake, settings, self.organisms, self.measurements)
-        split_C = draw_splits(cells, settings)
+        self.kept = _kept_features(lake, settings, self.organisms, self.measurements, refreshed=base is not None)
+        split_C = draw_splits(cells, settings, refreshed=base is not None)
         joinid_C = cells["soma_joinid"].to_numpy()
         self.dead, fresh = np.empty(0, np.int64), np.arange(cells.num_rows)
         if base is not None:
@@ -482,15 +482,16 @@ def cut(size_C: NDArray[np.float32], organism_C: NDArray[np.int32], elements: in
     return [0, *(np.flatnonzero(changes) + 1).tolist(), len(size_C)] if len(size_C) else [0]
 
 
-def _chosen_cells(lake: Lake, settings: SnapshotSettings) -> pa.Table:
+def _chosen_cells(lake: Lake, settings: SnapshotSettings, *, refreshed: bool) -> pa.Table:
     """Return what places, splits, sizes and units need of each chosen cell, in lake order; texts as dictionaries."""
     organisms = settings.organisms or tuple(lake.organisms)
+    there = [name for name in organisms if name in lake.organisms or not refreshed]  # the others had cells once
     measured = (schema.measured_column(name) for name in schema.MEASUREMENTS)
     sets = (*settings.set_by, "x", "y") if settings.set_size else ()
     units = ("time_unit", "dose_unit")
     wanted = list(dict.fromkeys(["soma_joinid", "nnz", *settings.split_columns, *sets, *measured, *units]))
     parts = []
-    for organism in organisms:
+    for organism in there:
         texts = [name for name in wanted if schema.OBS_SCHEMA.field(name).type == pa.large_string()]
         table = lake.obs(organism, settings.where, wanted, coded=texts)
         if table.num_rows:
@@ -515,7 +516,8 @@ def _chosen_measurements(
     """Return the measurements, and of which of them levels are taken.
 
     A measurement has the same layer in all cells; those that have it in another one count as not measured. What the
-    base has stays as it is there.
+    base has stays as it is there. Its settings fitted the lake when it was made: what they name and no chosen cell has
+    any more is passed over.
 
     Raises:
         UsageError: A named measurement that no chosen cell has, of the wanted kind; no measurement at all.
@@ -525,7 +527,7 @@ def _chosen_measurements(
     }
     leveled = _with_levels(lake, cells)
     for name in settings.levels:
-        if name not in leveled:
+        if name not in leveled and base is None:
             raise UsageError(
                 f"levels: no chosen cell has levels of {name!r}; levels here: {', '.join(sorted(leveled))}"
             )
@@ -538,10 +540,10 @@ def _chosen_measurements(
             f"{lake.uri}: none of the {cells.num_rows:,} chosen cells has counts or levels; normalised values "
             "(lognorm) are kept in the lake, but not made snapshots of: ingest the counts, or choose other cells"
         )
-    for name in (*settings.measurements, *settings.features):
-        if name not in present:
-            raise UsageError(f"no chosen cell has measurement {name!r}; measurements here: {', '.join(present)}")
     chosen = [name for name in present if not settings.measurements or name in settings.measurements]
+    absent = [name for name in (*settings.measurements, *settings.features) if name not in present]
+    if absent and (base is None or not chosen):
+        raise UsageError(f"no chosen cell has measurement {absent[0]!r}; measurements here: {', '.join(present)}")
     return chosen, [name for name in chosen if name in levels]
 
 
@@ -577,12 +579,12 @@ def _of_levels(lake: Lake, cells: pa.Table) -> Iterator[tuple[dict[str, Any], ND
 
 
 def _kept_features(
-    lake: Lake, settings: SnapshotSettings, organisms: list[str], measurements: list[str]
+    lake: Lake, settings: SnapshotSettings, organisms: list[str], measurements: list[str], *, refreshed: bool
 ) -> dict[str, dict[str, NDArray[np.bool_]]]:
     """Return measurement to organism to which joinids are kept, for measurements of which only some are.
 
     Raises:
-        UsageError: A feature that no organism has.
+        UsageError: A feature that no organism has; in a refresh, one had it and has gone.
     """
     kept: dict[str, dict[str, NDArray[np.bool_]]] = {}
     for name in measurements:
@@ -598,7 +600,7 @@ def _kept_features(
                 mine = np.array([feature in wanted for feature in ids])
                 kept[name][organism][var["soma_joinid"].to_numpy()[mine]] = True
                 found |= wanted & set(ids)
-        if missing := sorted(wanted - found):
+        if (missing := sorted(wanted - found)) and not refreshed:
             raise UsageError(
                 f"features.{name}: {len(missing)} of {len(wanted)} are in no chosen organism, such as {missing[0]!r}; "
                 "features are named by feature_id, as python -m store info --lake tells"

@@ -83,11 +83,12 @@ class SnapshotSettings(Settings):
         return list(dict.fromkeys([*filter(None, [self.split_by]), *self.apart, *assigned]))
 
 
-def draw_splits(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int8]:
+def draw_splits(cells: pa.Table, settings: SnapshotSettings, *, refreshed: bool = False) -> NDArray[np.int8]:
     """Choose each cell's split (its number among the settings').
 
     A draw is a hash of the seed and the group, or of the seed, organism and soma_joinid: a cell falls into the same
     split of every snapshot with the same seed, fractions and assignments, however many cells there are beside it.
+    Where a snapshot is ``refreshed``, assigned values that no cell has any more are passed over.
 
     Raises:
         UsageError: An assigned value does not occur, a cell is assigned to two splits, or a group is in two splits.
@@ -100,7 +101,7 @@ def draw_splits(cells: pa.Table, settings: SnapshotSettings) -> NDArray[np.int8]
     else:
         draw_C = _cell_draws(cells, settings.seed)
     split_C = np.minimum(np.searchsorted(edges, draw_C, side="right"), len(edges) - 1).astype(np.int8)
-    assigned_C = _assigned(by_name, settings, cells.num_rows)
+    assigned_C = _assigned(by_name, settings, cells.num_rows, refreshed=refreshed)
     split_C = np.where(assigned_C >= 0, assigned_C, split_C)
     for column in dict.fromkeys([*filter(None, [settings.split_by]), *settings.apart]):
         _refuse_leaks(column, *by_name[column], split_C, list(settings.fractions))
@@ -134,7 +135,11 @@ def _cell_draws(cells: pa.Table, seed: int) -> NDArray[np.float64]:
 
 
 def _assigned(
-    by_name: dict[str, tuple[list[str], NDArray[np.int32]]], settings: SnapshotSettings, n_cells: int
+    by_name: dict[str, tuple[list[str], NDArray[np.int32]]],
+    settings: SnapshotSettings,
+    n_cells: int,
+    *,
+    refreshed: bool,
 ) -> NDArray[np.int8]:
     """Return the number of the split that each cell is assigned to; -1 for those that are not."""
     names = list(settings.fractions)
@@ -144,12 +149,12 @@ def _assigned(
         number, (known, code_C) = names.index(name), by_name[column]
         code_of = {value: code for code, value in enumerate(known)}
         chosen_V = np.zeros(len(known), dtype=bool)
-        for value in values:
-            if value not in code_of:
-                near = difflib.get_close_matches(value, sorted(known), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UsageError(f"assign.{name}.{column}: no chosen cell has {value!r}{hint}")
-            chosen_V[code_of[value]] = True
+        absent = [value for value in values if value not in code_of]
+        if absent and not refreshed:
+            near = difflib.get_close_matches(absent[0], sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"assign.{name}.{column}: no chosen cell has {absent[0]!r}{hint}")
+        chosen_V[[code_of[value] for value in values if value in code_of]] = True
         found_C = chosen_V[code_C]
         twice = np.flatnonzero(found_C & (assigned_C >= 0) & (assigned_C != number))
         if len(twice):

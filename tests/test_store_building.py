@@ -414,6 +414,49 @@ def test_a_record_that_is_not_whole_is_an_error_that_names_it(tmp_path: Path, co
             read()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SnapshotSettings(measurements=("RNA", "protein")),
+        SnapshotSettings(assign={"test": {"dataset_id": ("going", "a")}}),
+        SnapshotSettings(features={"protein": ("protein0001",)}),
+        SnapshotSettings(features={"RNA": ("RNA0003", "RNA0055")}),
+        SnapshotSettings(organisms=("homo_sapiens", "mus_musculus")),
+    ],
+)
+def test_a_snapshot_is_refreshed_also_where_the_lake_no_longer_has_all_that_its_settings_name(
+    uri: str, settings: SnapshotSettings
+) -> None:
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "going", 40, {"RNA": 40, "protein": 5})
+        add_dataset(writer, "mouse", 40, {"RNA": 60}, organism="mus_musculus")
+        old = create_snapshot(uri, "s", settings)
+        writer.remove("going")
+        writer.remove("mouse")
+        add_dataset(writer, "b", 50, {"RNA": 30})
+    with pytest.raises(UsageError, match=r"no chosen cell has|are in no chosen organism|no cells of organism"):
+        create_snapshot(uri, "new", settings)
+    second = refresh_snapshot(uri, "s", "s2")
+    second.verify()
+    assert (second.n_cells, second.measurements) == (110, ("RNA",))
+    split = {row["soma_joinid"]: row["split"] for row in second.cells().to_pylist() if row["dataset_id"] == "a"}
+    assert split == {row["soma_joinid"]: row["split"] for row in old.cells().to_pylist() if row["dataset_id"] == "a"}
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "c", 20, {"RNA": 30})
+    third = refresh_snapshot(uri, "s2", "s3")
+    third.verify()
+    assert third.n_cells == 130
+
+
+def test_a_refresh_says_so_where_nothing_is_left_of_the_measurements_that_its_settings_name(uri: str) -> None:
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "going", 40, {"RNA": 40, "protein": 5})
+        create_snapshot(uri, "s", SnapshotSettings(measurements=("protein",)))
+        writer.remove("going")
+    with pytest.raises(UsageError, match="no chosen cell has measurement 'protein'; measurements here: RNA"):
+        refresh_snapshot(uri, "s", "s2")
+
+
 def damage(array: Path, pattern: str, folder: str = "__fragments") -> None:
     """Turn one bit of each of an array's files of this pattern."""
     files = list((array / folder).rglob(pattern))
