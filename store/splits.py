@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from store.errors import UsageError
 from store.part import LABELS
@@ -39,7 +39,7 @@ class SnapshotSettings(Settings):
     """Decides the order of rows and the splits."""
     split_by: str = ""
     """An obs column whose groups (donors, perturbations, ...) stay whole in one split; empty splits cell by cell."""
-    fractions: dict[str, float] = Field(default_factory=lambda: {"train": 0.9, "test": 0.1})
+    fractions: dict[str, FiniteFloat] = Field(default_factory=lambda: {"train": 0.9, "test": 0.1})
     """Split to its expected share of cells (or of groups); the shares sum to 1."""
 
     assign: dict[str, dict[str, tuple[str, ...]]] = Field(default_factory=dict)

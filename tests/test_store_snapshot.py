@@ -648,6 +648,9 @@ def test_bad_requests_say_what_would_be_right(lake_uri: str, all_cells: Snapshot
         parse_settings(SnapshotSettings, {"splitby": "x"}, where="t")
     with pytest.raises(SettingsError, match="sum to 1"):
         parse_settings(SnapshotSettings, {"fractions": {"train": 0.5}}, where="t")
+    for odd in ("nan", "inf"):
+        with pytest.raises(SettingsError, match=r"t: fractions.train: Input should be a finite number"):
+            parse_settings(SnapshotSettings, {"fractions": {"train": float(odd), "test": 0.5}}, where="t")
 
 
 def test_records_are_created_once_and_whole(tmp_path: Path) -> None:
