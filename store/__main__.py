@@ -272,7 +272,7 @@ def snapshot_create(
     if where is not None:
         values = values.model_copy(update={"where": where})
     if measurements is not None:
-        values = values.model_copy(update={"measurements": tuple(measurements.split(","))})
+        values = values.model_copy(update={"measurements": tuple(map(str.strip, measurements.split(",")))})
     with _building(workers, address) as (show, tasks):
         made = snapshot.create_snapshot(lake, name, values, show, tasks=tasks, spill=spill)
     _say_made(made, json)

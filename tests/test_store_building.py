@@ -457,6 +457,14 @@ def test_a_refresh_says_so_where_nothing_is_left_of_the_measurements_that_its_se
         refresh_snapshot(uri, "s", "s2")
 
 
+def test_measurements_may_be_listed_with_spaces(uri: str) -> None:
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "b", 40, {"RNA": 30, "protein": 5, "ATAC": 9})
+    words = ["snapshot", "create", "s", "--lake", uri, "--workers", "0", "--measurements", "RNA, protein "]
+    CliRunner().invoke(app, words, catch_exceptions=False)
+    assert open_snapshot(uri, "s").measurements == ("RNA", "protein")
+
+
 def damage(array: Path, pattern: str, folder: str = "__fragments") -> None:
     """Turn one bit of each of an array's files of this pattern."""
     files = list((array / folder).rglob(pattern))
