@@ -69,6 +69,16 @@ class SnapshotSettings(Settings):
             raise ValueError(f"{', '.join(map(repr, twice))} stands there more than once; name each once")
         return value
 
+    @field_validator("features")
+    @classmethod
+    def _some_of_each(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if none := sorted(name for name, features in value.items() if not features):
+            raise ValueError(
+                f"no feature of {', '.join(map(repr, none))} is named; name some, leave the key out to keep all, or "
+                "choose measurements without it"
+            )
+        return value
+
     @field_validator("fractions")
     @classmethod
     def _sum_to_one(cls, value: dict[str, float]) -> dict[str, float]:

@@ -492,6 +492,11 @@ def test_a_name_that_stands_twice_in_the_settings_is_refused(key: str) -> None:
         parse_settings(SnapshotSettings, {key: [name, "RNA", name]}, where="s.toml")
 
 
+def test_a_list_of_no_features_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"s.toml: features: .*no feature of 'RNA' is named; name some"):
+        parse_settings(SnapshotSettings, {"features": {"RNA": [], "protein": ["CD3"]}}, where="s.toml")
+
+
 def test_a_snapshot_whose_settings_name_an_organism_twice_is_not_refreshed(uri: str) -> None:
     made = create_snapshot(uri, "s", SnapshotSettings())
     manifest = made.manifest
