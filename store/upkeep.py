@@ -127,16 +127,17 @@ def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
 
 
 def consolidate(lake_uri: str, progress: Callable[[str], None] = lambda name: None) -> int:
-    """Merge the tables' fragments and the footers and commit files of X; return the number of arrays.
+    """Merge the tables' fragments and the footers of all arrays; return the number of arrays.
 
     Every commit reads as before. Counts themselves stay as they were written: a dataset's fragments are disjoint, so
-    that merging them would only copy the lake.
+    that merging them would only copy the lake. So do commit files: TileDB packs deletes with them into one file, and
+    packs no second time once one holds a delete.
     """
     with LakeWriter(lake_uri) as writer:
         tables, layers = table_uris(writer.uri), layer_uris(writer.uri)
         for uri in tables:
             progress(uri.removeprefix(writer.uri + "/"))
-            consolidate_array(uri, ("fragment_meta", "commits", "fragments"))
+            consolidate_array(uri, ("fragment_meta", "fragments"))
         for uri in layers:
             progress(uri.removeprefix(writer.uri + "/"))
             consolidate_array(uri, ("fragment_meta",))

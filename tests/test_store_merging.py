@@ -88,6 +88,31 @@ def test_every_commit_reads_as_it_did_whatever_was_merged_since(often: None, tmp
     assert all(equal(everything(open_lake(uri, number)), seen[number]) for number in (16, 17, 18))
 
 
+def test_consolidation_goes_on_after_new_versions_and_removals(tmp_path: Path) -> None:
+    uri, seen = str(tmp_path / "lake"), {}
+    for numbers in (range(5), range(5, 7), range(7, 9)):
+        seen |= {number + 1: everything(open_lake(uri)) for number in write(uri, *numbers)}
+        consolidate(uri)
+        assert all(len(fragments(name)) == 1 for name in table_uris(uri))
+    for number, before in seen.items():
+        assert equal(everything(open_lake(uri, number)), before), number
+    assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
+def test_a_lake_whose_commit_files_were_packed_is_merged_as_any(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    seen = {number + 1: everything(open_lake(uri)) for number in write(uri, *range(5))}
+    for name in table_uris(uri):
+        store_fragments.consolidate(name, ("commits", "fragments"))
+    seen |= {number + 1: everything(open_lake(uri)) for number in write(uri, 5, 6)}
+    with pytest.raises(tiledb.TileDBError, match="Cannot get file size"):
+        store_fragments.consolidate(f"{uri}/census_info/datasets", ("commits",))
+    consolidate(uri)
+    assert all(len(fragments(name)) == 1 for name in table_uris(uri))
+    assert all(equal(everything(open_lake(uri, number)), before) for number, before in seen.items())
+    assert [check for check in validate(open_lake(uri)) if check.problem] == []
+
+
 def test_a_table_never_has_many_fragments_to_open(often: None, tmp_path: Path) -> None:
     uri = str(tmp_path / "lake")
     for _ in write(uri, *range(20)):
