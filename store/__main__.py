@@ -184,7 +184,7 @@ def remove(
 
     Example: python -m store remove pbmc3k --lake ./lake
     """
-    with LakeWriter(lake) as writer:
+    with LakeWriter(lake, make=False) as writer:
         made = writer.remove(dataset, organism)
     if json:
         answer("store-remove/v1", dataset_id=dataset, commit=made.number)

@@ -37,7 +37,7 @@ class Leavings:
 
 def recover(lake_uri: str) -> Leavings:
     """Bring a lake back to its newest commit; what was begun stays begun, for the same ingest to complete."""
-    with LakeWriter(lake_uri) as writer:
+    with LakeWriter(lake_uri, make=False) as writer:
         return Leavings(writer.undone, 0, 0, tuple(plan.dataset_id for plan in writer.lake().pending()))
 
 
@@ -46,7 +46,7 @@ def collect(lake_uri: str) -> Leavings:
 
     The same ingest, run again, begins such a dataset anew.
     """
-    with LakeWriter(lake_uri) as writer:
+    with LakeWriter(lake_uri, make=False) as writer:
         lake = writer.lake()
         needed = _needed(writer, since=0)
         removed = 0
@@ -105,7 +105,7 @@ def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
     Raises:
         UsageError: No such commit.
     """
-    with LakeWriter(lake_uri) as writer:
+    with LakeWriter(lake_uri, make=False) as writer:
         lake = writer.lake()
         since = lake.commit.number if keep_from is None else keep_from
         if not 0 <= since <= lake.commit.number:
@@ -133,7 +133,7 @@ def consolidate(lake_uri: str, progress: Callable[[str], None] = lambda name: No
     that merging them would only copy the lake. So do commit files: TileDB packs deletes with them into one file, and
     packs no second time once one holds a delete.
     """
-    with LakeWriter(lake_uri) as writer:
+    with LakeWriter(lake_uri, make=False) as writer:
         tables, layers = table_uris(writer.uri), layer_uris(writer.uri)
         for uri in tables:
             progress(uri.removeprefix(writer.uri + "/"))

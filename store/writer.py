@@ -254,21 +254,28 @@ def read_back(uri: str, first: int, last: int, digest: int, timestamp: int) -> N
 
 
 class LakeWriter:
-    """One driver's hold on a lake: reserves ranges and makes commits; the lake is made when there is none.
+    """One driver's hold on a lake: reserves ranges and makes commits.
 
     A context manager. While it is open, another driver is told to wait.
+
+    Args:
+        uri: Where the lake is.
+        make: Make the lake when there is none; else that is a MissingError.
 
     Attributes:
         undone: Writes without a commit, by a driver that died, that were taken back when the lake was opened.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, make: bool = True) -> None:
         self.uri = records.absolute(uri)
+        self._make = make
         self._lock = WriterLock(self.uri)
         self._names: dict[tuple[str, str], catalog.FeatureNames] = {}
         self._made: set[tuple[str, str, str]] = set()
 
     def __enter__(self) -> LakeWriter:
+        if not self._make:
+            self.lake()  # raises where there is none, before the lock would make a folder
         self._lock.acquire()
         try:
             with storage(self.uri):

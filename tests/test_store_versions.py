@@ -19,7 +19,9 @@ import pandas as pd
 import pytest
 import tiledbsoma
 from encoded import add_dataset, encoded_counts, numbered
+from typer.testing import CliRunner
 
+import store.__main__ as commands
 import store.writer
 from store import catalog, lock, records, tables, upkeep
 from store.errors import ConflictError, MissingError, StorageError, UsageError, VerificationError
@@ -140,6 +142,19 @@ def test_consolidation_changes_no_commit(two_versions: str) -> None:
     with LakeWriter(two_versions) as writer:
         add_dataset(writer, "c", 30, {"RNA": 10})
     assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
+
+
+@pytest.mark.parametrize("verb", [recover, collect, vacuum, consolidate], ids=lambda verb: verb.__name__)
+def test_where_no_lake_is_upkeep_says_so_and_makes_none(tmp_path: Path, verb: Callable[[str], object]) -> None:
+    with pytest.raises(MissingError, match="no lake here"):
+        verb(str(tmp_path / "misspelt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_removal_from_no_lake_makes_none(tmp_path: Path) -> None:
+    asked = CliRunner().invoke(commands.app, ["remove", "x", "--lake", str(tmp_path / "misspelt")])
+    assert isinstance(asked.exception, MissingError)
+    assert list(tmp_path.iterdir()) == []
 
 
 DIES = """
