@@ -24,10 +24,24 @@ from store.catalog import Commit
 from store.context import read_parts, reading, soma_context
 from store.errors import ConflictError, MissingError, StorageError, UsageError
 
+CUTS = "#?;"
+"""Signs behind which SOMA does not read a path on."""
+
 
 def utc_now() -> str:
     """Return the time of day as ISO 8601 in UTC, to the second."""
     return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+def refuse_place(uri: str) -> None:
+    """Refuse a place that SOMA would take for another one: it reads paths as URIs, and cuts them at some signs.
+
+    Raises:
+        UsageError: The path has such a sign.
+    """
+    for sign in CUTS:
+        if sign in uri:
+            raise UsageError(f"{uri}: a lake cannot stand where the path has a {sign!r}; choose a path without it")
 
 
 def create_lake(uri: str) -> None:
@@ -37,8 +51,10 @@ def create_lake(uri: str) -> None:
 
     Raises:
         ConflictError: Something that is no lake stands there.
+        UsageError: No lake can stand there.
     """
     uri = records.absolute(uri)
+    refuse_place(uri)
     marker = records.join(uri, records.FOLDER, "lake.json")
     if records.read(marker) is not None:
         return

@@ -31,7 +31,7 @@ from store.catalog import Commit, Content, Plan
 from store.context import read_parts, storage
 from store.errors import ConflictError, InputRefused, MissingError, VerificationError
 from store.fragments import FragmentWriter, merge_footers, merge_small, take_back
-from store.lake import Lake, create_lake, ensure_measurement, layer_uris, open_lake, table_uris, utc_now
+from store.lake import Lake, create_lake, ensure_measurement, layer_uris, open_lake, refuse_place, table_uris, utc_now
 from store.lock import WriterLock
 
 LARGEST_COUNT = 2**24
@@ -274,8 +274,9 @@ class LakeWriter:
         self._made: set[tuple[str, str, str]] = set()
 
     def __enter__(self) -> LakeWriter:
+        refuse_place(self.uri)  # before the lock makes a folder
         if not self._make:
-            self.lake()  # raises where there is none, before the lock would make a folder
+            self.lake()  # raises where there is none
         self._lock.acquire()
         try:
             with storage(self.uri):

@@ -96,6 +96,15 @@ def test_the_same_content_twice_adds_nothing_and_another_origin_needs_another_na
             writer.reserve(plan("x", key="other"))
 
 
+@pytest.mark.parametrize("sign", ["#", "?", ";"])
+def test_a_path_that_soma_would_cut_is_refused_before_anything_is_written(tmp_path: Path, sign: str) -> None:
+    uri = str(tmp_path / f"one{sign}two")
+    for make in (create_lake, lambda uri: LakeWriter(uri).__enter__()):
+        with pytest.raises(UsageError, match=rf"one\{sign}two: a lake cannot stand where the path has a '\{sign}'"):
+            make(uri)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_second_driver_is_told_to_wait(tmp_path: Path) -> None:
     with LakeWriter(str(tmp_path / "lake")), pytest.raises(ConflictError, match="being written by process"):
         LakeWriter(str(tmp_path / "lake")).__enter__()
