@@ -159,13 +159,14 @@ class RayMetrics:
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
+        labels = _ascii(labels)
         self._told[name, tuple(labels.items())] = value
         self._metrics[name].set(value, labels)
 
     def count(self, name: str, number: float = 1, **labels: str) -> None:
         """Add to a counter; nothing is added where there is nothing to add."""
         if number > 0:
-            self._metrics[name].inc(number, labels)
+            self._metrics[name].inc(number, _ascii(labels))
 
     def close(self) -> None:
         """Let Ray forget the gauges."""
@@ -175,6 +176,11 @@ class RayMetrics:
         while not self._closed.wait(TOLD_EVERY_S):
             for (name, labels), value in list(self._told.items()):
                 self._metrics[name].set(value, dict(labels))
+
+
+def _ascii(labels: Mapping[str, str]) -> dict[str, str]:
+    """Write labels in the signs that Ray takes in a metric: another one becomes its code."""
+    return {key: value.encode("ascii", "backslashreplace").decode() for key, value in labels.items()}
 
 
 Tasks = Callable[[Callable[[Any, Any], None], Any, Sequence[Any]], Iterator[None]]

@@ -19,6 +19,7 @@ import tiledbsoma
 from encoded import add_dataset, encoded_counts, numbered
 
 from store import context, schema
+from store.cluster import RayMetrics
 from store.errors import ConflictError, InputRefused, MissingError, UsageError, VerificationError
 from store.lake import Lake, create_lake, open_lake
 from store.schema import DatasetPlan, Features
@@ -103,6 +104,29 @@ def test_a_path_that_soma_would_cut_is_refused_before_anything_is_written(tmp_pa
         with pytest.raises(UsageError, match=rf"one\{sign}two: a lake cannot stand where the path has a '\{sign}'"):
             make(uri)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_of_a_lake_whose_path_is_not_ascii_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray.util.metrics
+
+    told: list[dict[str, str]] = []
+
+    class AsRay:
+        def __init__(self, name: str, text: str, tag_keys: tuple[str, ...]) -> None:
+            pass
+
+        def inc(self, number: float, labels: dict[str, str]) -> None:
+            told.append({key: value.encode("ascii").decode() for key, value in labels.items()})  # as Ray does
+
+        set = inc
+
+    monkeypatch.setattr(ray.util.metrics, "Gauge", AsRay)
+    monkeypatch.setattr(ray.util.metrics, "Counter", AsRay)
+    metrics = RayMetrics({"left": ("gauge", "Left.", ("lake",)), "seen": ("counter", "Seen.", ("lake",))})
+    metrics.set("left", 3, lake="/data/Zürich")
+    metrics.count("seen", 2, lake="/data/Zürich")
+    metrics.close()
+    assert told == [{"lake": r"/data/Z\xfcrich"}] * 2
 
 
 def test_a_second_driver_is_told_to_wait(tmp_path: Path) -> None:
