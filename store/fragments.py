@@ -256,3 +256,20 @@ def remove_older(array_uri: str, than_ms: int) -> None:
     """
     _remove_merged(array_uri, "fragments")
     tiledb.Array.delete_fragments(array_uri, 0, than_ms - 1, ctx=tiledb_context())
+
+
+def purge(table_uri: str, n_rows: int) -> None:
+    """Write the fragments of a table anew without deleted rows, where it has more than ``n_rows``, deleted ones too.
+
+    Every delete counts, however late: only the newest commit reads as before. A fragment that stands alone stays as it
+    is, for TileDB merges two at least.
+    """
+    infos = sorted(tiledb.array_fragments(table_uri, ctx=tiledb_context()), key=lambda info: info.timestamp_range)
+    if sum(info.cell_num for info in infos) <= n_rows:
+        return
+    config, _ = _merging("fragments")
+    config["sm.consolidation.purge_deleted_cells"] = "true"
+    context = tiledb.Ctx(config)
+    for run in np.array_split([_name(info.uri) for info in infos], -(-len(infos) // RUN)):
+        tiledb.consolidate(table_uri, config=config, ctx=context, fragment_uris=run.tolist())
+    tiledb.vacuum(table_uri, config=config, ctx=context)

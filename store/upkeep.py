@@ -13,7 +13,7 @@ from store import catalog, records
 from store.context import is_s3
 from store.errors import UsageError
 from store.fragments import consolidate as consolidate_array
-from store.fragments import fragments, remove_fragments, remove_older
+from store.fragments import fragments, purge, remove_fragments, remove_older
 from store.lake import layer_uris, table_uris
 from store.writer import LakeWriter
 
@@ -97,7 +97,10 @@ def _abort_uploads(lake_uri: str) -> int:
 
 
 def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
-    """Let commits before ``keep_from`` (none: the newest) go, with the counts that only they read.
+    """Let commits before ``keep_from`` (none: the newest) go, with the counts and side tables that only they read.
+
+    Where no commit but the newest stays, labels in obs go too (see :func:`purge`); readers that have it open may have
+    to open the lake again.
 
     Returns:
         The oldest commit that can be opened from now on, and the number of fragments removed.
@@ -123,7 +126,21 @@ def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
         history = lake.history[: first + 1]
         for table in sorted({name for commit in history for name in commit.whole}):
             remove_older(records.join(lake.uri, table), catalog.last_whole(history, table))
+        standing = {commit.dataset["number"] for commit in catalog.current(history)}
+        _remove_sides(lake.uri, {commit.dataset["number"] for commit in history if commit.dataset} - standing)
+        if first == lake.commit.number:
+            for organism in sorted({commit.dataset["organism"] for commit in history if commit.dataset}):
+                n_cells = sum(c.dataset["n_obs"] for c in lake.current if c.dataset["organism"] == organism)
+                purge(records.join(lake.uri, "census_data", organism, "obs"), n_cells)
         return first, removed
+
+
+def _remove_sides(lake_uri: str, plans: set[int]) -> None:
+    """Remove side tables and figures of quality of datasets, by their plans' numbers."""
+    for folder in ("sides", "quality"):
+        place = records.join(lake_uri, records.FOLDER, folder)
+        names = [name for name in records.names(place) if (number := name[:12]).isdigit() and int(number) in plans]
+        records.remove_each([records.join(place, name) for name in names], files=True)
 
 
 def consolidate(lake_uri: str, progress: Callable[[str], None] = lambda name: None) -> int:

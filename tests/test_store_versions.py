@@ -16,7 +16,9 @@ from typing import Any
 import cellxgene_census
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import tiledb
 import tiledbsoma
 from encoded import add_dataset, encoded_counts, numbered
 from typer.testing import CliRunner
@@ -155,6 +157,56 @@ def test_a_removal_from_no_lake_makes_none(tmp_path: Path) -> None:
     asked = CliRunner().invoke(commands.app, ["remove", "x", "--lake", str(tmp_path / "misspelt")])
     assert isinstance(asked.exception, MissingError)
     assert list(tmp_path.iterdir()) == []
+
+
+def keep_sides(uri: str, *plans: int) -> None:
+    """Leave what an ingestion keeps of datasets beside the tables."""
+    labels = pa.table({"donor": ["somebody"]})
+    for number in plans:
+        for name in ("obs", "cells", "obsm_X_umap"):
+            records.write_table(f"{uri}/somaflow/sides/{number:012d}-{name}.parquet", labels)
+        records.replace(f"{uri}/somaflow/quality/{number:012d}.json", {"cells": 1})
+
+
+def sides_of(uri: str) -> set[int]:
+    """Plans of which something stands beside the tables."""
+    names = [*records.names(f"{uri}/somaflow/sides"), *records.names(f"{uri}/somaflow/quality")]
+    return {int(name[:12]) for name in names}
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["apart", "merged"])
+def test_a_vacuum_leaves_no_label_of_removed_cells(two_versions: str, merged: bool) -> None:
+    keep_sides(two_versions, 0, 1, 2)
+    if merged:
+        consolidate(two_versions)
+    with LakeWriter(two_versions) as writer:
+        add_dataset(writer, "c", 20, {"RNA": 10})
+        writer.remove("a")
+        add_dataset(writer, "d", 30, {"RNA": 10})
+    newest = open_lake(two_versions).obs("homo_sapiens").to_pandas()
+    earlier = open_lake(two_versions, 3).obs("homo_sapiens").to_pandas()
+    timestamp = open_lake(two_versions, 3).commit.timestamp_ms
+    vacuum(two_versions, keep_from=3)
+    assert sides_of(two_versions) == {1, 2}
+    assert open_lake(two_versions, 3).obs("homo_sapiens").to_pandas().equals(earlier)
+    vacuum(two_versions)
+    assert sides_of(two_versions) == {1}
+    obs = f"{two_versions}/census_data/homo_sapiens/obs"
+    assert sum(info.cell_num for info in tiledb.array_fragments(obs)) == 50 + 20 + 30
+    with tiledb.open(obs, timestamp=timestamp) as array:
+        assert set(array.df[:]["dataset_id"]) <= {"b"}
+    assert open_lake(two_versions).obs("homo_sapiens").to_pandas().equals(newest)
+    assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
+    with LakeWriter(two_versions) as writer:
+        for name in ("b", "c", "d"):
+            writer.remove(name)
+    vacuum(two_versions)
+    assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
+    with LakeWriter(two_versions) as writer:
+        add_dataset(writer, "e", 15, {"RNA": 10})
+    vacuum(two_versions)
+    assert census_cells(two_versions) == 15
+    assert sum(info.cell_num for info in tiledb.array_fragments(obs)) == 15
 
 
 DIES = """
