@@ -248,9 +248,21 @@ class Lake:
             )
 
     def pending(self) -> list[catalog.Plan]:
-        """Return plans that were begun and have no commit: a driver works on them, or one died."""
-        done = {commit.dataset["number"] for commit in self.history if commit.dataset}
-        return [plan for plan in catalog.plans(self.uri) if plan.number not in done]
+        """Return plans that were begun and have no commit, as things are now: a driver works on them, or one died.
+
+        A plan is given up when a later one of the same dataset has a commit: the file changed meanwhile.
+        """
+        done = [commit.dataset for commit in catalog.commits(self.uri) if commit.dataset]
+        numbers = {dataset["number"] for dataset in done}
+        newest: dict[tuple[str, str], int] = {}
+        for dataset in done:
+            name = (dataset["organism"], dataset["dataset_id"])
+            newest[name] = max(dataset["number"], newest.get(name, -1))
+        return [
+            plan
+            for plan in catalog.plans(self.uri)
+            if plan.number not in numbers and plan.number > newest.get((plan.organism, plan.dataset_id), -1)
+        ]
 
     @cached_property
     def root(self) -> Any:

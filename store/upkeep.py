@@ -54,9 +54,8 @@ def collect(lake_uri: str) -> Leavings:
             extra = [item.name for item in fragments(uri) if item.name not in needed]
             remove_fragments(uri, extra)
             removed += len(extra)
-        for plan in lake.pending():
-            for side in ("obs", "quality"):
-                records.remove(records.join(lake.uri, records.FOLDER, "sides", f"{plan.number:012d}-{side}.parquet"))
+        done = {commit.dataset["number"] for commit in lake.history if commit.dataset}
+        _remove_sides(lake.uri, {plan.number for plan in catalog.plans(lake.uri)} - done)
         pending = tuple(plan.dataset_id for plan in lake.pending())
         return Leavings(writer.undone, removed, _abort_uploads(lake.uri), pending)
 

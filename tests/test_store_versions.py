@@ -254,6 +254,20 @@ def test_what_a_driver_did_without_its_commit_is_undone_for_census_clients_too(t
     assert census_cells(two_versions) == 130
 
 
+def test_what_was_begun_is_given_up_when_a_later_plan_of_the_dataset_is_committed(two_versions: str) -> None:
+    with LakeWriter(two_versions) as writer:
+        features = {"RNA": numbered("RNA", 9)}
+        for number, name in enumerate(("b", "new")):
+            writer.reserve(DatasetPlan(name, "homo_sapiens", f"begun{number}", 30, features, origin="b.h5ad"))
+        assert [plan.dataset_id for plan in writer.lake().pending()] == ["b", "new"]
+        add_dataset(writer, "b", 40, {"RNA": 9}, origin="b.h5ad", version=7)
+    assert [plan.dataset_id for plan in open_lake(two_versions).pending()] == ["new"]
+    assert [plan.dataset_id for plan in open_lake(two_versions, 0).pending()] == ["new"], "also seen from before"
+    keep_sides(two_versions, 1, 3, 4, 5)
+    assert collect(two_versions).plans == ("new",)
+    assert sides_of(two_versions) == {1, 5}
+
+
 def test_values_stand_in_a_layer_of_their_own_with_zeros_and_negatives(tmp_path: Path) -> None:
     uri = str(tmp_path / "lake")
     levels = encoded_counts(0, 10, 8).astype(np.float32)
