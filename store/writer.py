@@ -286,6 +286,7 @@ class LakeWriter:
             self._plans = catalog.plans(self.uri)
             self._commits = catalog.commits(self.uri)
             self.undone = self._roll_back()
+            records.remove(records.join(self.uri, records.FOLDER, "running"))  # what drivers say that are gone
             self._merged, self._merged_at = self._commits[-1].number, time.monotonic()
         except BaseException:
             self._lock.release()

@@ -268,6 +268,13 @@ def test_what_was_begun_is_given_up_when_a_later_plan_of_the_dataset_is_committe
     assert sides_of(two_versions) == {1, 5}
 
 
+def test_a_writer_takes_away_what_a_dead_driver_said_of_its_progress(two_versions: str) -> None:
+    said = f"{two_versions}/somaflow/running/somewhere-77.json"
+    records.replace(said, {"pid": 77})
+    with LakeWriter(two_versions):
+        assert not Path(said).exists()
+
+
 def test_values_stand_in_a_layer_of_their_own_with_zeros_and_negatives(tmp_path: Path) -> None:
     uri = str(tmp_path / "lake")
     levels = encoded_counts(0, 10, 8).astype(np.float32)
