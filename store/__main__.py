@@ -109,6 +109,8 @@ def history(lake: LakeOption = "lake", json: JsonOption = False) -> None:
 
     Example: python -m store history --lake ./lake
     """
+    commits = open_lake(lake).history
+    added = {commit.dataset["number"]: commit for commit in commits if commit.dataset}
     rows = [
         {
             "commit": commit.number,
@@ -117,15 +119,25 @@ def history(lake: LakeOption = "lake", json: JsonOption = False) -> None:
             "timestamp_ms": commit.timestamp_ms,
             "dataset_id": commit.dataset.get("dataset_id", ""),
             "cells": commit.dataset.get("n_obs", 0),
+            "took_out": [
+                {"dataset_id": gone.dataset["dataset_id"], "cells": gone.dataset["n_obs"], "commit": gone.number}
+                for gone in (added[number] for number in commit.superseded)
+            ],
         }
-        for commit in open_lake(lake).history
+        for commit in commits
     ]
     if json:
         answer("store-history/v1", commits=rows)
         return
     _print_table(
-        ("commit", "id", "created", "dataset", "cells"),
-        [(row["commit"], row["id"][:12], row["created"], row["dataset_id"], f"{row['cells']:,}") for row in rows],
+        ("commit", "id", "created", "dataset", "cells", "took out"),
+        [
+            (
+                *(row["commit"], row["id"][:12], row["created"], row["dataset_id"], f"{row['cells']:,}"),
+                "; ".join(f"{one['dataset_id']} of commit {one['commit']}" for one in row["took_out"]),
+            )
+            for row in rows
+        ],
     )
 
 

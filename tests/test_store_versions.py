@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pytest
 import tiledb
 import tiledbsoma
+from click.testing import Result
 from encoded import add_dataset, encoded_counts, numbered
 from typer.testing import CliRunner
 
@@ -207,6 +209,25 @@ def test_a_vacuum_leaves_no_label_of_removed_cells(two_versions: str, merged: bo
     vacuum(two_versions)
     assert census_cells(two_versions) == 15
     assert sum(info.cell_num for info in tiledb.array_fragments(obs)) == 15
+
+
+def said(*words: str) -> Result:
+    """What a command of the store says on a terminal that is 80 columns wide."""
+    return CliRunner().invoke(commands.app, list(words), env={"COLUMNS": "80"})
+
+
+def test_history_says_what_a_commit_took_out(two_versions: str) -> None:
+    with LakeWriter(two_versions) as writer:
+        writer.remove("b")
+    rows = json.loads(said("history", "--lake", two_versions, "--json").stdout)["commits"]
+    assert [row["took_out"] for row in rows] == [
+        [],
+        [],
+        [],
+        [{"dataset_id": "a", "cells": 100, "commit": 1}],
+        [{"dataset_id": "b", "cells": 50, "commit": 2}],
+    ]
+    assert "b of commit 2" in " ".join(said("history", "--lake", two_versions).stderr.split())
 
 
 DIES = """
