@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from store import schema
-from store.errors import UsageError
+from store.errors import StorageError, UsageError
 from store.lake import Lake
 
 MODALITY = {"RNA": "rna", "protein": "prot", "ATAC": "atac"}
@@ -27,12 +27,16 @@ def export(lake: Lake, path: str | Path, organism: str, measurements: Sequence[s
 
     Raises:
         UsageError: No cell fits, several measurements are asked for as h5ad, or an unknown name or filter.
+        StorageError: The file cannot be written there.
     """
     path = Path(path)
     if path.suffix not in (".h5ad", ".h5mu"):
         raise UsageError(f"{path}: export writes .h5ad (one measurement) or .h5mu (several)")
     if path.suffix == ".h5ad" and len(measurements) != 1:
         raise UsageError(f"{path}: an h5ad holds one measurement, not {', '.join(measurements)}; name the file .h5mu")
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a folder; give the file another name" if path.is_dir() else "its folder does not exist; make it first"
+        raise StorageError(f"{path}: {why}")
     obs = lake.obs(organism, where).to_pandas()
     obs.index = obs["soma_joinid"].astype(str)
     parts = {name: _part(lake, organism, name, obs) for name in measurements}
@@ -47,6 +51,8 @@ def export(lake: Lake, path: str | Path, organism: str, measurements: Sequence[s
             with mudata.set_options(pull_on_update=False):
                 mudata.MuData({MODALITY.get(name, name): part for name, part in parts.items()}).write_h5mu(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error}; check the place, its room and your rights") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(set().union(*(part.obs_names for part in parts.values())))

@@ -20,7 +20,8 @@ from encoded import add_dataset, encoded_counts, numbered
 
 from store import context, schema
 from store.cluster import RayMetrics
-from store.errors import ConflictError, InputRefused, MissingError, UsageError, VerificationError
+from store.errors import ConflictError, InputRefused, MissingError, StorageError, UsageError, VerificationError
+from store.export import export
 from store.lake import Lake, create_lake, open_lake
 from store.schema import DatasetPlan, Features
 from store.validate import validate
@@ -127,6 +128,26 @@ def test_metrics_of_a_lake_whose_path_is_not_ascii_are_told(monkeypatch: pytest.
     metrics.count("seen", 2, lake="/data/Zürich")
     metrics.close()
     assert told == [{"lake": r"/data/Z\xfcrich"}] * 2
+
+
+def test_an_export_to_no_place_is_refused_before_anything_is_read(
+    tiny_lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.h5ad").mkdir()
+    lake = open_lake(str(tiny_lake))
+    with monkeypatch.context() as unread:
+        unread.setattr(Lake, "obs", None)
+        with pytest.raises(StorageError, match=r"x\.h5ad: is a folder"):
+            export(lake, tmp_path / "x.h5ad", "homo_sapiens", ["RNA"])
+        with pytest.raises(StorageError, match=r"nowhere/y\.h5ad: its folder does not exist"):
+            export(lake, tmp_path / "nowhere/y.h5ad", "homo_sapiens", ["RNA"])
+
+    def full(part: object, path: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("anndata.AnnData.write_h5ad", full)
+    with pytest.raises(StorageError, match=r"y\.h5ad: cannot be written: no space left"):
+        export(lake, tmp_path / "y.h5ad", "homo_sapiens", ["RNA"])
 
 
 def test_a_second_driver_is_told_to_wait(tmp_path: Path) -> None:
