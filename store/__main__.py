@@ -58,7 +58,8 @@ def info(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonOptio
     if json:
         answer("store-info/v1", **summary)
         return
-    console.print(f"[bold]{opened.uri}[/] at commit {opened.commit.number} ({opened.commit.created})")
+    commit_of = f"at commit {opened.commit.number} ({opened.commit.created})"
+    console.print(f"[bold]{escape(opened.uri)}[/] {commit_of}", soft_wrap=True)
     _print_table(
         ("dataset", "organism", "cells", "measurements", "source"),
         [
@@ -68,8 +69,8 @@ def info(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonOptio
     )
     for organism, measurements in summary["organisms"].items():
         features = ", ".join(f"{count:,} {name}" for name, count in measurements.items())
-        console.print(f"{organism}: {features} features")
-    console.print(f"snapshots: {', '.join(summary['snapshots']) or 'none'}")
+        console.print(f"{organism}: {features} features", markup=False, soft_wrap=True)
+    console.print(f"snapshots: {', '.join(summary['snapshots']) or 'none'}", markup=False, soft_wrap=True)
     _say_damaged(summary["damaged"])
 
 
@@ -157,7 +158,7 @@ def validate(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonO
             problems=[{"check": c.name, "subject": c.subject, "problem": c.problem} for c in problems],
         )
     for check in problems:
-        console.print(f"[red]{check.name}[/] {check.subject}: {check.problem}")
+        console.print(f"[red]{check.name}[/] {escape(f'{check.subject}: {check.problem}')}", soft_wrap=True)
     if problems:
         raise VerificationError(f"{lake}: {len(problems)} of {len(checks)} checks failed; see the lines above")
     console.print(f"[green]{len(checks)} checks passed[/]: layout, joinids, features, counts, snapshots")
@@ -182,7 +183,7 @@ def export(
     n_cells = export_cells(open_lake(lake, commit), path, organism, measurement or ["RNA"], where)
     if json:
         answer("store-export/v1", path=str(path), cells=n_cells)
-    console.print(f"wrote {n_cells:,} cells to {path}")
+    console.print(f"wrote {n_cells:,} cells to {path}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -425,7 +426,7 @@ def snapshot_delete(name: NameArgument, lake: LakeOption = "lake", json: JsonOpt
 def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(str(value) for value in row))
+        table.add_row(*(escape(str(value)) for value in row))
     console.print(table)
 
 

@@ -27,14 +27,14 @@ from typer.testing import CliRunner
 
 import store.__main__ as commands
 import store.writer
-from store import catalog, lock, records, tables, upkeep
+from store import catalog, command, lock, records, tables, upkeep
 from store.errors import ConflictError, MissingError, StorageError, UsageError, VerificationError
 from store.fragments import fragments
 from store.lake import Lake, layer_uris, open_lake, table_uris
 from store.lock import WriterLock
 from store.schema import DatasetPlan
 from store.upkeep import collect, consolidate, recover, vacuum
-from store.validate import validate
+from store.validate import Check, validate
 from store.writer import LakeWriter, write_counts
 
 ROOT = Path(__file__).parent.parent
@@ -228,6 +228,24 @@ def test_history_says_what_a_commit_took_out(two_versions: str) -> None:
         [{"dataset_id": "b", "cells": 50, "commit": 2}],
     ]
     assert "b of commit 2" in " ".join(said("history", "--lake", two_versions).stderr.split())
+
+
+def test_names_and_paths_are_shown_as_they_are_and_whole(
+    two_versions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.console, "width", 80)  # the paths are longer
+    uri = str(Path(two_versions).rename(tmp_path / "of [all] that were sequenced in the year [red]2026"))
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "[x]", 20, {"RNA": 10})
+    shown = said("info", "--lake", uri).stderr
+    assert shown.startswith(f"{uri} at commit 4 (")
+    assert "[x]" in shown
+    assert "[x]" in said("history", "--lake", uri).stderr
+    out = str(tmp_path / "[x] of some length that no terminal has room for.h5ad")
+    assert said("export", out, "--where", "dataset_id == '[x]'", "--lake", uri).stderr == f"wrote 20 cells to {out}\n"
+    problem = [Check("obs", uri, "differs from [all] others")]
+    monkeypatch.setattr(commands, "validate_lake", lambda *given: problem)
+    assert f"obs {uri}: differs from [all] others\n" in said("validate", "--lake", uri).stderr
 
 
 DIES = """
