@@ -6,6 +6,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import ast
 import datetime as dt
 import time
 from collections.abc import Iterator, Sequence
@@ -218,6 +219,28 @@ def open_lake(uri: str, commit: int | None = None) -> Lake:
     return Lake(uri, history[: commit + 1])
 
 
+def _refuse_fractions(where: str, columns: pa.Schema) -> None:
+    """Refuse a filter that compares whole numbers with a fraction: SOMA would cut it (``nnz >= 6.5`` took 6 too).
+
+    What does not parse is left to SOMA to refuse.
+    """
+    try:
+        compared = [node for node in ast.walk(ast.parse(where.strip(), mode="eval")) if isinstance(node, ast.Compare)]
+    except (SyntaxError, ValueError):
+        return
+    whole = {column.name for column in columns if pa.types.is_integer(column.type)}
+    for comparison in compared:
+        inside = list(ast.walk(comparison))
+        words = {n.id if isinstance(n, ast.Name) else n.value for n in inside if isinstance(n, ast.Name | ast.Constant)}
+        names = sorted(word for word in words if isinstance(word, str) and word in whole)
+        fractions = sorted(word for word in words if isinstance(word, float) and not word.is_integer())
+        if names and fractions:
+            raise UsageError(
+                f"where = {where!r}: {names[0]} holds whole numbers, and SOMA would cut {fractions[0]:g} to one; say a "
+                "whole number"
+            )
+
+
 class Lake:
     """One commit of a lake, opened for reading; later commits do not change what it answers.
 
@@ -318,12 +341,15 @@ class Lake:
                 ones then takes 4 bytes a cell.
 
         Raises:
-            UsageError: Unknown organism, a column that obs does not have, or a filter that does not parse.
+            UsageError: Unknown organism, a column that obs does not have, or a filter that does not parse or compares
+                a column of whole numbers with a fraction.
         """
         obs = self.experiment(organism).obs
         unknown = sorted(set(columns or ()) - set(obs.schema.names))
         if unknown:
             raise UsageError(f"obs has no column {unknown[0]!r}; columns: {', '.join(obs.schema.names)}")
+        if where is not None:
+            _refuse_fractions(where, obs.schema)
         wanted = None if columns is None else ["soma_joinid", *(name for name in columns if name != "soma_joinid")]
         ranges = self._ranges(organism)
         parts = [self._held(part, ranges, coded) for part in self._obs_parts(obs, where, wanted, span)]

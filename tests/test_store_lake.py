@@ -150,6 +150,25 @@ def test_an_export_to_no_place_is_refused_before_anything_is_read(
         export(lake, tmp_path / "y.h5ad", "homo_sapiens", ["RNA"])
 
 
+@pytest.mark.parametrize(
+    "where",
+    ["nnz >= 6.5", "6.5 <= nnz", "tissue == 'blood' and not (nnz in [3, 6.5])", 'attr("soma_joinid") < -0.5'],
+)
+def test_whole_numbers_are_compared_with_no_fraction(tiny_lake: Path, where: str) -> None:
+    with pytest.raises(UsageError, match=r"(nnz|soma_joinid) holds whole numbers, and SOMA would cut (6\.5|0\.5) to"):
+        open_lake(str(tiny_lake)).obs("homo_sapiens", where)
+
+
+def test_other_numbers_are_compared_as_ever(tiny_lake: Path) -> None:
+    lake = open_lake(str(tiny_lake))
+    obs = lake.obs("homo_sapiens").to_pandas()
+    median = float(obs["raw_mean_nnz"].median())
+    assert lake.obs("homo_sapiens", f"raw_mean_nnz >= {median!r}").num_rows == (obs["raw_mean_nnz"] >= median).sum()
+    assert lake.obs("homo_sapiens", "nnz >= 14.0").num_rows == (obs["nnz"] >= 14).sum() > 0
+    both = lake.obs("homo_sapiens", f"nnz >= 14 and raw_mean_nnz >= {median!r}")
+    assert both.num_rows == ((obs["nnz"] >= 14) & (obs["raw_mean_nnz"] >= median)).sum()
+
+
 def test_a_second_driver_is_told_to_wait(tmp_path: Path) -> None:
     with LakeWriter(str(tmp_path / "lake")), pytest.raises(ConflictError, match="being written by process"):
         LakeWriter(str(tmp_path / "lake")).__enter__()
