@@ -210,12 +210,12 @@ def open_lake(uri: str, commit: int | None = None) -> Lake:
     history = catalog.commits(uri)
     if not history:
         raise MissingError(f"{uri}: no lake here; make one with: python -m ingest run SOURCE --lake {uri}")
-    if commit is not None and commit < (first := catalog.first_openable(uri)):
-        raise MissingError(f"{uri}: commit {commit} was vacuumed; the oldest that can be opened is {first}")
     if commit is None:
         return Lake(uri, history)
     if not 0 <= commit < len(history):
         raise MissingError(f"{uri}: no commit {commit}; the lake has commits 0 to {len(history) - 1}")
+    if commit < (first := catalog.first_openable(uri)):
+        raise MissingError(f"{uri}: commit {commit} was vacuumed; the oldest that can be opened is {first}")
     return Lake(uri, history[: commit + 1])
 
 

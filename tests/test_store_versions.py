@@ -113,6 +113,12 @@ def test_the_old_version_is_reached_by_commit_until_a_vacuum(two_versions: str) 
         vacuum(two_versions, 9)
 
 
+@pytest.mark.parametrize("number", [-1, 4])
+def test_a_commit_that_never_was_is_not_called_vacuumed(two_versions: str, number: int) -> None:
+    with pytest.raises(MissingError, match=f"no commit {number}; the lake has commits 0 to 3"):
+        open_lake(two_versions, number)
+
+
 def test_a_content_that_comes_back_is_a_version_of_its_own(two_versions: str) -> None:
     with LakeWriter(two_versions) as writer:
         add_dataset(writer, "a", 100, {"RNA": 40, "protein": 6}, origin="a.h5ad")
