@@ -418,17 +418,24 @@ def _cells(text: str) -> int:
     return int(value)
 
 
+def _above_0(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise TypeError(f"{value!r} is no number above 0")
+    return value
+
+
 def of_plan(path: Path) -> dict[str, float]:
     """Take width, weights and operations from what ``python -m train plan --json`` said."""
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
+        n_cells = _above_0(plan["cells_per_step"])
         return {
-            "width": plan["width"],
-            "weights": plan["parameters"]["all"],
-            "operations": plan["operations"] / plan["cells_per_step"],
-            "tokens": math.ceil(plan["tokens_per_step"] / plan["cells_per_step"]),
+            "width": _above_0(plan["width"]),
+            "weights": _above_0(plan["parameters"]["all"]),
+            "operations": _above_0(plan["operations"]) / n_cells,
+            "tokens": math.ceil(_above_0(plan["tokens_per_step"]) / n_cells),
         }
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, OverflowError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not what python -m train plan RUN.toml --json writes: {error!r}") from None
 
 
@@ -461,10 +468,19 @@ def main(words: Sequence[str] | None = None) -> int:
         sizes = options.pop("cells")
         options |= of_plan(plan) if plan else {}
         asks = [Ask(cells=n_cells, **options) for n_cells in sizes]
+        if options["nonzeros"] > options["genes"]:
+            raise ValueError(
+                f"nonzeros={options['nonzeros']:g}: a cell has no more of them than there are features, "
+                f"genes={options['genes']:g}; say fewer, or more --genes"
+            )
+        said = json.dumps(as_json(asks, costs), allow_nan=False) if told else report(asks, costs)
     except ValueError as error:
         print(f"size: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(as_json(asks, costs)) if told else report(asks, costs))
+    except (OverflowError, ZeroDivisionError) as error:
+        print(f"size: the numbers are too large or too small to reckon with ({error})", file=sys.stderr)
+        return 2
+    print(said)
     return 0
 
 

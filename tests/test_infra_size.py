@@ -172,6 +172,29 @@ def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"cells_per_step": 0},
+        {"cells_per_step": -1},
+        {"width": "256"},
+        {"parameters": {"all": True}},
+        {"operations": math.nan},
+        {"tokens_per_step": math.inf},
+        {"operations": 10**400},
+    ],
+    ids=str,
+)
+def test_a_plan_whose_numbers_are_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
+) -> None:
+    plan = {"width": 256, "parameters": {"all": 1000}, "operations": 4e9, "cells_per_step": 4, "tokens_per_step": 400.0}
+    (tmp_path / "plan.json").write_text(json.dumps(plan | changes))
+    status, _, err = told(capsys, "--cells", "1e6", "--plan", str(tmp_path / "plan.json"))
+    assert status == 2
+    assert "plan.json: not what python -m train plan RUN.toml --json writes: " in err
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         (["--cells", "many"], "'many' is no number of cells"),
@@ -185,6 +208,10 @@ def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pyte
         (["--cells", "1e6", "--set", "x=1"], "there is no cost 'x'; there are ingest.core_s_per_nonzero"),
         (["--cells", "1e6", "--set", "train.mfu=much"], "train.mfu=much: a number above 0"),
         (["--cells", "1e6", "--set", "train.mfu=0"], "train.mfu=0: a number above 0"),
+        (["--cells", "1e6", "--set", "train.mfu=1e-320"], "the numbers are too large or too small to reckon with"),
+        (["--cells", "1e6", "--nonzeros", "1e300", "--genes", "9" * 301], "too large or too small to reckon with"),
+        (["--cells", "1e6", "--nonzeros", "1e300"], "nonzeros=1e+300: a cell has no more of them than there are"),
+        (["--cells", "1e6", "--nonzeros", "50000", "--genes", "36000"], "nonzeros=50000: a cell has no more of them"),
         (["--cells", "1e6", "--plan", "nowhere.json"], "nowhere.json: not what python -m train plan"),
     ],
 )
