@@ -40,8 +40,11 @@ class FeatureMap:
     mapped: float = 1.0
 
     def apply(self, counts_CF: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-        """Return counts_CG; columns that map to one feature are summed."""
-        parts = (counts_CF.data, self.column_F[counts_CF.indices], counts_CF.indptr)
+        """Return counts_CG; columns that map to one feature are summed, those of a narrow type of integers as int64."""
+        values = counts_CF.data
+        if values.dtype.kind in "biu" and values.dtype.itemsize < 8:
+            values = values.astype(np.int64)
+        parts = (values, self.column_F[counts_CF.indices], counts_CF.indptr)
         mapped = scipy.sparse.csr_matrix(parts, shape=(counts_CF.shape[0], len(self.features)))
         mapped.sum_duplicates()
         return mapped

@@ -70,6 +70,14 @@ def test_columns_of_one_gene_are_summed_and_it_is_said(genes: str) -> None:
     assert mapped.apply(counts).toarray().tolist() == [[5, 2], [8, 0]]
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.uint8, np.int8, np.uint16, np.int32])
+def test_sums_of_one_genes_columns_do_not_wrap_in_the_files_own_type(kind: type) -> None:
+    largest = 1 if kind is np.bool_ else int(np.iinfo(kind).max)
+    mapped = map_genes(var("ENSG00000000001", "ENSG00000000002", "ENSG00000000001.7"))
+    counts = scipy.sparse.csr_matrix(np.array([[largest, 1, largest], [0, 1, 1]], dtype=kind))
+    assert mapped.apply(counts).toarray().tolist() == [[2 * largest, 1], [1, 1]]
+
+
 def test_a_gene_table_that_is_missing_or_of_another_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no such gene table"):
         map_genes(var("A"), str(tmp_path / "none.csv"))
