@@ -444,6 +444,45 @@ def test_what_lies_beside_the_counts_of_an_h5ad_is_read_kept_or_named(shared_dat
         OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad"), antibodies="adt"), "one")
 
 
+@pytest.mark.parametrize("values", ["value", {"protein": "value"}])
+def test_zeros_of_levels_are_stored_however_it_is_said_what_the_values_are(tmp_path: Path, values: object) -> None:
+    levels = np.array([[0, 1.5, np.nan], [2.5, 0, -1]])
+    cells, features = pd.DataFrame(index=["c0", "c1"]), pd.DataFrame(index=["p0", "p1", "p2"])
+    named = pd.DataFrame(levels, index=cells.index, columns=features.index)
+    anndata.AnnData(levels, cells, features).write_h5ad(tmp_path / "dense.h5ad")
+    counts = anndata.AnnData(np.ones((2, 3)), cells, pd.DataFrame(index=["g0", "g1", "g2"]), obsm={"adt": named})
+    counts.write_h5ad(tmp_path / "beside.h5ad")
+    typed = anndata.AnnData(np.hstack([levels, np.ones((2, 1))]), cells, pd.DataFrame(index=["p0", "p1", "p2", "g0"]))
+    typed.var["feature_types"] = ["Antibody Capture"] * 3 + ["Gene Expression"]
+    typed.write_h5ad(tmp_path / "typed.h5ad")
+    named.to_csv(tmp_path / "levels.csv")
+    with h5py.File(tmp_path / "one.loom", "w") as file:
+        file["matrix"], file["row_attrs/Gene"], file["col_attrs/CellID"] = levels.T, ["p0", "p1", "p2"], ["c0", "c1"]
+    for name in ("dense.h5ad", "beside.h5ad", "typed.h5ad", "levels.csv", "one.loom"):
+        told: dict[str, object] = {"uri": str(tmp_path / name), "values": values}
+        told |= {} if name in ("beside.h5ad", "typed.h5ad") else {"measurement": "protein"}
+        told |= {"kind": "table"} if name == "levels.csv" else {}
+        opened = OpenDataset(SourceSettings.model_validate(told), "one")
+        assert opened.block("protein", 0, 2).nnz == 5, name
+        if values != "value" and "RNA" in opened.form.parts:
+            assert opened.values("RNA") == "counts"
+
+
+def test_zeros_of_a_modality_that_lacks_cells_are_stored(tmp_path: Path) -> None:
+    def modality(cells: list[str], values: list[list[float]], prefix: str) -> anndata.AnnData:
+        names = pd.DataFrame(index=[f"{prefix}{number}" for number in range(2)])
+        return anndata.AnnData(np.array(values), pd.DataFrame(index=cells), names)
+
+    counts = modality(["a", "b", "c"], [[1, 0], [0, 2], [3, 0]], "g")
+    mudata.MuData({"rna": counts, "adt": modality(["c", "a"], [[0, 1.5], [0, np.nan]], "p")}).write(tmp_path / "2.h5mu")
+    opened = OpenDataset(SourceSettings(uri=str(tmp_path / "2.h5mu"), values={"protein": "value"}), "two")
+    cells = list(opened.form.obs.index)
+    stored = opened.block("protein", 0, 3)
+    assert dict(zip(cells, np.diff(stored.indptr).tolist(), strict=True)) == {"a": 1, "b": 0, "c": 2}
+    assert stored.toarray()[cells.index("c")].tolist() == [0, 1.5]
+    np.testing.assert_array_equal(opened.block("RNA", 0, 3).toarray().sum(axis=1)[cells.index("b")], 2)
+
+
 def test_modalities_without_a_measurement_are_left_out_and_can_be_given_one(tmp_path: Path) -> None:
     def modality(cells: list[str], features: int, seed: int) -> anndata.AnnData:
         counts = np.random.default_rng(seed).poisson(2, (len(cells), features)).astype(np.float32)

@@ -136,6 +136,12 @@ def changed(uri: str) -> InputRefused:
     return InputRefused(f"{uri}: changed while it was being read; run the same command again")
 
 
+def are_levels(source: SourceSettings, measurement: str) -> bool:
+    """Say whether a measurement's values are levels, among which zero is one."""
+    values = source.values
+    return (values.get(measurement) if isinstance(values, dict) else values) == "value"
+
+
 def memory_rows(matrix: Any) -> Rows:
     """Return the rows of a matrix that is in memory."""
     counts = scipy.sparse.csr_matrix(matrix)

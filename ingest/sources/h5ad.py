@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ingest.sources.form import (
     Part,
     Rows,
     SourceDataset,
+    are_levels,
     chosen_columns,
     content_digest,
     dataset_name,
@@ -62,14 +63,16 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     if published:
         notes.append(f"CELLxGENE schema {published}")
         layer = layer or ("raw" if "raw/X" in file else "")
-    var, rows = _matrix(file, source, layer)
+    var, rows_if = _matrix(file, source, layer)
     if "feature_types" in var and source.measurement == "RNA":
         split = feature_types_to_measurements(var["feature_types"]) or {"RNA": np.arange(len(var))}
         notes += types_left_out(var["feature_types"])
     else:
         split = {source.measurement: np.arange(len(var))}
     parts = {
-        measurement: Part(var.iloc[columns], chosen_columns(rows, columns, len(var)))
+        measurement: Part(
+            var.iloc[columns], chosen_columns(rows_if(are_levels(source, measurement)), columns, len(var))
+        )
         for measurement, columns in split.items()
     }
     n_obs = table_length(file, "obs", source.uri)
@@ -199,7 +202,8 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _matrix(file: Any, source: SourceSettings, layer: str) -> tuple[pd.DataFrame, Rows]:
+def _matrix(file: Any, source: SourceSettings, layer: str) -> tuple[pd.DataFrame, Callable[[bool], Rows]]:
+    """Return var, and the rows of its matrix as those of levels or not."""
     var_key, key = "var", {"": "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
     if layer == "raw":
         var_key = "raw/var"
@@ -209,8 +213,8 @@ def _matrix(file: Any, source: SourceSettings, layer: str) -> tuple[pd.DataFrame
         known = [f"layer={name}" for name in _matrices(file)] + ["X (no layer)"] * ("X" in file)
         raise InputRefused(f"{source.uri}: has no matrix {key}; it has {', '.join(known) or 'none'}")
     identity = [source.uri, fingerprint(source.uri)]
-    levels = source.values == "value"
-    return read_table(file, var_key, source.uri), matrix_rows(file[key], f"{source.uri}: {key}", identity, levels)
+    rows_if = cache(partial(matrix_rows, file[key], f"{source.uri}: {key}", identity))
+    return read_table(file, var_key, source.uri), rows_if
 
 
 def _matrices(file: Any) -> list[str]:
@@ -283,7 +287,9 @@ def _proteins(file: Any, n_obs: int, source: SourceSettings) -> tuple[dict[str, 
             else:
                 features = [f"{key}_{number}" for number in range(table.shape[1])]
             if table.shape == (n_obs, len(features)):
-                return {"protein": Part(pd.DataFrame(index=features), memory_rows(table))}, key
+                dense_levels = are_levels(source, "protein") and not scipy.sparse.issparse(table)
+                rows = level_rows(table) if dense_levels else memory_rows(table)
+                return {"protein": Part(pd.DataFrame(index=features), rows)}, key
     return {}, ""
 
 

@@ -11,7 +11,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
-from ingest.sources.form import Part, Rows, SourceDataset, content_digest, dataset_name, fingerprint
+from ingest.sources.form import Part, Rows, SourceDataset, are_levels, content_digest, dataset_name, fingerprint
 from ingest.sources.h5ad import matrix_rows, open_group, read_table
 from store.errors import InputRefused
 from store.schema import MEASUREMENT_OF_MODALITY
@@ -44,8 +44,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         matrix = f"layers/{source.layer}" if source.layer else "X"
         if matrix not in group:
             raise InputRefused(f"{where}: has no matrix {matrix}")
-        values = source.values.get(measurement) if isinstance(source.values, dict) else source.values
-        stored = matrix_rows(group[matrix], f"{where}/{matrix}", identity, levels=values == "value")
+        stored = matrix_rows(group[matrix], f"{where}/{matrix}", identity, are_levels(source, measurement))
         rows = _placed(stored, position, len(var))
         parts[measurement] = Part(var, rows, position >= 0)
         fresh = [column for column in own if column not in obs and f"{key}:{column}" not in obs]
@@ -111,8 +110,10 @@ def _placed(rows: Rows, position: NDArray[np.intp], n_features: int) -> Rows:
         found = rows(first, last)
         if len(there) == last - first == stop - start and bool(np.all(np.diff(there) == 1)):
             return found
-        placing = (np.ones(len(there)), (np.flatnonzero(wanted >= 0), there - first))
-        chooser = scipy.sparse.coo_matrix(placing, shape=(stop - start, last - first)).tocsr()
-        return scipy.sparse.csr_matrix(chooser @ found)
+        chosen = found[there - first]  # a product of matrices would drop zeros, and those of levels are stored
+        nnz_C = np.zeros(stop - start, np.int64)
+        nnz_C[wanted >= 0] = np.diff(chosen.indptr)
+        parts = (chosen.data, chosen.indices, np.concatenate([[0], np.cumsum(nnz_C)]))
+        return scipy.sparse.csr_matrix(parts, shape=(stop - start, n_features))
 
     return read

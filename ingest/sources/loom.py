@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ingest.job import SourceSettings
-from ingest.sources.form import Part, SourceDataset, content_digest, fingerprint
+from ingest.sources.form import Part, SourceDataset, are_levels, content_digest, fingerprint
 from ingest.sources.h5ad import open_group
 from ingest.turn import Coordinates, turned
 from store.errors import InputRefused
@@ -39,7 +39,9 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     n_features, n_cells = matrix.shape
     var = _attributes(file["row_attrs"], n_features)
     var.index = _names(var, FEATURE_NAMES, "feature")
-    rows = turned([source.uri, fingerprint(source.uri), key], (n_cells, n_features), lambda: _parts(matrix))
+    levels = are_levels(source, source.measurement)
+    identity = [source.uri, fingerprint(source.uri), key, "levels" if levels else "counts"]
+    rows = turned(identity, (n_cells, n_features), lambda: _parts(matrix, levels))
     return SourceDataset(
         dataset_id=name,
         organism=source.organism,
@@ -90,10 +92,10 @@ def _names(table: pd.DataFrame, known: tuple[str, ...], kind: str) -> pd.Index:
     return pd.Index(table[found].astype(str))
 
 
-def _parts(matrix: h5py.Dataset) -> Iterator[Coordinates]:
-    """Read features a few at a time, along the file's chunks."""
+def _parts(matrix: h5py.Dataset, levels: bool) -> Iterator[Coordinates]:
+    """Read features a few at a time, along the file's chunks; a zero among ``levels`` is stored, and NaN is missing."""
     step = max(1, min(matrix.chunks[0] if matrix.chunks else CHUNK, 2**24 // max(1, matrix.shape[1])))
     for first in range(0, matrix.shape[0], step):
         part = matrix[first : first + step]
-        feature, cell = np.nonzero(part)
+        feature, cell = np.nonzero(~np.isnan(part) if levels else part)
         yield cell, feature + first, part[feature, cell]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ingest.job import SourceSettings
-from ingest.sources.form import Part, SourceDataset, content_digest, level_rows, memory_rows
+from ingest.sources.form import Part, SourceDataset, are_levels, content_digest, level_rows, memory_rows
 from store.errors import InputRefused
 
 BARCODE = re.compile(r"(.*[_:#-])?[ACGT]{10,}([-_.].*)?$")
@@ -23,7 +23,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 
     The first column names the cells where it is no number, the first line the features where it is none; without them
     they are numbered. With ``transposed`` cells stand in columns. Columns of text beside the numbers become obs. An
-    empty field or ``NA`` is missing when the source says ``values = "value"``, and refused in counts.
+    empty field or ``NA`` is missing when the source says that the values are levels (``value``), and refused in counts.
 
     Raises:
         InputRefused: Not such a table.
@@ -44,7 +44,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
             f"{source.uri}: its features are called as cells are ({features[0]!r}, ...); set transposed={turned}"
         )
     matrix = numbers[features].to_numpy(np.float64)
-    rows = level_rows(matrix) if source.values == "value" else memory_rows(matrix)
+    rows = level_rows(matrix) if are_levels(source, source.measurement) else memory_rows(matrix)
     return SourceDataset(
         dataset_id=name,
         organism=source.organism,
