@@ -23,7 +23,7 @@ from ingest.harmonize import FeatureMap
 from ingest.job import SourceSettings, Values
 from ingest.obs import map_obs
 from ingest.sources import kind_of, open_dataset
-from ingest.sources.form import SourceDataset, content_digest, fingerprint
+from ingest.sources.form import SourceDataset, content_digest, fingerprint, read_obs_table
 from store.errors import InputRefused
 from store.records import absolute
 from store.schema import DatasetPlan, measured_column
@@ -192,7 +192,8 @@ class OpenDataset:
         notes = list(self.form.notes)
         obs, leftovers = pd.DataFrame(index=range(self.form.n_obs)), pd.DataFrame()
         try:
-            found = map_obs(self.form.obs, self._obs_given(), self.source.controls)
+            notes += self._take_obs_table()
+            found = map_obs(self.form.obs, self.source.obs, self.source.controls)
             obs, leftovers = found.frame, found.aside
             notes += found.notes
             resolved = ontology.resolve(obs, self.form.organism)
@@ -230,14 +231,16 @@ class OpenDataset:
         """Say whether somebody named the organism: then genes of another one may be its orthologs there."""
         return "organism" in self.source.model_fields_set or self.form.organism != "homo_sapiens"
 
-    def _obs_given(self) -> dict[str, str]:
-        table = self.source.obs_table
-        if table:
-            more = pd.read_csv(table, sep="\t", index_col=0)
-            more.index = more.index.astype(str)
-            fresh = [str(column) for column in more if column not in self.form.obs]
-            self.form.obs[fresh] = more[fresh].reindex(self.form.obs.index)
-        return self.source.obs
+    def _take_obs_table(self) -> list[str]:
+        """Add the columns of ``obs_table`` that the source lacks to its obs; return what people should know."""
+        table, obs = self.source.obs_table, self.form.obs
+        if not table:
+            return []
+        more, notes = read_obs_table(table, table, obs.index)
+        fresh = [str(column) for column in more if column not in obs]
+        obs[fresh] = more[fresh]
+        left = [str(column) for column in more if column not in fresh]
+        return notes + ([f"{table}: not taken, for the source has them: {', '.join(left)}"] if left else [])
 
     def _plan(self) -> DatasetPlan:
         apart = {"uri", "kind", "title", "truth", "replaces"}

@@ -163,7 +163,7 @@ def _normalise(frame: pd.DataFrame, controls: Sequence[str] = ()) -> None:
 
 def _truth(value: Any) -> bool:
     if isinstance(value, str):
-        if value.lower() not in ("true", "false"):
+        if value.lower() not in ("true", "false", "1", "0"):
             raise InputRefused(f"obs.is_primary_data holds {value!r}; it is true or false")
-        return value.lower() == "true"
+        return value.lower() in ("true", "1")
     return bool(value)

@@ -69,7 +69,7 @@ def written(unit: Any, units: Mapping[str, str]) -> Any:
 def _no_number(text: str) -> bool:
     """Say whether a text stands where a quantity is not said: of a control, or before the first time."""
     plain = text.strip().lower()
-    return plain in ("", "nan", "na", "none", "unknown", "baseline") or bool(CONTROL.match(plain))
+    return plain in ("", "nan", "na", "n/a", "none", "null", "unknown", "baseline") or bool(CONTROL.match(plain))
 
 
 def quantity(column: str, values: pd.Series) -> tuple[Quantities | None, str]:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -481,6 +482,65 @@ def test_zeros_of_a_modality_that_lacks_cells_are_stored(tmp_path: Path) -> None
     assert dict(zip(cells, np.diff(stored.indptr).tolist(), strict=True)) == {"a": 1, "b": 0, "c": 2}
     assert stored.toarray()[cells.index("c")].tolist() == [0, 1.5]
     np.testing.assert_array_equal(opened.block("RNA", 0, 3).toarray().sum(axis=1)[cells.index("b")], 2)
+
+
+def _10x_folder(folder: Path, cells: list[str]) -> None:
+    folder.mkdir()
+    (folder / "genes.tsv").write_text("ENSG00000000001\tAAA\nENSG00000000002\tBBB\n")
+    (folder / "barcodes.tsv").write_text("".join(f"{cell}\n" for cell in cells))
+    scipy.io.mmwrite(folder / "matrix.mtx", scipy.sparse.coo_matrix(np.ones((2, len(cells)), int)))
+
+
+@pytest.mark.parametrize("header", ["cell\t", ""])  # R gives the names of lines no header
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_table_of_cells_is_taken_word_for_word(tmp_path: Path, beside: bool, header: str) -> None:
+    _10x_folder(tmp_path / "run", ["001", "002", "003"])
+    columns = ["donor_id", "batch", "sample_id", "dose", "is_primary_data", "x"]
+    lines = [["002", "01", "1", "None", "2.50", "0", "null"], ["001", "007", "", "NA", "1e1", "TRUE", "1"]]
+    path = tmp_path / ("run/metadata.tsv" if beside else "more.tsv")
+    path.write_text(header + "\n".join("\t".join(line) for line in [columns, *lines]) + "\n")
+    table = {} if beside else {"obs_table": str(path)}
+    found = OpenDataset(SourceSettings(uri=str(tmp_path / "run"), **table), "run").inspect()
+    assert found.problems == []
+    assert [note.rsplit(": ", 1)[1] for note in found.notes if "line" in note] == ["1 of 3 cells have no line"]
+    obs = found.obs.set_index("cell_id")
+    assert obs["donor_id"].tolist()[:2] == ["007", "01"]
+    assert obs["batch"].tolist()[1] == "1"
+    assert obs["sample_id"].tolist()[:2] == ["NA", "None"]
+    assert obs["dose"].tolist()[:2] == [10, 2.5]
+    assert obs["x"].isna().tolist() == [False, True, True]
+    assert obs["is_primary_data"].tolist()[:2] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("cell\tdonor\nc1\ta\nc1\tb\n", "cell 'c1' stands in more than one line"),
+        ("cell\tdonor\nrun1_c1\ta\n", r"none of its cells \('run1_c1', ...\) is one of the source \('c1', 'c2'"),
+        ("", "not a readable table"),
+    ],
+)
+def test_a_table_of_cells_that_cannot_fit_is_refused(tmp_path: Path, lines: str, said: str) -> None:
+    _10x_folder(tmp_path / "run", ["c1", "c2"])
+    (tmp_path / "more.tsv").write_text(lines)
+    given = SourceSettings(uri=str(tmp_path / "run"), obs_table=str(tmp_path / "more.tsv"))
+    (problem,) = OpenDataset(given, "run").inspect().problems
+    assert re.search(f"more.tsv: {said}", problem)
+    (tmp_path / "run/metadata.tsv").write_text(lines)
+    with pytest.raises(InputRefused, match=f"metadata.tsv: {said}"):
+        OpenDataset(SourceSettings(uri=str(tmp_path / "run")), "run")
+
+
+def test_columns_of_a_table_of_cells_that_the_source_has_are_named(tmp_path: Path) -> None:
+    _10x_folder(tmp_path / "run", ["c1", "c2"])
+    (tmp_path / "run/metadata.tsv").write_text("cell\tdonor\nc1\ta\nc2\tb\n")
+    (tmp_path / "more.tsv").write_text("cell\tdonor\tbatch\nc1\tx\t1\nc2\ty\t2\n")
+    given = SourceSettings(uri=str(tmp_path / "run"), obs_table=str(tmp_path / "more.tsv"))
+    found = OpenDataset(given, "run").inspect()
+    assert f"{tmp_path}/more.tsv: not taken, for the source has them: donor" in found.notes
+    assert (found.obs["donor_id"].tolist(), found.obs["batch"].tolist()) == (["a", "b"], ["1", "2"])
+    with pytest.raises(MissingError, match=r"none.tsv: no such table of cells"):
+        OpenDataset(given.model_copy(update={"obs_table": str(tmp_path / "none.tsv")}), "run").inspect()
 
 
 def test_modalities_without_a_measurement_are_left_out_and_can_be_given_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -84,6 +84,42 @@ class SourceDataset:
     def digest(self) -> str:
         """SHA-256 (hex) over the content, computed once."""
         return self.content()
+
+
+def read_obs_table(table: str | BinaryIO, where: str, cells: pd.Index) -> tuple[pd.DataFrame, list[str]]:
+    """Read a tab-separated table whose first column names cells, all of it as text: a donor ``01`` stays ``01``.
+
+    Args:
+        table: Its address, or the open file.
+        where: What messages call it.
+        cells: The source's names of its cells.
+
+    Returns:
+        One row per cell, in their order, NaN where a field is empty or a cell has no line; and what people should know.
+
+    Raises:
+        InputRefused: No such table, a name stands twice in it, or it names none of the cells.
+        MissingError: It is not there.
+    """
+    try:
+        # a first column that is named as the index would be read as numbers
+        lines = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False, na_values=[""])
+    except FileNotFoundError:
+        raise MissingError(f"{where}: no such table of cells") from None
+    except (ValueError, OSError) as error:
+        raise InputRefused(f"{where}: not a readable table: {str(error).splitlines()[0]}") from error
+    if isinstance(lines.index, pd.RangeIndex):  # as R writes tables, the names of lines have no header
+        lines = lines.set_index(lines.columns[0])
+    if lines.index.has_duplicates:
+        twice = lines.index[lines.index.duplicated()][0]
+        raise InputRefused(f"{where}: cell {twice!r} stands in more than one line; leave one")
+    without = int((~cells.isin(lines.index)).sum())
+    if without == len(cells):
+        names = f"{', '.join(map(repr, lines.index[:2]))}, ...) is one of the source ({', '.join(map(repr, cells[:2]))}"
+        raise InputRefused(
+            f"{where}: none of its cells ({names}, ...); its first column names cells as the source does"
+        )
+    return lines.reindex(cells), [f"{where}: {without:,} of {len(cells):,} cells have no line"] if without else []
 
 
 def dataset_name(source: SourceSettings) -> str:

@@ -24,6 +24,7 @@ from ingest.sources.form import (
     dataset_name,
     feature_types_to_measurements,
     fingerprint,
+    read_obs_table,
     types_left_out,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
@@ -55,9 +56,9 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     """
     if source.uri.endswith(".h5"):
         features, barcodes, rows = _open_h5(source)
-        obs = pd.DataFrame(index=pd.Index(barcodes))
+        obs, notes = pd.DataFrame(index=pd.Index(barcodes)), list[str]()
     else:
-        features, obs, rows = _open_folder(source)
+        features, obs, rows, notes = _open_folder(source)
     parts = split_features(features, rows)
     if not parts:
         raise InputRefused(
@@ -71,7 +72,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts=parts,
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
-        notes=types_left_out(features["feature_types"]),
+        notes=(*types_left_out(features["feature_types"]), *notes),
     )
 
 
@@ -114,7 +115,7 @@ def _texts(element: Any) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in element[:]]
 
 
-def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Rows]:
+def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Rows, list[str]]:
     paths = _archive(source.uri) if source.uri.endswith(ARCHIVES) else _folder(source.uri)
     missing = [role for role in ("matrix", "features", "barcodes") if role not in paths]
     if missing:
@@ -127,14 +128,14 @@ def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Ro
     types = table[2].tolist() if table.shape[1] > 2 else None
     features = _features(table[0].tolist(), table[1].tolist(), types)
     barcodes = [line.strip() for line in _open(paths["barcodes"]).read().decode().splitlines()]
-    obs = pd.DataFrame(index=pd.Index(barcodes))
+    obs, notes = pd.DataFrame(index=pd.Index(barcodes)), list[str]()
     if "metadata" in paths:
-        obs = obs.join(pd.read_csv(_open(paths["metadata"]), sep="\t", index_col=0))
+        obs, notes = read_obs_table(_open(paths["metadata"]), f"{source.uri}: metadata.tsv", obs.index)
     shape = (len(barcodes), len(features))
     rows = turned(
         [source.uri, fingerprint(source.uri)], shape, lambda: _coordinates(paths["matrix"], shape, source.uri)
     )
-    return features, obs, rows
+    return features, obs, rows, notes
 
 
 def _folder(uri: str) -> dict[str, str]:
