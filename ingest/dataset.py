@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ingest import check, harmonize, ontology
 from ingest.harmonize import FeatureMap
-from ingest.job import SourceSettings, Values
+from ingest.job import FILES, SourceSettings, Values
 from ingest.obs import map_obs
 from ingest.sources import kind_of, open_dataset
 from ingest.sources.form import SourceDataset, content_digest, fingerprint, read_obs_table
@@ -243,13 +243,9 @@ class OpenDataset:
         return notes + ([f"{table}: not taken, for the source has them: {', '.join(left)}"] if left else [])
 
     def _plan(self) -> DatasetPlan:
-        apart = {"uri", "kind", "title", "truth", "replaces"}
+        apart = {"uri", "kind", "title", "truth", "replaces", *FILES}
         settings = self.source.model_dump(mode="json", exclude=apart, exclude_defaults=True)
-        tables = [
-            content_digest(path)
-            for path in (self.source.genes, self.source.hgnc, self.source.obs_table, self.source.peaks)
-            if path
-        ]
+        tables = {key: content_digest(path) for key in FILES if (path := getattr(self.source, key))}
         identity = json.dumps([TRANSFORM_VERSION, self.form.dataset_id, self.form.digest, tables, settings])
         kind = kind_of(self.source)
         info = {**self.form.info, "source_uri": self.source.uri, "source_kind": kind}

@@ -11,15 +11,13 @@ from urllib.parse import urlsplit
 import fsspec
 import pandas as pd
 
-from ingest.job import SourceSettings
+from ingest.job import FILES, SourceSettings
 from ingest.sources import KNOWN, is_census_name, is_dataset_folder, kind_by_name, recognise
 from store.errors import InputRefused, MissingError, UsageError
 from store.records import is_local
 from store.settings import parse_settings
 
 MANIFESTS = (".tsv", ".csv", ".parquet")
-FILES = ("genes", "hgnc", "obs_table", "peaks", "barcodes")
-"""Keys of a source that name files beside its own."""
 DEEPEST = 6
 
 

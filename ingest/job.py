@@ -11,6 +11,8 @@ from store.settings import Settings
 
 Kind = Literal["census", "h5ad", "zarr", "h5mu", "10x", "loom", "fragments", "visium", "table", "isatab", "simulated"]
 Values = Literal["counts", "log1p", "lognorm", "value"]
+FILES = ("genes", "hgnc", "obs_table", "peaks", "barcodes")
+"""Keys of a source that name files beside its own; what is in them counts, not where they lie."""
 
 
 class SourceSettings(Settings):

@@ -215,6 +215,31 @@ def test_fragments_are_counted_in_tiles_and_peaks(filled: Filled, shared_data: P
 
 
 @pytest.mark.ray
+def test_what_files_beside_a_source_hold_makes_a_dataset_and_not_where_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fragments.tsv").write_text("chr1\t10\t20\tA\t1\nchr1\t30\t40\tB\t1\n")
+    (tmp_path / "cells.txt").write_text("A\n")
+    (tmp_path / "peaks.bed").write_text("chr1\t0\t100\n")
+    (tmp_path / "more.tsv").write_text("cell\tdonor\nA\td1\n")
+    monkeypatch.chdir(tmp_path)
+
+    def key(before: str) -> str:
+        names = {"barcodes": "cells.txt", "peaks": "peaks.bed", "obs_table": "more.tsv"}
+        beside = {name: f"{before}{path}" for name, path in names.items()}
+        return OpenDataset(SourceSettings(uri="fragments.tsv", **beside), "f").inspect().plan.key
+
+    plain = key("")
+    assert key("./") == key(f"{tmp_path}/") == plain
+    for name, text in (("cells.txt", "A\nB\n"), ("peaks.bed", "chr1\t0\t50\n"), ("more.tsv", "cell\tdonor\nA\td2\n")):
+        (tmp_path / name).write_text(text)
+        assert key("") != plain, name
+        plain = key("")
+    (tmp_path / "cells.txt").write_text("A\nB\nA\n")
+    with pytest.raises(InputRefused, match=r"cells\.txt: barcode 'A' stands more than once"):
+        key("")
+
+
 def test_levels_keep_zeros_and_leave_out_what_is_missing(filled: Filled, shared_data: Path) -> None:
     lake, _ = filled
     peptides = anndata.read_h5ad(shared_data / "derived/leduc_scp_peptides.h5ad")

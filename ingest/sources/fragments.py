@@ -7,6 +7,7 @@ counts. Coordinates are BED's (0-based, half-open); features are named ``chr1:10
 from __future__ import annotations
 
 import gzip
+from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -136,6 +137,8 @@ def _cells(source: SourceSettings, fragments_B: dict[str, int]) -> list[str]:
                 cells = [line.strip().split("\t")[0] for line in file.read().decode().splitlines() if line.strip()]
         except FileNotFoundError:
             raise MissingError(f"{source.barcodes}: no such file of barcodes") from None
+        if twice := next((cell for cell, number in Counter(cells).items() if number > 1), ""):
+            raise InputRefused(f"{source.barcodes}: barcode {twice!r} stands more than once; leave one")
         if not any(cell in fragments_B for cell in cells):
             raise InputRefused(f"{source.uri}: none of the {len(cells):,} barcodes of {source.barcodes} has a fragment")
         return cells
