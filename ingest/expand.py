@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -14,7 +15,7 @@ import pandas as pd
 from ingest.job import FILES, SourceSettings
 from ingest.sources import KNOWN, is_census_name, is_dataset_folder, kind_by_name, recognise
 from store.errors import InputRefused, MissingError, UsageError
-from store.records import is_local
+from store.records import absolute, is_local
 from store.settings import parse_settings
 
 MANIFESTS = (".tsv", ".csv", ".parquet")
@@ -35,7 +36,7 @@ class Expanded:
 
 
 def expand(source: SourceSettings, schemes: Sequence[str]) -> Expanded:
-    """Find the single sources that ``source`` stands for.
+    """Find the single sources that ``source`` stands for; local paths become absolute, for workers stand elsewhere.
 
     Raises:
         UsageError: An address of a kind that the job does not allow, or with a password in it; a setting that fits one
@@ -44,6 +45,7 @@ def expand(source: SourceSettings, schemes: Sequence[str]) -> Expanded:
         InputRefused: A manifest that is none.
     """
     allow(source, schemes)
+    source = _placed(source)
     uri = source.uri
     if source.kind is not None or uri.startswith("simulated:") or (is_local(uri) and is_census_name(uri)):
         return Expanded([source])
@@ -66,6 +68,13 @@ def expand(source: SourceSettings, schemes: Sequence[str]) -> Expanded:
             raise MissingError(f"{uri}: holds nothing that can be ingested; a source is {KNOWN}")
         return _each(source, below, passed)
     return Expanded([source])
+
+
+def _placed(source: SourceSettings) -> SourceSettings:
+    """Make the local paths of a source absolute."""
+    given = {key: getattr(source, key) for key in ("uri", *FILES, "truth")}
+    local = {key: path for key, path in given.items() if path and _scheme(path) == "file"}
+    return source.model_copy(update={key: absolute(os.path.expanduser(path)) for key, path in local.items()})
 
 
 def allow(source: SourceSettings, schemes: Sequence[str]) -> None:

@@ -245,7 +245,7 @@ def _named(job: JobSettings, limits: Limits, progress: Progress) -> Iterator[_Da
 
 def _passed(given: SourceSettings, uris: list[str]) -> list[str]:
     """Say which files of a folder or glob are not looked at, in one note or none."""
-    names = [uri.removeprefix(f"{given.uri.rstrip('/')}/") for uri in uris]
+    names = [uri.removeprefix(f"{records.absolute(given.uri)}/") for uri in uris]
     more = f" and {len(names) - PASSED:,} more" if len(names) > PASSED else ""
     return [f"passed over, of no known kind: {', '.join(names[:PASSED])}{more}"] if names else []
 

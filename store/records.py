@@ -34,9 +34,9 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str | Path) -> str:
-    """Return a local path as an absolute path, so that another process finds it; other URIs lose a last slash."""
+    """Return a local path as an absolute one, without ``..``, for other processes; other URIs lose a last slash."""
     text = str(uri)
-    return str(Path(text.removeprefix("file://")).absolute()) if is_local(text) else text.rstrip("/")
+    return os.path.abspath(text.removeprefix("file://")) if is_local(text) else text.rstrip("/")
 
 
 def join(uri: str, *parts: str) -> str:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -420,6 +421,34 @@ def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tm
     assert len(expand(SourceSettings(uri=str(shared_data / "census-mini/soma")), SCHEMES).sources) == 1
     for far in ("gs://bucket/a.h5ad", "https://host/b.loom", "s3://bucket/c.h5mu"):
         assert expand(SourceSettings(uri=far), SCHEMES).sources[0].uri == far
+
+
+def test_local_paths_become_absolute_for_workers_stand_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("a.h5ad", "list.csv", "genes.csv"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.csv").write_text("uri,genes\na.h5ad,genes.csv\n")
+    spelt = {
+        tmp_path: ("a.h5ad", "./a.h5ad", "below/../a.h5ad", "*.h5ad", "list.csv", ".", f"file://{tmp_path}/a.h5ad")
+    }
+    spelt[tmp_path / "below"] = ("../a.h5ad", "..", "../*.h5ad", "../list.csv", "~/a.h5ad")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, uris in spelt.items():
+        monkeypatch.chdir(folder)
+        genes = os.path.relpath(tmp_path / "genes.csv")
+        for uri in uris:
+            (one,) = expand(SourceSettings(uri=uri, genes=genes), SCHEMES).sources
+            assert (one.uri, one.genes) == (f"{tmp_path}/a.h5ad", f"{tmp_path}/genes.csv"), uri
+            assert "organism" not in one.model_fields_set, uri
+    monkeypatch.chdir(tmp_path / "below")
+    assert records.absolute("../a.h5ad") == f"{tmp_path}/a.h5ad"
+    (given,) = expand(SourceSettings(uri="../a.h5ad", kind="h5ad", peaks="p.bed"), SCHEMES).sources
+    assert (given.uri, given.peaks) == (f"{tmp_path}/a.h5ad", f"{tmp_path}/below/p.bed")
+    for uri in ("stable", "simulated:", "s3://bucket/../a.h5ad"):
+        (same,) = expand(SourceSettings(uri=uri, genes="s3://bucket/genes.csv"), SCHEMES).sources
+        assert (same.uri, same.genes) == (uri, "s3://bucket/genes.csv")
 
 
 @pytest.mark.parametrize(
