@@ -324,6 +324,10 @@ class DatasetPlan:
         if self.n_obs <= 0:
             raise InputRefused(f"dataset {self.dataset_id!r} has no cells")
         for name, features in self.features.items():
+            if not len(features):
+                raise InputRefused(
+                    f"dataset {self.dataset_id!r}: {name} has no features; leave out what was not measured"
+                )
             if len(features) > FEATURE_CAPACITY[name]:
                 raise InputRefused(
                     f"dataset {self.dataset_id!r}: {len(features):,} {name} features exceed the lake's "

@@ -597,6 +597,12 @@ def test_columns_of_a_table_of_cells_that_the_source_has_are_named(tmp_path: Pat
         OpenDataset(given.model_copy(update={"obs_table": str(tmp_path / "none.tsv")}), "run").inspect()
 
 
+def test_a_measurement_without_a_feature_is_refused(tmp_path: Path) -> None:
+    anndata.AnnData(np.zeros((3, 0), np.float32), pd.DataFrame(index=["a", "b", "c"])).write_h5ad(tmp_path / "no.h5ad")
+    with pytest.raises(InputRefused, match=r"no\.h5ad: dataset 'no': RNA has no features; leave out"):
+        OpenDataset(SourceSettings(uri=str(tmp_path / "no.h5ad")), "no").inspect()
+
+
 def test_modalities_without_a_measurement_are_left_out_and_can_be_given_one(tmp_path: Path) -> None:
     def modality(cells: list[str], features: int, seed: int) -> anndata.AnnData:
         counts = np.random.default_rng(seed).poisson(2, (len(cells), features)).astype(np.float32)
