@@ -43,7 +43,7 @@ Overrides = Annotated[
 LakeOption = Annotated[
     str | None, typer.Option("--lake", help="The lake: a folder or s3:// URI; ./lake when left out.")
 ]
-WorkersOption = Annotated[int | None, typer.Option(help="Ray tasks at a time; 2 when left out.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Ray tasks at a time; 2 when left out.")]
 AddressOption = Annotated[
     str | None,
     typer.Option(help="A running Ray cluster; RAY_ADDRESS if left out, and without that Ray is started here."),

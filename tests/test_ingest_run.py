@@ -15,7 +15,9 @@ import pandas as pd
 import pytest
 import scanpy
 import scipy.sparse
+from typer.testing import CliRunner
 
+from ingest import __main__ as command
 from ingest import sources
 from ingest.job import JobSettings, SourceSettings
 from ingest.run import Outcome, plan, run
@@ -83,6 +85,16 @@ def test_what_is_missing_or_unknown_is_said_with_what_would_do(tmp_path: Path) -
         sources.recognise(str(tmp_path / "notes.txt"))
     with pytest.raises(UsageError, match="nothing to ingest"):
         plan(JobSettings(lake=str(tmp_path / "lake")))
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_no_workers_at_all_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    asked: list[JobSettings] = []
+    monkeypatch.setattr(f"ingest.run.{verb}", lambda job: asked.append(job) or [])
+    runner = CliRunner()
+    given = [verb, str(tmp_path / "a.h5ad"), "--workers"]
+    assert (runner.invoke(command.app, [*given, "0"]).exit_code, asked) == (2, [])
+    assert (runner.invoke(command.app, [*given, "1"]).exit_code, asked[0].workers) == (0, 1)
 
 
 @pytest.mark.ray
