@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ingest import duplicates
@@ -141,10 +142,10 @@ def status(lake: LakeOption = None, json: JsonOption = False) -> None:
         return
     table = Table("dataset", "organism", "cells", "state")
     for row in committed:
-        table.add_row(row["dataset_id"], row["organism"], f"{row['n_obs']:,}", f"commit {row['commit']}")
+        table.add_row(escape(row["dataset_id"]), row["organism"], f"{row['n_obs']:,}", f"commit {row['commit']}")
     for row in pending:
         table.add_row(
-            row["dataset_id"], row["organism"], f"{row['n_obs']:,}", "begun; the same ingest run completes it"
+            escape(row["dataset_id"]), row["organism"], f"{row['n_obs']:,}", "begun; the same ingest run completes it"
         )
     console.print(table)
     for driver in running:
@@ -198,7 +199,7 @@ def show_quality(
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["dataset"],
+            escape(row["dataset"]),
             row["measurement"],
             f"{row['cells']:,}",
             f"{row['features']:,}",
@@ -224,7 +225,9 @@ def show_duplicates(lake: LakeOption = None, json: JsonOption = False) -> None:
     table = Table("dataset", "and", "cells in common", "of the smaller", "primary in both")
     for pair in found[:PAIRS_SHOWN]:
         other = "itself" if pair.first == pair.second else pair.second
-        table.add_row(pair.first, other, f"{pair.cells:,}", f"{100 * pair.share:.1f} %", f"{pair.both_primary:,}")
+        table.add_row(
+            escape(pair.first), escape(other), f"{pair.cells:,}", f"{100 * pair.share:.1f} %", f"{pair.both_primary:,}"
+        )
     console.print(table if found else "no two cells with at least 50 features have the same counts")
     if len(found) > PAIRS_SHOWN:
         console.print(f"and {len(found) - PAIRS_SHOWN:,} pairs with fewer; --json has them all")
@@ -248,7 +251,7 @@ def simulate_files(
         answer("ingest-simulate/v1", files=[str(path) for path in written])
         return
     for path in written:
-        console.print(f"wrote {path}", soft_wrap=True)
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
 
 
 def _show(outcomes: list) -> None:  # type: ignore[type-arg]
@@ -258,14 +261,14 @@ def _show(outcomes: list) -> None:  # type: ignore[type-arg]
         state = {"committed": f"in the lake, commit {outcome.commit}", "present": "in the lake already"}.get(
             outcome.state, outcome.state
         )
-        table.add_row(outcome.dataset_id or outcome.source, f"{outcome.cells:,}", features, state)
+        table.add_row(escape(outcome.dataset_id or outcome.source), f"{outcome.cells:,}", features, state)
     console.print(table)
     for outcome in outcomes:
         for note in outcome.notes:
-            console.print(f"[yellow]note[/] {outcome.dataset_id}: {note}", soft_wrap=True)
+            console.print(f"[yellow]note[/] {escape(f'{outcome.dataset_id}: {note}')}", soft_wrap=True)
         if outcome.error:
-            console.print(f"[red]refused[/] {outcome.dataset_id or outcome.source}: ", end="")
-            console.print(outcome.error, markup=False, soft_wrap=True)
+            named = f"{outcome.dataset_id or outcome.source}: {outcome.error}"
+            console.print(f"[red]refused[/] {escape(named)}", soft_wrap=True)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ class Progress:
         self.rows: dict[str, dict[str, Any]] = {}
         self._begun = self._shown = self._kept = time.monotonic()
         self._bars = rich_progress.Progress(
-            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TextColumn("{task.description}", markup=False),
             rich_progress.BarColumn(),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TextColumn("{task.fields[speed]}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,11 +16,13 @@ import pandas as pd
 import pytest
 import scanpy
 import scipy.sparse
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ingest import __main__ as command
 from ingest import sources
 from ingest.job import JobSettings, SourceSettings
+from ingest.progress import Progress
 from ingest.run import Outcome, plan, run
 from store.errors import InputRefused, MissingError, UsageError
 from store.lake import open_lake
@@ -95,6 +98,25 @@ def test_no_workers_at_all_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     given = [verb, str(tmp_path / "a.h5ad"), "--workers"]
     assert (runner.invoke(command.app, [*given, "0"]).exit_code, asked) == (2, [])
     assert (runner.invoke(command.app, [*given, "1"]).exit_code, asked[0].workers) == (0, 1)
+
+
+def test_words_of_sources_are_shown_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    monkeypatch.setattr(command, "console", Console(file=text, width=300))
+    note, problem = "obs columns kept: conc [/mL], [red]", "x[/]: column '[bold]' is none [/b]"
+    taken = Outcome("a.h5ad", "a[/b]", "committed", 3, {"RNA": 2}, commit=1, notes=[note])
+    refused = Outcome("b[/i].h5ad", "")
+    refused.refuse(problem)
+    command._show([taken, refused])
+    lines = text.getvalue().splitlines()
+    assert f"note a[/b]: {note}" in lines
+    assert f"refused b[/i].h5ad: {problem}" in lines
+    assert sum(name in line for line in lines for name in ("a[/b] ", "b[/i].h5ad ")) == 2
+    with Progress(None) as progress:
+        progress.add("a[/b]")
+        progress.size("a[/b]", 10)
+        Console(file=text, width=300).print(progress._bars.get_renderable())
+    assert "a[/b]" in text.getvalue().splitlines()[-1]
 
 
 @pytest.mark.ray
