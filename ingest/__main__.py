@@ -17,7 +17,7 @@ from ingest.job import JobSettings, SourceSettings
 from ingest.simulate import SimulationSettings, simulate, write_files
 from store import command, records, upkeep
 from store.command import answer, console
-from store.errors import PARTIAL, InputRefused, UsageError
+from store.errors import PARTIAL, InputRefused, StorageError, UsageError
 from store.lake import open_lake
 from store.settings import load_settings, parse_settings
 
@@ -188,8 +188,14 @@ def show_quality(
     opened = open_lake(lake or "lake")
     rows = page.table(opened)
     if html:
-        html.write_text(page.page(opened, duplicates.find(opened)), encoding="utf-8")
-        console.print(f"wrote {html}", soft_wrap=True)
+        written = page.page(opened, duplicates.find(opened))
+        try:
+            html.write_text(written, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(
+                f"{html}: cannot be written: {error.strerror}; name a file in a folder that is there"
+            ) from error
+        console.print(f"wrote {html}", markup=False, soft_wrap=True)
     if json:
         answer("ingest-quality/v1", lake=opened.uri, commit=opened.commit.number, rows=rows)
         return

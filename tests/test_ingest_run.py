@@ -24,7 +24,7 @@ from ingest import sources
 from ingest.job import JobSettings, SourceSettings
 from ingest.progress import Progress
 from ingest.run import Outcome, plan, run
-from store.errors import InputRefused, MissingError, UsageError
+from store.errors import InputRefused, MissingError, StorageError, UsageError
 from store.lake import open_lake
 from store.validate import validate
 
@@ -117,6 +117,17 @@ def test_words_of_sources_are_shown_as_they_stand(monkeypatch: pytest.MonkeyPatc
         progress.size("a[/b]", 10)
         Console(file=text, width=300).print(progress._bars.get_renderable())
     assert "a[/b]" in text.getvalue().splitlines()[-1]
+
+
+def test_a_page_that_cannot_be_written_is_told_in_one_line(
+    tiny_lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingest.duplicates.find", lambda lake: [])
+    monkeypatch.setattr("ingest.page.page", lambda lake, pairs: "a page")
+    page = tmp_path / "no folder/page.html"
+    done = CliRunner().invoke(command.app, ["quality", "--lake", str(tiny_lake), "--html", str(page)])
+    assert isinstance(done.exception, StorageError)
+    assert str(done.exception).startswith(f"{page}: cannot be written: No such file or directory; name a file in")
 
 
 @pytest.mark.ray
