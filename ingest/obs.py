@@ -20,7 +20,7 @@ from ingest.perturbations import (
     said_of_perturbations,
     written_as_gears,
 )
-from ingest.quantities import UNITS, quantity, written
+from ingest.quantities import UNITS, quantity, said_of_units, written
 from store.errors import InputRefused
 from store.schema import OBS_DEFAULTS, UNKNOWN
 
@@ -103,6 +103,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str]
     given_words = {column: frame[column] for column in ("perturbation", "perturbation_type") if column in frame}
     notes += said_of_perturbations(frame, obs, controls)
     _normalise(frame, controls)
+    notes += said_of_units(frame)
     changed = [column for column, words in given_words.items() if not _same_words(words, frame[column])]
     used = set(taken.values()) - {taken.get(column) for column in changed}
     return MappedObs(frame, obs[[column for column in obs if column not in used]], notes, taken)

@@ -81,7 +81,16 @@ def quantity(column: str, values: pd.Series) -> tuple[Quantities | None, str]:
             (repr(str(word)) for word in words if not QUANTITY.match(str(word)) and not _no_number(str(word))), ""
         )
         return None, f"{column}: column {values.name!r} is left aside: {odd} is no quantity"
-    units = [] if found[1] is None or column != "time" else sorted(set(found[1].tolist()) - {"", *TIMES.values()})
-    if units:
-        return found, f"time: units kept as they are: {', '.join(units)}; say obs.time_unit==day, or what it is"
     return found, ""
+
+
+def said_of_units(frame: pd.DataFrame) -> list[str]:
+    """Say which units of doses and times are not known here and stay as they are."""
+    told = []
+    for column, units in UNITS.items():
+        words = [str(word) for word in distinct.coded(frame[column])[1]] if column in frame else []
+        left = sorted(word for word in words if word not in units.values() and not _no_number(word))
+        if left:
+            of, known = column.removesuffix("_unit"), "day" if units is TIMES else "uM"
+            told.append(f"{of}: units kept as they are: {', '.join(left)}; say obs.{column}=={known}, or what it is")
+    return told

@@ -311,12 +311,17 @@ def test_units_are_written_in_one_way_whether_a_column_of_their_own_or_the_numbe
     micro, mu = "\N{MICRO SIGN}M", "\N{GREEK SMALL LETTER MU}M"
     own = pd.DataFrame({"dose": [1.0] * 6, "dose_unit": ["um", micro, mu, "NM", "ug/ml", None], "time": [2.0] * 6})
     own["time_unit"] = ["h", "Hours", "hr ", "d", "passages", "M"]
-    frame = map_obs(own, {}).frame
+    found = map_obs(own, {})
+    assert found.notes == ["time: units kept as they are: M, passages; say obs.time_unit==day, or what it is"]
+    frame = found.frame
     assert frame["dose_unit"].tolist()[:5] == ["uM", "uM", "uM", "nM", "ug/mL"]
     assert frame["dose_unit"].isna().tolist() == [False] * 5 + [True]
     assert frame["time_unit"].tolist() == ["hour", "hour", "hour", "day", "passages", "M"]
     frame = map_obs(pd.DataFrame({"dose": [f"1 {micro}", f"2{mu}", "3 um", "4 mM"]}), {}).frame
     assert frame["dose_unit"].tolist() == ["uM", "uM", "uM", "mM"]
+    for doses in ({"dose": ["1 U/mL", "2 uM"]}, {"dose": [1.0, 2.0], "dose_unit": ["U/mL", "unknown"]}):
+        notes = map_obs(pd.DataFrame(doses), {}).notes
+        assert notes == ["dose: units kept as they are: U/mL; say obs.dose_unit==uM, or what it is"]
     assert set(map_obs(pd.DataFrame({"time": [1.0, 2.0]}), {"time_unit": "=h"}).frame["time_unit"]) == {"hour"}
 
 
