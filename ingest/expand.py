@@ -14,6 +14,7 @@ import pandas as pd
 
 from ingest.job import FILES, SourceSettings
 from ingest.sources import KNOWN, is_census_name, is_dataset_folder, kind_by_name, recognise
+from ingest.sources.form import without_query
 from store.errors import InputRefused, MissingError, UsageError
 from store.records import absolute, is_local
 from store.settings import parse_settings
@@ -49,9 +50,9 @@ def expand(source: SourceSettings, schemes: Sequence[str]) -> Expanded:
     uri = source.uri
     if source.kind is not None or uri.startswith("simulated:") or (is_local(uri) and is_census_name(uri)):
         return Expanded([source])
-    if any(sign in uri for sign in "*?["):
+    if _is_pattern(uri):
         return _each(source, *_matching(uri))
-    if uri.lower().endswith(MANIFESTS) and (rows := _manifest(uri)) is not None:
+    if without_query(uri).lower().endswith(MANIFESTS) and (rows := _manifest(uri)) is not None:
         found = Expanded([])
         for row in rows:
             listed = parse_settings(SourceSettings, _merged(source, row), where=f"{uri}: {row['uri']}")
@@ -113,6 +114,13 @@ def _each(source: SourceSettings, uris: list[str], passed: list[str]) -> Expande
     if source.dataset_id and len(uris) > 1:
         raise UsageError(f"{source.uri}: holds {len(uris)} sources, so dataset_id={source.dataset_id!r} fits none")
     return Expanded([source.model_copy(update={"uri": uri}) for uri in uris], passed)
+
+
+def _is_pattern(uri: str) -> bool:
+    """Say whether an address is a glob; a file may have such signs in its name, and an address on the web a query."""
+    if is_local(uri) and os.path.exists(uri):
+        return False
+    return any(sign in without_query(uri) for sign in "*?[")
 
 
 def _is_folder(uri: str) -> bool:

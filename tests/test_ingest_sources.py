@@ -23,6 +23,7 @@ import scanpy
 import scipy.io
 import scipy.sparse
 
+from ingest import sources
 from ingest.dataset import OpenDataset
 from ingest.expand import expand
 from ingest.job import JobSettings, SourceSettings
@@ -419,8 +420,24 @@ def test_folders_globs_and_manifests_become_single_sources(shared_data: Path, tm
     pd.DataFrame({"uri": ["a.h5ad"], "organism": ["mus_musculus"]}).to_parquet(tmp_path / "list.parquet")
     assert expand(SourceSettings(uri=str(tmp_path / "list.parquet")), SCHEMES).sources[0].organism == "mus_musculus"
     assert len(expand(SourceSettings(uri=str(shared_data / "census-mini/soma")), SCHEMES).sources) == 1
-    for far in ("gs://bucket/a.h5ad", "https://host/b.loom", "s3://bucket/c.h5mu"):
+    for far in ("gs://bucket/a.h5ad", "https://host/b.loom", "s3://bucket/c.h5mu", "https://host/d.h5ad?download=1"):
         assert expand(SourceSettings(uri=far), SCHEMES).sources[0].uri == far
+
+
+def test_signs_of_a_glob_may_stand_in_a_name_and_a_query_behind_an_address(tmp_path: Path) -> None:
+    for name in ("a[1].h5ad", "a1.h5ad", "what?.h5ad"):
+        (tmp_path / name).touch()
+    for name in ("a[1].h5ad", "what?.h5ad"):
+        (one,) = expand(SourceSettings(uri=f"{tmp_path}/{name}"), SCHEMES).sources
+        assert one.uri == f"{tmp_path}/{name}"
+    assert [one.uri for one in expand(SourceSettings(uri=f"{tmp_path}/?1.h5ad"), SCHEMES).sources] == [
+        f"{tmp_path}/a1.h5ad"
+    ]
+    for name, kind in (("x.h5ad", "h5ad"), ("x.zarr.zip", "zarr"), ("x.h5", "10x"), ("fragments.tsv.gz", "fragments")):
+        told = SourceSettings(uri=f"https://host/files/{name}?download=1&token=a*b")
+        assert expand(told, SCHEMES).sources == [told]
+        assert sources.kind_of(told) == kind
+        assert sources.names(told) == ["files-fragments" if kind == "fragments" else "x"]
 
 
 def test_local_paths_become_absolute_for_workers_stand_elsewhere(

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 
 from ingest.job import SourceSettings
-from ingest.sources.form import SourceDataset, dataset_name
+from ingest.sources.form import SourceDataset, dataset_name, without_query
 from store.errors import InputRefused, MissingError, StorageError, UsageError
 from store.records import is_local
 
@@ -73,7 +73,7 @@ def recognise(uri: str) -> str:
 
 def kind_by_name(uri: str) -> str:
     """Say what kind of file ``uri`` is by its name alone; empty when that does not tell. No store is asked."""
-    name = uri.rstrip("/").rsplit("/", 1)[-1].lower()
+    name = without_query(uri).rstrip("/").rsplit("/", 1)[-1].lower()
     return next((kind for pattern, kind in BY_NAME if re.search(pattern, name)), "")
 
 

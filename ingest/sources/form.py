@@ -122,11 +122,16 @@ def read_obs_table(table: str | BinaryIO, where: str, cells: pd.Index) -> tuple[
     return lines.reindex(cells), [f"{where}: {without:,} of {len(cells):,} cells have no line"] if without else []
 
 
+def without_query(uri: str) -> str:
+    """Return an address on the web without what follows its path (``?download=1``); others as they are."""
+    return uri.split("?", 1)[0] if uri.startswith(("http://", "https://")) else uri
+
+
 def dataset_name(source: SourceSettings) -> str:
     """Name a dataset after its file: endings go, and names that tools give to everything take the folder's."""
     if source.dataset_id:
         return source.dataset_id
-    path = Path(source.uri.rstrip("/"))
+    path = Path(without_query(source.uri).rstrip("/"))
     stem = path.name
     while (ending := next((end for end in ENDINGS if stem.lower().endswith(end)), "")) and len(stem) > len(ending):
         stem = stem[: -len(ending)]

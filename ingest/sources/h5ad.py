@@ -28,6 +28,7 @@ from ingest.sources.form import (
     level_rows,
     memory_rows,
     types_left_out,
+    without_query,
 )
 from ingest.turn import PART, Coordinates, turned
 from store.errors import InputRefused
@@ -89,7 +90,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         info={
             "dataset_title": source.title or _text_at(file, "uns/title"),
             "citation": _text_at(file, "uns/citation"),
-            "dataset_h5ad_path": source.uri.rstrip("/").rsplit("/", 1)[-1],
+            "dataset_h5ad_path": without_query(source.uri).rstrip("/").rsplit("/", 1)[-1],
         },
         sides=sides,
         notes=tuple(notes),
@@ -103,7 +104,7 @@ def open_group(uri: str) -> Any:
     Raises:
         InputRefused: It cannot be read, reaches outside itself, or holds matrices that are none.
     """
-    if uri.rstrip("/").endswith((".zarr", ".zarr.zip")):
+    if without_query(uri).rstrip("/").endswith((".zarr", ".zarr.zip")):
         return _open_zarr(uri)
     try:
         # no lock: whoever owns the file may write to it at any time, and a change is noticed by its fingerprint

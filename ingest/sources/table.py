@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ingest.job import SourceSettings
-from ingest.sources.form import Part, SourceDataset, are_levels, content_digest, level_rows, memory_rows
+from ingest.sources.form import Part, SourceDataset, are_levels, content_digest, level_rows, memory_rows, without_query
 from store.errors import InputRefused
 
 BARCODE = re.compile(r"(.*[_:#-])?[ACGT]{10,}([-_.].*)?$")
@@ -57,7 +57,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 
 
 def _read(uri: str) -> pd.DataFrame:
-    name = uri.lower().removesuffix(".gz")
+    name = without_query(uri).lower().removesuffix(".gz")
     separator = "," if name.endswith(".csv") else "\t" if name.endswith(".tsv") else r"\s+|,|\t"
     missing = ["NA", "NaN", "nan", ""]
     try:

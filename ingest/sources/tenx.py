@@ -26,6 +26,7 @@ from ingest.sources.form import (
     fingerprint,
     read_obs_table,
     types_left_out,
+    without_query,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
 from ingest.turn import Coordinates, made_once, scratch_of, turned
@@ -54,7 +55,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     Raises:
         InputRefused: Not a 10x matrix, or one of several genomes is wanted.
     """
-    if source.uri.endswith(".h5"):
+    if without_query(source.uri).endswith(".h5"):
         features, barcodes, rows = _open_h5(source)
         obs, notes = pd.DataFrame(index=pd.Index(barcodes)), list[str]()
     else:
@@ -116,7 +117,7 @@ def _texts(element: Any) -> list[str]:
 
 
 def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Rows, list[str]]:
-    paths = _archive(source.uri) if source.uri.endswith(ARCHIVES) else _folder(source.uri)
+    paths = _archive(source.uri) if without_query(source.uri).endswith(ARCHIVES) else _folder(source.uri)
     missing = [role for role in ("matrix", "features", "barcodes") if role not in paths]
     if missing:
         raise InputRefused(
