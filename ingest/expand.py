@@ -182,10 +182,13 @@ def _manifest(uri: str) -> list[dict[str, Any]] | None:
         else:
             separator = "\t" if uri.lower().endswith(".tsv") else ","
             with filesystem.open(path, "rb") as file:
-                if b"uri" not in file.readline().rstrip().split(separator.encode()):
+                header = file.readline().decode("utf-8-sig", errors="replace").strip().split(separator)
+                if "uri" not in [name.strip('"') for name in header]:
                     return None
                 file.seek(0)
-                table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False)
+                # Excel begins with a mark of the encoding
+                table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+                table = table.drop(columns="Unnamed: 0", errors="ignore")  # R's numbers of lines
     except FileNotFoundError:
         raise MissingError(f"{uri}: no such file") from None
     except (ValueError, OSError) as error:

@@ -440,6 +440,23 @@ def test_signs_of_a_glob_may_stand_in_a_name_and_a_query_behind_an_address(tmp_p
         assert sources.names(told) == ["files-fragments" if kind == "fragments" else "x"]
 
 
+def test_manifests_are_read_as_excel_and_r_write_them(tmp_path: Path) -> None:
+    (tmp_path / "a.h5ad").touch()
+    written = {
+        "excel.csv": "\ufeffuri,organism\r\na.h5ad,mus_musculus\r\n",
+        "quoted.csv": '\ufeff"organism","uri"\n"mus_musculus","a.h5ad"\n',
+        "write.csv": '"","uri","organism"\n"1","a.h5ad","mus_musculus"\n',
+        "write.table.tsv": '"uri"\t"organism"\n"1"\t"a.h5ad"\t"mus_musculus"\n',
+    }
+    for name, text in written.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        (one,) = expand(SourceSettings(uri=str(tmp_path / name)), SCHEMES).sources
+        assert (one.uri, one.organism) == (f"{tmp_path}/a.h5ad", "mus_musculus"), name
+    (tmp_path / "other.csv").write_text("uris,organism\na.h5ad,mus_musculus\n")
+    with pytest.raises(InputRefused, match="cannot tell what it is"):
+        expand(SourceSettings(uri=str(tmp_path / "other.csv")), SCHEMES)
+
+
 def test_local_paths_become_absolute_for_workers_stand_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
