@@ -28,7 +28,7 @@ from ingest.dataset import OpenDataset
 from ingest.expand import expand
 from ingest.job import JobSettings, SourceSettings
 from ingest.run import Outcome, run
-from ingest.sources import tenx
+from ingest.sources import h5ad, tenx
 from store import records
 from store.errors import InputRefused, MissingError, UsageError
 from store.lake import Lake, open_lake
@@ -438,6 +438,13 @@ def test_signs_of_a_glob_may_stand_in_a_name_and_a_query_behind_an_address(tmp_p
         assert expand(told, SCHEMES).sources == [told]
         assert sources.kind_of(told) == kind
         assert sources.names(told) == ["files-fragments" if kind == "fragments" else "x"]
+    zipped = "https://host/x.zarr.zip?download=1"
+    with (
+        mock.patch("fsspec.open_local", side_effect=OSError("not here")) as asked,
+        pytest.raises(InputRefused, match="not a readable zarr group: not here"),
+    ):
+        h5ad.open_group(zipped)
+    asked.assert_called_once_with(f"simplecache::{zipped}")
 
 
 def test_manifests_are_read_as_excel_and_r_write_them(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _open_zarr(uri: str) -> Any:
     root: Any
     try:
         # consolidated metadata is read whole: one strange member of uns would make the file unreadable
-        if uri.endswith(".zip"):
+        if without_query(uri).endswith(".zip"):
             path = uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}")
             root = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r", use_consolidated=False)
         else:
