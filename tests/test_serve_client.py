@@ -15,6 +15,7 @@ import httpx
 import mudata
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from fake_predictor import FakePredictor
 from scipy.sparse import csr_matrix
@@ -22,10 +23,11 @@ from starlette.testclient import TestClient
 
 from serve import client as client_module
 from serve.app import make_app
+from serve.arrow import ARROW
 from serve.client import Client, Report
 from serve.errors import Overloaded, Unavailable
 from serve.given import chunks, read_cells
-from serve.npz import NPZ
+from serve.npz import NPZ, REQUEST
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError
@@ -54,7 +56,9 @@ def busy(retry_after: str = "3") -> httpx.Response:
 
 
 def body_of(media: str, content: bytes) -> dict[str, Any]:
-    """Read what the client sent."""
+    """Read what the client sent; of a stream only the message."""
+    if media == ARROW:
+        return json.loads(pa.ipc.open_stream(content).schema.metadata[REQUEST.encode()])
     if media != NPZ:
         return json.loads(content)
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
@@ -412,6 +416,19 @@ def test_limits_that_the_server_tells_are_kept_from_the_first_request(limits: di
     with serving(Limits(**limits)) as (client, transport):
         client.translate([{"G0": 1, "G1": 1}] * 100, "protein")
         assert len(transport.bodies) == 25
+
+
+@pytest.mark.parametrize("encoding", ["npz", "arrow"])
+def test_counts_in_any_order_stay_those_of_their_features_when_a_part_is_sent_again(encoding: str) -> None:
+    """A part that the server finds too large is sent once more, in halves."""
+    rng, n_cells = np.random.default_rng(0), 400
+    orders = np.concatenate([rng.permutation(8)[:4] for _ in range(n_cells)])
+    data = rng.integers(1, 100, 4 * n_cells).astype(np.float32)
+    counts_CF = csr_matrix((data, orders, np.arange(0, 4 * n_cells + 1, 4)), shape=(n_cells, 8))
+    assert not counts_CF.has_sorted_indices
+    with serving(Limits(body_bytes=12_000)) as (client, _):
+        found = client.embed({"RNA": (counts_CF, [f"G{i}" for i in range(8)])}, encoding=encoding)
+    assert found.values[:, 3].tolist() == counts_CF[:, [0]].toarray().ravel().tolist()
 
 
 def test_one_cell_that_is_too_large_is_refused_as_the_server_does() -> None:
