@@ -32,15 +32,15 @@ MOST_METADATA = 2**24
 PARTS = ("features", "counts")
 
 
-def write_request(message: dict[str, Any], measurements: dict[str, tuple[csr_matrix, list[str]]]) -> bytes:
-    """Write a message and its counts, which stay as they are: a cell's features stand in their order."""
+def write_request(message: bytes, measurements: dict[str, tuple[csr_matrix, list[str]]]) -> bytes:
+    """Write a message, as JSON, and its counts, which stay as they are: a cell's features stand in their order."""
     columns = {}
     for name, (counts_CF, features) in measurements.items():
         offsets = pa.array(counts_CF.indptr.astype(np.int32))
         named = pa.DictionaryArray.from_arrays(pa.array(counts_CF.indices.astype(np.int32)), pa.array(features))
         columns[f"{name}/features"] = pa.ListArray.from_arrays(offsets, named)
         columns[f"{name}/counts"] = pa.ListArray.from_arrays(offsets, pa.array(counts_CF.data))
-    return _stream(pa.table(columns).replace_schema_metadata({REQUEST: json.dumps(message)}))
+    return _stream(pa.table(columns).replace_schema_metadata({REQUEST: message}))
 
 
 def write_reply(field: str, values_CD: NDArray[np.floating], rest: bytes) -> bytes:

@@ -810,9 +810,9 @@ def _origin(reply: dict[str, Any]) -> tuple[str, ...]:
 
 def _body(piece: _Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any], media: str = NPZ) -> Body:
     """Write some cells and what is asked of them."""
-    message = {"prompts": _said(prompts, piece.rows), **asked}
+    message = _json({"prompts": _said(prompts, piece.rows), **asked})
     parts: Measurements = {}
-    arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: _json(message)}
+    arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: message}
     for name, (part, features) in piece.measurements.items():
         used, indices = np.unique(part.indices, return_inverse=True)
         names = [features[column] for column in used] or features[:1]

@@ -439,8 +439,10 @@ def test_one_cell_that_is_too_large_is_refused_as_the_server_does() -> None:
 def test_numbers_of_numpy_are_numbers(served: Any) -> None:
     client, transport = served
     cells = [{"G0": np.int64(1)}, {"G0": np.float32(2)}]
-    client.embed(cells, prompts={"time": np.int64(3), "dose": np.array([0.5, 1]), "tissue": np.array(["lung", ""])})
-    assert transport.bodies[-1]["prompts"] == {"time": 3, "dose": [0.5, 1], "tissue": ["lung", ""]}
+    said = {"time": np.int64(3), "dose": np.array([0.5, 1], np.float32), "tissue": np.array(["lung", ""])}
+    for encoding in ("npz", "arrow"):
+        client.embed(cells, prompts=said, encoding=encoding)
+        assert transport.bodies[-1]["prompts"] == {"time": 3, "dose": [0.5, 1], "tissue": ["lung", ""]}
     client.embed(cells, prompts={"time": np.array([1, 2]), "tissue": pd.Series(["lung", "blood"], index=["b", "a"])})
     assert transport.bodies[-1]["prompts"] == {"time": [1, 2], "tissue": ["lung", "blood"]}
     counts, _ = client.generate(np.int64(2), depth=np.float32(10), seed=np.int64(4), prompts={"time": np.float32(1)})
