@@ -191,7 +191,8 @@ def begin(lake: Lake, organism: str, key: str, wanted: Mapping[str, Any], *, rep
     """Return the generation to work on: the one that was begun, or a new one. The caller holds :func:`writer_lock`.
 
     One that was begun keeps the commit with which it began, unless a vacuum took that away; a complete one stays as it
-    is until the lake has another commit.
+    is until the lake has another commit. One that was begun, and in which nothing was done, holds the name against
+    nobody: its filter may select no cell.
 
     Args:
         lake: The commit to take cells from.
@@ -204,8 +205,8 @@ def begin(lake: Lake, organism: str, key: str, wanted: Mapping[str, Any], *, rep
         ConflictError: The name belongs to another model or filter.
     """
     before = generations(lake.uri, organism, check_key(key))
-    newest = before[-1] if before else None
-    if newest and any(newest.plan[name] != wanted[name] for name in IDENTITY):
+    newest = next((one for one in reversed(before) if _same(one, wanted) or one.manifest or done(one)), None)
+    if newest and not _same(newest, wanted):
         if not replace:
             raise ConflictError(_taken(lake, newest, wanted))
         newest = None
@@ -224,6 +225,10 @@ def begin(lake: Lake, organism: str, key: str, wanted: Mapping[str, Any], *, rep
     if not records.create(records.join(made.folder, "plan.json"), plan):
         raise ConflictError(f"{lake.uri}: another process embeds {made.name}; run the same command again")
     return made
+
+
+def _same(standing: Generation, wanted: Mapping[str, Any]) -> bool:
+    return all(standing.plan[name] == wanted[name] for name in IDENTITY)
 
 
 def _taken(lake: Lake, standing: Generation, wanted: Mapping[str, Any]) -> str:

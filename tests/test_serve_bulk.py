@@ -229,6 +229,21 @@ def test_a_name_belongs_to_a_model_and_a_filter_unless_it_is_taken_over(lake: st
     assert open_index(lake, HUMAN, "cells").known.manifest["model_sha256"] == outcome.manifest["model_sha256"]
 
 
+def test_a_filter_that_selects_nothing_holds_no_name(lake: str, checkpoint: str) -> None:
+    def nothing(where: str, replace: bool = False) -> None:
+        with pytest.raises(UsageError, match="no cell of homo_sapiens where"):
+            embed(Asked(checkpoint, lake, where, key="cells", replace=replace))
+
+    nothing("tissue == 'Blood'")
+    nothing("tissue == 'BLOOD'")
+    blood = embed(Asked(checkpoint, lake, "tissue == 'blood'", key="cells"))
+    assert blood.n_embedded == blood.n_cells > 0
+    nothing("tissue == 'Lung'", replace=True)
+    assert embed(Asked(checkpoint, lake, "tissue == 'blood'", key="cells")).n_embedded == 0
+    with pytest.raises(ConflictError, match="not where \"tissue == 'lung'\""):
+        embed(Asked(checkpoint, lake, "tissue == 'lung'", key="cells"))
+
+
 def test_when_the_lake_has_grown_only_what_came_since_is_embedded(lake: str, checkpoint: str) -> None:
     asked = Asked(checkpoint, lake, key="cells")
     embed(asked)
