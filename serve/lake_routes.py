@@ -165,26 +165,28 @@ def add_lakes(router: APIRouter, desk: Desk, atlas: Atlas, runner: Jobs | None) 
         with shown(atlas):
             found = await start_job(desk, atlas, runner, request)
         response.headers["Location"] = f"/v1/jobs/{found.id}"
-        return _job(atlas, found)
+        return _job(atlas, atlas.uri(request.lake), found)
 
     @router.get("/v1/jobs")
     async def list_jobs() -> JobsReply:
         """List the jobs of all lakes."""
-        found = await asyncio.to_thread(lambda: [one for uri in atlas.lakes.values() for one in jobs.read_all(uri)])
-        return JobsReply(jobs=[_job(atlas, await _present(atlas, one, runner)) for one in found])
+        found = await asyncio.to_thread(_records, atlas)
+        return JobsReply(jobs=[_job(atlas, uri, await _present(uri, one, runner)) for uri, one in found])
 
     @router.get("/v1/jobs/{job}")
     async def one_job(job: JobId) -> JobReply:
         """Say how far a job is."""
-        return _job(atlas, await _present(atlas, await asyncio.to_thread(_record, atlas, job), runner))
+        uri, found = await asyncio.to_thread(_record, atlas, job)
+        return _job(atlas, uri, await _present(uri, found, runner))
 
     @router.delete("/v1/jobs/{job}", status_code=202)
     async def cancel(job: JobId) -> JobReply:
         """End a job after the block of cells at hand; what is done stays done."""
-        found = await _present(atlas, await asyncio.to_thread(_record, atlas, job), runner)
+        uri, found = await asyncio.to_thread(_record, atlas, job)
+        found = await _present(uri, found, runner)
         if runner is not None and found.state == "running":
             await runner.cancel(job)
-        return _job(atlas, found)
+        return _job(atlas, uri, found)
 
 
 async def start_job(desk: Desk, atlas: Atlas, runner: Jobs | None, request: JobRequest) -> jobs.Record:
@@ -202,7 +204,7 @@ async def start_job(desk: Desk, atlas: Atlas, runner: Jobs | None, request: JobR
     key = request.name or default_key(loaded.sha256)
     number = job_id(request.lake, organism, key, request.where, loaded.sha256)
     standing = await asyncio.to_thread(jobs.read, uri, number)
-    if standing is not None and (await _present(atlas, standing, runner)).state == "running":
+    if standing is not None and (await _present(uri, standing, runner)).state == "running":
         return standing
     record = jobs.Record(number, request.lake, organism, key, request.where, loaded.sha256, created=utc_now())
     place = (await desk.model.describe()).checkpoint
@@ -211,19 +213,24 @@ async def start_job(desk: Desk, atlas: Atlas, runner: Jobs | None, request: JobR
     return await asyncio.to_thread(jobs.read, uri, number) or record
 
 
-def _record(atlas: Atlas, job: str) -> jobs.Record:
+def _records(atlas: Atlas) -> list[tuple[str, jobs.Record]]:
+    """Return the records of all jobs, each with its lake's place; a lake of several names is read once."""
+    return [(uri, one) for uri in dict.fromkeys(atlas.lakes.values()) for one in jobs.read_all(uri)]
+
+
+def _record(atlas: Atlas, job: str) -> tuple[str, jobs.Record]:
     for uri in atlas.lakes.values():
         found = jobs.read(uri, job)
         if found is not None:
-            return found
+            return uri, found
     raise MissingError(f"no job {job} here; see GET /v1/jobs")
 
 
-async def _present(atlas: Atlas, record: jobs.Record, runner: Jobs | None) -> jobs.Record:
+async def _present(uri: str, record: jobs.Record, runner: Jobs | None) -> jobs.Record:
     """Return a record whose state is true now: one that runs has somebody who works on it."""
     if record.state != "running" or (runner is not None and await runner.alive(record.id)):
         return record
-    again = await asyncio.to_thread(jobs.read, atlas.uri(record.lake), record.id)
+    again = await asyncio.to_thread(jobs.read, uri, record.id)
     if again is not None and again.state != "running":  # it ended meanwhile
         return again
     return replace(
@@ -231,8 +238,11 @@ async def _present(atlas: Atlas, record: jobs.Record, runner: Jobs | None) -> jo
     )
 
 
-def _job(atlas: Atlas, record: jobs.Record) -> JobReply:
-    return JobReply(**asdict(replace(record, message=atlas.plain(record.message))))
+def _job(atlas: Atlas, uri: str, record: jobs.Record) -> JobReply:
+    """Write what is known of a job of the lake at ``uri``, under a name that the lake has now."""
+    names = [name for name, place in atlas.lakes.items() if place == uri]
+    lake = record.lake if record.lake in names else names[0]
+    return JobReply(**asdict(replace(record, lake=lake, message=atlas.plain(record.message))))
 
 
 def _card(one: Named, sha256: str) -> IndexCard:

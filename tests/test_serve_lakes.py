@@ -277,6 +277,21 @@ def test_what_is_asked_of_jobs_over_http(
         server.close()
 
 
+def test_jobs_of_a_lake_that_is_served_under_other_names_are_listed_once_and_under_these(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    lake, job = str(tmp_path / "lake"), "0123456789abcdef"
+    jobs.write(lake, jobs.Record(job, "before", HUMAN, "cells", "", "a" * 64, created="2026-01-01"))
+    server = Served(checkpoint, {"now": lake, "also": lake}, ThreadJobs())
+    try:
+        told = [*server.client.jobs(), server.client.job_state(job), server.client.cancel_job(job)]
+        assert [(one.id, one.lake, one.state) for one in told] == [(job, "now", "interrupted")] * 3
+        jobs.write(lake, jobs.Record(job, "also", HUMAN, "cells", "", "a" * 64, state="done"))
+        assert [one.lake for one in server.client.jobs()] == ["also"]
+    finally:
+        server.close()
+
+
 @pytest.mark.ray
 def test_a_job_outlives_the_request_and_is_done_once_however_often_it_is_asked_for(
     checkpoint: str, lake: str, tmp_path: Path, ray_cluster: None
