@@ -47,7 +47,7 @@ def read_request(body: bytes, message: type[M], limits: Limits, where: str = "")
     said = arrays.pop(REQUEST, None)
     try:
         values = json.loads(said.tobytes()) if said is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of lists in lists
         values = None
     if not isinstance(values, dict) or "counts" in values:
         raise FieldRefused(REQUEST, f"must hold the message without its counts, a JSON object{where}")
@@ -167,6 +167,6 @@ def _names(values: NDArray[Any], where: str, limits: Limits) -> list[str]:
     if not 0 < len(values) <= limits.features or width > LONGEST_NAME:
         raise FieldRefused(where, f"send 1 to {limits.features:,} names of at most {LONGEST_NAME} characters")
     try:
-        return [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in values.tolist()]
-    except (UnicodeDecodeError, ValueError):
+        return [(name if isinstance(name, bytes) else name.encode()).decode() for name in values.tolist()]
+    except ValueError:  # halves of characters (surrogates), too
         raise FieldRefused(where, "holds what is no text") from None
