@@ -61,6 +61,7 @@ from serve.messages import (
     ModelCard,
     ModelsReply,
     PerturbationsReply,
+    PerturbOptions,
     PerturbReply,
     PerturbRequest,
     Problem,
@@ -289,6 +290,7 @@ class Desk:
             raise FieldRefused("prompts.perturbation", "name perturbations in 'perturbations'; the cells are controls")
         card = (await self.loaded()).head(request)
         asked = await self.targets(request.perturbations, card)
+        await self._check_vectors(request.options, len(asked), card)
         loaded, decoded = await self._read(request)
         head = None
         if card is not None:
@@ -308,6 +310,17 @@ class Desk:
             encode.perturb_reply, asked, request.perturbations, shifts, request.options, decoded, about, request.head
         )
 
+    async def _check_vectors(self, options: PerturbOptions, n_effects: int, head: HeadCard | None = None) -> None:
+        """Refuse effects with vectors that are more than a reply may hold: each has three, those of heads two more."""
+        vocabulary = (await self.loaded()).description.vocabulary
+        n_each = 5 * len(head.positions) if head else 3 * sum(len(part.feature_id) for part in vocabulary.values())
+        if options.vectors and n_effects * n_each > self.limits.values:
+            raise FieldRefused(
+                "options.vectors",
+                f"{n_effects * n_each:,} values; at most {self.limits.values:,} go into a reply: "
+                f"{'name fewer perturbations at a time, or ' if n_effects > 1 else ''}leave the vectors out",
+            )
+
     async def targets(
         self, perturbations: Sequence[str | list[str]], head: HeadCard | None = None
     ) -> tuple[tuple[str, ...], ...]:
@@ -319,6 +332,7 @@ class Desk:
 
     async def forecast(self, request: ForecastRequest) -> ForecastReply:
         """Answer what becomes of cells."""
+        await self._check_vectors(request.options, 1)
         loaded, decoded = await self._read(request)
         shifts = await self.model.ask(decoded.cells, Forecast(request.elapsed))
         return await asyncio.to_thread(

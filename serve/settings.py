@@ -27,7 +27,8 @@ class Limits(Settings):
     perturbations: int = Field(default=64, gt=0)
     """Most perturbations in a request."""
     values: int = Field(default=4_000_000, gt=0)
-    """Most predicted values (cells times features) in a reply."""
+    """Most predicted values in a reply: cells times features, or, where effects come with vectors, perturbations times
+    features times 3 (5 of a head)."""
     min_coverage: float = Field(default=0.05, ge=0, le=1)
     """Least share of a measurement's counts that must belong to features of the model; one with less is left out, and
     refused where there is no other."""

@@ -142,6 +142,23 @@ def test_more_values_than_a_reply_may_hold_are_refused(replica: Replica) -> None
         assert "too many" in check_problem(client.post("/v1/generate", json={"cells": 20}), 422)["detail"]
 
 
+def test_effects_with_more_vectors_than_a_reply_may_hold_are_refused(replica: Replica) -> None:
+    """The model knows 10 genes and 3 proteins: 39 values for each perturbation, and now and later."""
+    with TestClient(make_app(replica, Limits(values=78))) as client:
+        request = {"counts": CELLS, "perturbations": ["G1", "G2", "G1"], "options": {"vectors": True}}
+        report = check_problem(client.post("/v1/perturb", json=request), 422)
+        assert report["errors"][0]["field"] == "options.vectors"
+        assert "117 values; at most 78" in report["detail"]
+        assert "name fewer perturbations" in report["detail"]
+        for change in ({"perturbations": ["G1", "G2"]}, {"options": {}}):
+            assert client.post("/v1/perturb", json=request | change).status_code == 200
+        later = {"counts": CELLS, "elapsed": 1.0, "options": {"vectors": True}}
+        assert client.post("/v1/forecast", json=later).status_code == 200
+    with TestClient(make_app(replica, Limits(values=38))) as client:
+        assert "39 values" in check_problem(client.post("/v1/forecast", json=later), 422)["detail"]
+        assert client.post("/v1/forecast", json=later | {"options": {}}).status_code == 200
+
+
 def test_forecast_tells_now_and_later(client: TestClient) -> None:
     cells = [{"G0": 1}, {"G0": 3}] * 20
     request = {"counts": {"RNA": cells}, "elapsed": 2.5, "options": {"top": 1, "vectors": True}}

@@ -75,6 +75,18 @@ def ask(client: TestClient, **asked: Any) -> Any:
     return client.post("/v1/perturb", json=body | asked)
 
 
+def test_vectors_of_a_head_are_bounded_with_their_intervals(folder: Path) -> None:
+    """The head knows 60 genes, and tells five values of each."""
+    settings = ServeSettings(checkpoint=str(folder / "base"), heads={"screen": str(folder / "screen")})
+    replica = Replica(settings)
+    with TestClient(make_app(replica, Limits(values=599))) as client:
+        assert ask(client, options={"vectors": True}).status_code == 200
+        refused = ask(client, perturbations=["t1", "t2"], options={"vectors": True})
+        assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "options.vectors")
+        assert "600 values; at most 599" in refused.json()["detail"]
+    replica.close()
+
+
 def test_a_served_head_answers_as_it_does_alone(client: TestClient, folder: Path) -> None:
     head = load_head(folder / "screen")
     own = Study({"RNA": csr_matrix(COUNTS[:, ORDER])}, {"RNA": list(head.table.features)}, screen(1).obs[:5])
