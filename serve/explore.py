@@ -57,6 +57,8 @@ from store.errors import InputRefused, MissingError
 from train.ontology import covering_type, type_id
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
     from serve.app import Desk
 
 H5AD = ("application/x-hdf5", "application/octet-stream")
@@ -356,7 +358,7 @@ def _measured(session: Session, measurement: str) -> tuple[Any, Any, Description
 
 def _expression(session: Session, measurement: str, feature: str) -> ExpressionReply:
     counts_CG, vocabulary, description = _measured(session, measurement)
-    column = _column(vocabulary, feature)
+    column = _column(counts_CG, vocabulary, feature)
     found_CX = counts_CG[:, [column]].tocoo()
     values_C = np.full(counts_CG.shape[0], np.nan if measurement in description.levels else 0, np.float32)
     values_C[found_CX.row] = found_CX.data
@@ -376,11 +378,13 @@ def _expression(session: Session, measurement: str, feature: str) -> ExpressionR
     )
 
 
-def _column(vocabulary: Any, feature: str) -> int:
+def _column(counts_CG: csr_matrix, vocabulary: Features, feature: str) -> int:
+    """Return the feature that a name means; of several of one symbol, that which most cells have."""
     for names in (vocabulary.feature_id, vocabulary.feature_name):
         for name in (feature, feature.upper()):
-            if name in names:
-                return int(names.index(name))
+            fitting = [column for column, one in enumerate(names) if one == name]
+            if fitting:
+                return max(fitting, key=lambda column: int(counts_CG[:, [column]].nnz))
     raise FieldRefused("feature", f"the model does not know {feature!r}; see GET /v1/explore/SESSION/features")
 
 

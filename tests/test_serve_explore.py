@@ -194,6 +194,17 @@ def test_a_gene_colours_cells_by_what_was_measured(client: TestClient, opened: d
     check_problem(client.get(f"{where}/expression", params={"feature": "G0", "measurement": "ATAC"}), 422)
 
 
+def test_a_symbol_of_two_organisms_is_the_gene_that_the_cells_have(client: TestClient) -> None:
+    """The model knows TWIN of the human first, and of the mouse."""
+    for organism, gene in (("homo_sapiens", "ENSG00000000099"), ("mus_musculus", "ENSMUSG00000000099")):
+        body = {"counts": {"RNA": [{"TWIN": 1}, {"G0": 1}, {"TWIN": 2}]}, "prompts": {"organism": organism}}
+        where = f"/v1/explore/{until_ready(client, client.post('/v1/explore', json=body).json())['session']}"
+        (offered,) = client.get(f"{where}/features", params={"like": "twin"}).json()["features"]
+        told = client.get(f"{where}/expression", params={"feature": "TWIN"}).json()
+        assert (offered["feature_id"], told["feature_id"]) == (gene, gene)
+        assert np.count_nonzero(array(told["values"])) == offered["cells"] == 2
+
+
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
