@@ -8,6 +8,7 @@ be negative; what is not sent of it was not found.
 
 Shape letters used in this module:
     C  cells      F  features of the request      G  features of the vocabulary      N  stored counts
+    O  organisms of the request
 """
 
 from __future__ import annotations
@@ -173,8 +174,7 @@ class Decoder:
         counts, warnings = self._known_of(counts)
         n_cells = self._n_cells(counts)
         full_prompts = self._decode_prompts(prompts, n_cells)
-        organisms = set(full_prompts.get("organism", ()))
-        organism = organisms.pop() if len(organisms) == 1 else ""
+        organism_C = full_prompts.get("organism", [""] * n_cells)
         least = max(self._limits.min_coverage, min_coverage or 0.0)
         matrices: dict[str, csr_matrix] = {}
         coverage: dict[str, Coverage] = {}
@@ -184,7 +184,7 @@ class Decoder:
             where, levels = f"counts.{name}", name in self._levels
             entries = _entries(_known_best(part, self._indices[name]), where, self._limits, levels=levels)
             fractional, has_any = _fractional(entries.data_N), bool(levels or entries.data_N.any())
-            matrix, coverage[name] = _map(entries, self._indices[name], organism, where, levels=levels)
+            matrix, coverage[name] = _map(entries, self._indices[name], organism_C, where, levels=levels)
             share = coverage[name].share_of_counts
             if share < least:
                 left_out.append(_too_little(coverage[name], least, where, has_any=has_any))
@@ -406,12 +406,19 @@ def _values(values: Any, given: _Given, path: Callable[[int], str], *, levels: b
 
 
 def _map(
-    entries: _Entries, index: FeatureIndex, organism: str, where: str, *, levels: bool
+    entries: _Entries, index: FeatureIndex, organism_C: Sequence[str], where: str, *, levels: bool
 ) -> tuple[csr_matrix, Coverage]:
-    """Return counts_CG and what became of them; the entries' values are used up."""
+    """Return counts_CG and what became of them; the entries' values are used up.
+
+    A symbol that several organisms have is the feature of each cell's own.
+    """
     given, data_N = entries.given, entries.data_N
-    position_F = index.positions(given.features, organism).astype(np.int32)
-    column_N = position_F[given.indices_N]
+    organisms = {organism: number for number, organism in enumerate(dict.fromkeys(organism_C))}
+    position_OF = np.stack([index.positions(given.features, organism) for organism in organisms]).astype(np.int32)
+    column_N = position_OF[0][given.indices_N]
+    if len(organisms) > 1:
+        number_C = np.array([organisms[organism] for organism in organism_C], np.int16)
+        column_N = position_OF[np.repeat(number_C, np.diff(given.indptr)), given.indices_N]
     kept_N = column_N >= 0
     indptr: NDArray[np.integer] = given.indptr
     total = kept = len(data_N) if levels else float(data_N.sum(dtype=np.float64))
@@ -428,11 +435,11 @@ def _map(
     if not levels:
         counts_CG.eliminate_zeros()
     return counts_CG, Coverage(
-        features=len(position_F),
-        mapped=int((position_F >= 0).sum()),
+        features=len(given.features),
+        mapped=int((position_OF >= 0).any(axis=0).sum()),
         share_of_counts=round(float(kept / total), 6) if total else 0.0,
-        unmapped=_named(given.features, position_F == _UNKNOWN),
-        ambiguous=_named(given.features, position_F == _AMBIGUOUS),
+        unmapped=_named(given.features, (position_OF == _UNKNOWN).all(axis=0)),
+        ambiguous=_named(given.features, (position_OF == _AMBIGUOUS).any(axis=0)),
     )
 
 

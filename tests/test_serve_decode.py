@@ -58,6 +58,25 @@ def test_a_symbol_of_two_organisms_is_ambiguous_until_the_organism_is_said() -> 
     assert mouse.coverage["RNA"].share_of_counts == 1
 
 
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"RNA": [{"TWIN": 1}, {"TWIN": 2, "G1": 3}, {}, {"TWIN": 4}]},
+        csr(["G1", "TWIN"], [0, 1, 3, 3, 4], [1, 1, 0, 1], [1, 2, 3, 4]),
+    ],
+)
+def test_a_shared_symbol_is_the_gene_of_each_cells_own_organism(counts: Any) -> None:
+    said = ["mus_musculus", "homo_sapiens", "mus_musculus", "mus_musculus"]
+    whole = decode(counts, {"organism": said})
+    assert whole.cells.counts["RNA"].toarray()[:, [1, 8, 9]].tolist() == [[0, 0, 1], [3, 2, 0], [0, 0, 0], [0, 0, 4]]
+    report = whole.coverage["RNA"]
+    assert (report.mapped, report.share_of_counts, report.ambiguous, report.unmapped) == (2, 1, [], [])
+    unsaid = decode(counts, {"organism": ["", *said[1:]]})
+    assert unsaid.cells.counts["RNA"].toarray()[:, [1, 8, 9]].tolist() == [[0, 0, 0], [3, 2, 0], [0, 0, 0], [0, 0, 4]]
+    report = unsaid.coverage["RNA"]
+    assert (report.share_of_counts, report.ambiguous, report.unmapped) == (0.9, ["TWIN"], [])
+
+
 def test_coverage_counts_what_was_lost_and_names_it() -> None:
     decoded = decode({"RNA": [{"G1": 3, "NOPE": 1}, {"NADA": 4}], "protein": [{"CD4": 1}, {"CD8": 1}]})
     report = decoded.coverage["RNA"]
