@@ -65,6 +65,8 @@ H5AD = ("application/x-hdf5", "application/octet-stream")
 DETAILED = 12
 """Cells of a selection that are described one by one."""
 Accept = Annotated[str, Header(include_in_schema=False)]
+WORDS = 2**15
+"""Most words of a label: so many codes has an int16."""
 PER = 10_000
 """Expression is log1p of counts per so many."""
 
@@ -220,8 +222,14 @@ def _frame(request: ExploreRequest) -> pd.DataFrame:
         if len(values) != n_cells:
             said = f"{len(values):,} values for {n_cells:,} cells; send one per cell"
             raise FieldRefused(f"labels.{name}", said)
-        words = all(isinstance(value, str) for value in values)
-        columns[name] = pd.Categorical(values) if words else np.array(values, dtype=np.float32)
+        if all(isinstance(value, str) for value in values):
+            columns[name] = pd.Categorical(values)
+            n_words = len(columns[name].categories)
+            if n_words > WORDS:
+                said = f"{n_words:,} different words; at most {WORDS:,} can be told apart: leave it out, or send fewer"
+                raise FieldRefused(f"labels.{name}", said)
+        else:
+            columns[name] = np.array(values, dtype=np.float32)
     return pd.DataFrame(columns)
 
 

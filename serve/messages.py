@@ -297,7 +297,9 @@ class Coverage(Reply):
         description="Share of all counts that belongs to mapped features; of levels, share of all values."
     )
     unmapped: list[str] = Field(description="The first 20 features that the model does not know.")
-    ambiguous: list[str] = Field(description="The first 20 symbols that several features carry, where no organism decides.")
+    ambiguous: list[str] = Field(
+        description="The first 20 symbols that several features carry, where no organism decides."
+    )
 
 
 class Tensor(Reply):

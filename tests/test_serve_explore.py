@@ -36,8 +36,9 @@ from test_serve_app import check_problem
 
 from serve import sources
 from serve.app import make_app
-from serve.errors import Overloaded, StaleModel
-from serve.explore import Offer
+from serve.errors import FieldRefused, Overloaded, StaleModel
+from serve.explore import Offer, _frame, _label
+from serve.explored import ExploreRequest
 from serve.foreign import translate
 from serve.h5ad import FORM
 from serve.messages import EmbedRequest
@@ -226,6 +227,18 @@ def test_what_cannot_be_asked_is_named(
 def test_labels_must_fit_the_cells(client: TestClient) -> None:
     report = check_problem(client.post("/v1/explore", json=TWELVE | {"labels": {"side": ["left"]}}), 422)
     assert report["errors"][0]["field"] == "labels.side"
+
+
+def test_labels_of_more_words_than_have_codes_are_refused() -> None:
+    def asked(n_words: int) -> ExploreRequest:
+        names = [f"cell{number}" for number in range(n_words)]
+        return ExploreRequest.model_validate({"counts": {"RNA": [{}] * n_words}, "labels": {"name": names}})
+
+    label = _label("name", _frame(asked(2**15))["name"])
+    assert label.codes is not None
+    assert np.unique(array(label.codes.model_dump())).tolist() == list(range(2**15))
+    with pytest.raises(FieldRefused, match=r"labels\.name: 32,769 different words; at most 32,768"):
+        _frame(asked(2**15 + 1))
 
 
 # ------------------------------------------------------------------ cells of files and snapshots
