@@ -25,7 +25,7 @@ def without_place(text: str, place: str, name: str) -> str:
     """Return a text with a name where a place of this machine was: replies say no places."""
     ways = sorted({place, str(Path(place)), os.path.abspath(place)} - {""}, key=len, reverse=True)
     pattern = "|".join(re.escape(way) for way in ways)
-    return re.sub(rf"(?<![\w./-])(?:{pattern})(?=[/:\s]|$)", lambda _: name, text) if ways else text
+    return re.sub(rf"(?<![\w./-])(?:{pattern})(?=[/:,\s]|$)", lambda _: name, text) if ways else text
 
 
 class FieldRefused(InputRefused):

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from serve import h5ad  # a form with a file is read by the same: one file says the same, whichever way it comes
-from serve.errors import DeadlineExceeded, FieldRefused
+from serve.errors import DeadlineExceeded, FieldRefused, without_place
 from serve.messages import CsrCounts
 from serve.npz import write_npz
 from serve.payload import counts_of, read_npz
@@ -125,16 +125,17 @@ def _in_child(words: list[str], settings: Explore, limits: Limits) -> Read:
             f"{words[2]}: its reader ended without an answer (status {done.returncode}); the file is damaged, or needs "
             f"more than {settings.memory_mb:,} MB"
         )
-    return _believed(body, words[2], explored(limits, settings))
+    return _believed(body, words[1], words[2], explored(limits, settings))
 
 
-def _believed(body: bytes, where: str, limits: Limits) -> Read:
-    """Check what the child wrote, as if a stranger had sent it."""
+def _believed(body: bytes, place: str, where: str, limits: Limits) -> Read:
+    """Check what the child wrote, as if a stranger had sent it; errors say the name where the place was."""
     arrays = dict(read_npz(body, limits))
     try:
         said = json.loads(arrays.pop("said").tobytes())
         if "refused" in said:
-            raise {"missing": MissingError, "storage": StorageError}.get(said["kind"], InputRefused)(said["refused"])
+            why = without_place(str(said["refused"]), place, where)
+            raise {"missing": MissingError, "storage": StorageError}.get(said["kind"], InputRefused)(why)
         obs = {}
         for number, (name, values) in enumerate(said["columns"]):
             column = arrays.pop(f"{_OBS}{number}")

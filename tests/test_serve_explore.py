@@ -362,6 +362,16 @@ def test_a_snapshot_gives_its_cells_or_some_of_them(lake: str) -> None:
     assert "of 60 cells, drawn at random" in some.notes[0]
 
 
+def test_where_a_lake_lies_is_not_said_to_those_who_ask(lake: str, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    with pytest.raises(MissingError, match=r"blood: no lake here; make one with: .* --lake blood$"):
+        read_snapshot_cells(str(gone), "blood", Explore(), Limits())
+    with pytest.raises(MissingError) as refused:
+        read_snapshot_cells(lake, "lung", Explore(), Limits())
+    assert "lung: no snapshot 'lung' (snapshots here: blood)" in str(refused.value)
+    assert lake not in str(refused.value)
+
+
 def test_names_of_cells_that_are_not_there_are_refused_before_anything_starts(lake: str, cells: Path) -> None:
     check_sources({"six": str(cells)}, {"blood": lake})
     with pytest.raises(MissingError, match=r"cells\.six"):

@@ -178,3 +178,4 @@ def test_places_are_taken_out_of_what_is_said() -> None:
         assert without_place(whole, place, "it") == "it: no manifest; it/model.safetensors differs"
     assert without_place("./model: a. b ..", ".", "it") == "it/model: a. b .."
     assert without_place("nothing", "", "it") == "nothing"
+    assert without_place("delete --lake /lake, then create", "/lake", "it") == "delete --lake it, then create"
