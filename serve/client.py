@@ -223,6 +223,9 @@ class Client:
         transport: For tests.
         sleep: For tests.
 
+    Raises:
+        UsageError: The address or the token can be none.
+
     Attributes:
         last: What the server said beside its last answer about cells.
     """
@@ -240,7 +243,11 @@ class Client:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        token = os.environ.get("SOMAFLOW_TOKEN", "") if token is None else token
+        if not url.lower().startswith(("http://", "https://")):
+            raise UsageError(f"{url!r} is no address of a server; begin it with http:// or https://")
+        token = (os.environ.get("SOMAFLOW_TOKEN", "") if token is None else token).strip()
+        if not (token.isascii() and token.isprintable()):
+            raise UsageError("the token holds what no token may, letters beyond ASCII or line breaks; copy it anew")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._http = httpx.Client(
             base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
@@ -606,6 +613,9 @@ class Client:
                 self._sleep(_pause_s(attempt, last))
             try:
                 response = self._http.request(method, path, headers=headers, **sent)
+            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:  # nothing was sent, nor ever is
+                why = f"{self._http.base_url}: a request cannot be sent so ({type(error).__name__})"
+                raise UsageError(f"{why}; look at the address and the token") from None
             except httpx.TransportError as error:
                 last = Unavailable(
                     f"{self._http.base_url} does not answer ({type(error).__name__}); is the server running? "
@@ -701,10 +711,29 @@ def _reply(response: httpx.Response) -> dict[str, Any]:
     if response.headers.get("content-type", "") == ARROW:
         return read_reply(response.content)
     if response.headers.get("content-type", "") != NPZ:
-        return cast("dict[str, Any]", response.json())
+        return _message(response)
     with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
         reply: dict[str, Any] = json.loads(arrays[REPLY].tobytes())
         return reply | {name: arrays[name] for name in arrays.files if name != REPLY}
+
+
+def _message(response: httpx.Response) -> dict[str, Any]:
+    """Return an answer that is JSON.
+
+    Raises:
+        UsageError: It is something else, as a page of a proxy is that asks people to log in.
+    """
+    try:
+        message = response.json()
+    except ValueError:
+        message = None
+    if isinstance(message, dict):
+        return message
+    said = " ".join(response.text.split())[:SAID]
+    raise UsageError(
+        f"{response.request.url}: what answers there is no somaflow server, or a proxy answers in its place"
+        f"{f': {said}' if said else ''}; look at the address"
+    )
 
 
 def _vectors(reply: dict[str, Any], name: str) -> NDArray[np.floating]:

@@ -30,7 +30,7 @@ from serve.given import chunks, read_cells
 from serve.npz import NPZ, REQUEST
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
-from store.errors import ConflictError, InputRefused, MissingError, SomaflowError
+from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
 from store.export import MODALITY
 from store.schema import MEASUREMENT_OF_MODALITY
 
@@ -526,6 +526,45 @@ def test_nothing_is_retried_that_cannot_succeed() -> None:
     with client_of(httpx.Response(422, json={"detail": "no"}), pauses=pauses) as client, pytest.raises(InputRefused):
         client.models()
     assert pauses == []
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "", "ftp://test", "//test"])
+def test_an_address_without_a_scheme_is_refused_at_once(url: str) -> None:
+    with pytest.raises(UsageError, match="begin it with http"):
+        Client(url)
+
+
+def test_a_token_is_sent_without_the_line_break_of_its_file_and_refused_where_it_can_be_none() -> None:
+    heard: list[str] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        heard.append(request.headers["authorization"])
+        return httpx.Response(200, json=MODELS)
+
+    with Client("http://test", token=" token\n", transport=httpx.MockTransport(handle)) as client:
+        client.models()
+    assert heard == ["Bearer token"]
+    for token in ("schlüssel", "two\nlines"):
+        with pytest.raises(UsageError, match="letters beyond ASCII or line breaks") as refused:
+            Client("http://test", token=token)
+        assert token not in str(refused.value)
+
+
+@pytest.mark.parametrize("error", [httpx.UnsupportedProtocol("x"), httpx.LocalProtocolError("Bearer secret")])
+def test_what_can_never_be_sent_is_not_tried_again(error: Exception) -> None:
+    pauses: list[float] = []
+    with client_of(error, pauses=pauses) as client, pytest.raises(UsageError, match="cannot be sent") as refused:
+        client.models()
+    assert pauses == []
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "answer", [httpx.Response(200, html="<html>please log in</html>"), httpx.Response(200, json=["log in"])]
+)
+def test_an_answer_that_is_no_message_is_not_of_somaflow(answer: httpx.Response) -> None:
+    with client_of(answer) as client, pytest.raises(UsageError, match=r"no somaflow server, .*log in.*the address"):
+        client.models()
 
 
 def test_every_question_says_who_answered_and_how_much_was_understood(
