@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from store.settings import Settings
 
@@ -75,7 +76,25 @@ class JobSettings(Settings):
     """CPUs of each, which Ray must have free; threads too."""
 
 
-Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")]
+DEFAULT_PORTS = {"http": "80", "https": "443"}
+
+
+def _origin(said: str) -> str:
+    """Write an origin as browsers send it: in small letters, without the port that is its scheme's own.
+
+    Raises:
+        ValueError: It is none.
+    """
+    found = re.fullmatch(r"(https?)://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?/?", said.strip().lower())
+    if said.strip() == "*":
+        return "*"
+    if found is None:
+        raise ValueError(f'{said!r} is no origin; say a scheme, a host and no path: https://app.example.org, or "*"')
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" + (f":{int(port)}" if port and port != DEFAULT_PORTS[scheme] else "")
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
 LakeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
@@ -131,7 +150,9 @@ class ServeSettings(Settings):
     stopped at the end, as by ``local``."""
     tokens_file: str = ""
     """TOML file of who may ask (``serve.access``), on every machine with an ingress; empty lets everybody in."""
-    origins: tuple[Origin, ...] = ()
+    origins: Annotated[
+        tuple[Origin, ...], BeforeValidator(lambda said: (said,) if isinstance(said, str) else said)
+    ] = ()
     """Origins (``https://app.example.org``) of web pages beside ours whose scripts may ask, with a token where there is
     a file of them (CORS); ``*`` is every page."""
     adapters: dict[str, str] = Field(default_factory=dict)

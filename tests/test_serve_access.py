@@ -22,7 +22,7 @@ from serve.client import Client
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import InputRefused, MissingError, SettingsError
-from store.settings import parse_settings
+from store.settings import load_settings, parse_settings
 
 TEAM, APP = "team-" + "x" * 30, "app-" + "y" * 30
 
@@ -172,8 +172,30 @@ def test_no_page_is_let_in_that_is_not_named(client: TestClient) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
-@pytest.mark.parametrize("origin", ["app.example.org", "https://app.example.org/", "https://*.example.org", "null", ""])
+@pytest.mark.parametrize(
+    "origin",
+    ["app.example.org", "https://app.example.org/page", "https://*.example.org", "https://me@example.org", "null", ""],
+)
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
-    with pytest.raises(SettingsError, match="origins"):
+    with pytest.raises(SettingsError, match=r"origins.*is no origin; say a scheme, a host and no path: https://app"):
         parse_settings(ServeSettings, {"checkpoint": "c", "origins": [origin]}, where="test")
-    assert ServeSettings(checkpoint="c", origins=("*", "http://localhost:3000")).origins
+
+
+@pytest.mark.parametrize(
+    ("said", "sent"),
+    [
+        ("https://App.Example.org/", "https://app.example.org"),
+        ("https://app.example.org:443", "https://app.example.org"),
+        ("http://localhost:80", "http://localhost"),
+        ("HTTP://localhost:443", "http://localhost:443"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+        ("*", "*"),
+    ],
+)
+def test_an_origin_is_meant_as_browsers_send_it(said: str, sent: str) -> None:
+    for origins in ([said], said):
+        settings = parse_settings(ServeSettings, {"checkpoint": "c", "origins": origins}, where="test")
+        assert settings.origins == (sent,)
+    told = load_settings(ServeSettings, overrides=["checkpoint=c", f'origins="{said}"'])
+    assert told.origins == (sent,)
