@@ -376,7 +376,7 @@ class Desk:
 
 def _targets(item: str | list[str], position: int, loaded: Loaded, head: HeadCard | None) -> list[str]:
     where = f"perturbations.{position}"
-    targets = sorted(set(item.split("+") if isinstance(item, str) else item))
+    targets = sorted({target for part in ([item] if isinstance(item, str) else item) for target in part.split("+")})
     if not targets:
         raise FieldRefused(where, "a combined perturbation needs at least one target")
     for target in targets:

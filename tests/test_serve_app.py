@@ -197,6 +197,12 @@ def test_perturb_averages_over_all_cells_and_ranks_by_change(client: TestClient)
     assert reply["cells"] == 20
 
 
+@pytest.mark.parametrize("named", ["G2+G1", ["G1", "G2"], ["G1+G2", "G1"], ["G2+G1+G2"]])
+def test_targets_that_are_hit_together_count_once_each(client: TestClient, named: Any) -> None:
+    reply = client.post("/v1/perturb", json={"counts": CELLS, "perturbations": [named]}).json()
+    assert [one["perturbation"] for one in reply["perturbations"]] == ["G1+G2"]
+
+
 def test_effects_are_short_unless_vectors_are_asked_for(client: TestClient) -> None:
     reply = client.post("/v1/perturb", json={"counts": CELLS, "perturbations": ["G1"]}).json()
     assert set(reply["perturbations"][0]["effects"]["RNA"]) == {"top"}
@@ -209,6 +215,7 @@ def test_effects_are_short_unless_vectors_are_asked_for(client: TestClient) -> N
         ({"perturbations": ["G7"]}, "perturbations.0"),
         ({"perturbations": ["G1", []]}, "perturbations.1"),
         ({"perturbations": [""]}, "perturbations.0"),
+        ({"perturbations": [["G1+"]]}, "perturbations.0"),
         ({"perturbations": ["G1"] * 5}, "perturbations"),
         ({"prompts": {"perturbation": "G1"}}, "prompts.perturbation"),
     ],
