@@ -132,7 +132,8 @@ def _read_file(content: bytes, layer: str, limits: Limits) -> tuple[dict[str, ND
 
 
 def _key(layer: str) -> str:
-    return {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
+    """Return where the matrix lies that is named so, by its own name or as errors list it."""
+    return {"X": "X", "raw": "raw/X", "raw/X": "raw/X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
 
 
 def _candidates(file: Any) -> list[str]:

@@ -228,6 +228,10 @@ def test_where_counts_come_from_is_found_and_said(client: TestClient, tmp_path: 
     reply = posted(client, file_of(adata, tmp_path), layer="X")
     assert "no whole numbers" in reply.json()["warnings"][0]
     adata.raw = anndata.AnnData(adata.layers["counts"], var=adata.var)
+    for layer in ("counts", "layers/counts", "raw", "raw/X"):
+        reply = posted(client, file_of(adata, tmp_path), layer=layer)
+        said = "raw/X" if layer.startswith("raw") else "layers/counts"
+        assert (reply.json()["embeddings"], reply.headers["somaflow-counts-from"]) == (expected, said)
     adata.uns["schema_version"] = "5.0.0"
     reply = posted(client, file_of(adata, tmp_path))
     assert (reply.json()["embeddings"], reply.headers["somaflow-counts-from"]) == (expected, "raw/X")
