@@ -98,6 +98,9 @@ def read_cells(cells: Any, model: Model) -> Given:
     given = _by_name(parts, [str(name) for name in cells.obs_names]) if _is_mudata(cells) else _paired(parts)
     if given.n_cells == 0:
         raise InputRefused("there are no cells to send")
+    nameless = [name for name, (_, features) in given.measurements.items() if not features]
+    if nameless:
+        raise InputRefused(f"counts.{nameless[0]}: there are no features; give cells with some, or leave it out")
     return given
 
 

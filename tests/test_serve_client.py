@@ -469,6 +469,8 @@ def backed(folder: Path) -> anndata.AnnData:
         (lambda client, _: client.embed([{"G0": "x"}]), "RNA: could not convert"),
         (lambda client, _: client.embed([{"G0": None}]), "RNA: float"),
         (lambda client, _: client.embed({"RNA": (csr_matrix((1, 2)), ["G0"])}), "1 features for 2 columns"),
+        (lambda client, _: client.embed([{}]), "RNA: there are no features"),
+        (lambda client, _: client.perturb(anndata.AnnData(np.ones((2, 0))), ["G1"]), "RNA: there are no features"),
         (lambda client, _: client.embed({"RNA": 7}), "cannot read counts from int"),
         (lambda client, _: client.embed({"RNA": (np.ones(2), ["G0"])}), "in 1 dimensions"),
     ],
