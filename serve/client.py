@@ -867,7 +867,7 @@ def _file(path: str | os.PathLike[str], prompts: Mapping[str, Said] | None, aske
 
 
 def _check_said(prompts: Mapping[str, Said] | None, n_cells: int | None = None) -> None:
-    """Refuse prompts that say nothing, or are said of more or fewer cells than there are."""
+    """Refuse prompts that say nothing, of some cells either, or are said of more or fewer cells than there are."""
     for name, value in (prompts or {}).items():
         if isinstance(value, ONE):
             continue
@@ -877,6 +877,19 @@ def _check_said(prompts: Mapping[str, Said] | None, n_cells: int | None = None) 
             )
         if n_cells is not None and len(value) != n_cells:
             raise InputRefused(f"prompts.{name}: {len(value):,} values for {n_cells:,} cells; say one, or one per cell")
+        missing = next((cell for cell, one in enumerate(value) if _is_missing(one)), None)
+        if missing is not None:
+            raise InputRefused(
+                f"prompts.{name}: cell {missing:,} has no value; say '' for a text that is not known, and ask apart "
+                "about cells of which a number is not"
+            )
+
+
+def _is_missing(value: Any) -> bool:
+    """Say whether a value is one that tables hold where there is none: None, NaN or the NA of pandas."""
+    if isinstance(value, float | np.floating):
+        return bool(np.isnan(value))
+    return value is None or type(value).__name__ == "NAType"
 
 
 def _said(prompts: Mapping[str, Said] | None, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:

@@ -482,6 +482,24 @@ def test_what_cannot_be_read_is_refused_in_words(ask: Any, message: str, tmp_pat
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        ["lung", None],
+        pd.Series(["lung", np.nan], dtype=object),
+        pd.Series(["lung", None], dtype="string"),
+        pd.Categorical(["lung", None]),
+        np.array([1.0, np.nan], np.float32),
+    ],
+)
+def test_a_cell_of_which_a_prompt_says_nothing_is_named(column: Any) -> None:
+    client, asked = by_model("1")
+    for ask in (client.embed, lambda cells, **said: client.perturb(cells, ["G1"], **said)):
+        with pytest.raises(InputRefused, match=r"prompts\.tissue: cell 1 has no value; say '' for a text"):
+            ask([{"G0": 1}, {"G0": 2}], prompts={"tissue": column})
+    assert asked == []
+
+
 def test_a_table_of_cells_and_features_is_rna(served: Any) -> None:
     client, _ = served
     table = pd.DataFrame({"G0": [1, 2], "G1": [0, 5]}, index=["a", "b"])
