@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, issparse, vstack
 
-from serve.h5ad import ID_COLUMNS, split_by_type
+from serve.h5ad import ID_COLUMNS, split_by_type, storable
 from store.errors import InputRefused
 from store.schema import MEASUREMENT_OF_MODALITY
 
@@ -258,9 +258,9 @@ def _stored(values: Any, measurement: str, model: Model) -> csr_matrix:
     """
     sparse = bool(issparse(values))
     if sparse:
-        counts_CF = csr_matrix(values)
+        counts_CF = csr_matrix(storable(values))
     else:
-        table_CF = _numbers(values, measurement)
+        table_CF = storable(_numbers(values, measurement))
         counts_CF = _found(table_CF) if measurement in model.levels else csr_matrix(table_CF)
     if counts_CF.dtype.kind == "b":
         counts_CF = counts_CF.astype(np.uint8)

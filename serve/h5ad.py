@@ -185,7 +185,13 @@ def _matrix(element: Any, key: str, limits: Limits, *, named: bool) -> scipy.spa
     kind = scipy.sparse.csr_matrix if form.startswith("csr") else scipy.sparse.csc_matrix
     if parts[0].dtype.kind not in "iufb":
         raise FieldRefused("file", f"{key}: holds {parts[0].dtype}, not numbers")
-    return scipy.sparse.csr_matrix(kind(parts, shape=shape))
+    return scipy.sparse.csr_matrix(kind((storable(parts[0]), *parts[1:]), shape=shape))
+
+
+def storable(values: Any) -> Any:
+    """Return numbers, a table or a sparse matrix, as libraries can store them sparse: halves are float32 then."""
+    kind = np.dtype(np.float32) if values.dtype == np.float16 else values.dtype.newbyteorder("=")
+    return values if values.dtype == kind else values.astype(kind)
 
 
 def _of_dense(element: Any, key: str, limits: Limits, *, maybe_levels: bool) -> scipy.sparse.csr_matrix:
@@ -196,7 +202,7 @@ def _of_dense(element: Any, key: str, limits: Limits, *, maybe_levels: bool) -> 
     levels = maybe_levels and not all(_whole(element[start : start + step].ravel()) for start in starts)
     slabs, stored = [], 0
     for start in starts:
-        table = element[start : start + step]
+        table = storable(element[start : start + step])
         slabs.append(_all_of(table) if levels else scipy.sparse.csr_matrix(table))
         stored += slabs[-1].nnz
         if stored > limits.nonzeros:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 
 from serve import h5ad  # a form with a file is read by the same: one file says the same, whichever way it comes
 from serve.errors import DeadlineExceeded, FieldRefused, without_place
@@ -312,6 +312,10 @@ def _sparse(element: Any) -> bool:
     return hasattr(element, "keys") and {"data", "indices", "indptr"} <= set(element)
 
 
+def _by_row(element: Any) -> bool:
+    return str(element.attrs.get("encoding-type", "csr_matrix")).startswith("csr")
+
+
 def _whole(element: Any) -> bool:
     data = element["data"] if _sparse(element) else element
     if getattr(data, "shape", ()) == () or not data.size:
@@ -323,8 +327,6 @@ def _whole(element: Any) -> bool:
 def _matrix(
     element: Any, n_cells: int, n_features: int, where: str, most_counts: int, most_features: int
 ) -> csr_matrix:
-    from anndata.io import read_elem
-
     if n_features > most_features:
         raise InputRefused(f"{where}: holds {n_features:,} features; send at most {most_features:,}")
     sparse = _sparse(element)
@@ -338,7 +340,10 @@ def _matrix(
         raise InputRefused(f"{where}: {element.name} holds {stored:,} values; send at most {most_counts:,}")
     if sparse:
         _check_pointers(element, where)
-    counts_CG = csr_matrix(read_elem(element))
+        parts = (h5ad.storable(element["data"][()]), element["indices"][()], element["indptr"][()])
+        counts_CG = csr_matrix((csr_matrix if _by_row(element) else csc_matrix)(parts, shape=shape))
+    else:
+        counts_CG = csr_matrix(h5ad.storable(element[()]))
     if counts_CG.nnz and not (counts_CG.data >= 0).all():
         raise InputRefused(f"{where}: {element.name} holds values below 0, or none; send raw counts")
     return counts_CG
@@ -347,8 +352,7 @@ def _matrix(
 def _check_pointers(element: Any, where: str) -> None:
     """Compare a sparse matrix's positions with its shape: libraries believe them and write where they say."""
     indptr, size = element["indptr"][:], element["data"].size
-    by_row = str(element.attrs.get("encoding-type", "csr_matrix")).startswith("csr")
-    lines, across = element.attrs["shape"] if by_row else element.attrs["shape"][::-1]
+    lines, across = element.attrs["shape"] if _by_row(element) else element.attrs["shape"][::-1]
     sound = len(indptr) == lines + 1 and indptr[0] == 0 and indptr[-1] == size and bool((np.diff(indptr) >= 0).all())
     sound = sound and element["indices"].size == size
     for start in range(0, size if sound else 0, 2**22):

@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from fake_predictor import FakePredictor
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 from starlette.testclient import TestClient
 
 from serve import client as client_module
@@ -507,6 +507,18 @@ def test_a_table_of_cells_and_features_is_rna(served: Any) -> None:
     assert client.embed(table > 0).values[:, 0].tolist() == [1, 2]
     protein = pd.DataFrame({"CD4": [30, 20]}, index=["b", "a"])
     assert client.embed({"RNA": table, "protein": protein}).values[:, :2].tolist() == [[1, 20], [7, 30]]
+
+
+@pytest.mark.parametrize("dtype", ["float16", ">f4", ">f8", ">i4", ">u2"])
+def test_numbers_that_sparse_matrices_cannot_hold_are_sent_as_others(served: Any, dtype: str) -> None:
+    client, _ = served
+    table = np.array([[1, 0], [2, 5]], dtype)
+    by_column = csc_matrix(table.astype(np.float32))
+    by_column.data = by_column.data.astype(dtype)
+    for given in (table, by_column):
+        assert client.embed({"RNA": (given, ["G0", "G1"])}).values[:, 0].tolist() == [1, 7]
+    levels = read_cells({"protein": (table, ["CD3", "CD4"])}, Knows()).measurements["protein"][0]
+    assert (levels.toarray().tolist(), levels.nnz) == ([[1, 0], [2, 5]], 4)
 
 
 def test_values_that_are_not_finite_never_leave() -> None:

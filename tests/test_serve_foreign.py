@@ -32,7 +32,8 @@ from serve.arrow import ARROW, read_reply
 from serve.client import Client
 from serve.npz import NPZ, unpacked
 from serve.replica import Replica
-from serve.settings import Limits, ServeSettings
+from serve.settings import Explore, Limits, ServeSettings
+from serve.sources import read_h5ad_cells
 from train.predictor import Predictor
 
 PLAIN = {"RNA": [{"G0": 1, "G1": 4}, {"G0": 2, "NOPE": 1}], "protein": [{"CD4": 2}, {}]}
@@ -238,6 +239,26 @@ def test_where_counts_come_from_is_found_and_said(client: TestClient, tmp_path: 
     del adata.layers["counts"], adata.raw
     assert "'layer'" in check_problem(posted(client, file_of(adata, tmp_path)), 422)["detail"]
     assert "layers/none" in check_problem(posted(client, file_of(adata, tmp_path), layer="none"), 422)["detail"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", ">f4", ">i4"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_files_of_halves_and_of_the_other_order_of_bytes_are_read(
+    client: TestClient, tmp_path: Path, dtype: str, sparse: bool
+) -> None:
+    expected = posted(client, file_of(counted(), tmp_path)).json()["embeddings"]
+    adata = counted()
+    adata.X = adata.X.tocsc() if sparse else adata.X.toarray()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        where = "X/data" if sparse else "X"
+        said, values = dict(file[where].attrs), file[where][()].astype(dtype)
+        del file[where]
+        file[where] = values
+        file[where].attrs.update(said)
+    content = (tmp_path / "cells.h5ad").read_bytes()
+    assert posted(client, content).json()["embeddings"] == expected
+    assert read_h5ad_cells(content, Explore(), Limits()).counts["RNA"].data.sum() == counted().X.sum()
 
 
 def test_columns_dense_matrices_ids_and_types_of_features_are_understood(client: TestClient, tmp_path: Path) -> None:
