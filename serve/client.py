@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
@@ -35,6 +35,7 @@ from store.errors import ConflictError, InputRefused, MissingError, SomaflowErro
 RETRIED = frozenset({429, 503})
 TROUBLE = frozenset({408, 500, 502, 503, 504})
 """Asked again where no report says why: they come from what stands between, or from a server that died."""
+CHUNK_EFFECTS = 64
 CHUNK_CELLS = 1_000
 CHUNK_COUNTS = 500_000
 FEWER = "send fewer"
@@ -110,6 +111,8 @@ class _TooLarge(InputRefused):
 
 
 _Answered = list[tuple[_Piece, dict[str, Any]]]
+_Targets = list[str | list[str]]
+P = TypeVar("P")
 """Pieces and the replies about them."""
 
 
@@ -360,7 +363,7 @@ class Client:
         context: Mapping[str, str] | None = None,
         level: float = 0.9,
     ) -> list[Effect]:
-        """Predict the effect of each perturbation on control cells, in one request.
+        """Predict the effect of each perturbation on control cells, as many in a request as the server answers at once.
 
         Args:
             cells: As for :meth:`embed`.
@@ -377,15 +380,23 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        asked = {
-            "perturbations": [item if isinstance(item, str) else list(item) for item in perturbations],
-            "options": {"vectors": True, "encoding": "base64", "top": top, "level": level},
-        }
+        options = {"vectors": True, "encoding": "base64", "top": top, "level": level}
+        asked: dict[str, Any] = {"options": options} | self._adapter
         if head:
             asked |= {"head": head, "context": dict(context or {})}
-        reply = self._about("/v1/perturb", _whole(cells, prompts, asked | self._adapter, self._model))
+
+        def ask(some: _Targets) -> list[tuple[_Targets, dict[str, Any]]]:
+            body = _whole(cells, prompts, asked | {"perturbations": some}, self._model)
+            return [(some, self._ask("POST", "/v1/perturb", body))]
+
+        targets: _Targets = [item if isinstance(item, str) else list(item) for item in perturbations]
+        at_once = self._model.effects(head=bool(head)) if len(targets) > 1 else 1
+        parts = [targets[first : first + at_once] for first in range(0, len(targets), at_once)]
+        answered = _of_one_model(ask, [one for some in parts or [[]] for one in ask(some)])
+        replies = self._noted(_Answers([reply for _, reply in answered])).replies
         return [
             _effect(item["perturbation"], name, part, reply)
+            for reply in replies
             for item in reply["perturbations"]
             for name, part in item["effects"].items()
         ]
@@ -671,6 +682,13 @@ class _Model:
         """Return how many features it knows of a measurement, 0 where it does not know that."""
         return int(self._card["measurements"].get(measurement, 0))
 
+    def effects(self, *, head: bool) -> int:
+        """Return most effects, with their vectors, of a request: each has three vectors, one of a head five."""
+        limits, sizes = self._card.get("limits", {}), list(self._card["measurements"].values())
+        n_each = 5 * max(sizes, default=1) if head else 3 * sum(sizes)
+        most = int(limits.get("perturbations", CHUNK_EFFECTS))
+        return max(1, min(most, int(limits.get("values", n_each * most)) // max(1, n_each)))
+
     def room(self, values: int) -> tuple[int, int]:
         """Return most cells and most counts of a request, where so many values are wanted of each cell."""
         limits = self._card.get("limits", {})
@@ -812,7 +830,9 @@ def _pieces(given: Given, most_cells: int, most_counts: int) -> Iterator[_Piece]
             yield whole.part(span)
 
 
-def _of_one_model(ask: Callable[[_Piece], _Answered], answered: _Answered) -> _Answered:
+def _of_one_model(
+    ask: Callable[[P], list[tuple[P, dict[str, Any]]]], answered: list[tuple[P, dict[str, Any]]]
+) -> list[tuple[P, dict[str, Any]]]:
     """Ask again about the pieces that another model answered than the last, so that one answers about all.
 
     Raises:
@@ -820,7 +840,7 @@ def _of_one_model(ask: Callable[[_Piece], _Answered], answered: _Answered) -> _A
     """
     last = _origin(answered[-1][1])
     for _ in range(AGAIN):
-        fresh: _Answered = []
+        fresh: list[tuple[P, dict[str, Any]]] = []
         latest = last
         for piece, reply in answered:
             told = [(piece, reply)] if _origin(reply) == last else ask(piece)

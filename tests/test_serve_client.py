@@ -338,6 +338,22 @@ def test_effects_come_back_as_vectors_over_named_features(served: Any) -> None:
     assert effects[0].top[0]["feature_name"] == "G1"
 
 
+def test_more_effects_than_a_reply_holds_are_asked_for_in_several() -> None:
+    asked = ["G1", ["G1", "G2"], "G2", "G1", "G2+G1"]
+    with serving(Limits()) as (client, transport):
+        whole = client.perturb([{"G0": 2, "G1": 4}], asked)
+        sizes = sum(client.models()[0]["measurements"].values())
+        assert [len(body["perturbations"]) for body in transport.bodies] == [5]
+    for limits in (Limits(values=2 * 3 * sizes + 1), Limits(perturbations=2)):
+        with serving(limits) as (client, transport):
+            parts = client.perturb([{"G0": 2, "G1": 4}], asked)
+            assert [len(body["perturbations"]) for body in transport.bodies] == [2, 2, 1]
+        assert [(one.perturbation, one.measurement) for one in parts] == [
+            (one.perturbation, one.measurement) for one in whole
+        ]
+        assert [one.delta.tolist() for one in parts] == [one.delta.tolist() for one in whole]
+
+
 def test_types_other_measurements_futures_and_drawn_cells_come_back_in_the_order_of_the_request(
     served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
