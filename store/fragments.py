@@ -11,8 +11,9 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,8 @@ from numpy.typing import NDArray
 
 from store import records
 from store.context import ORDER_TILES, tiledb_context
+
+log = logging.getLogger("somaflow.store")
 
 NAME = re.compile(r"__(\d+)_(\d+)_[0-9a-f]+_\d+")
 SMALL_ROWS = 2**18
@@ -258,18 +261,42 @@ def remove_older(array_uri: str, than_ms: int) -> None:
     tiledb.Array.delete_fragments(array_uri, 0, than_ms - 1, ctx=tiledb_context())
 
 
-def purge(table_uri: str, n_rows: int) -> None:
-    """Write the fragments of a table anew without deleted rows, where it has more than ``n_rows``, deleted ones too.
+Span = tuple[int, int]
+"""First and last joinid."""
+
+
+def purge(table_uri: str, standing: Sequence[Span], gone: Sequence[Span]) -> None:
+    """Remove fragments of a table that hold deleted rows alone, and write those anew that hold others too.
 
     Every delete counts, however late: only the newest commit reads as before. A fragment that stands alone stays as it
     is, for TileDB merges two at least.
+
+    Args:
+        table_uri: A table by joinid, each row written once.
+        standing: Rows that are not deleted.
+        gone: Rows that are; what holds none of them stays as it is, but for a neighbour.
     """
     infos = sorted(tiledb.array_fragments(table_uri, ctx=tiledb_context()), key=lambda info: info.timestamp_range)
-    if sum(info.cell_num for info in infos) <= n_rows:
+    if sum(info.cell_num for info in infos) <= sum(last - first + 1 for first, last in standing):
         return
+    left = []
+    for info in infos:
+        if _meet(info.nonempty_domain[0], standing):
+            left.append(info)
+        else:
+            tiledb.Array.delete_fragments(table_uri, *info.timestamp_range, ctx=tiledb_context())
     config, _ = _merging("fragments")
     config["sm.consolidation.purge_deleted_cells"] = "true"
     context = tiledb.Ctx(config)
-    for run in np.array_split([_name(info.uri) for info in infos], -(-len(infos) // RUN)):
-        tiledb.consolidate(table_uri, config=config, ctx=context, fragment_uris=run.tolist())
+    for run in np.array_split(np.arange(len(left)), max(1, len(left) // 2)):
+        if any(_meet(left[number].nonempty_domain[0], gone) for number in run):
+            names = [_name(left[number].uri) for number in run]
+            try:
+                tiledb.consolidate(table_uri, config=config, ctx=context, fragment_uris=names)
+            except tiledb.TileDBError as error:
+                log.warning("%s: deleted rows stay in %s: %s", table_uri, ", ".join(names), error)
     tiledb.vacuum(table_uri, config=config, ctx=context)
+
+
+def _meet(span: Span, others: Iterable[Span]) -> bool:
+    return any(first <= span[1] and span[0] <= last for first, last in others)

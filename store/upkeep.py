@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from store import catalog, records
 from store.context import is_s3
 from store.errors import UsageError
 from store.fragments import consolidate as consolidate_array
 from store.fragments import fragments, purge, remove_fragments, remove_older
-from store.lake import layer_uris, table_uris
+from store.lake import Lake, layer_uris, table_uris
 from store.writer import LakeWriter
 
 
@@ -126,12 +127,24 @@ def vacuum(lake_uri: str, keep_from: int | None = None) -> tuple[int, int]:
         for table in sorted({name for commit in history for name in commit.whole}):
             remove_older(records.join(lake.uri, table), catalog.last_whole(history, table))
         standing = {commit.dataset["number"] for commit in catalog.current(history)}
-        _remove_sides(lake.uri, {commit.dataset["number"] for commit in history if commit.dataset} - standing)
+        gone = [c.dataset for c in history if c.dataset and c.dataset["number"] not in standing]
+        _remove_sides(lake.uri, {dataset["number"] for dataset in gone})
         if first == lake.commit.number:
-            for organism in sorted({commit.dataset["organism"] for commit in history if commit.dataset}):
-                n_cells = sum(c.dataset["n_obs"] for c in lake.current if c.dataset["organism"] == organism)
-                purge(records.join(lake.uri, "census_data", organism, "obs"), n_cells)
+            _purge_obs(lake, gone)
         return first, removed
+
+
+def _purge_obs(lake: Lake, gone: list[dict[str, Any]]) -> None:
+    """Remove the labels of datasets that the newest commit does not have."""
+    standing = [commit.dataset for commit in lake.current]
+    for organism in sorted({dataset["organism"] for dataset in gone}):
+        uri = records.join(lake.uri, "census_data", organism, "obs")
+        purge(uri, *(_spans(datasets, organism) for datasets in (standing, gone)))
+
+
+def _spans(datasets: list[dict[str, Any]], organism: str) -> list[tuple[int, int]]:
+    mine = [dataset for dataset in datasets if dataset["organism"] == organism]
+    return [(dataset["obs_start"], dataset["obs_start"] + dataset["n_obs"] - 1) for dataset in mine]
 
 
 def _remove_sides(lake_uri: str, plans: set[int]) -> None:

@@ -206,9 +206,11 @@ def test_a_vacuum_leaves_no_label_of_removed_cells(two_versions: str, merged: bo
     assert open_lake(two_versions).obs("homo_sapiens").to_pandas().equals(newest)
     assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
     with LakeWriter(two_versions) as writer:
-        for name in ("b", "c", "d"):
+        add_dataset(writer, "f", 10, {"RNA": 10})
+        for name in ("b", "c", "d", "f"):
             writer.remove(name)
     vacuum(two_versions)
+    assert fragments(obs) == []
     assert [check for check in validate(open_lake(two_versions)) if check.problem] == []
     with LakeWriter(two_versions) as writer:
         add_dataset(writer, "e", 15, {"RNA": 10})
