@@ -383,7 +383,7 @@ class Elsewhere:
     def __init__(self, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with LakeWriter(uri) as writer:
             add_dataset(writer, "a", 60, {"RNA": 30})
-        monkeypatch.setattr(lock, "PATIENCE_S", 0.3)
+        monkeypatch.setattr(lock, "PATIENCE_S", 1.0)
         monkeypatch.setattr(lock, "BEAT_S", 0.1)
         self.uri, self._patch = uri, monkeypatch
         self.writer = LakeWriter(uri)
