@@ -391,6 +391,8 @@ def _column(counts_CG: csr_matrix, vocabulary: Features, feature: str) -> int:
     for names in (vocabulary.feature_id, vocabulary.feature_name):
         for name in (feature, feature.upper()):
             fitting = [column for column, one in enumerate(names) if one == name]
+            if len(fitting) == 1:
+                return fitting[0]
             if fitting:
                 return max(fitting, key=lambda column: int(counts_CG[:, [column]].nnz))
     raise FieldRefused("feature", f"the model does not know {feature!r}; see GET /v1/explore/SESSION/features")

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Window = tuple[int, int]
 """An epoch of a source and the number of a window in it."""
+Places = TypeVar("Places", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class RowOrder:
     def window_order(self, window: Window) -> NDArray[np.int64]:
         """Return the rows of one window, in the order in which they are used."""
         return _window_order(self, *window)
+
+    def window_of(self, place: Places) -> tuple[Places, Places]:
+        """Return the window in which a place of the order lies; of an array of places, two arrays."""
+        epoch, within = divmod(place, self.n_rows)
+        return epoch, within // self.window_rows
 
     def pieces(self, first: int, stop: int) -> list[tuple[Window, int, int]]:
         """Cut places ``first`` to ``stop`` of the order by windows: each, and the places within it."""

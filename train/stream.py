@@ -470,11 +470,8 @@ class Stream:
 
     def _first_windows(self, step: int) -> list[WindowKey]:
         """Return, for each source, the first window that this step or a later one needs."""
-        found = []
-        for order, (first, _) in zip(self.plan.orders, self.plan.spans(step), strict=True):
-            epoch, place = divmod(first, order.n_rows)
-            found.append((epoch, place // order.window_rows))
-        return found
+        spans = self.plan.spans(step)
+        return [order.window_of(first) for order, (first, _) in zip(self.plan.orders, spans, strict=True)]
 
     def _blocks(self, key: Key, rank: int, world: int) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """Return the numbers of a window's blocks that a rank needs, ascending, and each one's first and last rows."""
@@ -552,7 +549,7 @@ class Stream:
         for key, window in windows.items():  # a cell may lie in several: of two epochs, or, drawn twice, of two blocks
             number, (epoch, of_epoch) = key
             order = self.plan.orders[number]
-            its = (dealt.place - epoch * order.n_rows) // order.window_rows
+            _, its = order.window_of(dealt.place)
             mine = np.flatnonzero((source == number) & (dealt.epoch == epoch) & (its == of_epoch))
             place = window.places(dealt.row[mine] // order.block, row[mine])
             n_found += int((place >= 0).sum())
@@ -677,13 +674,13 @@ def _refuse_other_kinds(tokens: object, balance: object, measurements: object) -
 
 
 def _shares(snapshot: Snapshot | Mapping[Snapshot, float]) -> dict[Snapshot, float]:
-    shares = snapshot if isinstance(snapshot, Mapping) else {}
-    if isinstance(snapshot, Mapping) and not shares:
-        raise UsageError("no snapshot is named; a mixture maps snapshots to their weights")
-    for one in shares or [snapshot]:
+    for one in snapshot if isinstance(snapshot, Mapping) else [snapshot]:
         if not isinstance(one, Snapshot):
             raise UsageError(f"{one!r} is no snapshot: say open_snapshot(lake, name), of store.snapshot")
-    return dict(shares) or {snapshot: 1.0}  # type: ignore[dict-item]
+    shares = dict(snapshot) if isinstance(snapshot, Mapping) else {snapshot: 1.0}
+    if not shares:
+        raise UsageError("no snapshot is named; a mixture maps snapshots to their weights")
+    return shares
 
 
 def _check_rank(rank: int, world: int) -> None:
