@@ -77,7 +77,7 @@ image-proof: setup  ## run the image's steps in a clean root, and the image in i
 test-quick: setup  ## run the tests that need no cluster (a quarter of an hour)
 	$(BIN)/python -m pytest -m "not ray and not s3 and not road"
 
-check: setup  ## lint, format, types, dependency contracts, manifests, image, dashboards
+check: setup  ## lint, format, types, dependency contracts, manifests, image, dashboards, pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -85,6 +85,7 @@ check: setup  ## lint, format, types, dependency contracts, manifests, image, da
 	$(BIN)/python infra/kubernetes/check.py
 	$(BIN)/python infra/image/dockerfile.py
 	$(BIN)/python infra/monitoring/check.py
+	$(BIN)/python -m pytest -q tests/test_layout.py
 
 format: setup  ## write the code the way ruff wants it
 	$(BIN)/ruff check --fix .
