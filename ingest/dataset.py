@@ -23,7 +23,7 @@ from ingest.harmonize import FeatureMap
 from ingest.job import FILES, SourceSettings, Values
 from ingest.obs import map_obs
 from ingest.sources import kind_of, open_dataset
-from ingest.sources.form import SourceDataset, content_digest, fingerprint, read_obs_table
+from ingest.sources.form import SourceDataset, content_digest, fingerprint, lasting, read_obs_table
 from store.errors import InputRefused
 from store.records import absolute
 from store.schema import DatasetPlan, measured_column
@@ -248,8 +248,8 @@ class OpenDataset:
         tables = {key: content_digest(path) for key in FILES if (path := getattr(self.source, key))}
         identity = json.dumps([TRANSFORM_VERSION, self.form.dataset_id, self.form.digest, tables, settings])
         kind = kind_of(self.source)
-        info = {**self.form.info, "source_uri": self.source.uri, "source_kind": kind}
-        address = self.source.uri if kind in ("census", "simulated") else absolute(self.source.uri)
+        info = {**self.form.info, "source_uri": lasting(self.source.uri), "source_kind": kind}
+        address = self.source.uri if kind in ("census", "simulated") else absolute(lasting(self.source.uri))
         layers = {name: self.values(name) for name in self.form.parts}
         return DatasetPlan(
             dataset_id=self.form.dataset_id,

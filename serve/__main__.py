@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from serve.access import read_tokens
 from serve.client import Client
 from serve.lone import free_port
-from serve.settings import ServeSettings
+from serve.settings import LOOPBACK, ServeSettings
 from store import command
 from store.cluster import cluster_address, ray_cluster
 from store.errors import MissingError
@@ -162,7 +162,7 @@ def _own_token(settings: ServeSettings) -> str:
         owners = tomllib.loads(Path(settings.tokens_file).read_text(encoding="utf-8")).values()
         free = max(owners, key=lambda owner: owner.get("requests_per_minute", 0) or float("inf"))
         return str(free["token"])
-    if settings.host not in ("127.0.0.1", "::1", "localhost"):
+    if settings.host not in LOOPBACK:
         command.console.print(f"[yellow]whoever reaches {settings.host} can ask the model: give --tokens FILE[/]")
     return ""
 

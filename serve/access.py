@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
+import re
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,6 +144,45 @@ class Gate:
             if hmac.compare_digest(purse.digest, digest):
                 found = name
         return found
+
+
+class Misdirected:
+    """ASGI middleware: 421 to who asks under a name that is not this machine's.
+
+    A page on the web may let its own name lead to 127.0.0.1 (DNS rebinding): to the browser, what answers there is that
+    page's, and its scripts may read it. A server that knows no tokens tells such requests by the name that they ask
+    for. Addresses are no names: none leads elsewhere.
+
+    Args:
+        app: What gets the requests.
+        hosts: Names that may be asked for beside ``localhost`` and those below it; ``*`` is every name.
+        problem: Writes the report for a status, a detail and seconds to wait.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, hosts: Sequence[str], problem: Callable[[int, str, int | None], Response]
+    ) -> None:
+        self._app, self._hosts, self._problem = app, frozenset(hosts), problem
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI has it."""
+        host = Headers(scope=scope).get("host", "") if scope["type"] == "http" else ""
+        if not host or "*" in self._hosts or self._is_ours(name_of(host)):
+            await self._app(scope, receive, send)
+            return
+        said = f"this server answers to this machine alone, not as {host[:100]!r}: ask 127.0.0.1, or start it with "
+        said += """--set 'hosts=["NAME"]', or with --tokens FILE"""
+        await self._problem(421, said, None)(scope, receive, send)
+
+    def _is_ours(self, name: str) -> bool:
+        with suppress(ValueError):
+            return bool(ipaddress.ip_address(name.strip("[]")))
+        return name in self._hosts or name == "localhost" or name.endswith(".localhost")
+
+
+def name_of(host: str) -> str:
+    """Return the name or address in a ``Host`` header, in small letters, without the port."""
+    return re.sub(r":\d*$", "", host.strip().lower()).rstrip(".")
 
 
 def is_open(path: str) -> bool:

@@ -30,7 +30,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from serve import encode
-from serve.access import Gate, Purse, is_open
+from serve.access import Gate, Misdirected, Purse, is_open
 from serve.arrow import ARROW
 from serve.atlas import Atlas
 from serve.body import BodyLimit
@@ -397,11 +397,13 @@ def make_app(
     jobs: Jobs | None = None,
     offer: Offer | None = None,
     origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
 ) -> FastAPI:
     """Build the HTTP interface over ``model``; with ``purses``, for owners of tokens only.
 
     ``atlas`` holds the lakes that can be asked about, and ``jobs`` embeds them;
     ``offer`` says which cells the page at ``/`` has to show, ``origins`` which other pages' scripts may ask.
+    ``hosts`` are the names, beside this machine's own, under which it may be asked; without, under any.
     """
     desk = Desk(model, limits)
     app = FastAPI(
@@ -423,6 +425,8 @@ def make_app(
     app.add_middleware(Porter, door=desk.door, undeclared=limits.body_bytes)
     if purses:  # outermost: a stranger's body is not read
         app.add_middleware(Gate, purses=purses, problem=briefly)
+    if hosts is not None:
+        app.add_middleware(Misdirected, hosts=hosts, problem=briefly)
     app.add_middleware(Metered, metrics=desk.metrics, known=QUESTIONS)
     if origins:  # outermost: a browser asks without a token first, and reads refusals too
         app.add_middleware(

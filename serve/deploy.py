@@ -195,7 +195,8 @@ class Ingress:
         purses = read_tokens(settings.tokens_file) if settings.tokens_file else None
         jobs = RayJobs(settings.jobs) if settings.lakes else None
         model, atlas = RemoteModel(self._model, settings.limits.timeout_s), Atlas(settings.lakes)
-        return make_app(model, settings.limits, purses, atlas, jobs, Offer.of(settings), settings.origins)
+        offer, hosts = Offer.of(settings), settings.names()
+        return make_app(model, settings.limits, purses, atlas, jobs, offer, settings.origins, hosts)
 
 
 def application(settings: ServeSettings, load: Loader = load_predictor) -> ray.serve.Application:

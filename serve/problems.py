@@ -19,6 +19,7 @@ TITLES = {
     409: "Somebody else changed what this needs",
     413: "The request is too large",
     415: "The request is in no form that is read here",
+    421: "This server does not answer to that name",
     422: "The request cannot be used",
     429: "The server is busy",
     500: "The server made a mistake",

@@ -94,6 +94,8 @@ def _origin(said: str) -> str:
     return f"{scheme}://{host}" + (f":{int(port)}" if port and port != DEFAULT_PORTS[scheme] else "")
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+HostName = Annotated[str, AfterValidator(str.lower), Field(pattern=r"^(\*|[A-Za-z0-9_.-]+)$")]
 Origin = Annotated[str, AfterValidator(_origin)]
 LakeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
@@ -155,6 +157,9 @@ class ServeSettings(Settings):
     ] = ()
     """Origins (``https://app.example.org``) of web pages beside ours whose scripts may ask, with a token where there is
     a file of them (CORS); ``*`` is every page."""
+    hosts: tuple[HostName, ...] = ()
+    """Names, beside ``localhost``, under which a server that listens on loopback and knows no tokens may be asked, such
+    as by a proxy on this machine that passes on the name it was asked for; ``*`` is every name."""
     adapters: dict[str, str] = Field(default_factory=dict)
     """Name to folder of adapters of the checkpoint (``<run>/adapter``); requests choose one by name."""
     adapters_loaded: int = Field(default=8, gt=0)
@@ -169,6 +174,10 @@ class ServeSettings(Settings):
     limits: Limits = Limits()
     explore: Explore = Explore()
     batching: Batching = Batching()
+
+    def names(self) -> tuple[str, ...] | None:
+        """Return the names, beside this machine's own, that requests may be for; none where any name will do."""
+        return self.hosts if self.host in LOOPBACK and not self.tokens_file else None
 
 
 def gpus_of(device: str) -> int:

@@ -74,14 +74,22 @@ def work_folder(lake_uri: str, name: str) -> str:
     return records.join(lake_uri, records.FOLDER, "building", name)
 
 
+def _plan(work: str) -> dict[str, Any]:
+    """Return the plan of a build; nothing where there is none, or one that is damaged: no build goes on with it."""
+    try:
+        return records.read(records.join(work, PLAN)) or {}
+    except VerificationError:
+        return {}
+
+
 def remove_work(lake_uri: str, name: str) -> None:
     """Remove what a build keeps for itself, and of the folder into which it spilled nothing but its own files.
 
     The plan says first that all is dropped, and goes last: of what a killed removal leaves, no build uses anything.
     """
     work = work_folder(lake_uri, name)
-    plan = records.read(records.join(work, PLAN))
-    if plan is not None:
+    plan = _plan(work)
+    if plan:
         records.replace(records.join(work, PLAN), {**plan, "dropped": True})
         for file in records.names(plan["spill"]):
             if plan["mark"] in file:
@@ -133,21 +141,21 @@ def build(
         lock.acquire()
         try:
             snapshot.refuse_taken(lake.uri, name)  # another may have made it since the caller looked
-            known = records.read(records.join(work, PLAN))
-            if known is None or known.get("dropped"):
+            known = _plan(work)
+            if not known or known.get("dropped"):
                 remove_work(lake.uri, name)
-                known = None
-            if known is not None and known["wanted"] != wanted:
+                known = {}
+            if known and known["wanted"] != wanted:
                 raise UsageError(
                     f"{lake.uri}: snapshot {name!r} was begun with other settings, from another snapshot, or by "
                     "another version; choose another name, or drop what was done with: "
                     f"python -m store snapshot delete {name} --lake {lake.uri}"
                 )
-            if known is not None:
+            if known:
                 lake = open_lake(lake.uri, known["commit"])
             with reading(lake.uri):
                 job = _Build(lake, name, settings, progress, tasks, base, like, lock.check)
-            if known is None:
+            if not known:
                 folder = records.absolute(spill) if spill else records.join(work, "spill")
                 known = {
                     "wanted": wanted,
@@ -170,8 +178,8 @@ def build(
 
 def needed_snapshot(lake_uri: str, name: str) -> str:
     """Return the snapshot from whose arrays or vocabulary a begun one is built; empty where there is none."""
-    plan = records.read(records.join(work_folder(lake_uri, name), PLAN))
-    return "" if plan is None or plan.get("dropped") else str(plan.get("needs", ""))
+    plan = _plan(work_folder(lake_uri, name))
+    return "" if plan.get("dropped") else str(plan.get("needs", ""))
 
 
 def builder_lock(lake_uri: str, name: str) -> WriterLock:

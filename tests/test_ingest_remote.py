@@ -12,6 +12,7 @@ from local_server import local_server
 from ingest.dataset import OpenDataset
 from ingest.expand import expand
 from ingest.job import SourceSettings
+from ingest.sources.form import lasting
 from store.errors import MissingError
 
 BUCKET = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--default-bucket=atlas"]
@@ -53,10 +54,27 @@ def test_a_google_bucket_is_listed_and_read(shared_data: Path, monkeypatch: pyte
         _same(path, source.uri)
 
 
+@pytest.mark.parametrize(
+    ("address", "kept"),
+    [
+        ("https://a.org/x.h5ad?acc=GSE1&file=x.h5ad", "https://a.org/x.h5ad?acc=GSE1&file=x.h5ad"),
+        ("https://a.org/x.h5ad?v=1&X-Amz-Expires=60&X-Amz-Signature=0f", "https://a.org/x.h5ad"),
+        ("https://b.net/x.h5ad?sv=2024&sig=abc%3D", "https://b.net/x.h5ad"),
+        ("https://me:secret@a.org:8080/x.h5ad?access_token=1", "https://a.org:8080/x.h5ad"),
+        ("s3://atlas/me@home?sig=1", "s3://atlas/me@home?sig=1"),
+    ],
+)
+def test_a_lake_keeps_no_signature_of_an_address(address: str, kept: str) -> None:
+    assert lasting(address) == kept
+
+
 def test_a_web_address_is_read(shared_data: Path) -> None:
     path = shared_data / "derived/pbmc68k_reduced_counts.h5ad"
     with local_server(lambda port: [sys.executable, "-c", WEB, str(path.parent), port]) as url:
         (source,) = expand(SourceSettings(uri=f"{url}/{path.name}"), ("http",)).sources
         _same(path, source.uri)
+        for signature in ("a1", "b2"):
+            plan = OpenDataset(SourceSettings(uri=f"{source.uri}?X-Amz-Signature={signature}"), "x").inspect().plan
+            assert [plan.info["source_uri"], plan.origin] == [source.uri] * 2
         with pytest.raises(MissingError, match="no such file"):
             OpenDataset(SourceSettings(uri=f"{url}/missing.h5ad"), "x")

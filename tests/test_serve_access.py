@@ -167,6 +167,41 @@ def test_scripts_of_named_pages_ask_with_a_token_and_read_refusals(replica: Repl
         assert "access-control-allow-origin" not in asked(client, Authorization=f"Bearer {TEAM}", **strange).headers
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200),
+        ("LocalHost", 200),
+        ("localhost.:8000", 200),
+        ("a.localhost:1", 200),
+        ("[::1]:8000", 200),
+        ("10.0.0.7", 200),
+        ("app.example.org:443", 200),
+        ("evil.example.com:8000", 421),
+        ("localhost.example.com", 421),
+        ("127.0.0.1.example.com", 421),
+        ("[::1", 421),
+    ],
+)
+def test_a_server_for_this_machine_answers_to_its_own_names(replica: Replica, host: str, status: int) -> None:
+    with TestClient(make_app(replica, Limits(), hosts=["app.example.org"])) as client:
+        for path in ("/v1/models", "/", "/metrics"):
+            answer = client.get(path, headers={"Host": host})
+            assert answer.status_code == status
+        if status == 421:
+            check_problem(client.get("/v1/models", headers={"Host": host}), 421)
+    with TestClient(make_app(replica, Limits(), hosts=["*"])) as client:
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_names_matter_where_only_this_machine_can_ask() -> None:
+    here = [ServeSettings(checkpoint="c", host=host, hosts=("App.org",)) for host in ("127.0.0.1", "::1", "localhost")]
+    assert [settings.names() for settings in here] == [("app.org",)] * 3
+    assert ServeSettings(checkpoint="c").names() == ()
+    assert ServeSettings(checkpoint="c", host="0.0.0.0").names() is None
+    assert ServeSettings(checkpoint="c", tokens_file="tokens.toml").names() is None
+
+
 def test_no_page_is_let_in_that_is_not_named(client: TestClient) -> None:
     answer = asked(client, Authorization=f"Bearer {TEAM}", Origin="https://app.example.org")
     assert "access-control-allow-origin" not in answer.headers

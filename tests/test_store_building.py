@@ -145,6 +145,19 @@ def test_records_without_a_plan_are_not_a_builds(uri: str) -> None:
     assert begun_snapshots(uri) == []
 
 
+def test_a_damaged_plan_of_one_build_stops_no_other_and_can_be_deleted_or_begun_anew(uri: str) -> None:
+    create_snapshot(uri, "whole", SnapshotSettings())
+    for name in ("s", "t"):
+        with pytest.raises(Stopped):
+            create_snapshot(uri, name, SnapshotSettings(), tasks=stopping_before("gather"))
+        Path(uri, f"somaflow/building/{name}/plan.json").write_text('{"wanted"')
+    delete_snapshot(uri, "whole")
+    delete_snapshot(uri, "s")
+    assert begun_snapshots(uri) == ["t"]
+    create_snapshot(uri, "t", SnapshotSettings()).verify()
+    assert begun_snapshots(uri) == []
+
+
 def test_a_build_killed_while_it_cleans_up_has_made_a_whole_snapshot(uri: str) -> None:
     with crumbling(1), pytest.raises(Stopped):
         create_snapshot(uri, "s", SnapshotSettings())

@@ -23,6 +23,11 @@ Rows = Callable[[int, int], scipy.sparse.csr_matrix]
 """Rows start to stop (exclusive) of a matrix, as the source holds them."""
 
 ENDINGS = (".gz", ".bgz", ".zip", ".tgz", ".tar", ".h5ad", ".h5mu", ".h5", ".zarr", ".loom", ".tsv", ".csv", ".txt")
+SIGNED = re.compile(
+    r"[?&](?:x-amz-[a-z-]+|x-goog-[a-z-]+|(?:[a-z]+[-_])?signature|sig|(?:[a-z]+[-_])?token|api[-_]?key|password)=",
+    re.I,
+)
+"""Names of what lets whoever holds an address read what is there."""
 NAMELESS = re.compile(
     r"((filtered|raw)_(feature|gene|peak|probe)_bc_matri(x|ces)(_h5|_mex)?|10x|outs|matrix|(atac_)?fragments|"
     r"square_\d+um|binned_outputs)"
@@ -125,6 +130,19 @@ def read_obs_table(table: str | BinaryIO, where: str, cells: pd.Index) -> tuple[
 def without_query(uri: str) -> str:
     """Return an address on the web without what follows its path (``?download=1``); others as they are."""
     return uri.split("?", 1)[0] if uri.startswith(("http://", "https://")) else uri
+
+
+def lasting(uri: str) -> str:
+    """Return an address on the web as a lake may keep it: without a password, and without a query that signs it.
+
+    Whoever reads a signature or a token can use it, and the next address of the same file has another one.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return uri
+    scheme, _, rest = uri.partition("://")
+    place, slash, path = rest.partition("/")
+    kept = f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
+    return without_query(kept) if SIGNED.search(kept) else kept
 
 
 def dataset_name(source: SourceSettings) -> str:
