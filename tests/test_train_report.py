@@ -18,9 +18,11 @@ from typer.testing import CliRunner
 from store.errors import InputRefused, MissingError
 from store.snapshot import open_snapshot
 from train.__main__ import app
+from train.figures import figures
 from train.loop import Run
+from train.pictures import DRAWN, thin
 from train.record import read_metrics, read_summary
-from train.report import DRAWN, figures, thin, write_report
+from train.report import write_report
 from train.settings import RunSettings
 
 PNG = b"\x89PNG\r\n\x1a\n"
