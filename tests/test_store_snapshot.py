@@ -19,7 +19,8 @@ import tiledbsoma
 from encoded import add_dataset
 
 from store import records
-from store.build import CELL_ELEMENTS, builder_lock, cut
+from store.build import builder_lock, cut
+from store.chosen import CELL_ELEMENTS
 from store.cluster import Tasks, in_this_process, ray_tasks
 from store.errors import ConflictError, MissingError, SettingsError, UsageError, VerificationError
 from store.lake import open_lake
