@@ -10,7 +10,7 @@ import torch
 from made_cells import whole
 
 from train import kernels, lanes
-from train.stream import _Room
+from train.held import Room
 from train.tokens import TokenSettings, fast_tokens, make_tokens
 
 wide = pytest.mark.skipif(not lanes.WIDE, reason="this processor puts no values side by side by itself")
@@ -92,7 +92,7 @@ def test_rows_are_written_around_the_caches_only_where_they_are_many_and_whole(m
     chance = (3, 17)
     for settings in (TokenSettings(budget=budget), TokenSettings(budget=budget + 1), TokenSettings(budget=1000)):
         words = (spans, batch.measured, batch, {"RNA": 5}, settings, chance)
-        fast = fast_tokens(*words, empty=_Room().take)[0]
+        fast = fast_tokens(*words, empty=Room().take)[0]
         assert fast.feature_CL.data_ptr() % lanes.LINE == fast.value_CL.data_ptr() % lanes.LINE == 0
         with monkeypatch.context() as patch:
             patch.setattr("train.tokens.kernels", None)

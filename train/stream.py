@@ -9,12 +9,11 @@ Shape letters used in this module:
 from __future__ import annotations
 
 import hashlib
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from store.part import NUMBERS as PART_NUMBERS
 from store.records import is_local
 from store.schema import measured_column
 from store.snapshot import Snapshot
-from train import kernels
 from train.cache import BlockCache
-from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Controls, Csr, Spans
+from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Controls
 from train.controls import ControlGroups, MatchedControls, find_controls, group_controls
+from train.held import Held, Key, Room, fair_share, gathered
 from train.labels import FIELDS, Labels, read_labels
-from train.lanes import LINE
 from train.plan import RowOrder, Rows, SamplePlan
 from train.plan import Window as WindowKey
 from train.reader import Budget, Reader, Slot, Window
@@ -56,9 +54,6 @@ EPOCHS_KEPT = 2
 """Of so many epochs at a time is kept which cells come how often: at a border steps of both are made."""
 SHARES = 2**30
 """Shares of sources are told to the plan in whole numbers of this sum."""
-
-Key = tuple[int, WindowKey]
-"""A source's number and one of its windows."""
 
 
 class Stream:
@@ -198,7 +193,7 @@ class Stream:
         self.uncounted = False
         self._offsets = first_numbers({name: sizes[name] for name in self.measurements})
         self._factors = self._divisors(factors, sizes) if factors is not None else None
-        self._room = _Room()
+        self._room = Room()
         self._slots: list[list[list[Slot]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,7 +201,7 @@ class Stream:
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _room=_Room(), _slots=[], _drawn_for={}, _drawing=threading.Lock())
+        self.__dict__.update(state, _room=Room(), _slots=[], _drawn_for={}, _drawing=threading.Lock())
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: the next step and what its number means.
@@ -520,7 +515,7 @@ class Stream:
             for step, batch, which in zip(steps, batches, datasets, strict=True)
         ]
 
-    def _share(self, windows: dict[Key, Window], steps: range, rank: int, world: int) -> tuple[_Held, list[int]]:
+    def _share(self, windows: dict[Key, Window], steps: range, rank: int, world: int) -> tuple[Held, list[int]]:
         """Find a rank's rows of some steps, one step's behind the other's, and how many they are of each step."""
         balance = self.balance and not self.sets and world > 1 and all(order.lanes == 1 for order in self.plan.orders)
         rows = [self.plan.batch(step) if balance else self.plan.share(step, rank, world) for step in steps]
@@ -529,12 +524,12 @@ class Stream:
             return held, [held.n_cells]
         if balance:
             ends = np.cumsum([len(part) for part in rows])[:-1]
-            chosen = [_fair_share(sizes, rank, world) for sizes in np.split(held.sizes(), ends)]
+            chosen = [fair_share(sizes, rank, world) for sizes in np.split(held.sizes(), ends)]
             held = held.take(np.concatenate([mine + first for mine, first in zip(chosen, [0, *ends], strict=True)]))
             return held, [len(mine) for mine in chosen]
         return held, [len(part) for part in rows]
 
-    def _find(self, windows: dict[Key, Window], rows: Rows) -> _Held:
+    def _find(self, windows: dict[Key, Window], rows: Rows) -> Held:
         """Find a batch's rows, or all rows of its sets, in the windows."""
         source, row, dealt, set_C = rows.source, np.empty(len(rows), np.int64), rows, None
         if self.sets:
@@ -556,7 +551,7 @@ class Stream:
             pieces.append((key, window, mine, place))
         if n_found < len(row):
             raise AssertionError(f"{len(row) - n_found} rows of a batch are in none of the windows {list(windows)}")
-        return _Held(len(row), source, row, pieces, set_C)
+        return Held(len(row), source, row, pieces, set_C)
 
     def _rows_of_sets(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return source, row and number of the set of all cells of the sets of a batch."""
@@ -570,7 +565,7 @@ class Stream:
         order = np.argsort(np.concatenate(numbers), kind="stable")
         return np.concatenate(sources)[order], np.concatenate(found)[order], np.concatenate(numbers)[order]
 
-    def _cells(self, held: _Held) -> Cells:
+    def _cells(self, held: Held) -> Cells:
         """Return rows with what is said of them, and no counts."""
         labels, n_cells = self.labels, held.n_cells
         codes = np.empty((n_cells, len(self.fields)), np.int32)
@@ -607,11 +602,11 @@ class Stream:
             place_CX=numbers[:, [PART_NUMBERS.index(name) for name in ("x", "y")]] if self.sets else None,
         )
 
-    def _with_counts(self, cells: Cells, held: _Held) -> Cells:
-        counts = {name: _gathered(held.spans(name), held.n_cells, self._room) for name in self.measurements}
+    def _with_counts(self, cells: Cells, held: Held) -> Cells:
+        counts = {name: gathered(held.spans(name), held.n_cells, self._room) for name in self.measurements}
         return replace(cells, counts=counts)
 
-    def _find_controls(self, held: _Held, row: NDArray[np.int64], chance: tuple[int, int]) -> Controls:
+    def _find_controls(self, held: Held, row: NDArray[np.int64], chance: tuple[int, int]) -> Controls:
         """Return matched controls of a batch's cells, from the windows in which the cells lie."""
         assert self.controls is not None
         place_CS = np.full((held.n_cells, self.controls.size), -1, np.int64)
@@ -628,7 +623,7 @@ class Stream:
             sources.append(np.full(len(there), key[0]))
             rows.append(own[there])
             n_controls += len(there)
-        found = _Held(n_controls, np.concatenate(sources), np.concatenate(rows), pieces)
+        found = Held(n_controls, np.concatenate(sources), np.concatenate(rows), pieces)
         return Controls(self._with_counts(self._cells(found), found), place_CS)
 
     def _control_groups(self, key: Key, window: Window) -> tuple[NDArray[np.int64], ControlGroups]:
@@ -688,53 +683,6 @@ def _check_rank(rank: int, world: int) -> None:
         raise UsageError(f"rank = {rank} of world = {world}: ranks are counted from 0")
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Where the rows of a batch lie in the windows.
-
-    Attributes:
-        n_cells: Rows.
-        source: The source of each.
-        row: The row of each in its part.
-        pieces: Windows with the places in the batch, and the places among the window's rows, of the rows they hold.
-        set_C: The set of each, by its number in the batch, where there are sets.
-    """
-
-    n_cells: int
-    source: NDArray[np.int64]
-    row: NDArray[np.int64]
-    pieces: list[tuple[Key, Window, NDArray[np.int64], NDArray[np.int64]]]
-    set_C: NDArray[np.int64] | None = None
-
-    def sizes(self) -> NDArray[np.int64]:
-        """Return the number of values of each row."""
-        size = np.zeros(self.n_cells, np.int64)
-        for _, window, mine, place in self.pieces:
-            size[mine] = sum(spans.lengths[place] for spans in window.spans.values())
-        return size
-
-    def spans(self, measurement: str) -> list[tuple[Spans, NDArray[np.int64]]]:
-        """Return the rows' values, window by window, with their places in the batch."""
-        return [(window.spans[measurement].take(place), mine) for _, window, mine, place in self.pieces]
-
-    def take(self, which: NDArray[np.int64]) -> _Held:
-        """Return some of the rows, in this order."""
-        position = np.full(self.n_cells, -1, np.int64)
-        position[which] = np.arange(len(which))
-        pieces = []
-        for key, window, mine, place in self.pieces:
-            kept = position[mine] >= 0
-            pieces.append((key, window, position[mine][kept], place[kept]))
-        return _Held(len(which), self.source[which], self.row[which], pieces)
-
-
-def _fair_share(size: NDArray[np.int64], rank: int, world: int) -> NDArray[np.int64]:
-    """Choose a rank's cells of a batch: dealt out from the largest to the smallest, there and back again."""
-    order = np.argsort(-size, kind="stable")
-    turn, seat = np.divmod(np.arange(len(size)), world)
-    return np.sort(order[np.where(turn % 2, world - 1 - seat, seat) == rank])
-
-
 def _orders(
     sources: Sequence[Source], portions: NDArray[np.float64], seed: int, block: int, window: int, lanes: int
 ) -> tuple[RowOrder, ...]:
@@ -759,45 +707,3 @@ def _dataset_shares(
         counts = np.array([of.get(split, 0) for of in snapshot.label_values()["dataset_id"].values()], np.float64)
         shares[labels.panel[number]] += counts / counts.sum() * portions[mine].sum()
     return shares / shares.sum()
-
-
-def _gathered(parts: Sequence[tuple[Spans, NDArray[np.int64]]], n_cells: int, room: _Room) -> Csr:
-    """Copy rows that lie in several buffers into one, in the order of their places."""
-    lengths = np.zeros(n_cells, np.int64)
-    for spans, place in parts:
-        lengths[place] = spans.lengths
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
-    kinds = [{getattr(spans, name).dtype for spans, _ in parts} for name in ("features", "counts")]
-    features = room.take(int(indptr[-1]), np.result_type(*kinds[0]))
-    floats = any(kind.kind == "f" for kind in kinds[1])
-    counts = room.take(int(indptr[-1]), np.float32 if floats else np.result_type(*kinds[1]))
-    for spans, place in parts:
-        kernels.gather(spans.starts, spans.lengths, spans.features, spans.counts, indptr[:-1][place], features, counts)
-    return Csr(indptr, features, counts)
-
-
-class _Room:
-    """Memory for batches, used again when nobody holds the batch any more: fresh pages are slow."""
-
-    def __init__(self) -> None:
-        self._blocks: list[NDArray[np.uint8]] = []
-        self._lock = threading.Lock()
-
-    def take(self, length: int, dtype: Any) -> NDArray[Any]:
-        """Return an array of any content."""
-        size = length * np.dtype(dtype).itemsize
-        with self._lock:
-            for number in range(len(self._blocks)):
-                # the list and getrefcount's argument: nobody else looks at it, by whatever view
-                if self._blocks[number].nbytes >= size + LINE and sys.getrefcount(self._blocks[number]) == 2:
-                    return _from_line(self._blocks[number], size).view(dtype)
-            block = np.zeros(-(-size * 5 // 4 // 4096) * 4096 + 4096, np.uint8)
-            if len(self._blocks) < 64:
-                self._blocks.append(block)
-        return _from_line(block, size).view(dtype)
-
-
-def _from_line(block: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Return so many bytes of a block, from where a line of the processor's caches begins."""
-    first = -block.ctypes.data % LINE
-    return block[first : first + size]
