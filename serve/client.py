@@ -6,212 +6,69 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import random
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import httpx
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from serve.arrow import ARROW, read_reply, write_request
+from serve.answer import (
+    RETRIED,
+    TROUBLE,
+    Answers,
+    Effect,
+    Embeddings,
+    Job,
+    Neighbors,
+    Predicted,
+    Report,
+    TooLarge,
+    detail_of,
+    effect_of,
+    error_of,
+    read,
+    vectors_of,
+)
+from serve.arrow import ARROW
 from serve.errors import Overloaded, Unavailable
-from serve.given import Given, Measurements, chunks, read_cells
-from serve.h5ad import FORM
-from serve.npz import NPZ, REPLY, REQUEST, unpacked, write_npz
-from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
+from serve.given import read_cells
+from serve.npz import NPZ
+from serve.question import (
+    Body,
+    Piece,
+    Said,
+    as_request,
+    body_of,
+    check_said,
+    cut_into_pieces,
+    file_of,
+    said_of,
+    whole_body,
+)
+from store.errors import ConflictError, InputRefused, SomaflowError, UsageError
 
-RETRIED = frozenset({429, 503})
-TROUBLE = frozenset({408, 500, 502, 503, 504})
-"""Asked again where no report says why: they come from what stands between, or from a server that died."""
+__all__ = ["Client", "Effect", "Embeddings", "Job", "Neighbors", "Predicted", "Report"]
+
 CHUNK_EFFECTS = 64
 CHUNK_CELLS = 1_000
 CHUNK_COUNTS = 500_000
-FEWER = "send fewer"
-"""What the server says, besides its status, of a request that is too large."""
-SAID = 200
-"""Characters of an answer that is no report, in errors."""
 PAGE = 10_000
 """Most features that the server lists at a time."""
 AGAIN = 2
 """How often parts are asked about again, of which another model told than of the others."""
 
-Said = str | float | np.generic | Sequence[str] | Sequence[float] | NDArray[Any]
-ONE = (str, int, float, np.generic)
-"""One value of a prompt, for all cells."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the server says of a question beside its answer.
-
-    Attributes:
-        coverage: Measurement to how much of it was understood, of the part of the cells in which that was least.
-        warnings: Of all parts, each once.
-        provenance: Which model answered, and what it learned from.
-    """
-
-    coverage: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """One row per cell, all of one model; the rest is as in :class:`Report`."""
-
-    values: NDArray[np.floating]
-    coverage: dict[str, Any]
-    warnings: list[str]
-    provenance: dict[str, Any]
-    features: dict[str, tuple[list[str], NDArray[np.floating]]] = field(default_factory=dict)
-    """Measurement to the ids of features and their vectors, where they were asked for."""
-
-
-@dataclass(frozen=True)
-class Body:
-    """A body that is no JSON, and its content type; of a form, its other part."""
-
-    media: str
-    content: bytes
-    request: str = ""
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some of the cells, of which the same was measured, and where they are among all."""
-
-    rows: NDArray[np.int64]
-    measurements: Measurements
-
-    def part(self, span: slice) -> _Piece:
-        """Return some of them."""
-        parts = {name: (counts_CF[span], features) for name, (counts_CF, features) in self.measurements.items()}
-        return _Piece(self.rows[span], parts)
-
-    def halves(self) -> tuple[_Piece, _Piece]:
-        """Return the first half and the rest."""
-        middle = len(self.rows) // 2
-        return self.part(slice(0, middle)), self.part(slice(middle, None))
-
-
-class _TooLarge(InputRefused):
-    """The server takes no request of this size; it may take a smaller one."""
-
-
-_Answered = list[tuple[_Piece, dict[str, Any]]]
+_Answered = list[tuple[Piece, dict[str, Any]]]
 _Targets = list[str | list[str]]
 P = TypeVar("P")
 """Pieces and the replies about them."""
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Replies about pieces; ``rows`` says which cell each of their entries is about, None that they are in order."""
-
-    replies: list[dict[str, Any]]
-    rows: NDArray[np.int64] | None = None
-
-    def report(self) -> Report:
-        """Return what the replies say beside the answer."""
-        coverage: dict[str, Any] = {}
-        for reply in self.replies:
-            for name, part in reply.get("coverage", {}).items():
-                coverage[name] = min(coverage.get(name, part), part, key=lambda one: one["share_of_counts"])
-        told = dict.fromkeys(warning for reply in self.replies for warning in reply.get("warnings", ()))
-        return Report(coverage, list(told), self.replies[-1]["provenance"])
-
-    def array(self, field: str) -> NDArray[Any]:
-        """Return an array of the replies, a row for each cell."""
-        values = np.concatenate([reply[field] for reply in self.replies])
-        return values if self.rows is None else values[np.argsort(self.rows)]
-
-    def cells(self) -> list[dict[str, Any]]:
-        """Return what the replies say of each cell."""
-        told = [cell for reply in self.replies for cell in reply["cells"]]
-        return told if self.rows is None else [told[place] for place in np.argsort(self.rows)]
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What one perturbation is predicted to do to one measurement; vectors follow ``feature_id``."""
-
-    perturbation: str
-    measurement: str
-    feature_id: list[str]
-    control: NDArray[np.float32]
-    perturbed: NDArray[np.float32]
-    delta: NDArray[np.float32]
-    top: list[dict[str, Any]]
-    low: NDArray[np.float32] | None = None
-    high: NDArray[np.float32] | None = None
-    """The interval of ``delta``, of a head."""
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Expected values of a measurement, [cells, features]; ``unit`` says what they are, :class:`Report` the rest."""
-
-    measurement: str
-    feature_id: list[str]
-    values: NDArray[np.float32]
-    unit: str
-    coverage: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """The nearest cells of a lake, [cells, k], nearest first.
-
-    Attributes:
-        index: Which index was searched.
-        joinid: The neighbours' soma_joinid.
-        distance: Euclidean, between embeddings.
-        obs: Of each neighbour, what the lake says of it.
-        types: Of each cell, its neighbours' types with their shares, largest first.
-        coverage, warnings, provenance: As in :class:`Report`.
-    """
-
-    index: str
-    joinid: NDArray[np.int64]
-    distance: NDArray[np.float32]
-    obs: list[list[dict[str, Any]]]
-    types: list[list[dict[str, Any]]]
-    coverage: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A bulk job; ``state`` is running, done, failed, cancelled or interrupted (ask again to go on)."""
-
-    id: str
-    lake: str
-    organism: str
-    name: str
-    where: str
-    model_sha256: str
-    state: str
-    done: int
-    total: int
-    message: str
-    created: str
-    updated: str
 
 
 class Client:
@@ -347,7 +204,7 @@ class Client:
         answers = self._in_chunks("/v1/embed", cells, prompts, {"options": options}, media)
         replies = answers.replies
         named = {
-            name: (part["features"], _vectors(replies[0], name))
+            name: (part["features"], vectors_of(replies[0], name))
             for name, part in replies[0].get("feature_embeddings", {}).items()
         }
         return Embeddings(answers.array("embeddings"), **vars(self.last), features=named)
@@ -386,16 +243,16 @@ class Client:
             asked |= {"head": head, "context": dict(context or {})}
 
         def ask(some: _Targets) -> list[tuple[_Targets, dict[str, Any]]]:
-            body = _whole(cells, prompts, asked | {"perturbations": some}, self._model)
+            body = whole_body(cells, prompts, asked | {"perturbations": some}, self._model)
             return [(some, self._ask("POST", "/v1/perturb", body))]
 
         targets: _Targets = [item if isinstance(item, str) else list(item) for item in perturbations]
         at_once = self._model.effects(head=bool(head)) if len(targets) > 1 else 1
         parts = [targets[first : first + at_once] for first in range(0, len(targets), at_once)]
         answered = _of_one_model(ask, [one for some in parts or [[]] for one in ask(some)])
-        replies = self._noted(_Answers([reply for _, reply in answered])).replies
+        replies = self._noted(Answers([reply for _, reply in answered])).replies
         return [
-            _effect(item["perturbation"], name, part, reply)
+            effect_of(item["perturbation"], name, part, reply)
             for reply in replies
             for item in reply["perturbations"]
             for name, part in item["effects"].items()
@@ -474,8 +331,8 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         asked = {"elapsed": elapsed, "options": {"vectors": True, "encoding": "base64", "top": top}}
-        reply = self._about("/v1/forecast", _whole(cells, prompts, asked | self._adapter, self._model))
-        return {name: _effect("", name, part, reply) for name, part in reply["effects"].items()}
+        reply = self._about("/v1/forecast", whole_body(cells, prompts, asked | self._adapter, self._model))
+        return {name: effect_of("", name, part, reply) for name, part in reply["effects"].items()}
 
     def generate(
         self,
@@ -498,8 +355,8 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        _check_said(prompts, n_cells)
-        body = {"cells": n_cells, "measurement": measurement, "prompts": _said(prompts), "depth": depth, "seed": seed}
+        check_said(prompts, n_cells)
+        body = {"cells": n_cells, "measurement": measurement, "prompts": said_of(prompts), "depth": depth, "seed": seed}
         body |= self._adapter
         counts = self._about("/v1/generate", body)["counts"]
         shape = (n_cells, len(counts["features"]))
@@ -582,33 +439,33 @@ class Client:
         asked: Mapping[str, Any],
         media: str = NPZ,
         values: int = 0,
-    ) -> _Answers:
+    ) -> Answers:
         """Ask about cells in chunks that the server accepts; of each so many values are wanted as its limits count."""
         asked = dict(asked) | self._adapter
         if isinstance(cells, str | os.PathLike):
-            return self._noted(_Answers([self._ask("POST", path, _file(cells, prompts, asked))]))
+            return self._noted(Answers([self._ask("POST", path, file_of(cells, prompts, asked))]))
         given = read_cells(cells, self._model)
-        _check_said(prompts, given.n_cells)
+        check_said(prompts, given.n_cells)
 
-        def ask(piece: _Piece) -> _Answered:
+        def ask(piece: Piece) -> _Answered:
             try:
-                return [(piece, self._ask("POST", path, _body(piece, prompts, asked, media)))]
-            except _TooLarge:
+                return [(piece, self._ask("POST", path, body_of(piece, prompts, asked, media)))]
+            except TooLarge:
                 if len(piece.rows) == 1:
                     raise
                 return [one for half in piece.halves() for one in ask(half)]
 
         most_cells, most_counts = self._model.room(values)
-        pieces = _pieces(given, min(CHUNK_CELLS, most_cells), min(CHUNK_COUNTS, most_counts))
+        pieces = cut_into_pieces(given, min(CHUNK_CELLS, most_cells), min(CHUNK_COUNTS, most_counts))
         answered = _of_one_model(ask, [one for piece in pieces for one in ask(piece)])
         rows = np.concatenate([piece.rows for piece, _ in answered])
-        return self._noted(_Answers([reply for _, reply in answered], rows))
+        return self._noted(Answers([reply for _, reply in answered], rows))
 
     def _about(self, path: str, body: dict[str, Any] | Body) -> dict[str, Any]:
         """Ask one question in one request."""
-        return self._noted(_Answers([self._ask("POST", path, body)])).replies[0]
+        return self._noted(Answers([self._ask("POST", path, body)])).replies[0]
 
-    def _noted(self, answers: _Answers) -> _Answers:
+    def _noted(self, answers: Answers) -> Answers:
         """Keep what the server says beside its answer."""
         self.last = answers.report()
         if self._model.is_another(self.last.provenance):
@@ -618,7 +475,7 @@ class Client:
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
         """Send a message, as JSON or in the form that it has; return the reply, with its array if there is one."""
         last: SomaflowError = Unavailable(f"{self._http.base_url}: not asked")
-        headers, sent = _sent(body)
+        headers, sent = as_request(body)
         for attempt in range(self._tries):
             if attempt:
                 self._sleep(_pause_s(attempt, last))
@@ -634,9 +491,9 @@ class Client:
                 )
                 continue
             if response.is_success:
-                return _reply(response)
-            last = _error(response)
-            if response.status_code not in (RETRIED if _detail(response) else RETRIED | TROUBLE):
+                return read(response)
+            last = error_of(response)
+            if response.status_code not in (RETRIED if detail_of(response) else RETRIED | TROUBLE):
                 break
         raise last
 
@@ -698,136 +555,10 @@ class _Model:
         return max(1, most_cells), max(1, int(limits.get("nonzeros", CHUNK_COUNTS)))
 
 
-def _sent(body: dict[str, Any] | Body | None) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the headers of a request and what httpx is told to send."""
-    if body is None:
-        return {}, {}
-    if not isinstance(body, Body):
-        return {"Content-Type": "application/json"}, {"content": _json(body)}
-    if body.media == FORM:
-        parts = {"file": ("cells.h5ad", body.content, "application/x-hdf5"), "request": (None, body.request)}
-        return {"Accept": f"{NPZ}, application/json"}, {"files": parts}
-    return {"Content-Type": body.media, "Accept": f"{body.media}, application/json"}, {"content": body.content}
-
-
-def _json(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message, default=_plain).encode()
-
-
-def _plain(value: Any) -> Any:
-    """Return what numpy has as JSON has it.
-
-    Raises:
-        InputRefused: JSON has nothing like it.
-    """
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise InputRefused(f"a request holds texts, numbers and lists, not {type(value).__name__}")
-
-
-def _reply(response: httpx.Response) -> dict[str, Any]:
-    if response.headers.get("content-type", "") == ARROW:
-        return read_reply(response.content)
-    if response.headers.get("content-type", "") != NPZ:
-        return _message(response)
-    with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
-        reply: dict[str, Any] = json.loads(arrays[REPLY].tobytes())
-        return reply | {name: arrays[name] for name in arrays.files if name != REPLY}
-
-
-def _message(response: httpx.Response) -> dict[str, Any]:
-    """Return an answer that is JSON.
-
-    Raises:
-        UsageError: It is something else, as a page of a proxy is that asks people to log in.
-    """
-    try:
-        message = response.json()
-    except ValueError:
-        message = None
-    if isinstance(message, dict):
-        return message
-    said = " ".join(response.text.split())[:SAID]
-    raise UsageError(
-        f"{response.request.url}: what answers there is no somaflow server, or a proxy answers in its place"
-        f"{f': {said}' if said else ''}; look at the address"
-    )
-
-
-def _vectors(reply: dict[str, Any], name: str) -> NDArray[np.floating]:
-    """Return features' own vectors, which an npz has as arrays and other replies as they can."""
-    found = reply.get(f"feature_embeddings/{name}")
-    return unpacked(reply["feature_embeddings"][name]["embeddings"]) if found is None else found
-
-
-def _effect(perturbation: str, name: str, part: dict[str, Any], reply: dict[str, Any]) -> Effect:
-    control, perturbed, delta = (unpacked(part[which]) for which in ("control", "perturbed", "delta"))
-    low, high = (unpacked(part[which]) if which in part else None for which in ("low", "high"))
-    names = reply["features"][name]
-    return Effect(perturbation, name, names, control, perturbed, delta, part["top"], low, high, reply["warnings"])
-
-
 def _pause_s(attempt: int, last: SomaflowError) -> float:
     """Wait at least as long as the server asks, plus a random share that doubles each time."""
     asked = last.retry_after_s if isinstance(last, Overloaded) else 0
     return asked + random.uniform(0, min(8.0, 0.25 * 2**attempt))
-
-
-def _detail(response: httpx.Response) -> str:
-    """Return what a report says; empty where it is none of ours."""
-    try:
-        return str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
-        return ""
-
-
-def _unreported(response: httpx.Response) -> str:
-    """Say what came in the place of a report."""
-    said = " ".join(response.text.split())[:SAID]
-    where = f"status {response.status_code} without a report{f': {said}' if said else ''}"
-    if response.status_code in TROUBLE:
-        return f"{where}; the server or a proxy before it died or took too long; try again"
-    return where
-
-
-def _error(response: httpx.Response) -> SomaflowError:
-    detail = _detail(response)
-    where = f"{response.request.url}: {detail or _unreported(response)}"
-    status = response.status_code
-    if status in RETRIED and "retry-after" in response.headers:
-        asked = response.headers["retry-after"]
-        return Overloaded(where, int(asked) if asked.isdigit() else 1)
-    if status in RETRIED or status == 504 or (status in TROUBLE and not detail):
-        return Unavailable(where)
-    if status == 413 or (status == 422 and FEWER in detail):
-        return _TooLarge(where)
-    if status == 404:
-        return MissingError(where)
-    if status == 409:
-        return ConflictError(where)
-    return InputRefused(where) if 400 <= status < 500 else SomaflowError(where)
-
-
-def _whole(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any], model: _Model) -> Body:
-    """Write all cells and what is asked of them."""
-    if isinstance(cells, str | os.PathLike):
-        return _file(cells, prompts, asked)
-    given = read_cells(cells, model)
-    if given.measured:
-        partly = ", ".join(given.measured)
-        raise InputRefused(
-            f"{partly} was not measured in all cells, whose mean is asked; give cells with all, or leave it out"
-        )
-    _check_said(prompts, given.n_cells)
-    return _body(_Piece(np.arange(given.n_cells), given.measurements), prompts, asked)
-
-
-def _pieces(given: Given, most_cells: int, most_counts: int) -> Iterator[_Piece]:
-    """Cut cells into pieces of which the same was measured."""
-    for rows, measurements in given.groups():
-        whole = _Piece(rows, measurements)
-        for span in chunks(measurements, most_cells, most_counts):
-            yield whole.part(span)
 
 
 def _of_one_model(
@@ -855,70 +586,3 @@ def _of_one_model(
 def _origin(reply: dict[str, Any]) -> tuple[str, ...]:
     """Return what made a reply; the numbers of two replies are to be compared only where it is the same."""
     return tuple(str(reply["provenance"].get(name, "")) for name in ("model_sha256", "adapter_sha256"))
-
-
-def _body(piece: _Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any], media: str = NPZ) -> Body:
-    """Write some cells and what is asked of them."""
-    message = _json({"prompts": _said(prompts, piece.rows), **asked})
-    parts: Measurements = {}
-    arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: message}
-    for name, (part, features) in piece.measurements.items():
-        used, indices = np.unique(part.indices, return_inverse=True)
-        names = [features[column] for column in used] or features[:1]
-        parts[name] = csr_matrix((part.data, indices, part.indptr), shape=(part.shape[0], len(names))), names
-        arrays |= {
-            f"{name}/features": np.array([one.encode() for one in names]),
-            f"{name}/indptr": part.indptr,
-            f"{name}/indices": indices.astype(np.int32),
-            f"{name}/data": part.data,
-        }
-    return Body(media, write_request(message, parts) if media == ARROW else write_npz(arrays))
-
-
-def _file(path: str | os.PathLike[str], prompts: Mapping[str, Said] | None, asked: Mapping[str, Any]) -> Body:
-    """Write what is asked of an h5ad file's cells, beside the file."""
-    _check_said(prompts)
-    message = {"prompts": _said(prompts), **asked}
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise MissingError(f"{path}: cannot be read: {error.strerror}; give the path of an h5ad file") from None
-    return Body(FORM, content, _json(message).decode())
-
-
-def _check_said(prompts: Mapping[str, Said] | None, n_cells: int | None = None) -> None:
-    """Refuse prompts that say nothing, of some cells either, or are said of more or fewer cells than there are."""
-    for name, value in (prompts or {}).items():
-        if isinstance(value, ONE):
-            continue
-        if not hasattr(value, "__len__") or isinstance(value, Mapping):
-            raise InputRefused(
-                f"prompts.{name}: cannot use {type(value).__name__}; say a text or a number, one per cell, or nothing"
-            )
-        if n_cells is not None and len(value) != n_cells:
-            raise InputRefused(f"prompts.{name}: {len(value):,} values for {n_cells:,} cells; say one, or one per cell")
-        missing = next((cell for cell, one in enumerate(value) if _is_missing(one)), None)
-        if missing is not None:
-            raise InputRefused(
-                f"prompts.{name}: cell {missing:,} has no value; say '' for a text that is not known, and ask apart "
-                "about cells of which a number is not"
-            )
-
-
-def _is_missing(value: Any) -> bool:
-    """Say whether a value is one that tables hold where there is none: None, NaN or the NA of pandas."""
-    if isinstance(value, float | np.floating):
-        return bool(np.isnan(value))
-    return value is None or type(value).__name__ == "NAType"
-
-
-def _said(prompts: Mapping[str, Said] | None, rows: NDArray[np.int64] | None = None) -> dict[str, Any]:
-    """Return what is said of some of the cells, or of all."""
-    message: dict[str, Any] = {}
-    for name, value in (prompts or {}).items():
-        if isinstance(value, ONE):
-            message[name] = value
-        else:
-            values = list(value)
-            message[name] = values if rows is None else [values[row] for row in rows]
-    return message
