@@ -59,7 +59,7 @@ from train.ontology import covering_type, type_id
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-    from serve.app import Desk
+    from serve.desk import Desk
 
 H5AD = ("application/x-hdf5", "application/octet-stream")
 DETAILED = 12

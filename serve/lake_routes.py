@@ -51,7 +51,7 @@ JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{16}$")]
 
 
 class Loaded(Protocol):
-    """The checkpoint that answers now: ``serve.app.Loaded``."""
+    """The checkpoint that answers now: ``serve.desk.Loaded``."""
 
     @property
     def description(self) -> Description: ...  # noqa: D102
@@ -62,7 +62,7 @@ class Loaded(Protocol):
 
 
 class Desk(Protocol):
-    """What is needed of ``serve.app.Desk``."""
+    """What is needed of ``serve.desk.Desk``."""
 
     limits: Limits
     model: Model

@@ -40,7 +40,7 @@ Reader = Callable[[], Awaitable[Read]]
 
 
 class Checkpoints(Protocol):
-    """Knows the checkpoint that answers; ``serve.app.Desk`` is one."""
+    """Knows the checkpoint that answers; ``serve.desk.Desk`` is one."""
 
     model: Model
     limits: Limits

@@ -92,7 +92,7 @@ def test_where_no_copy_answers_everything_is_answered_soon(handle: Handle, monke
             assert (await http.post("/v1/embed", json=CELL)).status_code == 200
             handle.dead = True
             await refused()  # with the checkpoint known, so that the question goes to the copy that died
-            monkeypatch.setattr("serve.app.FRESH_S", 0)
+            monkeypatch.setattr("serve.desk.FRESH_S", 0)
             await refused()
 
     asyncio.run(run())
@@ -107,7 +107,7 @@ def test_a_question_ends_before_ray_serve_gives_it_up() -> None:
 
 
 def test_a_refused_look_is_looked_again_by_the_next(handle: Handle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve.app import Desk
+    from serve.desk import Desk
 
     handle.dead = False
     desk = Desk(handle._replica, Limits())
@@ -119,7 +119,7 @@ def test_a_refused_look_is_looked_again_by_the_next(handle: Handle, monkeypatch:
 
     async def run() -> None:
         await desk.fresh()
-        monkeypatch.setattr("serve.app.FRESH_S", 0)
+        monkeypatch.setattr("serve.desk.FRESH_S", 0)
         monkeypatch.setattr(handle._replica, "ready", gone)
         for _ in range(2):
             with pytest.raises(Unavailable):

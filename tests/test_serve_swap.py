@@ -15,7 +15,7 @@ from ports import free_port
 from small_checkpoint import write_checkpoint
 from starlette.testclient import TestClient
 
-from serve import app as app_module
+from serve import desk
 from serve.app import make_app
 from serve.client import Client
 from serve.decode import Decoder
@@ -60,7 +60,7 @@ def replica(checkpoints: dict[str, Path]) -> Iterator[Replica]:
 
 @pytest.fixture
 def client(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    monkeypatch.setattr(app_module, "FRESH_S", 0.02)
+    monkeypatch.setattr(desk, "FRESH_S", 0.02)
     with TestClient(make_app(replica, Limits())) as client:
         yield client
 
