@@ -143,6 +143,28 @@ def test_the_best_state_is_kept_beside_the_last_ones(tmp_path: Path) -> None:
     assert best["global_step"] == 2
 
 
+@pytest.mark.parametrize("damaged", ["manifest", "weights"])
+def test_a_damaged_best_state_is_set_aside_for_the_next_best(tmp_path: Path, damaged: str) -> None:
+    states = States(tmp_path, keep_last=3, keep_best=True)
+    for step, loss in ((1, 0.5), (2, 0.7), (3, 0.9)):
+        states.save(*trained(float(step), steps=1), {"global_step": step, "loss_test": loss})
+    states.finish()
+    best = valid_states(tmp_path)[0]
+    if damaged == "weights":
+        flip(best)
+    else:
+        (best / "manifest.json").write_bytes((best / "manifest.json").read_bytes()[:50])
+    states.save(*trained(4.0, steps=1), {"global_step": 4, "loss_test": 0.8})
+    states.finish()
+    model, optimizer = trained(0.0, steps=0)
+    found = states.load_best(model, optimizer)
+    assert found is not None
+    assert found["global_step"] == 2
+    assert torch.equal(model.weight, trained(2.0, steps=1)[0].weight)
+    assert best not in valid_states(tmp_path)
+    assert states.load_best(model, optimizer) == found
+
+
 def test_what_stops_a_save_is_told_at_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import train.state
 

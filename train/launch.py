@@ -20,11 +20,19 @@ import ray.train.torch
 import ray.train.v2.api.exceptions
 
 from store.cluster import cluster_address, ray_cluster, refuse_fleeting
-from store.errors import InputRefused, InterruptedRun, MissingError, SomaflowError, StorageError, UsageError
+from store.errors import InterruptedRun, SomaflowError, StorageError, UsageError
 from store.lock import WriterLock
 from store.snapshot import open_snapshot
 from train import checkpoint
-from train.folder import begun_otherwise, exported, fingerprint, run_folder, valid_states
+from train.folder import (
+    begun_otherwise,
+    exported,
+    fingerprint,
+    knowledge_hashes,
+    refuse_shorter,
+    run_folder,
+    valid_states,
+)
 from train.gauges import Gauges
 from train.record import Summary, kept_metrics, read_summary
 from train.settings import RunSettings
@@ -78,7 +86,8 @@ def launch(
     Raises:
         StorageError: The cluster has no room for the workers, and had none for ``settings.patience_s``.
         MissingError: No lake, snapshot or file of knowledge.
-        ConflictError: The run's folder belongs to other settings, or another driver is training in it.
+        ConflictError: The run's folder belongs to other settings or was trained further, or another driver is
+            training in it.
         UsageError: The snapshot has no cell in the split to train on, or in that to evaluate on now and then; the run
             would be deleted with its job; GPUs are asked for and there are none.
         InterruptedRun: Somebody ended it (SIGINT, SIGTERM).
@@ -95,11 +104,8 @@ def launch(
     )
     snapshot = open_snapshot(settings.lake, settings.snapshot)
     folder = run_folder(settings)
-    wanted = fingerprint(settings, snapshot.id)
+    wanted = fingerprint(settings, snapshot.id, knowledge_hashes(settings))
     refuse_empty_splits(settings, snapshot)  # else each worker would, after each restart
-    for path in settings.knowledge.files:
-        if not Path(path).is_file():
-            raise MissingError(f"knowledge: {path}: no such file; paths count from where the command is started")
     if not cluster_address(settings.address):
         on_gpus(settings)  # refuses, before Ray is started, what cannot be here
     if _finished(folder, settings, wanted):
@@ -221,21 +227,24 @@ def _missing(settings: RunSettings, use_gpu: bool) -> str:
 
 
 def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:
-    """Say whether the run was trained to its last step and exported; its files are compared with their manifests.
+    """Say whether the run was trained to its last step, exported and summed up, which comes last.
+
+    Files are compared with their manifests.
 
     Raises:
-        ConflictError: The run was begun with other settings; said here, before any worker starts.
+        ConflictError: The run was begun with other settings, or trained further; said here, before any worker starts.
     """
     states = valid_states(folder / "state")
     try:
         state = checkpoint.read_manifest(states[-1]) if states else {}
         if state and state["fingerprint"] != wanted:
             raise begun_otherwise(folder, settings)
+        refuse_shorter(folder, settings, int(state.get("global_step", 0)))
         result = checkpoint.read_manifest(folder / exported(settings))
-    except (InputRefused, MissingError):
+        done = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]
+    except (FileNotFoundError, KeyError, ValueError):  # not there, or damaged
         return False
-    reached = bool(state) and result["global_step"] == state["global_step"] == settings.steps
-    return reached and (folder / "summary.json").exists()
+    return bool(state) and done == result["global_step"] == state["global_step"] == settings.steps
 
 
 def _absolute(uri: str) -> str:

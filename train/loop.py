@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from store.errors import UsageError, VerificationError
+from store.errors import InputRefused, UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.adapter import AdapterSettings, save_adapter
@@ -37,7 +36,7 @@ from train.card import describe, write_card
 from train.cells import PROMPTS, Cells, with_absent
 from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
-from train.folder import begun_otherwise, exported, fingerprint, run_folder
+from train.folder import begun_otherwise, exported, fingerprint, knowledge_hashes, refuse_shorter, run_folder
 from train.labels import Labels, read_labels
 from train.model import CellModel
 from train.novelty import HELD_OUT_CELLS, REFERENCE_CELLS, Reference, first_cells, make_reference
@@ -112,12 +111,9 @@ class Run:
         data = settings.data
         controls = MatchedControls(share=data.matched_controls, earlier=data.earlier_cells)
         self.stream = self._stream(data.split, controls)
-        self.fingerprint = fingerprint(settings, self.snapshot.id)
-        days = settings.knowledge.days
-        self.knowledge_files = {
-            path: {"sha256": checkpoint.sha256(Path(path)), "day": days.get(path, "")}
-            for path in settings.knowledge.files
-        }
+        known, days = knowledge_hashes(settings), settings.knowledge.days
+        self.fingerprint = fingerprint(settings, self.snapshot.id, known)
+        self.knowledge_files = {path: {"sha256": digest, "day": days.get(path, "")} for path, digest in known.items()}
         torch.manual_seed(settings.seed)
         parts = parts_of(settings, self.snapshot, self.labels, self.base)
         self.vocabulary, self.plain, tokens = parts.vocabulary, parts.build(), parts.tokens(settings)
@@ -198,14 +194,18 @@ class Run:
     # ----------------------------------------------------------------------------------------------------- states
     def _resume(self) -> int:
         """Load the newest valid state; return the step to go on with."""
-        manifest = self.states.load(self.model, self._bare)
+        manifest = self.states.load(self.model, self._bare, self._refuse_others)
         if manifest is None:
             return 0
-        if manifest["fingerprint"] != self.fingerprint:
-            raise begun_otherwise(self.folder, self.settings)
         if self.accelerator.scaler is not None and manifest.get("scaler"):
             self.accelerator.scaler.load_state_dict(manifest["scaler"])
         return int(manifest["global_step"])
+
+    def _refuse_others(self, manifest: dict[str, Any]) -> None:
+        """Refuse a state of other settings, or of a later step than the last."""
+        if manifest["fingerprint"] != self.fingerprint:
+            raise begun_otherwise(self.folder, self.settings)
+        refuse_shorter(self.folder, self.settings, int(manifest["global_step"]))
 
     @property
     def _bare(self) -> torch.optim.Optimizer:
@@ -418,8 +418,18 @@ class Run:
         rebuilt, pairs = self._sum(total)
         return rebuilt / pairs if pairs else math.nan
 
+    def _loss_at_start(self) -> float:
+        """Return the loss on the test split before the first step; NaN where nothing says it."""
+        path = self.folder / "start.json"
+        try:
+            return number_or_nan(json.loads(path.read_text(encoding="utf-8"))["loss_test"])
+        except FileNotFoundError:
+            return math.nan
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputRefused(f"{path}: damaged: {error}; remove it, it holds a figure of the report alone") from None
+
     def _summary(self, test: float, step: int) -> Summary:
-        """Sum up the run up to a step, also the part before a resume, from its metrics."""
+        """Sum up the run up to a step, also the part before a resume; what its metrics lost is no number."""
         first, last = math.nan, deque[float](maxlen=20)
         seconds = cells = waited = 0.0
         for row in kept_metrics(self.folder / "metrics.jsonl", step):
@@ -427,30 +437,34 @@ class Run:
             last.append(row["loss"])
             seconds += sum(row.get(part, 0.0) for part in PARTS)
             cells, waited = cells + row["cells"], waited + row["data_wait_s"]
-        at_start = json.loads((self.folder / "start.json").read_text(encoding="utf-8"))
         return Summary(
             steps=step,
             loss_first=first,
-            loss_last=sum(last) / len(last),
+            loss_last=sum(last) / len(last) if last else math.nan,
             loss_test=test,
-            loss_test_first=number_or_nan(at_start["loss_test"]),
-            cells_per_s=cells / seconds,
-            data_wait_share=waited / seconds,
+            loss_test_first=self._loss_at_start(),
+            cells_per_s=cells / seconds if seconds else math.nan,
+            data_wait_share=waited / seconds if seconds else math.nan,
             parameters=self.parameters,
             checkpoint=str(self.folder / exported(self.settings)),
             resumed_from=self.resumed_from,
         )
 
     def _export(self, test: float) -> None:
-        """Write what is served; every rank calls this, and where the model is in parts each gives its own."""
+        """Write what is served, and the summary when all is there.
+
+        Every rank calls this, and where the model is in parts each gives its own.
+        """
         name = exported(self.settings)
         self._export_as(name, test, self.step)
         if self.settings.keep_best:
             manifest = self.states.load_best(self.model, self._bare)
             if manifest is not None:
                 chosen = {"split": self.settings.data.test_split, "of": self.step // self.settings.evaluate_every}
-                test, step = float(manifest["loss_test"]), int(manifest["global_step"])
-                self._export_as(f"{name}-best", test, step, chosen)
+                lowest, step = float(manifest["loss_test"]), int(manifest["global_step"])
+                self._export_as(f"{name}-best", lowest, step, chosen)
+        if self.rank == 0:
+            write_json(self.folder / "summary.json", self._figures(test, self.step))
 
     def _export_adapter(self, name: str, base: Checkpoint, about: dict[str, Any]) -> None:
         """Write the adapter alone."""
@@ -476,8 +490,6 @@ class Run:
         if self.rank == 0:
             figures = self._figures(test, step)
             provenance["figures"] = checkpoint.json_values(figures)
-            if name == exported(self.settings):
-                write_json(self.folder / "summary.json", figures)
         if self.base is not None:
             self._export_adapter(name, self.base, provenance)
             return

@@ -11,10 +11,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from store.errors import InputRefused
 from train.checkpoint import json_values
 
 PARTS = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
 """Where the time of a step goes."""
+SUMMED = ("step", "loss", "cells", "data_wait_s")
+"""What every row has, of which a run's figures are made."""
 USEFUL = ("h2d_s", "forward_backward_s", "optimizer_s")
 """Parts in which a step learns; ``h2d_s`` is among them, for it lies within the next part where it is not measured."""
 
@@ -36,11 +39,27 @@ class Summary:
 
 
 def iter_metrics(path: Path) -> Iterator[dict[str, float]]:
-    """Read a run's metrics, one dictionary for each finished step; a last line that was cut off is not there."""
+    """Read a run's metrics, one dictionary for each finished step; a last line that was cut off is not there.
+
+    Raises:
+        InputRefused: A line is damaged.
+    """
+    return (row for row, _ in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, float], int]]:
+    """Yield each whole line's row, and how many bytes it has."""
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+                for key in SUMMED:
+                    float(row[key])
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputRefused(f"{path}: line {number} is not a step's row: {error}; remove the line") from None
+            yield row, len(line)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -55,21 +74,15 @@ def kept_metrics(path: Path, step: int) -> Iterator[dict[str, float]]:
 
 def _end_of(path: Path, step: int) -> int:
     """Return where the whole lines of the steps up to this one end, in bytes."""
-    end = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            end += len(line)
-    return end
+    return sum(size for _, size in takewhile(lambda line: line[0]["step"] <= step, _lines(path)))
 
 
 def read_summary(folder: Path) -> Summary:
     """Read what a finished run came to."""
     values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    losses = {name: number_or_nan(values[name]) for name in ("loss_test", "loss_test_first")}
+    figures: dict[str, Any] = {name: number_or_nan(value) for name, value in values.items()}
     name = next((name for name in ("checkpoint", "adapter") if (folder / name).exists()), "checkpoint")
-    return Summary(**(values | losses), checkpoint=str(folder / name))
+    return Summary(**figures, checkpoint=str(folder / name))
 
 
 def number_or_nan(value: float | None) -> float:

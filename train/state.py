@@ -12,7 +12,7 @@ import secrets
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,26 @@ class States:
         self.saved = -1
         self.committed = 0
 
-    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    def load(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        check: Callable[[dict[str, Any]], object] = lambda manifest: None,
+    ) -> dict[str, Any] | None:
         """Load the newest valid state, saved by any number of ranks; return its manifest, or None if there is none.
 
         Damaged ones that are newer are set aside, as ``damaged_step_...``: they would count as the newest for ever.
+
+        Args:
+            model: As it is wrapped.
+            optimizer: Unwrapped.
+            check: Called with the manifest before anything is loaded; raises what stands against it.
         """
         found = self._agreed(self._newest() if self.rank == 0 else None)
         if found is None:
             return None
         path, manifest = found
+        check(manifest)
         self._read(path, model, optimizer)
         self.saved = self.committed = int(manifest["global_step"])
         return dict(manifest)
@@ -80,7 +91,7 @@ class States:
         found = newest(self.folder)
         for path in valid_states(self.folder):
             if found is None or path > found[0]:
-                path.rename(path.with_name(f"damaged_{path.name}"))
+                _set_aside(path)
         return found
 
     def _read(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -91,12 +102,24 @@ class States:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def load_best(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-        """Load the valid state with the lowest held-out loss; return its manifest, or None if none has one."""
-        path = self._agreed(_best(valid_states(self.folder)) if self.rank == 0 else None)
-        if path is None:
+        """Load the valid state with the lowest held-out loss; return its manifest, or None if none has one.
+
+        Damaged ones whose loss is lower are set aside.
+        """
+        found = self._agreed(self._whole_best() if self.rank == 0 else None)
+        if found is None:
             return None
+        path, manifest = found
         self._read(path, model, optimizer)
-        return read_manifest(path)
+        return dict(manifest)
+
+    def _whole_best(self) -> tuple[Path, dict[str, Any]] | None:
+        while (path := _best(valid_states(self.folder))) is not None:
+            try:
+                return path, read_manifest(path)
+            except InputRefused:
+                _set_aside(path)
+        return None
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, values: dict[str, Any]) -> None:
         """Copy the state and begin to write it; every rank calls this. It waits for the save before.
@@ -194,7 +217,21 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _best(states: list[Path]) -> Path | None:
-    """Return the state with the lowest held-out loss, the newest of equals."""
-    said = {path: json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("loss_test") for path in states}
-    losses = {path: float(loss) for path, loss in said.items() if loss is not None}
+    """Return the state with the lowest held-out loss, the newest of equals; the bytes beside manifests are not read."""
+    said = {path: _held_out(path) for path in states}
+    losses = {path: loss for path, loss in said.items() if loss is not None}
     return min(reversed(losses), key=lambda path: losses[path]) if losses else None
+
+
+def _held_out(state: Path) -> float | None:
+    """Return a state's held-out loss; None where it has none, or a manifest that is damaged."""
+    try:
+        loss = json.loads((state / MANIFEST).read_text(encoding="utf-8")).get("loss_test")
+        return None if loss is None else float(loss)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _set_aside(state: Path) -> None:
+    """Let a damaged state be none; it stays to be looked at."""
+    state.rename(state.with_name(f"damaged_{state.name}"))
