@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -94,12 +95,19 @@ class WriterLock:
             self.check()
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the lock back; where that fails while an error is under way, it is told and the error goes on."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self.number >= 0:
+        if self.number < 0:
+            return
+        under_way = sys.exc_info()[1]
+        try:
             records.create(self._record(self.number, "released"), {})
+        except Exception as error:
+            if under_way is None:
+                raise
+            log.warning("%s: %s could not be given back: %s", self.lake_uri, self.what, error)
 
     def _record(self, number: int, kind: str = "json") -> str:
         return records.join(self.folder, f"{number:012d}.{kind}")

@@ -16,9 +16,12 @@ from store.errors import MissingError, SettingsError
 
 
 class Settings(BaseModel):
-    """The base of every settings tree: frozen, and an unknown key is an error."""
+    """The base of every settings tree: frozen, an unknown key is an error, and so is what is no finite number.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Settings are kept beside what was made with them, as JSON, which has no other numbers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)

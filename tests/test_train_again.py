@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from test_train_loop import lake, settings  # noqa: F401  (lake is a fixture)
 
-from store.errors import ConflictError, InputRefused, MissingError
+from store import records
+from store.errors import ConflictError, InputRefused, MissingError, StorageError
 from train import checkpoint
 from train.folder import knowledge_hashes, valid_states
-from train.launch import launch
+from train.launch import alone, launch
 from train.loop import Run
 from train.record import read_metrics
 
@@ -115,3 +116,21 @@ def test_a_line_of_metrics_that_is_none_is_named_with_what_to_do(lake: str, agai
             Run(settings(lake, again, steps=10), 1).train()
     path.write_text("".join(json.dumps(json.loads(line)) + "\n" for line in lines[:3] + lines[4:]))
     assert Run(settings(lake, again, steps=10), 1).train().steps == 10
+
+
+def test_an_error_is_not_hidden_by_a_lock_that_cannot_be_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    create = records.create
+
+    def full(uri: str, values: dict[str, object]) -> bool:
+        if uri.endswith(".released"):
+            raise StorageError(f"{uri}: no space left on device")
+        return create(uri, values)
+
+    monkeypatch.setattr(records, "create", full)
+    with pytest.raises(ZeroDivisionError), alone(tmp_path / "one"):
+        _ = 1 / 0
+    assert "the run could not be given back" in caplog.text
+    with pytest.raises(StorageError, match="no space left"), alone(tmp_path / "other"):
+        pass

@@ -228,8 +228,36 @@ def test_bad_settings_are_named_with_a_remedy(tmp_path: Path) -> None:
         parse_settings(RunSettings, {"snapshot": "s", "optim": {"lrr": 1}}, where="t")
     with pytest.raises(SettingsError, match="heads=3 does not divide width=64"):
         parse_settings(RunSettings, {"snapshot": "s", "model": {"heads": 3}}, where="t")
+    for name, value in (("lr", "inf"), ("clip_norm", "inf"), ("weight_decay", "nan")):
+        with pytest.raises(SettingsError, match=rf"optim\.{name}: Input should be a finite number"):
+            load_settings(RunSettings, None, ["snapshot=s", f"optim.{name}={value}"])
+    parse_settings(RunSettings, {"snapshot": "s", "seed": 2**32 - 1}, where="t")
+    with pytest.raises(SettingsError, match="seed: Input should be less than 4294967296"):
+        parse_settings(RunSettings, {"snapshot": "s", "seed": 2**32}, where="t")
+    with pytest.raises(SettingsError, match="precision='fp16' needs a GPU"):
+        parse_settings(RunSettings, {"snapshot": "s", "precision": "fp16", "device": "cpu"}, where="t")
     with pytest.raises(MissingError, match="no such settings file"):
         load_settings(RunSettings, tmp_path / "none.toml")
+
+
+def test_half_precision_is_refused_where_nothing_would_come_of_it(lake: str, tmp_path: Path) -> None:
+    from train.launch import on_gpus
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    AcceleratorState._reset_state(True)
+    for start in (lambda told: Run(told, 1), on_gpus):
+        with pytest.raises(UsageError, match=r"precision = 'fp16' needs a GPU.*'bf16'"):
+            start(settings(lake, tmp_path, precision="fp16"))
+    AcceleratorState._reset_state(True)
+
+
+def test_a_name_is_that_of_a_folder() -> None:
+    for name in ("a", "plain run 2", "Läufe", "<b>x&y", "a.b", "-"):
+        assert parse_settings(RunSettings, {"snapshot": "s", "name": name}, where="t").name == name
+    for name in ("", ".", "..", "/tmp/x", "a/b", "a\nb", "a\0", "x" * 201, "ä" * 101):
+        with pytest.raises(SettingsError, match="name: Value error, is the name of a folder in output"):
+            parse_settings(RunSettings, {"snapshot": "s", "name": name}, where="t")
 
 
 RECIPES = sorted(str(path.relative_to(ROOT / "infra/runs")) for path in (ROOT / "infra/runs").rglob("*.toml"))

@@ -199,4 +199,5 @@ def test_evaluating_on_a_split_without_cells_is_refused_before_any_step(lake: st
 
     with pytest.raises(UsageError, match=message):
         launch(run)
-    assert Run(settings(lake, tmp_path, data=data), 1).step == 0, "nothing asks for it"
+    with pytest.raises(UsageError, match=r"no cell is in split 'held' \(data\.test_split\); splits with cells: test"):
+        Run(settings(lake, tmp_path, data=data), 1)

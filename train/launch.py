@@ -257,20 +257,26 @@ def on_gpus(settings: RunSettings) -> bool:
     A cluster's driver may see none.
 
     Raises:
-        UsageError: They ask for GPUs, and this machine has none that torch sees.
+        UsageError: They ask for GPUs, or for what only these can do, and this machine has none that torch sees.
     """
     if settings.device == "cpu":
         return False
     if cluster_address(settings.address):
-        return settings.device == "cuda" or bool(ray.cluster_resources().get("GPU"))
-    import torch
+        found = settings.device == "cuda" or bool(ray.cluster_resources().get("GPU"))
+    else:
+        import torch
 
-    n_here = torch.cuda.device_count()
-    if settings.device == "cuda" and not n_here:
+        found = torch.cuda.device_count() > 0
+        if settings.device == "cuda" and not found:
+            raise UsageError(
+                "device = 'cuda': torch sees no GPU on this machine; name a cluster (address), or take device = 'auto'"
+            )
+    if settings.precision == "fp16" and not found:
         raise UsageError(
-            "device = 'cuda': torch sees no GPU on this machine; name a cluster (address), or take device = 'auto'"
+            "precision = 'fp16' needs a GPU, and there is none; take 'bf16' or 'no', or name a cluster (address), for "
+            "whose GPUs device = 'cuda' waits"
         )
-    return n_here > 0
+    return found
 
 
 def _cause(error: BaseException, folder: Path) -> BaseException:

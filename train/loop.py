@@ -99,6 +99,8 @@ class Run:
                 f"Accelerate sees {self.accelerator.num_processes} processes and the launcher started {world}; "
                 "gradients would not be shared"
             )
+        if settings.precision == "fp16" and self.accelerator.scaler is None:
+            raise UsageError("precision = 'fp16' needs a GPU, and torch sees none in this worker; take 'bf16' or 'no'")
         self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, world
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"

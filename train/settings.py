@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from store.settings import Settings
 from train.likelihood import Likelihood
+
+LONGEST_NAME = 200
+"""Bytes of a run's name: file systems take 255, and names are made longer with digests."""
 
 
 class ModelSettings(Settings):
@@ -177,8 +180,8 @@ class RunSettings(Settings):
     output: str = "runs"
     """Folder of runs; this one's is ``<output>/<name>``."""
     name: str = "run"
-    """The run's name; the same name goes on with the same run."""
-    seed: int = Field(default=0, ge=0)
+    """The run's name, which its folder has; the same name goes on with the same run."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Decides weights, order and masks."""
     steps: int = Field(default=300, ge=1)
     """Optimizer steps."""
@@ -199,7 +202,8 @@ class RunSettings(Settings):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """"ddp": each worker holds the model; "fsdp": each holds a part of it, of its gradients and moments (FSDP2)."""
     precision: Literal["no", "bf16", "fp16", "fp8"] = "no"
-    """Mixed precision; "fp8" is "bf16" whose blocks multiply in 8 bits (torchao), emulated where a device cannot."""
+    """Mixed precision; "fp16" needs a GPU, "fp8" is "bf16" whose blocks multiply in 8 bits (torchao), emulated where a
+    device cannot."""
     compile: bool = False
     """Compile the blocks (``torch.compile``), once for batches of all sizes: slower to begin, then faster."""
     recompute: bool = False
@@ -230,6 +234,15 @@ class RunSettings(Settings):
     knowledge: KnowledgeSettings = KnowledgeSettings()
     adapter: AdapterRun = AdapterRun()
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if name in ("", ".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"is the name of a folder in output: letters without '/' and line breaks, {LONGEST_NAME} bytes at most"
+            )
+        return name
+
     @model_validator(mode="after")
     def _pathways_are_known(self) -> RunSettings:
         if self.model.pathways and not (self.knowledge.sets or self.knowledge.motifs):
@@ -242,6 +255,8 @@ class RunSettings(Settings):
             raise ValueError(f"output={self.output!r}: runs are written to a folder; give one that all workers see")
         if self.workers_min > self.workers:
             raise ValueError(f"workers_min={self.workers_min} is more than workers={self.workers}")
+        if self.device == "cpu" and self.precision == "fp16":
+            raise ValueError("precision='fp16' needs a GPU, and device='cpu'; take 'bf16' or 'no'")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError("precision='fp16' does not go with parallel='fsdp'; take 'bf16'")
         if self.adapter.base and self.precision == "fp8":

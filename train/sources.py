@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from store.errors import UsageError
 from store.part import Part
 from store.snapshot import Snapshot
-from train.settings import RunSettings
+from train.settings import DataSettings, RunSettings
 
 SCANNED_ROWS = 2**20
 
@@ -114,6 +114,8 @@ def find_sources(shares: Mapping[Snapshot, float], split: str, *, sets: bool = F
 def refuse_empty_splits(settings: RunSettings, snapshot: Snapshot) -> None:
     """Refuse a run whose snapshot has no cell to train on, or none to evaluate on where that is asked for.
 
+    The usual test split may be without cells: then no loss is reported on it.
+
     Raises:
         UsageError: Which split, by which setting, and which splits have cells.
     """
@@ -126,6 +128,12 @@ def refuse_empty_splits(settings: RunSettings, snapshot: Snapshot) -> None:
             f"{snapshot.uri}: no cell is in split {data.test_split!r} (data.test_split), which "
             f"evaluate_every={settings.evaluate_every} asks for; splits with cells: {known}; name one of them, make a "
             "snapshot that holds cells out (fractions), or leave evaluate_every out"
+        )
+    usual = DataSettings.model_fields["test_split"].default
+    if data.test_split not in ("", usual) and not snapshot.splits.get(data.test_split):
+        raise UsageError(
+            f"{snapshot.uri}: no cell is in split {data.test_split!r} (data.test_split); splits with cells: {known}; "
+            "name one of them, or none (test_split = '')"
         )
 
 
