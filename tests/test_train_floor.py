@@ -218,6 +218,14 @@ def test_units_that_a_method_lacks_count_for_none() -> None:
         score([v for v in found if v.method != REPLICATE], {"m": "higher"}, "ours")
 
 
+def test_a_method_that_answers_nowhere_is_not_taken_for_nobody() -> None:
+    found = values(strong=[1, 1, 1, 1], replicate=[2, 2, 2.1, 2], ours=[math.nan] * 4)
+    (one,) = score(found, {"m": "higher"}, "ours")
+    assert (one.verdict, one.n_units, one.b, math.isnan(one.u)) == ("no answer", 4, 1.0, True)
+    (nobody,) = score(found, {"m": "higher"})
+    assert nobody.verdict == "floor only"
+
+
 def test_holm_is_that_of_the_textbook() -> None:
     assert holm([0.01, 0.04, math.nan, 0.03])[:2] == pytest.approx([0.03, 0.06])
     assert holm([0.01, 0.04, math.nan, 0.03])[3] == pytest.approx(0.06)

@@ -70,6 +70,19 @@ def test_what_cannot_be_held_out_is_refused(cells: Study, words: dict[str, objec
         make_folds(cells, FoldSettings(**words))
 
 
+def test_one_group_beside_the_held_ones_does_not_calibrate_and_train(cells: Study) -> None:
+    with pytest.raises(UsageError, match=r"1 other is left, which cannot calibrate and train; hold out fewer"):
+        make_folds(cells, FoldSettings(by="cell_type", calibrate=0.5))
+    with pytest.raises(UsageError, match=r"cell_type . held out, and . to calibrate on, leaves no cell to train on"):
+        make_folds(cells, FoldSettings(by="cell_type", calibrate=0.9))
+    with pytest.raises(UsageError, match=r"donor_id d. held out, and d.* to calibrate on, leaves no cell to train on"):
+        make_folds(cells, FoldSettings(by="donor_id", calibrate=0.99))
+    (fold,) = make_folds(
+        cells, FoldSettings(by="cell_type", held=("a",), calibrate=0.9, where={"donor_id": ("d0", "d1")})
+    )
+    assert fold.calibrate_C.any(), "a part of the other group still trains"
+
+
 def test_holding_out_all_is_refused(cells: Study) -> None:
     with pytest.raises(UsageError, match="leaves no cell to train on"):
         make_folds(cells, FoldSettings(by="cell_type", folds=1))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from studies import FEATURES, study
 
-from store.errors import InputRefused
+from store.errors import InputRefused, UsageError
+from train.evaluation.calibration import calibration_suite
+from train.evaluation.cellfloor import annotation_floor
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.judge import by_seed
 from train.evaluation.novelty import NOVELTY, novelty_floor, novelty_suite
 from train.evaluation.score import REPLICATE, score
 from train.evaluation.study import Study
+from train.evaluation.suites import annotate_suite
 from train.novelty import p_values
 
 
@@ -48,3 +53,21 @@ def test_too_few_new_cells_are_refused() -> None:
     cells = four_types(0.5, n_cells=60)
     with pytest.raises(InputRefused, match="no held-out group has 40 cells"):
         novelty_suite(cells, make_folds(cells, FoldSettings(by="cell_type")), {}, seeds=[0])
+
+
+def test_a_fold_whose_training_cells_are_of_one_type_is_refused_in_words() -> None:
+    cells = four_types(0.5, n_cells=320)
+    cells = cells.take(np.isin(cells.label("cell_type"), ["a", "b"]))
+    with pytest.raises(UsageError, match=r"with [ab] held out, all \d+ cells to train on have cell_type '[ab]'"):
+        novelty_suite(
+            cells, make_folds(cells, FoldSettings(by="cell_type")), by_seed(lambda seed: novelty_floor("RNA"))
+        )
+    donor_C = np.where((cells.label("cell_type") == "b") | (np.arange(cells.n_cells) % 4 == 0), "mixed", "pure")
+    halves = replace(cells, obs=cells.obs.assign(donor_id=donor_C))
+    folds = make_folds(halves, FoldSettings(by="donor_id", held=("mixed",)))
+    floor = by_seed(lambda seed: annotation_floor("RNA", seed=seed))
+    with pytest.raises(UsageError, match=r"with mixed held out, all .* cells to train on have cell_type 'a'"):
+        annotate_suite(halves, folds, floor)
+    folds = [replace(fold, calibrate_C=fold.test_C) for fold in folds]
+    with pytest.raises(UsageError, match="with mixed held out"):
+        calibration_suite(halves, folds, floor)

@@ -25,7 +25,7 @@ from train.evaluation.embedding import FOUND
 from train.evaluation.folds import Fold
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
-from train.evaluation.suites import FEWEST_CELLS, deal_molecules, shuffled, units, with_both
+from train.evaluation.suites import FEWEST_CELLS, deal_molecules, refuse_one_type, shuffled, units, with_both
 
 AGNOSTIC: dict[str, Way] = {
     "nats per held-out molecule": "lower",
@@ -219,6 +219,7 @@ def adjudicate(
             test = with_both(study.take(fold.test_C), measurement, judge)
             if min(train.n_cells, test.n_cells) < FEWEST_CELLS:
                 continue
+            refuse_one_type(train, fold, column)
             components = PrincipalComponents(judge, components=20, seed=seed)
             said = Annotator("", components, LogisticRegression(max_iter=2000), column).fit(train).predict(test)
             label = test.label(column).astype(str)

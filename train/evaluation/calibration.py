@@ -21,7 +21,7 @@ from train.evaluation.conformal import group_quantile
 from train.evaluation.folds import Fold
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
-from train.evaluation.suites import FEWEST_CELLS, RISK, risk_over_coverage, shuffled, units
+from train.evaluation.suites import FEWEST_CELLS, RISK, refuse_one_type, risk_over_coverage, shuffled, units
 from train.ontology import covering_type
 
 LEVEL = 0.9
@@ -102,7 +102,7 @@ def calibration_suite(
     of the rest: nothing shifts. Every method is judged on what is left. Coverage itself stands beside the scores.
 
     Raises:
-        UsageError: The folds calibrate on nothing.
+        UsageError: The folds calibrate on nothing, or the training cells of one are of one type.
         InputRefused: No held-out group has enough cells.
     """
     if not any(fold.calibrate_C.any() for fold in folds):
@@ -116,6 +116,7 @@ def calibration_suite(
             if judged.n_cells < FEWEST_CELLS:
                 continue
             train, calibration = study.take(fold.train_C), study.take(fold.calibrate_C)
+            refuse_one_type(train, fold, column)
             sets = {
                 name: LabelSets(make(seed).fit(train), calibration, group_C[fold.calibrate_C])
                 for name, make in methods.items()

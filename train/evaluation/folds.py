@@ -124,8 +124,12 @@ def _fold(
         : round(settings.calibrate * len(others))
     ]
     if settings.calibrate and not chosen:
+        both = len(others) > 1 or bool(settings.where)  # of which a part may stay in training
         raise UsageError(
             f"calibrate={settings.calibrate}: no whole group of the {len(others)} others; give a larger share"
+            if both
+            else f"calibrate={settings.calibrate}: with {settings.by} {'+'.join(names)} held out, {len(others)} other "
+            "is left, which cannot calibrate and train; hold out fewer at once, or by a column of three groups or more"
         )
     calibrate_C = np.zeros(study.n_cells, dtype=bool)
     for name in chosen:
@@ -133,7 +137,8 @@ def _fold(
     train_C = ~test_C & ~calibrate_C
     if not test_C.any() or not train_C.any():
         what = "judge by" if not test_C.any() else "train on"
-        raise UsageError(f"{settings.by} {'+'.join(names)} held out leaves no cell to {what}")
+        beside = f", and {'+'.join(chosen)} to calibrate on," if chosen else ""
+        raise UsageError(f"{settings.by} {'+'.join(names)} held out{beside} leaves no cell to {what}")
     return Fold(", ".join(sorted(names)), train_C, test_C, calibrate_C)
 
 

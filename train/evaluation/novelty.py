@@ -20,6 +20,7 @@ from train.evaluation.cellfloor import Annotator, Embedder, PrincipalComponents
 from train.evaluation.folds import Fold
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
+from train.evaluation.suites import refuse_one_type
 
 NOVELTY: dict[str, Way] = {"AUROC": "higher", "FPR at 95 % TPR": "lower"}
 KNOWN_SHARE = 0.2
@@ -104,6 +105,7 @@ def novelty_suite(
 
     Raises:
         InputRefused: No held-out group has enough cells.
+        UsageError: The training cells of a fold are of one type.
     """
     values = []
     for seed in seeds:
@@ -118,6 +120,7 @@ def novelty_suite(
             cells = study.take(np.concatenate([known, judged]))
             truth = np.repeat([0, 1], [len(known), len(judged)])
             train = study.take(kept_C)
+            refuse_one_type(train, fold, column)
             answers = {name: make(seed).fit(train).score(cells) for name, make in methods.items()}
             answers[REPLICATE] = _shown(study, np.flatnonzero(kept_C), shown, cells, measurement, seed)
             for name, score_C in answers.items():

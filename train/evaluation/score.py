@@ -28,7 +28,7 @@ FEWEST_UNITS = 3
 
 Way = Literal["higher", "lower"]
 """Which way of a metric is better."""
-Verdict = Literal["above", "not told apart", "below", "not informative", "too few units", "floor only"]
+Verdict = Literal["above", "not told apart", "below", "not informative", "too few units", "no answer", "floor only"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Score:
         s: (u - b) / (r - b); NaN where the gate is shut or there is no u.
         low, high: 95 % of the paired bootstrap of s over units.
         p: Two-sided, of u = b, after Holm over the metrics that are informative.
-        verdict: In words.
+        verdict: In words; "no answer" where ours is defined on no unit.
     """
 
     metric: str
@@ -132,8 +132,10 @@ def _score(
     b_U, r_U = per_unit[b_method].to_numpy(float), per_unit[REPLICATE].to_numpy(float)
     lead_U = sign * (r_U - b_U)
     found = Score(metric, way, len(per_unit), b_U.mean(), b_method, r_U.mean(), standard_errors(lead_U))
-    if ours is None or ours not in per_unit:
+    if ours is None:
         return found, math.nan
+    if ours not in per_unit:
+        return replace(found, verdict="no answer"), math.nan
     u_U = per_unit[ours].to_numpy(float)
     found = replace(found, u=u_U.mean())
     if found.gate < ERRORS:
@@ -150,6 +152,8 @@ def _score(
 
 
 def _judged(one: Score, p: float) -> Score:
+    if one.verdict == "no answer":
+        return one
     if one.n_units < FEWEST_UNITS:
         return replace(one, verdict="too few units")
     if one.gate < ERRORS:

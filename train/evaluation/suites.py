@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from scipy.spatial.distance import cdist
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
 
-from store.errors import InputRefused
+from store.errors import InputRefused, UsageError
 from train.evaluation.cellfloor import Forecaster, PrincipalComponents, Tells, Translator, annotation_floor
 from train.evaluation.folds import Fold
 from train.evaluation.score import REPLICATE, Value, Way
@@ -48,6 +48,10 @@ def annotate_suite(
     The replicate is a logistic regression that was also shown one half of the held-out group's own cells: no shift
     between groups is left. Every method is judged on the other half. Types that training does not have are left out.
     The risk over coverage is told, not scored: the calibration suite scores it.
+
+    Raises:
+        InputRefused: No held-out group has enough cells.
+        UsageError: The training cells of a fold are of one type.
     """
     values = []
     for seed in seeds:
@@ -59,6 +63,7 @@ def annotate_suite(
             if judged.n_cells < FEWEST_CELLS:
                 continue
             train = study.take(fold.train_C)
+            refuse_one_type(train, fold, column)
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             fitted[REPLICATE] = annotation_floor(measurement, column, seed)[1].fit(study.take(own_C))
             for where, group in units(judged, fold, unit):
@@ -66,6 +71,20 @@ def annotate_suite(
                     for metric, value in _told(method, group, column).items():
                         values.append(Value(name, metric, where, seed, value))
     return _some(values, f"no held-out group has {2 * FEWEST_CELLS} cells of known {column}")
+
+
+def refuse_one_type(train: Study, fold: Fold, column: str) -> None:
+    """Refuse a fold that leaves nothing to tell apart.
+
+    Raises:
+        UsageError: Its training cells are of one type.
+    """
+    types = sorted(set(train.label(column)))
+    if len(types) < 2:
+        raise UsageError(
+            f"with {fold.name} held out, all {train.n_cells:,} cells to train on have {column} {types[0]!r}: it takes "
+            "two to tell apart; hold out other groups (held), or by another column"
+        )
 
 
 def _told(method: Tells, judged: Study, column: str) -> dict[str, float]:
