@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoded import add_dataset
 from safetensors.torch import load_file
 from test_train_loop import lake, losses, settings  # noqa: F401  (lake is a fixture)
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from store.errors import InputRefused, SettingsError, UsageError
 from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
+from store.writer import LakeWriter
 from train.__main__ import app
 from train.adapter import AdapterSettings, load_adapter, save_adapter
 from train.arithmetic import operations
@@ -153,6 +155,25 @@ def test_what_adapting_takes_is_told_before(lake: str, base: str, tmp_path: Path
         torch.autograd.backward(run.objective.loss(run.plain, run.plain, batch).total)
     assert operations(run.plain, batch.seen) == pytest.approx(counter.get_total_flops(), rel=0.25)  # it counts padding
     assert plan(told, "cpu").seconds_per_step > 0
+
+
+def test_features_behind_those_of_the_base_change_nothing(lake: str, base: str, tmp_path: Path) -> None:  # noqa: F811
+    with LakeWriter(lake) as writer:
+        add_dataset(writer, "third", 80, {"RNA": 75})
+    told = SnapshotSettings(seed=5, where="dataset_id == 'third'", like="s")
+    wide, known = create_snapshot(lake, "wide", told), {"RNA": tuple(load(base).vocabulary["RNA"].feature_id)}
+    create_snapshot(lake, "narrow", told.model_copy(update={"features": known}))
+    n_features = len(wide.vocabulary("RNA"))
+    assert (n_features, len(known["RNA"])) == (75, 60)
+    data = {"global_batch": 24, "block": 64, "window": 2, "matched_controls": 1.0}
+    for name in ("wide", "narrow"):
+        Run(adapting(lake, tmp_path / name, base, snapshot=name, steps=4, data=data), 1).train()
+    assert losses(tmp_path / "wide") == losses(tmp_path / "narrow")
+    one, other = (load_file(tmp_path / name / "run/adapter/adapter.safetensors") for name in ("wide", "narrow"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    said = plan(adapting(lake, tmp_path, base, snapshot="wide"), "cpu").warnings
+    assert any("15 features of RNA come after those of" in one for one in said)
+    assert not any("come after" in one for one in plan(adapting(lake, tmp_path, base, snapshot="narrow")).warnings)
 
 
 def test_other_features_and_settings_of_a_model_are_refused(lake: str, base: str, tmp_path: Path) -> None:  # noqa: F811

@@ -74,11 +74,13 @@ class AdaptedParts:
         base: The checkpoint.
         settings: Sizes of the adapter.
         seed: Of its first weights.
+        unseen: Measurement to how many features of the snapshot come after the base's, which knows none of them.
     """
 
     base: Checkpoint
     settings: AdapterSettings
     seed: int
+    unseen: dict[str, int]
 
     @property
     def vocabulary(self) -> dict[str, Vocabulary]:
@@ -107,8 +109,8 @@ def adapted_parts(settings: RunSettings, snapshot: Snapshot, base: Checkpoint) -
     """Return what the model of a run that adapts a checkpoint is made from.
 
     Raises:
-        UsageError: The snapshot has features that are not the base's (it may lack measurements), or another number of
-            tokens is asked for than the base's.
+        UsageError: The snapshot's features do not begin with the base's (it may lack measurements), or another number
+            of tokens is asked for than the base's.
     """
     budget, usual = base.tokens.budget, DataSettings.model_fields["tokens"].default
     if settings.data.tokens not in (budget, usual):
@@ -118,14 +120,15 @@ def adapted_parts(settings: RunSettings, snapshot: Snapshot, base: Checkpoint) -
         )
     own = {name: part.feature_id for name, part in vocabulary_of(snapshot).items()}
     known = {name: part.feature_id for name, part in base.vocabulary.items()}
-    differs = next((name for name in own if own[name] != known.get(name)), None)
+    differs = next((name for name in own if name not in known or own[name][: len(known[name])] != known[name]), None)
     if differs is not None:
         trained_on = base.manifest["snapshot"].get("name", "NAME")
         raise UsageError(
             f"{snapshot.uri}: its {differs} features are not those of {settings.adapter.base}; make the snapshot with "
             f"--set like={trained_on}, which that checkpoint was trained on"
         )
-    return AdaptedParts(base, AdapterSettings(settings.adapter.rank, settings.adapter.alpha), settings.seed)
+    unseen = {name: len(own[name]) - len(known[name]) for name in own if len(own[name]) > len(known[name])}
+    return AdaptedParts(base, AdapterSettings(settings.adapter.rank, settings.adapter.alpha), settings.seed, unseen)
 
 
 def parts_of(

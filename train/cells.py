@@ -7,7 +7,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,11 @@ class Csr:
         indptr = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
         where = np.arange(indptr[-1]) + np.repeat(self.indptr[rows] - indptr[:-1], length)
         return Csr(indptr, self.features[where], self.counts[where])
+
+    def below(self, n_features: int) -> Csr:
+        """Return the same rows without features from this number on."""
+        kept = self.features < n_features
+        return Csr(np.concatenate([[0], np.cumsum(kept)])[self.indptr], self.features[kept], self.counts[kept])
 
     @staticmethod
     def concatenate(parts: list[Csr]) -> Csr:
@@ -155,4 +160,16 @@ def with_absent(cells: Cells, names: Iterable[str]) -> Cells:
         counts=cells.counts | dict.fromkeys(names, empty),
         measured=cells.measured | {name: np.zeros(cells.n_cells, dtype=bool) for name in names},
         controls=None if others is None else replace(others, cells=with_absent(others.cells, names)),
+    )
+
+
+def with_known(cells: Cells, sizes: Mapping[str, int]) -> Cells:
+    """Return cells with the first features alone of some measurements: a snapshot may have more than a base knows."""
+    if not sizes:
+        return cells
+    others = cells.controls
+    return replace(
+        cells,
+        counts=cells.counts | {name: cells.counts[name].below(size) for name, size in sizes.items()},
+        controls=None if others is None else replace(others, cells=with_known(others.cells, sizes)),
     )

@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -197,6 +197,8 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
     parts = parts_of(settings, snapshot, labels, base)
     config, model = parts.config, parts.skeleton()
     sample = sample_cells(sources, tuple(config.n_features), snapshot.measurements)
+    most_M = np.array(list(config.n_features.values()))
+    sample = replace(sample, nonzero_MC=np.minimum(sample.nonzero_MC, most_M[:, None]))  # a base knows no more
     tokens = parts.tokens(settings)
     seen = look_at(sample, config, tokens, data.queries, settings.seed)
     share = share_of(settings, sources)
@@ -231,8 +233,18 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
         state_bytes=_state_bytes(model),
         states_kept=settings.keep_last + settings.keep_best,
         assumptions=(*_assumptions(settings, sample, share), *how),
-        warnings=tuple(_warnings(settings, device, memory, share, timed=timed)),
+        warnings=(*_warnings(settings, device, memory, share, timed=timed), *_unseen(settings, parts)),
     )
+
+
+def _unseen(settings: RunSettings, parts: Parts | AdaptedParts) -> list[str]:
+    """Say of which features an adapter will not learn."""
+    unseen = parts.unseen if isinstance(parts, AdaptedParts) else {}
+    return [
+        f"{settings.snapshot}: {n:,} features of {name} come after those of {settings.adapter.base}, which knows "
+        "none of them: an adapter learns without; train.grow.grow makes a base that knows them"
+        for name, n in unseen.items()
+    ]
 
 
 @dataclass(frozen=True)

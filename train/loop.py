@@ -33,7 +33,7 @@ from train.assembly import coverage_of, parts_of
 from train.beginning import first_values, measured_values
 from train.blocks import Block
 from train.card import describe, write_card
-from train.cells import PROMPTS, Cells, with_absent
+from train.cells import PROMPTS, Cells, with_absent, with_known
 from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
 from train.folder import begun_otherwise, exported, fingerprint, knowledge_hashes, refuse_shorter, run_folder
@@ -149,6 +149,9 @@ class Run:
             name: size for name, size in self.plain.config.n_features.items() if name not in self.snapshot.measurements
         }
         panels |= {name: np.zeros((n_datasets, size), dtype=bool) for name, size in self.absent.items()}
+        sizes = self.plain.config.n_features
+        self.known = {name: size for name, size in sizes.items() if panels[name].shape[1] > size}
+        panels |= {name: panels[name][:, :size] for name, size in self.known.items()}
         covered = coverage_of(self.snapshot, self.vocabulary)
         self.objective = Objective(panels, tokens, settings.seed, self.device, settings.data.queries, covered)
 
@@ -296,7 +299,7 @@ class Run:
         batches = self.stream.steps(self.step, settings.steps, rank=self.rank, world=self.world)
         for batch, waited in _timed(batches):
             blocked, self.blocked_s = self.blocked_s, 0.0
-            row = self._one(with_absent(batch, self.absent)) | {"data_wait_s": waited, "checkpoint_s": blocked}
+            row = self._one(self._of_the_model(batch)) | {"data_wait_s": waited, "checkpoint_s": blocked}
             row |= self._cache_blocks()
             row["entropy_ratio"] = self.stream.telemetry.ratio
             row["checkpoint_step"] = self.states.committed
@@ -321,6 +324,10 @@ class Run:
                 self.save()
             if urgent:
                 self.states.finish()
+
+    def _of_the_model(self, cells: Cells) -> Cells:
+        """Return cells with the measurements and features that the model has."""
+        return with_absent(with_known(cells, self.known), self.absent)
 
     def _cache_blocks(self) -> dict[str, float]:
         """Return the blocks since the step before that this rank's cache had and had not; nothing without a cache."""
@@ -414,7 +421,7 @@ class Run:
         self.plain.eval()
         with torch.no_grad():
             for batch in stream.steps(0, steps, rank=self.rank, world=self.world):
-                loss, *_ = self.objective(self.plain, self.plain, with_absent(batch, self.absent), None)
+                loss, *_ = self.objective(self.plain, self.plain, self._of_the_model(batch), None)
                 total += self._together(loss.rebuilt, loss.pairs)
         self.plain.train()
         rebuilt, pairs = self._sum(total)

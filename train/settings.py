@@ -163,7 +163,7 @@ class AdapterRun(Settings):
     """Adapt a trained model in place of training one: its weights stay, a low-rank adapter beside them learns."""
 
     base: str = ""
-    """A checkpoint; empty trains a model of one's own. The snapshot must have its features (``--set like=...``)."""
+    """A checkpoint; empty trains a model of one's own. The snapshot's features begin with its (``--set like=...``)."""
     rank: int = Field(default=8, ge=1)
     """Rank of what is added to each layer."""
     alpha: int = Field(default=16, ge=1)
