@@ -189,6 +189,31 @@ def test_counts_that_are_none_are_refused(folder: Path, value: float) -> None:
         Predictor.load(folder).cells({"protein": csr_matrix(np.array([[1.0, value]], np.float32))})
 
 
+def test_what_cannot_be_drawn_or_told_is_refused(folder: Path) -> None:
+    predictor = Predictor.load(folder)
+    cells = predictor.cells(counts())
+    for depth in (-5, np.nan, np.inf, 1e300, [1.0, 2.0], np.ones((9, 2))):
+        with pytest.raises(InputRefused, match="depth: "):
+            predictor.draw(cells, "RNA", depth)  # type: ignore[arg-type]
+    for seed in (-1, 0.5, "x", [], [1, -2]):
+        with pytest.raises(InputRefused, match=r"seed = .*whole number of 0 or more"):
+            predictor.draw(cells, "RNA", 10, seed)  # type: ignore[arg-type]
+    drawn = [predictor.draw(cells, "RNA", 10, seed) for seed in (3, np.int64(3), [3], np.array([3]))]
+    assert all((one != drawn[0]).nnz == 0 for one in drawn)
+    assert (predictor.draw(cells, "RNA", 10, (3, 1)) != drawn[0]).nnz > 0
+    for ask in (lambda: predictor.shares(cells, "ATAC"), lambda: predictor.vectors("ATAC", [0])):
+        with pytest.raises(InputRefused, match="no measurement 'ATAC'; the model knows RNA, protein"):
+            ask()
+    for odd in ("inf", "-inf", "1e39"):
+        with pytest.raises(InputRefused, match=r"prompts\.time: a number is without end"):
+            predictor.cells(counts(), {"time": [odd] * 9})
+    assert np.isnan(predictor.cells(counts(), {"time": [""] * 9}).numbers["time"]).all()
+    with pytest.raises(InputRefused, match=r"counts\.RNA is a ndarray; give a scipy\.sparse\.csr_matrix"):
+        predictor.cells({"RNA": counts()["RNA"].toarray()})
+    other = {name: part.tocoo() for name, part in counts().items()}
+    assert np.array_equal(predictor.embed(predictor.cells(other)), predictor.embed(cells))
+
+
 def test_the_same_targets_in_any_order_or_number_are_the_same_perturbation(folder: Path) -> None:
     predictor = Predictor.load(folder)
     cells = predictor.cells(counts())

@@ -58,6 +58,9 @@ def test_a_protein_inherits_from_its_gene(loaded: checkpoint.Checkpoint) -> None
     assert model.decoders["protein"].features.weight[5].abs().sum() == 0
     with pytest.raises(InputRefused, match="cannot inherit from 'nobody'"):
         grow(loaded, {"protein": [("CDX", "CDX", "")]}, {"CDX": "nobody"})
+    with pytest.raises(InputRefused, match="inherit: 'CDY' is none of the new features"):
+        grow(loaded, {"protein": [("CDX", "CDX", "")]}, {"CDY": GENES[7]})
+    grow(loaded, {"protein": []}, {"P1": GENES[7]})  # is known already, and stays as it is
     with pytest.raises(InputRefused, match="no measurement 'lipids'"):
         grow(loaded, {"lipids": []})
 

@@ -154,6 +154,9 @@ def test_a_state_of_another_split_or_of_no_stream_is_refused(lake: str) -> None:
         Stream(halves, batch=10, split="test").load_state_dict(state)
     with pytest.raises(UsageError, match="no state of a stream: it has no 'blocks'"):
         Stream(halves, batch=10).load_state_dict({})
+    for odd in ("x", 1.5, None):
+        with pytest.raises(UsageError, match=r"step = .*: at least 0, and a whole number"):
+            Stream(halves, batch=10).load_state_dict(state | {"step": odd})
     with pytest.raises(UsageError, match="step = -1: at least 0"):
         Stream(halves, batch=10).load_state_dict(state | {"step": -1})
 

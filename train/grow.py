@@ -34,7 +34,8 @@ def grow(
         inherit: A new feature's id to the id of a known one, of any measurement.
 
     Raises:
-        InputRefused: A measurement that the model does not have, or an heir of what nobody knows.
+        InputRefused: A measurement that the model does not have, an heir that is no feature, or one of what nobody
+            knows.
     """
     old, inherit = loaded.model.config, dict(inherit or {})
     vocabulary: dict[str, Vocabulary] = {}
@@ -49,7 +50,10 @@ def grow(
         raise InputRefused(
             f"{name} holds levels: nobody knows the mean of a feature that was not in training; train again"
         )
+    named = {feature for features in more.values() for feature, _, _ in features}
     for heir, of in inherit.items():
+        if heir not in named and heir not in place:
+            raise InputRefused(f"inherit: {heir!r} is none of the new features, and the model does not know it either")
         if of not in place:
             raise InputRefused(f"{heir!r} cannot inherit from {of!r}: the model does not know it")
     source: list[int] = [0]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix, issparse, vstack
 
 from store.errors import InputRefused
 from train import checkpoint
@@ -33,6 +33,8 @@ from train.tokens import SCALE, Tokens, make_tokens
 
 Asks = Callable[[Tokens], Asked]
 BATCH_CELLS, BATCH_FEATURES = 256, 4_096
+MOST_COUNTS = 1e12
+"""Counts of a drawn cell at most: what is drawn is a whole number of 64 bits, also where it scatters widely."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,11 @@ class Predictor:
 
         Raises:
             InputRefused: An unknown measurement, field or value, lengths that differ, columns that are not the
-                vocabulary's, or counts that are negative or no numbers.
+                vocabulary's, or counts that are negative, no numbers or no sparse matrix.
         """
         prompts = prompts or {}
+        counts = {name: self._checked(name, part) for name, part in counts.items()}
         n_cells = _common_length(counts, prompts)
-        for name, part in counts.items():
-            self._check(name, part)
         fields = {*PROMPTS, *NUMBERS, "perturbation"}
         strange = sorted(set(prompts) - fields)
         if strange:
@@ -121,9 +122,15 @@ class Predictor:
             place_CX=None if places is None else np.asarray(places, np.float32).reshape(n_cells, 2),
         )
 
-    def _check(self, name: str, counts: csr_matrix) -> None:
-        if name not in self.vocabulary:
-            raise InputRefused(f"counts: no measurement {name!r}; the model knows {', '.join(self.vocabulary)}")
+    def _refuse_unknown(self, measurement: str) -> None:
+        if measurement not in self.vocabulary:
+            raise InputRefused(f"no measurement {measurement!r}; the model knows {', '.join(self.vocabulary)}")
+
+    def _checked(self, name: str, counts: csr_matrix) -> csr_matrix:
+        self._refuse_unknown(name)
+        if not issparse(counts):  # which entries of another one were found, nobody says
+            raise InputRefused(f"counts.{name} is a {type(counts).__name__}; give a scipy.sparse.csr_matrix")
+        counts = counts.tocsr()
         n_features = len(self.vocabulary[name].feature_id)
         if counts.shape[1] != n_features:
             raise InputRefused(
@@ -133,6 +140,7 @@ class Predictor:
         least = -np.inf if name in self.model.config.levels else 0
         if not (np.isfinite(counts.data).all() and (counts.data >= least).all()):
             raise InputRefused(f"counts.{name} holds values that are negative or no numbers; send raw counts")
+        return counts
 
     def _codes(self, field: str, values: list[str]) -> NDArray[np.int32]:
         known = self._code[field]
@@ -183,7 +191,11 @@ class Predictor:
         Args:
             measurement: Of the features.
             columns: Their positions in the vocabulary.
+
+        Raises:
+            InputRefused: The model does not know the measurement.
         """
+        self._refuse_unknown(measurement)
         first = self.model.config.offsets[measurement]
         number_X = torch.tensor(columns, dtype=torch.int32, device=self.device) + first
         with torch.inference_mode():
@@ -292,8 +304,9 @@ class Predictor:
             elapsed: How much later the drawn cells are.
 
         Raises:
-            InputRefused: No cells, a span below 0, or a measurement that is not of counts or that the model does not
-                know.
+            InputRefused: No cells, a span below 0, a depth that is no number of 0 or more for all cells or for each, a
+                seed that is no whole number of 0 or more, or a measurement that is not of counts or that the model
+                does not know.
         """
         if cells.n_cells == 0:
             raise InputRefused("there is no cell to draw")
@@ -304,7 +317,7 @@ class Predictor:
             those = f"of {', '.join(known)} they can" if known else "this model knows no measurement of counts"
             raise InputRefused(f"no counts of {measurement!r} can be drawn; {those}")
         number, task = list(self.vocabulary).index(measurement), "forecast" if elapsed else "reconstruct"
-        depth_C = np.broadcast_to(np.asarray(depth, dtype=np.float64), cells.n_cells)
+        depth_C, seeds = _depths(depth, cells.n_cells), _seeds(seed)
         asked = partial(
             ask,
             task=task if cells.counts else "generate",
@@ -312,7 +325,6 @@ class Predictor:
             depth=float(depth_C.mean()),
             elapsed=elapsed,
         )
-        seeds = [seed] if isinstance(seed, int) else list(seed)
         random, start, drawn = np.random.default_rng([*seeds, 13]), 0, []
         log_r_G = self.model.log_dispersion(measurement)
         for _, share_CG in self._expected(_later(cells, elapsed), (measurement,), asked):
@@ -336,7 +348,11 @@ class Predictor:
         """Return each cell's predicted share_CG of the counts of a measurement, whether it was measured or not.
 
         Of other measurements, what is expected of each feature: a chance, a fraction, or a level (see ``Effect``).
+
+        Raises:
+            InputRefused: The model does not know the measurement.
         """
+        self._refuse_unknown(measurement)
         task = "reconstruct" if measurement in cells.counts else "translate"
         asked = partial(ask, task=task, target=list(self.vocabulary).index(measurement))
         parts = [expected_CG.cpu().numpy() for _, expected_CG in self._expected(cells, (measurement,), asked)]
@@ -424,6 +440,25 @@ def _common_length(counts: dict[str, csr_matrix], prompts: dict[str, list[str]])
 
 def _numbers(name: str, values: list[str] | None, n_cells: int) -> NDArray[np.float32]:
     try:
-        return np.array([float(value) if value != "" else np.nan for value in values or [""] * n_cells], np.float32)
+        number_C = np.array([float(value) if value != "" else np.nan for value in values or [""] * n_cells])
     except ValueError as error:
         raise InputRefused(f"prompts.{name}: {error}; give numbers") from None
+    if (np.abs(number_C) > np.finfo(np.float32).max).any():
+        raise InputRefused(f"prompts.{name}: a number is without end, or too large for 32 bits; give finite numbers")
+    return number_C.astype(np.float32)
+
+
+def _depths(depth: float | NDArray[np.float64], n_cells: int) -> NDArray[np.float64]:
+    told = np.asarray(depth, dtype=np.float64)
+    if told.shape not in ((), (n_cells,)):
+        raise InputRefused(f"depth: one number for all {n_cells} cells, or one for each; got {told.shape}")
+    if not ((told >= 0) & (told <= MOST_COUNTS)).all():
+        raise InputRefused(f"depth: counts of a cell are from 0 to {MOST_COUNTS:g}; got {depth}")
+    return np.broadcast_to(told, n_cells)
+
+
+def _seeds(seed: int | Sequence[int]) -> list[int]:
+    seeds: list[Any] = list(np.atleast_1d(np.asarray(seed, dtype=object)))
+    if not seeds or not all(isinstance(one, int | np.integer) and one >= 0 for one in seeds):
+        raise InputRefused(f"seed = {seed!r}: say a whole number of 0 or more, or several")
+    return [int(one) for one in seeds]

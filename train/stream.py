@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -240,12 +241,16 @@ class Stream:
         standing = self._standing()
         if missing := sorted(standing.keys() - state.keys() - {"split"}):
             raise UsageError(f"this is no state of a stream: it has no {missing[0]!r}")
-        if int(state["step"]) < 0:
-            raise UsageError(f"step = {state['step']!r}: at least 0")
+        try:
+            step = index(state["step"])
+        except TypeError:
+            step = -1
+        if step < 0:
+            raise UsageError(f"step = {state['step']!r}: at least 0, and a whole number")
         for key, mine in standing.items():
             if key != "step" and state.get(key, mine) != mine:  # states once had no split
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
-        self.step = int(state["step"])
+        self.step = step
         self.loaded += 1
         self.uncounted = False
 
