@@ -23,6 +23,17 @@ from store.schema import UNKNOWN
 ABSENT = {"unknown", "na", "nan", "none", ""}
 SEPARATOR = re.compile(r" \|\| |(?<=\d),(?=[A-Z])")
 """Several terms in one value: `` || `` in the CELLxGENE schema since 6, a comma before."""
+OF_SEVERAL = ("disease", "self_reported_ethnicity")
+"""Columns that may hold several terms in one value."""
+ONLY: dict[str, dict[str, tuple[str, ...]]] = {
+    "sex": {"PATO": ("PATO:0000383", "PATO:0000384", "PATO:0001340")},
+    "disease": {"PATO": ("PATO:0000461",)},
+}
+"""The terms of an ontology that a column may hold, where these are few."""
+ASSAYS = ("EFO:0002772", "EFO:0010183")
+"""EFO also has diseases and cell lines: an assay is one of these, or below one."""
+KIND = re.compile(r" \((organoid|cell culture)\)$")
+"""What a tissue is a model of stands behind its id in the CELLxGENE schema before 5, in ``tissue_type`` since."""
 
 DEVELOPMENT = {
     "homo_sapiens": ("HsapDv",),
@@ -41,6 +52,13 @@ SHORTHAND = {
     "disease": {"healthy": "PATO:0000461", "normal": "PATO:0000461", "control": "PATO:0000461", "none": "PATO:0000461"},
 }
 """Words that everybody uses and no ontology has as a name in the right place."""
+SHORT = {
+    "cell_type": "breg cdc ilc2 ilc3 lsec mtec ctec ovum pbmc pdc pmn rbc tfh treg vlmc wbc",
+    "disease": "als aml cll copd crc flu hcc t1d t1dm t2d t2dm zika",
+    "tissue": "ca1 ca2 ca3 ca4 cns csf fat foot gums hair hand lens mpfc pbmc rbc skin svz",
+    "assay": "",
+}
+"""Synonyms of fewer than five letters that are taken: most such abbreviations mean several things (``HF``, ``SP``)."""
 TAKEN_FOR = {
     "cd4 t cell": "CL:0000624",
     "cd4-positive t cell": "CL:0000624",
@@ -103,14 +121,42 @@ def resolve(obs: pd.DataFrame, organism: str) -> Resolved:
         organism: A key of ``ORGANISMS``; it decides which ontology stages and anatomy come from.
     """
     made = Resolved(obs.copy(deep=False))
+    _take_kinds(made)
+    lines = _of_lines(made.obs)
     for column in COLUMNS:
         if column in obs or f"{column}_ontology_term_id" in obs:
-            _resolve_column(made, column, organism)
+            _resolve_column(made, column, organism, lines)
     _tissue_general(made.obs)
     return made
 
 
-def _resolve_column(made: Resolved, column: str, organism: str) -> None:
+def _take_kinds(made: Resolved) -> None:
+    """Take the kinds of tissues from behind their ids and labels to ``tissue_type``, where that is not said."""
+    obs, id_column = made.obs, "tissue_ontology_term_id"
+    codes, terms = _texts(obs, id_column)
+    kinds = [found[1] if (found := KIND.search(term)) else "" for term in terms]
+    if not any(kinds):
+        return
+    obs[id_column] = distinct.spread(codes, [KIND.sub("", term) for term in terms])
+    if "tissue" in obs:
+        obs["tissue"] = distinct.changed(obs["tissue"], lambda label: KIND.sub("", str(label)))
+        made.respelt.append("tissue")
+    if "tissue_type" not in obs:
+        obs["tissue_type"] = distinct.spread(codes, [kind or "tissue" for kind in kinds])
+    shown = ", ".join(sorted({kind for kind in kinds if kind}))
+    made.notes.append(f"tissue: {shown} behind an id, as schemas before 5 have it, is read as tissue_type")
+
+
+def _of_lines(obs: pd.DataFrame) -> set[str]:
+    """Return the labels of tissue that stand for cell lines alone, as ``tissue_type`` says."""
+    if not {"tissue", "tissue_type"} <= set(obs.columns):
+        return set()
+    pairs = obs[["tissue", "tissue_type"]].drop_duplicates().astype(str)
+    of_line = pairs["tissue_type"].str.casefold() == "cell line"
+    return set(pairs["tissue"][of_line]) - set(pairs["tissue"][~of_line])
+
+
+def _resolve_column(made: Resolved, column: str, organism: str, lines: set[str]) -> None:
     obs, id_column = made.obs, f"{column}_ontology_term_id"
     label_codes, labels = _texts(obs, column)
     id_codes, ids = _texts(obs, id_column)
@@ -127,16 +173,17 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
         if has_id:
             problem = _id_problem(term, label if has_label else "", column, organism)
             if problem:
-                made.problems.append(f"{id_column}: {term!r} ({n_cells:,} cells) {problem}")
+                made.problems.append(f"{id_column}: {_shown(term)} ({n_cells:,} cells) {problem}")
                 continue
             name = " || ".join(_term_label(part) for part in SEPARATOR.split(term))
             if has_label and label != name and label.casefold() not in _names_of(term):
-                renamed.append(f"{label!r} for {term} ({name})")
+                renamed.append(f"{_shown(label)} for {term} ({name})")
             answers[label, term] = (label if has_label else name, term)
         elif has_label:
-            found = _id_of(label, column, organism)
-            if not found and (found := _id_of_spelling(label, column, organism)):
-                respelt.append(f"{label!r} is {_term_label(found)!r}")
+            found = _id_of(label, column, organism, of_line=label in lines)
+            found = found or _id_of_spelling(label, column, organism)
+            if found and not _named(found, label) and label.strip().casefold() not in SHORTHAND.get(column, {}):
+                respelt.append(f"{_shown(label)} is {_term_label(found)!r}")
             answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
             if not found:
                 unmatched.append((n_cells, label))
@@ -144,10 +191,12 @@ def _resolve_column(made: Resolved, column: str, organism: str) -> None:
             answers[label, term] = (UNKNOWN, UNKNOWN)
     if renamed:
         made.notes.append(f"{column}: labels kept that are not their term's name: {', '.join(renamed[:3])}")
-    if any(answer[0] != pair[0] for pair, answer in answers.items() if pair[0].lower() not in ABSENT):
+    if column not in made.respelt and any(
+        answer[0] != pair[0] for pair, answer in answers.items() if pair[0].lower() not in ABSENT
+    ):
         made.respelt.append(column)
     if respelt:
-        shown = f"{', '.join(respelt[:3])}{_more(len(respelt))}"
+        shown = f"{', '.join(respelt[:10])}{_more(len(respelt), 10)}"
         made.notes.append(f"{column}: labels written as their terms are: {shown}")
     if unmatched:
         made.notes.append(_unmatched_note(column, unmatched, organism))
@@ -165,7 +214,10 @@ def _texts(obs: pd.DataFrame, column: str) -> tuple[NDArray[np.integer], list[st
 
 def _id_problem(terms: str, label: str, column: str, organism: str) -> str:
     """Say what is wrong with an id (or several, joined); empty when nothing is."""
-    for term in SEPARATOR.split(terms):
+    several = SEPARATOR.split(terms)
+    if len(several) > 1 and column not in OF_SEVERAL:
+        return f"is {len(several)} terms, and {column} is one; only {' and '.join(OF_SEVERAL)} may be several"
+    for term in several:
         prefix = term.split(":")[0].split("_")[0]
         known = allowed(column, organism)
         if prefix not in known:
@@ -177,7 +229,25 @@ def _id_problem(terms: str, label: str, column: str, organism: str) -> str:
             better = str(entry.get("replaced_by") or next(iter(entry.get("consider", ())), ""))
             better = better.removeprefix("obo.").replace("_", ":")
             return f"is obsolete{f'; use {better} ({_term_label(better)})' if better else ''}"
+        if not _fits(term, column):
+            few = ASSAYS if column == "assay" else ONLY[column][prefix]
+            choice = " or ".join(f"{one} ({_term_label(one)})" for one in few)
+            below = " or below" if column == "assay" else ""
+            return f"is {_term_label(term)!r}, not {choice}{below}{_suggestion(label, column, organism)}"
     return ""
+
+
+def _fits(term: str, column: str) -> bool:
+    """Say whether a living term of one of a column's ontologies is one that the column may hold."""
+    if column == "assay":
+        return bool(_ancestors(term) & set(ASSAYS))
+    few = ONLY.get(column, {}).get(term.split(":")[0])
+    return few is None or term in few
+
+
+@cache
+def _ancestors(term: str) -> set[str]:
+    return set(_parser().get_term_ancestors(term, include_self=True))
 
 
 def _suggestion(label: str, column: str, organism: str) -> str:
@@ -189,13 +259,22 @@ def _unmatched_note(column: str, unmatched: list[tuple[int, str]], organism: str
     said = []
     for n_cells, label in sorted(unmatched, reverse=True)[:3]:
         near = _near(label, column, organism)
-        said.append(f"{label!r} ({n_cells:,} cells{f', did you mean {near!r}?' if near else ''})")
-    return f"{column}: no ontology term for {', '.join(said)}{_more(len(unmatched))}; the labels are kept"
+        said.append(f"{_shown(label)} ({n_cells:,} cells{f', did you mean {near!r}?' if near else ''})")
+    line = column == "tissue" and any(
+        len(_index("CVCL").get(label.strip().casefold(), ())) == 1 for _, label in unmatched
+    )
+    way = "; where they are names of cell lines, say obs.tissue_type==cell line" if line else ""
+    return f"{column}: no ontology term for {', '.join(said)}{_more(len(unmatched))}; the labels are kept{way}"
 
 
-def _more(n: int) -> str:
-    """Say how many there are beyond the three that are shown."""
-    return f" and {n - 3:,} more" if n > 3 else ""
+def _more(n: int, shown: int = 3) -> str:
+    """Say how many there are beyond those that are shown."""
+    return f" and {n - shown:,} more" if n > shown else ""
+
+
+def _shown(text: str) -> str:
+    """Return a label as a message may show it, however long it is."""
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _near(label: str, column: str, organism: str) -> str:
@@ -204,10 +283,15 @@ def _near(label: str, column: str, organism: str) -> str:
     pool: dict[str, str] = {}
     for prefix in allowed(column, organism):
         if prefix != "CVCL":  # 167,000 names of cell lines are near to anything
-            pool |= {name: term for name, (term, *_) in _index(prefix).items() if not OF_SOME.search(_term_label(term))}
-    found = difflib.get_close_matches(label.casefold(), list(pool), n=5, cutoff=0.8)
+            pool |= {
+                name: term
+                for name, (term, *_) in _index(prefix).items()
+                if not OF_SOME.search(_term_label(term)) and (column == "assay" or _fits(term, column))
+            }
+    found = difflib.get_close_matches(label[:200].casefold(), list(pool), n=5, cutoff=0.8)
     numbers = set(re.findall(r"\d+", label))  # CD4 is not CD8
-    return next((_term_label(pool[name]) for name in found if numbers == set(re.findall(r"\d+", name))), "")
+    same = (pool[name] for name in found if numbers == set(re.findall(r"\d+", name)))
+    return next((_term_label(term) for term in same if _fits(term, column)), "")
 
 
 @cache
@@ -248,18 +332,27 @@ def _index(prefix: str) -> dict[str, list[str]]:
     return synonyms | names
 
 
-def _id_of(label: str, column: str, organism: str) -> str:
-    """Return the one term that a label names; empty when there is none, or several."""
+def _id_of(label: str, column: str, organism: str, *, of_line: bool = False) -> str:
+    """Return the one term that a label names; empty when there is none, or several.
+
+    Short synonyms are abbreviations, and count where they are known to mean one thing; names of cell lines
+    (``PFC`` is one) count where the label is said to be ``of_line``.
+    """
     plain = label.strip().casefold()
     short = SHORTHAND.get(column, {}).get(plain)
     if short:
         return short
     own = ANATOMY.get(organism, ()) if column == "cell_type" else ()
-    for prefix in dict.fromkeys((*own, *allowed(column, organism))):
+    letters = re.findall(r"[^\W\d_]", plain)
+    vague = column in SHORT and not of_line and len(letters) < 5 and plain not in SHORT[column].split()
+    for prefix in dict.fromkeys((*(("CVCL",) if of_line else ()), *own, *allowed(column, organism))):
+        if prefix == "CVCL" and column == "tissue" and not of_line:
+            continue
         found = [
             term
             for term in _index(prefix).get(plain, ())
-            if _named(term, plain) or not OF_SOME.search(_term_label(term))
+            if _named(term, plain) or not (vague or OF_SOME.search(_term_label(term)))
+            if _fits(term, column)
         ]
         if len(found) == 1:
             return found[0]
@@ -319,7 +412,8 @@ def _tissue_general(obs: pd.DataFrame) -> None:
     if "tissue_ontology_term_id" not in obs or "tissue_general" in obs:
         return
     codes, terms = distinct.coded(obs["tissue_ontology_term_id"])
-    general = [_general(str(term)) if str(term).startswith("UBERON:") else UNKNOWN for term in terms]
+    known = _terms("UBERON")  # one that is not known is a problem already
+    general = [_general(str(term)) if str(term) in known else UNKNOWN for term in terms]
     if set(general) == {UNKNOWN}:
         return
     obs["tissue_general_ontology_term_id"] = distinct.spread(codes, general)

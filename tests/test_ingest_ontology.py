@@ -21,7 +21,10 @@ def test_labels_get_ids_by_name_by_exact_synonym_and_blind_to_case() -> None:
     found = resolve(obs(cell_type=["B cell", "b lymphocyte", "unknown", "na"]), "homo_sapiens")
     assert found.obs["cell_type_ontology_term_id"].tolist() == ["CL:0000236", "CL:0000236", "unknown", "unknown"]
     assert found.obs["cell_type"].tolist() == ["B cell", "B cell", "unknown", "unknown"]
-    assert (found.problems, found.notes) == ([], [])
+    assert (found.problems, found.notes) == (
+        [],
+        ["cell_type: labels written as their terms are: 'b lymphocyte' is 'B cell'"],
+    )
 
 
 def test_ids_get_labels_and_the_input_stays_as_it_was() -> None:
@@ -37,6 +40,59 @@ def test_words_that_everybody_uses_are_understood() -> None:
     assert found.obs["sex_ontology_term_id"].tolist() == ["PATO:0000383", "PATO:0000384"]
     assert found.obs["disease"].tolist() == ["normal", "lung cancer"]
     assert found.obs["disease_ontology_term_id"].tolist() == ["PATO:0000461", "MONDO:0008903"]
+
+
+@pytest.mark.parametrize(
+    ("column", "labels"),
+    [
+        ("disease", ["HF", "MM", "EAE", "DS", "LN", "old", "young", "female", "mixed", "red", "p"]),
+        ("tissue", ["T1", "SP", "PFC", "RA", "N", "LI", "MB", "AT", "P1", "S1", "DG", "20", "HeLa"]),
+        ("cell_type", ["VEC", "PD"]),
+        ("sex", ["normal", "p", "red"]),
+        ("assay", ["A", "control", "HeLa", "RBC"]),
+    ],
+)
+def test_abbreviations_and_words_of_other_things_are_taken_for_no_term(column: str, labels: list[str]) -> None:
+    found = resolve(obs(**{column: labels}), "homo_sapiens")
+    assert found.obs[column].tolist() == labels
+    assert set(found.obs[f"{column}_ontology_term_id"]) == {"unknown"}
+    assert len(found.notes) == 1
+    assert "no ontology term for" in found.notes[0]
+
+
+def test_a_label_that_a_synonym_replaces_is_named_and_short_ones_count_where_they_mean_one_thing() -> None:
+    found = resolve(obs(cell_type=["Treg", "pDC"], disease=["COPD", "T2D"], tissue=["CSF", "fat"]), "homo_sapiens")
+    assert found.obs["cell_type"].tolist() == ["regulatory T cell", "plasmacytoid dendritic cell"]
+    assert found.obs["disease"].tolist() == ["chronic obstructive pulmonary disease", "type 2 diabetes mellitus"]
+    assert found.obs["tissue"].tolist() == ["cerebrospinal fluid", "adipose tissue"]
+    assert [note.split(":")[0] for note in found.notes] == ["cell_type", "disease", "tissue"]
+    assert all("labels written as their terms are" in note for note in found.notes)
+    assert "'fat' is 'adipose tissue'" in found.notes[2]
+
+
+def test_a_label_is_a_cell_lines_where_its_cells_are_said_to_be_of_lines() -> None:
+    said = obs(tissue=["HeLa", "PFC", "PFC", "lung"], tissue_type=["cell line", "tissue", "cell line", "tissue"])
+    found = resolve(said, "homo_sapiens")
+    assert found.obs["tissue_ontology_term_id"].tolist() == ["CVCL_0030", "unknown", "unknown", "UBERON:0002048"]
+    silent = resolve(obs(tissue=["HeLa"]), "homo_sapiens")
+    assert silent.notes[0].endswith("where they are names of cell lines, say obs.tissue_type==cell line")
+
+
+def test_what_older_schemas_say_behind_an_id_of_a_tissue_is_its_kind() -> None:
+    terms = ["UBERON:0002048 (organoid)", "CL:0000084 (cell culture)", "UBERON:0002048"]
+    given = obs(tissue_ontology_term_id=terms, tissue=["lung (organoid)", "T cell (cell culture)", "lung"])
+    found = resolve(given, "homo_sapiens")
+    assert found.problems == []
+    assert found.obs["tissue_ontology_term_id"].tolist() == ["UBERON:0002048", "CL:0000084", "UBERON:0002048"]
+    assert found.obs["tissue"].tolist() == ["lung", "T cell", "lung"]
+    assert found.obs["tissue_type"].tolist() == ["organoid", "cell culture", "tissue"]
+    assert found.respelt == ["tissue"]
+    assert "is read as tissue_type" in found.notes[0]
+
+
+def test_a_long_label_is_cut_in_messages() -> None:
+    found = resolve(obs(cell_type=["\u00e9" * 5000], sex_ontology_term_id=["x" * 5000]), "homo_sapiens")
+    assert max(map(len, [*found.notes, *found.problems])) < 300
 
 
 def test_a_typing_error_is_kept_and_the_nearest_term_offered() -> None:
@@ -131,6 +187,12 @@ def test_a_worms_cells_are_looked_for_in_its_own_anatomy_first() -> None:
         ("development_stage", "MmusDv:0000003", "homo_sapiens", "is not of HsapDv"),
         ("development_stage", "HsapDv:0000087", "homo_sapiens", "is obsolete; use HsapDv:0000226"),
         ("sex", "female", "homo_sapiens", "is not of PATO"),
+        ("sex", "PATO:0000461", "homo_sapiens", "is 'normal', not PATO:0000383 (female) or"),
+        ("sex", "PATO:0000001", "homo_sapiens", "is 'quality', not"),
+        ("disease", "PATO:0000383", "homo_sapiens", "is 'female', not PATO:0000461 (normal)"),
+        ("assay", "EFO:0001185", "homo_sapiens", "is 'HeLa', not EFO:0002772"),
+        ("tissue", "UBERON:9999999", "homo_sapiens", "is no term of UBERON"),
+        ("development_stage", "HsapDv:0000139 || HsapDv:0000140", "homo_sapiens", "is 2 terms, and"),
     ],
 )
 def test_a_wrong_id_is_a_problem_with_its_cells(column: str, term: str, organism: str, said: str) -> None:
