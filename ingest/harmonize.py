@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from store.errors import InputRefused, MissingError
 from store.schema import Features
 
+GENOME = re.compile(r"^(hg(?:18|19|38)|GRCh3[678]|mm(?:9|10|39)|GRCm3[89]|rn[4-7])_+(?=.)")
+"""What Cell Ranger writes before genes of a reference of several genomes: ``hg19_TP53``, ``mm10___Xkr4``."""
 ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?$|^(WBGene\d{8}|FBgn\d{7})$")
 ID_COLUMNS = ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl_gene_id", "Accession")
 NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_short_name", "symbol", "Gene")
@@ -100,49 +102,116 @@ def old_symbols(path: str) -> dict[str, str]:
 def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = None, *, sums: bool = True) -> FeatureMap:
     """Map genes to Ensembl ids: from the index or a customary column, or from symbols through a gene table.
 
-    Version suffixes go. A symbol that the table lacks is looked up among HGNC's previous symbols and aliases. One that
-    several genes carry, or none, stays as its own id, and a note says so. Columns that come to the same id are summed,
-    and a note says so; values that do not add up (``sums`` false) keep them apart as ``ID#2``.
+    Version suffixes go. A symbol that the table lacks is looked up among HGNC's previous symbols and aliases, unless
+    the gene has its present name in the source too. One that several genes carry, or none, stays as its own id, and a
+    note says so. Columns that come to the same id are summed, and a note names them; values that do not add up
+    (``sums`` false) keep them apart as ``ID#2``.
+
+    Raises:
+        InputRefused: Genes are numbered and nothing names them.
     """
-    index = var.index.astype(str)
-    ids = _ensembl(pd.Series(index))
-    if ids.notna().mean() < 0.5:
-        texts = [str(column) for column in var if not pd.api.types.is_numeric_dtype(var[column].dtype)]
-        ids = next(
-            (
-                found
-                for column in dict.fromkeys([*(name for name in ID_COLUMNS if name in var), *texts])
-                if (found := _ensembl(var[column])).notna().mean() >= 0.5
-            ),
-            ids,
-        )
-    names = next((var[column].astype(str).tolist() for column in NAME_COLUMNS if column in var), index.tolist())
+    ids, notes = _ids(var), list[str]()
+    names, standing = _names(var, notes)
     table = gene_table(genes) if genes else None
-    id_list: list[str] = [name if isinstance(name, str) else "" for name in ids.tolist()]
     if table is not None:
-        id_list = _from_symbols(id_list, names, table)
-    notes = []
+        ids = _from_symbols(ids, names, table)
     if hgnc:
-        rescued = old_symbols(hgnc)
-        before = id_list
-        known = None if table is None else set(table.index)
-        id_list = [
-            found or (old if (old := rescued.get(name, "")) and (known is None or old in known) else "")
-            for found, name in zip(before, names, strict=True)
-        ]
-        renamed = [name for old, new, name in zip(before, id_list, names, strict=True) if new and not old]
-        if renamed:
-            notes.append(f"{len(renamed):,} genes found by a former or alias symbol ({', '.join(renamed[:3])}, ...)")
-    unmapped = [name for name, found in zip(names, id_list, strict=True) if not found]
-    id_list = [found or str(name) for found, name in zip(id_list, index, strict=True)]
+        ids = _rescued(ids, names, old_symbols(hgnc), table, notes)
+    unmapped = [name for name, found in zip(names, ids, strict=True) if not found]
     if unmapped:
-        reason = "set genes=TABLE to map symbols" if table is None else f"not in {genes}"
-        notes.append(
-            f"{len(unmapped):,} of {len(names):,} genes have no Ensembl id ({', '.join(unmapped[:3])}, ...): {reason}; "
-            "their symbols stand as ids"
-        )
+        notes.append(_unmapped_note(unmapped, len(names), table, genes, named=standing is names))
+    id_list = [found or name for found, name in zip(ids, standing, strict=True)]
     made = _unique(id_list, names, _known(id_list, table, var), notes, sums)
     return replace(made, mapped=1 - len(unmapped) / max(1, len(names)))
+
+
+def _ids(var: pd.DataFrame) -> list[str]:
+    """Return each gene's Ensembl id, from the index or whichever column has most of them; empty where it has none."""
+    ids = _ensembl(pd.Series(var.index.astype(str)))
+    if ids.notna().mean() < 0.5:
+        columns = dict.fromkeys([*(name for name in ID_COLUMNS if name in var), *_texts(var)])
+        ids = next((found for column in columns if (found := _ensembl(var[column])).notna().mean() >= 0.5), ids)
+    return [name if isinstance(name, str) else "" for name in ids.tolist()]
+
+
+def _texts(var: pd.DataFrame) -> list[str]:
+    return [str(column) for column in var if not pd.api.types.is_numeric_dtype(var[column].dtype)]
+
+
+def _names(var: pd.DataFrame, notes: list[str]) -> tuple[list[str], list[str]]:
+    """Return what genes are called, and what stands for the id of one that has none.
+
+    That is the index, whose names differ from each other, unless it only numbers the genes: another source's number 0
+    is another gene.
+    """
+    index = var.index.astype(str)
+    numbered = len(index) > 0 and bool(index.str.fullmatch(r"\d+").all())
+    column = next((column for column in NAME_COLUMNS if column in var), "")
+    if numbered and not column:  # as reset_index leaves them
+        column = next((name for name in _texts(var) if var[name].notna().all() and var[name].is_unique), "")
+    if numbered and not column and index.tolist() == [str(number) for number in range(len(index))]:
+        raise InputRefused(
+            f"RNA: genes are only numbered (0 to {len(index) - 1:,}), and no column of var names them; other sources' "
+            "numbers are other genes: put the genes' names into var's index"
+        )
+    if not column:
+        names = _without_genome(index.tolist())
+        return names, names
+    given = var[column].astype(object)
+    missing = (given.isna() | (given.astype(str).str.strip() == "")).to_numpy()
+    names = _without_genome(np.where(missing, index.to_numpy(object), given.astype(str).to_numpy(object)).tolist())
+    if not numbered:
+        return names, index.tolist()
+    nameless = f"; {int(missing.sum()):,} without a name stand as their number" if missing.any() else ""
+    notes.append(f"genes are numbered in var's index, and called by its column {column!r}{nameless}")
+    return names, names
+
+
+def _without_genome(names: list[str]) -> list[str]:
+    """Cut the genome's name off genes that all have the same; among those of several it tells whose a gene is."""
+    genomes = pd.Series(names, dtype=object).str.extract(GENOME)[0]
+    if genomes.nunique() != 1 or genomes.notna().mean() < 0.5:
+        return names
+    return [GENOME.sub("", name) for name in names]
+
+
+def _rescued(
+    ids: list[str], names: list[str], old: dict[str, str], table: pd.DataFrame | None, notes: list[str]
+) -> list[str]:
+    """Find genes by HGNC; one whose present symbol or id the source has beside it was measured apart, and stays so."""
+    here, shared = set(ids), set() if table is None else _shared(table)
+    found, by_hgnc, former, apart = [], list[str](), list[str](), list[str]()
+    for known, name in zip(ids, names, strict=True):
+        new = "" if known else old.get(name, "")
+        if table is not None and new not in table.index:
+            new = ""
+        if new and new in here:
+            apart.append(f"{name} beside {new if table is None else str(table.at[new, 'name'])}")
+            new = ""
+        if new:
+            (by_hgnc if name in shared else former).append(name)
+        found.append(known or new)
+    if former:
+        notes.append(f"{len(former):,} genes found by a former or alias symbol ({', '.join(former[:3])}, ...)")
+    if by_hgnc:
+        notes.append(f"{len(by_hgnc):,} genes whose symbol several carry found by HGNC ({', '.join(by_hgnc[:3])}, ...)")
+    if apart:
+        more = f" and {len(apart) - 10:,} more" if len(apart) > 10 else ""
+        notes.append(f"{len(apart):,} former or alias symbols kept apart: {', '.join(apart[:10])}{more}")
+    return found
+
+
+def _unmapped_note(unmapped: list[str], n: int, table: pd.DataFrame | None, genes: str | None, *, named: bool) -> str:
+    shared = set() if table is None else _shared(table)
+    several = [name for name in unmapped if name in shared]
+    reason = "set genes=TABLE to map symbols" if table is None else f"not in {genes}"
+    if len(several) == len(unmapped):
+        reason = f"several genes of {genes} carry their symbols; hgnc=FILE says which is meant"
+    elif several:
+        reason += f", or {len(several):,} carried by several genes there ({', '.join(several[:3])}, ...)"
+    stands = "their symbols" if named else "the names that var's index gives them"
+    shown = ", ".join(unmapped[:3])
+    return f"{len(unmapped):,} of {n:,} genes have no Ensembl id ({shown}, ...): {reason}; {stands} stand as ids"
 
 
 GENE_IDS = {
@@ -157,10 +226,13 @@ GENE_IDS = {
     "rattus_norvegicus": "ENSRNOG",
 }
 """How Ensembl's ids of an organism's genes begin."""
+GENOMES = {"hg": "homo_sapiens", "GRCh": "homo_sapiens", "mm": "mus_musculus", "GRCm": "mus_musculus"}
+GENOMES |= {"rn": "rattus_norvegicus"}
+"""Whose the genomes of ``GENOME`` are."""
 
 
 def other_organism(features: Features, organism: str, *, said: bool) -> str:
-    """Say why genes are not of an organism, by most of their Ensembl ids; nothing if they may be.
+    """Say why genes are not of an organism, by a tenth of their Ensembl ids; nothing if they may be.
 
     Where nobody ``said`` which organism it is, names count too: symbols of mice and rats have one capital, the first
     (``Sox17``; guidelines of MGI and RGD), human ones have capitals alone (HGNC's, Bruford et al. 2020).
@@ -168,12 +240,16 @@ def other_organism(features: Features, organism: str, *, said: bool) -> str:
     ids = pd.Series(features.feature_id, dtype=object).astype(str)
     if organism not in GENE_IDS:
         return ""
+    genome = ids.str.extract(GENOME)[0].str.extract("([A-Za-z]+)")[0].map(GENOMES)
     for other, prefix in GENE_IDS.items():
-        theirs = ids.str.startswith(prefix)
-        if other != organism and 2 * int(theirs.sum()) > len(ids):
-            example = ids[theirs].iloc[0]
-            told = f"most genes are of {other} by their ids ({example}, ...), not of {organism}"
-            return f"{told}; they are kept under {organism}" if said else f"{told}; say organism={other}"
+        theirs = ids.str.startswith(prefix) | (genome == other)
+        if other == organism or 10 * int(theirs.sum()) < max(1, len(ids)):
+            continue
+        most = 2 * int(theirs.sum()) > len(ids)
+        told = f"{'most' if most else f'{int(theirs.sum()):,} of {len(ids):,}'} genes are of {other} by their ids"
+        told = f"{told} ({ids[theirs].iloc[0]}, ...), not of {organism}"
+        way = f"say organism={other}" if most else "give each organism's cells and genes as a source of their own"
+        return f"{told}; they are kept under {organism}" if said else f"{told}; {way}"
     if said or organism != "homo_sapiens":
         return ""
     murine = ids[ids.str.match(r"[A-Z][a-z][A-Za-z]*\d*[a-z]?$")]
@@ -187,8 +263,13 @@ def other_organism(features: Features, organism: str, *, said: bool) -> str:
 
 
 def _ensembl(values: pd.Series) -> pd.Series:
-    found = values.astype(str).str.extract(ENSEMBL)
+    found = values.astype(str).str.replace(GENOME, "", regex=True).str.extract(ENSEMBL)
     return found[0].where(found[0].notna(), found[3])
+
+
+def _shared(table: pd.DataFrame) -> set[str]:
+    """Return the symbols that several genes of a table carry."""
+    return set(table["name"][table["name"].duplicated()])
 
 
 def _from_symbols(ids: list[str], names: list[str], table: pd.DataFrame) -> list[str]:
@@ -235,11 +316,14 @@ def _unique(
             position[name] = len(first)
             first.append(column)
     if len(first) < len(ids):
-        twice = next(name for column, name in enumerate(ids) if first[position[name]] != column)
-        notes = [
-            *notes,
-            f"{len(ids) - len(first):,} features stand more than once (such as {twice}): their counts are summed",
+        groups: dict[str, list[str]] = {}
+        for name, called in zip(ids, names, strict=True):
+            groups.setdefault(name, []).append(called)
+        sums_of = [
+            f"{name} ({' + '.join(dict.fromkeys(called))})" for name, called in groups.items() if len(called) > 1
         ]
+        shown = f"{', '.join(sums_of[:10])}{f' and {len(sums_of) - 10:,} more' if len(sums_of) > 10 else ''}"
+        notes = [*notes, f"{len(ids) - len(first):,} features stand more than once, their counts are summed: {shown}"]
     types, lengths = known
     features = Features(
         [ids[c] for c in first], [names[c] for c in first], [types[c] for c in first], [lengths[c] for c in first]

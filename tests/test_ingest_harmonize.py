@@ -244,13 +244,74 @@ NONE\tOLDN\t\t
 
 def test_former_symbols_and_aliases_are_found_unless_two_genes_share_them(genes: str, tmp_path: Path) -> None:
     (tmp_path / "hgnc.txt").write_text(HGNC)
-    mapped = map_genes(var("OLDA", "AKA", "SHARED", "OLDN", "AAA"), genes, str(tmp_path / "hgnc.txt"))
-    # AKA was the name of BBB and is an alias of AAA: a former name wins; OLDA and AAA are one gene
+    mapped = map_genes(var("OLDA", "AKA", "SHARED", "OLDN"), genes, str(tmp_path / "hgnc.txt"))
+    # AKA was the name of BBB and is an alias of AAA: a former name wins
     assert mapped.features.feature_id == ["ENSG00000000001", "ENSG00000000002", "SHARED", "OLDN"]
     assert "2 genes found by a former or alias symbol (OLDA, AKA, ...)" in mapped.notes[0]
-    assert mapped.mapped == 0.6
+    assert mapped.mapped == 0.5
     with pytest.raises(InputRefused, match="not HGNC's complete set"):
         map_genes(var("x"), None, genes)
+
+
+def test_a_former_symbol_stays_apart_where_the_source_has_the_present_one_too(genes: str, tmp_path: Path) -> None:
+    (tmp_path / "hgnc.txt").write_text(HGNC)
+    mapped = map_genes(var("OLDA", "AAA", "OLDB"), genes, str(tmp_path / "hgnc.txt"))
+    assert mapped.features.feature_id == ["OLDA", "ENSG00000000001", "ENSG00000000002"]
+    assert "1 former or alias symbols kept apart: OLDA beside AAA" in mapped.notes
+    assert not any("summed" in note for note in mapped.notes)
+
+
+def test_symbols_that_several_genes_carry_are_said_to_be_and_hgnc_says_which_is_meant(
+    genes: str, tmp_path: Path
+) -> None:
+    (note,) = map_genes(var("AAA", "CCC"), genes).notes
+    assert f"several genes of {genes} carry their symbols; hgnc=FILE says which is meant" in note
+    assert "or 1 carried by several genes there (CCC, ...)" in map_genes(var("CCC", "novel"), genes).notes[0]
+    (tmp_path / "hgnc.txt").write_text(f"{HGNC}CCC\t\t\tENSG00000000003\n")
+    found = map_genes(var("AAA", "CCC"), genes, str(tmp_path / "hgnc.txt"))
+    assert found.features.feature_id == ["ENSG00000000001", "ENSG00000000003"]
+    assert found.notes == ["1 genes whose symbol several carry found by HGNC (CCC, ...)"]
+
+
+def test_genes_that_are_summed_are_all_named_up_to_ten(genes: str) -> None:
+    note = map_genes(var("AAA", "ENSG00000000001", "BBB", "ENSG00000000002.3", "AAA"), genes).notes[-1]
+    assert note == (
+        "3 features stand more than once, their counts are summed: ENSG00000000001 (AAA + ENSG00000000001), "
+        "ENSG00000000002 (BBB + ENSG00000000002.3)"
+    )
+    many = var(*[f"g{number // 2}" for number in range(30)])
+    assert "g9 (g9) and 5 more" in map_genes(many).notes[-1]
+
+
+def test_genes_that_are_only_numbered_go_by_the_column_that_names_them_and_are_refused_without(genes: str) -> None:
+    for column in ("gene_name", "index"):
+        mapped = map_genes(var("0", "1", "2", **{column: ["G1", "AAA", "BBB"]}), genes)
+        assert mapped.features.feature_id == ["G1", "ENSG00000000001", "ENSG00000000002"]
+        assert f"called by its column {column!r}" in mapped.notes[0]
+    mapped = map_genes(pd.DataFrame({"gene_name": ["A", None, np.nan, ""]}, index=["4", "5", "6", "7"]))
+    assert mapped.features.feature_id == mapped.features.feature_name == ["A", "5", "6", "7"]
+    assert "3 without a name stand as their number" in mapped.notes[0]
+    with pytest.raises(InputRefused, match=r"only numbered \(0 to 2\), and no column of var names them"):
+        map_genes(var("0", "1", "2"))
+    assert map_genes(var("7157", "672")).features.feature_id == ["7157", "672"], "Entrez ids"
+
+
+def test_what_stands_for_an_id_is_told_from_a_symbol() -> None:
+    mapped = map_genes(var("probe1", "probe2", gene_symbol=["A", "A"]))
+    assert mapped.features.feature_id == ["probe1", "probe2"]
+    assert "the names that var's index gives them stand as ids" in mapped.notes[0]
+
+
+def test_a_genomes_name_before_genes_goes_where_all_have_it_and_tells_organisms_apart_where_not(genes: str) -> None:
+    one = map_genes(var("hg19_AAA", "hg19_ENSG00000000002.4", "hg19_novel"), genes)
+    assert one.features.feature_id == ["ENSG00000000001", "ENSG00000000002", "novel"]
+    two = map_genes(var(*[f"GRCh38_ENSG{n:011d}" for n in range(9)], *[f"mm10___Gene{n}" for n in range(9)]))
+    assert two.features.feature_id[0] == "ENSG00000000000"
+    told = other_organism(two.features, "homo_sapiens", said=False)
+    assert "9 of 18 genes are of mus_musculus by their ids (mm10___Gene0, ...), not of homo_sapiens; give each" in told
+    assert "they are kept under homo_sapiens" in other_organism(two.features, "homo_sapiens", said=True)
+    few = map_genes(var(*[f"ENSG{n:011d}" for n in range(95)], *[f"ENSMUSG{n:011d}" for n in range(5)]))
+    assert other_organism(few.features, "homo_sapiens", said=False) == ""
 
 
 def test_published_old_symbols_are_rescued(shared_data: Path) -> None:
