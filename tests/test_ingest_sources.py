@@ -691,3 +691,39 @@ def test_a_table_that_lies_on_its_side_is_refused_with_the_way_on(shared_data: P
     with pytest.raises(InputRefused, match=r"called as cells are \('AAA.*set transposed=true"):
         OpenDataset(SourceSettings(**told), "side")
     assert OpenDataset(SourceSettings(**told, transposed=True), "side").form.n_obs == 20
+
+
+@pytest.mark.parametrize(
+    ("lines", "given", "cells", "features", "said"),
+    [
+        (",7157,672,675/cA,1,0,2/cB,0,3,1", {}, ["cA", "cB"], ["7157", "672", "675"], ""),
+        (",TP53,KRAS,MYC/1,1,0,2/2,0,3,1", {}, ["1", "2"], ["TP53", "KRAS", "MYC"], ""),
+        ("cell,7157,672,675/1,1,0,2/2,0,3,1", {}, ["1", "2"], ["7157", "672", "675"], ""),
+        ("well,TP53,672,675/cA,1,0,2/cB,0,3,1", {}, ["cA", "cB"], ["TP53", "672", "675"], ""),
+        ("gene,c1,c2/7157,1,0/672,0,3/675,2,1", {"transposed": True}, ["c1", "c2"], ["7157", "672", "675"], ""),
+        ("cA,1,0,2/cB,0,3,1", {}, ["cA", "cB"], ["feature1", "feature2", "feature3"], "no line names the columns"),
+        ("TP53,KRAS,MYC/1,0,2/0,3,1", {}, ["cell0", "cell1"], ["TP53", "KRAS", "MYC"], "no column names the lines"),
+        ("cell,TP53,KRAS,age/cA,1,0,2/cB,0,3,1", {}, ["cA", "cB"], ["TP53", "KRAS", "age"], "with obs.COLUMN=age"),
+    ],
+)
+def test_lines_and_columns_of_names_are_known_also_where_they_are_numbers(
+    tmp_path: Path, lines: str, given: dict[str, object], cells: list[str], features: list[str], said: str
+) -> None:
+    (tmp_path / "one.csv").write_text(lines.replace("/", "\n"))
+    settings = SourceSettings.model_validate({"uri": str(tmp_path / "one.csv"), "kind": "table", **given})
+    opened = OpenDataset(settings, "one")
+    found = opened.inspect()
+    assert found.obs["cell_id"].tolist() == cells
+    assert found.plan.features["RNA"].feature_id == features
+    assert opened.block("RNA", 0, 2).toarray().tolist() == [[1, 0, 2], [0, 3, 1]]
+    notes = [note for note in found.notes if "Ensembl" not in note]
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)
+
+
+def test_numbers_of_a_table_that_settings_name_for_obs_are_no_features(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("cell,TP53,plate\ncA,1,45\ncB,0,50\n")
+    told = {"uri": str(tmp_path / "one.csv"), "kind": "table", "obs": {"batch": "plate"}}
+    found = OpenDataset(SourceSettings.model_validate(told), "one").inspect()
+    assert found.plan.features["RNA"].feature_id == ["TP53"]
+    assert found.obs["batch"].tolist() == ["45", "50"]

@@ -11,30 +11,44 @@ import numpy as np
 import pandas as pd
 
 from ingest.job import SourceSettings
+from ingest.obs import OBS_ALIASES
 from ingest.sources.form import Part, SourceDataset, are_levels, content_digest, level_rows, memory_rows, without_query
 from store.errors import InputRefused
+from store.schema import OBS_DEFAULTS
 
 BARCODE = re.compile(r"(.*[_:#-])?[ACGT]{10,}([-_.].*)?$")
 """How droplets are called: ``AAACATACAACCAC-1``."""
+CORNER = re.compile(
+    r"|unnamed: ?0|index|id|names?|row[._ ]?names?|"
+    r"(cell|barcode|sample|gene|feature|protein|peptide|site|peak|probe|symbol|ensembl|entrez)s?([._ ]?(id|name)s?)?",
+    re.IGNORECASE,
+)
+"""What stands over a column of names, and before a line of them: nothing (pandas, R) or a word for what they name."""
+OF_CELLS = {"age", "plate", "well", "day", "cluster", "passage", "n_counts", "total_counts", "n_genes", *OBS_DEFAULTS}
+OF_CELLS |= {alias for aliases in OBS_ALIASES.values() for alias in aliases}
+"""Names of columns that say something of cells more often than they are features."""
 
 
 def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     """Read a table whole.
 
-    The first column names the cells where it is no number, the first line the features where it is none; without them
-    they are numbered. With ``transposed`` cells stand in columns. Columns of text beside the numbers become obs. An
-    empty field or ``NA`` is missing when the source says that the values are levels (``value``), and refused in counts.
+    The first column names the cells where it is no number, or where the first line says so (by an empty field, or
+    ``cell``); the first line names the features where it is no number, or begins in that way. Without them they are
+    numbered, and a note says so. With ``transposed`` cells stand in columns. Columns of text beside the numbers become
+    obs, and those that the source's settings name. An empty field or ``NA`` is missing when the source says that the
+    values are levels (``value``), and refused in counts.
 
     Raises:
         InputRefused: Not such a table.
     """
-    table = _read(source.uri)
+    table, notes = _read(source.uri)
     if source.transposed:
         table = table.T
     table.index, table.columns = table.index.astype(str), table.columns.astype(str)
     numbers = table.apply(pd.to_numeric, errors="coerce")
     given, understood = table.notna().sum(), numbers.notna().sum()
-    texts = [str(column) for column in table if given[str(column)] > understood[str(column)]]
+    named = set(source.obs.values())
+    texts = [str(column) for column in table if column in named or given[str(column)] > understood[str(column)]]
     features = [str(column) for column in table if column not in set(texts)]
     if not features:
         raise InputRefused(f"{source.uri}: has no column of numbers; are cells in columns? then set transposed=true")
@@ -42,6 +56,12 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         turned = str(not source.transposed).lower()
         raise InputRefused(
             f"{source.uri}: its features are called as cells are ({features[0]!r}, ...); set transposed={turned}"
+        )
+    doubtful = [name for name in features if name in OF_CELLS]
+    if doubtful:
+        notes.append(
+            f"taken for features: {', '.join(doubtful)}; a column that describes cells comes to obs with "
+            f"obs.COLUMN={doubtful[0]}"
         )
     matrix = numbers[features].to_numpy(np.float64)
     rows = level_rows(matrix) if are_levels(source, source.measurement) else memory_rows(matrix)
@@ -53,10 +73,11 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts={source.measurement: Part(pd.DataFrame(index=pd.Index(features)), rows)},
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
+        notes=tuple(notes),
     )
 
 
-def _read(uri: str) -> pd.DataFrame:
+def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
     name = without_query(uri).lower().removesuffix(".gz")
     separator = "," if name.endswith(".csv") else "\t" if name.endswith(".tsv") else r"\s+|,|\t"
     missing = ["NA", "NaN", "nan", ""]
@@ -70,13 +91,30 @@ def _read(uri: str) -> pd.DataFrame:
     table = table.dropna(axis=1, how="all")
     if table.empty:
         raise InputRefused(f"{uri}: the table is empty")
-    if pd.to_numeric(table.iloc[0, 1:], errors="coerce").notna().sum() == 0:
+    corner = "" if pd.isna(table.iat[0, 0]) else str(table.iat[0, 0]).strip()
+    of_names, notes = bool(CORNER.fullmatch(corner)), list[str]()
+    if _names_features(table, of_names):
         header = table.iloc[0].fillna("").tolist()
         table = table.iloc[1:].reset_index(drop=True)
         table.columns = pd.Index(header)
     else:
+        of_names = False
         table.columns = pd.Index([f"feature{number}" for number in range(table.shape[1])])
-    if pd.to_numeric(table.iloc[:, 0], errors="coerce").notna().sum() == 0:
-        return table.set_index(table.columns[0])
+        notes.append(f"no line names the columns: they are called 'feature1' to {table.columns[-1]!r}")
+    first = table.iloc[:, 0]
+    if pd.to_numeric(first, errors="coerce").notna().sum() == 0 or (
+        of_names and first.notna().all() and first.is_unique
+    ):
+        return table.set_index(table.columns[0]), notes
     table.index = pd.Index([f"cell{number}" for number in range(len(table))])
-    return table
+    return table, [*notes, f"no column names the lines: they are called 'cell0' to {table.index[-1]!r}"]
+
+
+def _names_features(table: pd.DataFrame, of_names: bool) -> bool:
+    """Say whether the first line is one of names: words, words over numbers, or whatever follows a corner for names."""
+    line, below = table.iloc[0, 1:], table.iloc[1:, 1:]
+    words = line.notna() & pd.to_numeric(line, errors="coerce").isna()
+    numbers = below.apply(pd.to_numeric, errors="coerce").notna().sum()
+    over_numbers = words & (numbers > 0) & (numbers == below.notna().sum())
+    cells_named = bool(table.iloc[1:, 0].notna().all())
+    return bool(words.sum() == line.notna().sum() or over_numbers.any() or (of_names and cells_named))
