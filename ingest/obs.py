@@ -102,6 +102,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str]
         frame["perturbation"] = distinct.changed(frame["perturbation_id"], guide_target)
     given_words = {column: frame[column] for column in ("perturbation", "perturbation_type") if column in frame}
     notes += said_of_perturbations(frame, obs, controls)
+    notes += _said_of_primary(frame)
     _normalise(frame, controls)
     notes += said_of_units(frame)
     changed = [column for column, words in given_words.items() if not _same_words(words, frame[column])]
@@ -116,10 +117,26 @@ def _same_words(before: pd.Series, after: pd.Series) -> bool:
 
 def _compact(values: pd.Series, column: str) -> Any:
     """Return a column's values, texts as a categorical; names of cells differ from each other and stay."""
+    if isinstance(OBS_DEFAULTS[column], str):
+        values = _without_fractions(values)
     text = isinstance(OBS_DEFAULTS[column], str) and column not in ("cell_id", "observation_joinid")
     if text and (isinstance(values.dtype, pd.CategoricalDtype) or values.dtype == object):
         return values.astype("category").array
     return values.array if _in_arrow(values) else values.to_numpy()
+
+
+def _without_fractions(values: pd.Series) -> pd.Series:
+    """Return numbers that stand for names as texts, ``1`` and not ``1.0``, which only says that others are missing."""
+    kinds = values.cat.categories if isinstance(values.dtype, pd.CategoricalDtype) else values
+    if not pd.api.types.is_numeric_dtype(kinds.dtype) or pd.api.types.is_bool_dtype(kinds.dtype):
+        return values
+    return pd.Series(distinct.changed(values, _number_text), index=values.index, name=values.name)
+
+
+def _number_text(number: Any) -> Any:
+    if pd.isna(number):
+        return np.nan
+    return str(int(number)) if float(number).is_integer() else str(number)
 
 
 def _in_arrow(values: pd.Series | pd.Index) -> bool:
@@ -162,9 +179,14 @@ def _normalise(frame: pd.DataFrame, controls: Sequence[str] = ()) -> None:
             frame["perturbation_type"] = distinct.changed(frame["perturbation_type"], perturbation_kind)
 
 
+def _said_of_primary(frame: pd.DataFrame) -> list[str]:
+    missing = int(frame["is_primary_data"].isna().sum()) if "is_primary_data" in frame else 0
+    return [f"is_primary_data: not said of {missing:,} cells, which count as primary"] if missing else []
+
+
 def _truth(value: Any) -> bool:
     if isinstance(value, str):
         if value.lower() not in ("true", "false", "1", "0"):
             raise InputRefused(f"obs.is_primary_data holds {value!r}; it is true or false")
         return value.lower() in ("true", "1")
-    return bool(value)
+    return bool(OBS_DEFAULTS["is_primary_data"] if pd.isna(value) else value)

@@ -553,3 +553,29 @@ def test_a_category_that_no_cell_has_is_not_looked_at() -> None:
     assert list(frame["is_primary_data"]) == [True, False]
     assert list(frame["time"]) == [6, 2]
     assert list(frame["time_unit"]) == ["hour", "hour"]
+
+
+@pytest.mark.parametrize(
+    "donors",
+    [
+        pd.array([1, 2, None], dtype="Int64"),
+        np.array([1.0, 2.0, np.nan]),
+        pd.Categorical([1.0, 2.0, np.nan]),
+        pd.Categorical(["1", "2", None]),
+    ],
+)
+def test_a_number_that_names_a_donor_is_written_alike_whether_others_are_missing_or_not(donors: object) -> None:
+    index = ["a", "b", "c"]
+    some = map_obs(pd.DataFrame({"donor_id": donors}, index=index), {}).frame["donor_id"]
+    assert some.tolist()[:2] == ["1", "2"]
+    assert pd.isna(some[2])
+    whole = map_obs(pd.DataFrame({"donor_id": [1, 2, 3], "cell_type": [0.5, 1, 2]}, index=index), {}).frame
+    assert whole["donor_id"].tolist() == ["1", "2", "3"]
+    assert whole["cell_type"].tolist() == ["0.5", "1", "2"]
+
+
+@pytest.mark.parametrize("primary", [pd.array([True, None, False], dtype="boolean"), ["true", None, "False"]])
+def test_cells_of_which_nobody_said_whether_they_are_primary_are_counted(primary: object) -> None:
+    found = map_obs(pd.DataFrame({"is_primary_data": primary}, index=["a", "b", "c"]), {})
+    assert found.frame["is_primary_data"].tolist() == [True, True, False]
+    assert found.notes == ["is_primary_data: not said of 1 cells, which count as primary"]

@@ -91,7 +91,7 @@ def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
     table = table.dropna(axis=1, how="all")
     if table.empty:
         raise InputRefused(f"{uri}: the table is empty")
-    corner = "" if pd.isna(table.iat[0, 0]) else str(table.iat[0, 0]).strip()
+    corner = str(table.iloc[:1, 0].fillna("").iloc[0]).strip()
     of_names, notes = bool(CORNER.fullmatch(corner)), list[str]()
     if _names_features(table, of_names):
         header = table.iloc[0].fillna("").tolist()
