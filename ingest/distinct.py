@@ -37,3 +37,9 @@ def changed(values: pd.Series, change: Callable[[Any], Any]) -> pd.Categorical:
     """Change every distinct value once; what is missing is given as NaN."""
     codes, distinct = coded(values)
     return spread(codes, [change(value) for value in distinct])
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message may show it, however long it is."""
+    text = str(value)
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")

@@ -20,7 +20,7 @@ from ingest.perturbations import (
     said_of_perturbations,
     written_as_gears,
 )
-from ingest.quantities import UNITS, quantity, said_of_units, written
+from ingest.quantities import UNITS, quantity, said_of_bare, said_of_units, written
 from store.errors import InputRefused
 from store.schema import OBS_DEFAULTS, UNKNOWN
 
@@ -93,6 +93,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str]
                 unit = f"{column}_unit"
                 if found[1] is not None and unit in OBS_DEFAULTS and unit not in given and unit not in obs:
                     mapped[unit] = found[1]
+                    notes += [bare] if (bare := said_of_bare(column, found)) else []
                 taken[column] = source
                 continue
         mapped[column] = _compact(obs[source], column)
@@ -187,6 +188,6 @@ def _said_of_primary(frame: pd.DataFrame) -> list[str]:
 def _truth(value: Any) -> bool:
     if isinstance(value, str):
         if value.lower() not in ("true", "false", "1", "0"):
-            raise InputRefused(f"obs.is_primary_data holds {value!r}; it is true or false")
+            raise InputRefused(f"obs.is_primary_data holds {distinct.shown(value)}; it is true or false")
         return value.lower() in ("true", "1")
     return bool(OBS_DEFAULTS["is_primary_data"] if pd.isna(value) else value)

@@ -173,17 +173,17 @@ def _resolve_column(made: Resolved, column: str, organism: str, lines: set[str])
         if has_id:
             problem = _id_problem(term, label if has_label else "", column, organism)
             if problem:
-                made.problems.append(f"{id_column}: {_shown(term)} ({n_cells:,} cells) {problem}")
+                made.problems.append(f"{id_column}: {distinct.shown(term)} ({n_cells:,} cells) {problem}")
                 continue
             name = " || ".join(_term_label(part) for part in SEPARATOR.split(term))
             if has_label and label != name and label.casefold() not in _names_of(term):
-                renamed.append(f"{_shown(label)} for {term} ({name})")
+                renamed.append(f"{distinct.shown(label)} for {term} ({name})")
             answers[label, term] = (label if has_label else name, term)
         elif has_label:
             found = _id_of(label, column, organism, of_line=label in lines)
             found = found or _id_of_spelling(label, column, organism)
             if found and not _named(found, label) and label.strip().casefold() not in SHORTHAND.get(column, {}):
-                respelt.append(f"{_shown(label)} is {_term_label(found)!r}")
+                respelt.append(f"{distinct.shown(label)} is {_term_label(found)!r}")
             answers[label, term] = (_term_label(found) if found else label, found or UNKNOWN)
             if not found:
                 unmatched.append((n_cells, label))
@@ -259,7 +259,7 @@ def _unmatched_note(column: str, unmatched: list[tuple[int, str]], organism: str
     said = []
     for n_cells, label in sorted(unmatched, reverse=True)[:3]:
         near = _near(label, column, organism)
-        said.append(f"{_shown(label)} ({n_cells:,} cells{f', did you mean {near!r}?' if near else ''})")
+        said.append(f"{distinct.shown(label)} ({n_cells:,} cells{f', did you mean {near!r}?' if near else ''})")
     line = column == "tissue" and any(
         len(_index("CVCL").get(label.strip().casefold(), ())) == 1 for _, label in unmatched
     )
@@ -270,11 +270,6 @@ def _unmatched_note(column: str, unmatched: list[tuple[int, str]], organism: str
 def _more(n: int, shown: int = 3) -> str:
     """Say how many there are beyond those that are shown."""
     return f" and {n - shown:,} more" if n > shown else ""
-
-
-def _shown(text: str) -> str:
-    """Return a label as a message may show it, however long it is."""
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _near(label: str, column: str, organism: str) -> str:

@@ -196,4 +196,4 @@ def said_of_perturbations(frame: pd.DataFrame, obs: pd.DataFrame, controls: Sequ
 
 
 def _some(words: Sequence[str]) -> str:
-    return ", ".join(map(repr, words[:4])) + (" ..." if len(words) > 4 else "")
+    return ", ".join(map(distinct.shown, words[:4])) + (" ..." if len(words) > 4 else "")

@@ -14,7 +14,8 @@ from ingest import distinct
 from ingest.perturbations import CONTROL
 
 QUANTITY = re.compile(
-    r"^\s*([A-Za-z]*)\s*([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµμ%][A-Za-zµμ%/]*)?\s*$"
+    r"^\s*(?P<word>[A-Za-z]*)(?P<gap>\s*)(?P<number>[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)\s*"
+    r"(?P<unit>[A-Za-zµμ%][A-Za-zµμ%/]*)?\s*$"
 )
 TIMES = {"e": "day", "d": "day", "day": "day", "days": "day", "h": "hour", "hr": "hour", "hrs": "hour", "hour": "hour"}
 TIMES |= {"hours": "hour", "m": "minute", "min": "minute", "mins": "minute", "w": "week", "wk": "week", "weeks": "week"}
@@ -32,6 +33,9 @@ Quantities = tuple[NDArray[np.float64], NDArray[np.object_] | None]
 
 def read_quantity(values: pd.Series, units: Mapping[str, str] = TIMES) -> Quantities | None:
     """Read numbers, with a unit before or behind them or without one: ``10``, ``50 uM``, ``6 HR``, ``d8``, ``E3.5``.
+
+    A hyphen between a word and its number joins them where all words of the column have it (``day-0``, ``day-8``);
+    where some have none (``D-7``, ``D0``, ``D7``) it is a sign, as it is behind a blank (``day -8``).
 
     Args:
         values: As the source has them.
@@ -53,11 +57,19 @@ def _quantities(values: pd.Series, units: Mapping[str, str]) -> Quantities | Non
     if (numbers.notna() | empty).all():
         return np.asarray(numbers, dtype=np.float64), None
     found = values.astype(str).str.extract(QUANTITY)
-    if not (found[1].notna() | empty).all():
+    if not (found["number"].notna() | empty).all():
         return None
-    unit = found[2].fillna(found[0]).fillna("")
+    unit = found["unit"].fillna(found["word"]).fillna("")
     units_of = unit.map(lambda word: written(word, units)).where(~empty, "")
-    return found[1].where(~empty).to_numpy(np.float64), units_of.to_numpy(np.object_)
+    hyphen = _hyphened(found)
+    joins = bool((hyphen | found["word"].fillna("").eq("")).all())
+    read = found["number"].str.lstrip("-").where(hyphen & joins, found["number"])
+    return read.where(~empty).to_numpy(np.float64), units_of.to_numpy(np.object_)
+
+
+def _hyphened(found: pd.DataFrame) -> pd.Series:
+    """Say which quantities are a word, a hyphen right behind it, and a number."""
+    return found["word"].fillna("").ne("") & found["gap"].eq("") & found["number"].fillna("").str.startswith("-")
 
 
 def written(unit: Any, units: Mapping[str, str]) -> Any:
@@ -78,10 +90,37 @@ def quantity(column: str, values: pd.Series) -> tuple[Quantities | None, str]:
     if found is None:
         _, words = distinct.coded(values)
         odd = next(
-            (repr(str(word)) for word in words if not QUANTITY.match(str(word)) and not _no_number(str(word))), ""
+            (distinct.shown(word) for word in words if not QUANTITY.match(str(word)) and not _no_number(str(word))), ""
         )
         return None, f"{column}: column {values.name!r} is left aside: {odd} is no quantity"
-    return found, ""
+    return found, "" if found[1] is None else _said_of_hyphens(column, values, found[0])
+
+
+def _said_of_hyphens(column: str, values: pd.Series, numbers: NDArray[np.float64]) -> str:
+    codes, words = distinct.coded(values)
+    hyphened = np.flatnonzero(_hyphened(pd.Series(words, dtype=object).astype(str).str.extract(QUANTITY)))
+    if len(hyphened) == 0:
+        return ""
+    number = numbers[int(np.argmax(codes == hyphened[-1]))]
+    told = f"{column}: {distinct.shown(words[hyphened[-1]])} is read as {number:g}"
+    if number < 0:
+        return f"{told}, for a hyphen behind a word is a sign where other words have none"
+    return f"{told}, for every word has a hyphen; a negative number has a blank before its sign"
+
+
+def said_of_bare(column: str, found: Quantities) -> str:
+    """Say how many numbers of a column with units have none."""
+    numbers, units = found
+    if units is None:
+        return ""
+    bare = ~np.isnan(numbers) & (units == "")
+    others = sorted(set(map(str, units[~bare])) - {""})
+    if not bare.any() or not others:
+        return ""
+    return (
+        f"{column}: {int(bare.sum()):,} cells have a number without a unit (such as {numbers[bare][0]:g}), others "
+        f"{', '.join(others)}; if it is one for all, say obs.{column}_unit=={others[0]}"
+    )
 
 
 def said_of_units(frame: pd.DataFrame) -> list[str]:

@@ -579,3 +579,28 @@ def test_cells_of_which_nobody_said_whether_they_are_primary_are_counted(primary
     found = map_obs(pd.DataFrame({"is_primary_data": primary}, index=["a", "b", "c"]), {})
     assert found.frame["is_primary_data"].tolist() == [True, True, False]
     assert found.notes == ["is_primary_data: not said of 1 cells, which count as primary"]
+
+
+@pytest.mark.parametrize(
+    ("given", "days", "said"),
+    [
+        (["day-0", "day-8"], [0, 8], "'day-8' is read as 8, for every word has a hyphen"),
+        (["day-8", "baseline"], [8, np.nan], "'day-8' is read as 8"),
+        (["D-7", "D0", "D7"], [-7, 0, 7], "'D-7' is read as -7, for a hyphen behind a word is a sign where"),
+        (["day -8", "day 0"], [-8, 0], ""),
+        (["-8 days", "3 days"], [-8, 3], ""),
+    ],
+)
+def test_a_hyphen_behind_a_word_joins_where_all_words_have_it_and_is_a_sign_elsewhere(
+    given: list[str], days: list[float], said: str
+) -> None:
+    found = map_obs(pd.DataFrame({"time": given}), {})
+    assert np.array_equal(found.frame["time"], days, equal_nan=True)
+    assert len(found.notes) == bool(said)
+    assert said in "".join(found.notes)
+
+
+def test_a_number_without_a_unit_beside_those_with_one_is_noted() -> None:
+    (note,) = map_obs(pd.DataFrame({"time": ["E14.5", "0"]}), {}).notes
+    assert note.startswith("time: 1 cells have a number without a unit (such as 0), others day; ")
+    assert map_obs(pd.DataFrame({"time": ["E14.5", "0"]}), {"time_unit": "=day"}).notes == []

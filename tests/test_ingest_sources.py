@@ -727,3 +727,41 @@ def test_numbers_of_a_table_that_settings_name_for_obs_are_no_features(tmp_path:
     found = OpenDataset(SourceSettings.model_validate(told), "one").inspect()
     assert found.plan.features["RNA"].feature_id == ["TP53"]
     assert found.obs["batch"].tolist() == ["45", "50"]
+
+
+def test_raw_counts_of_a_modality_are_read_and_x_of_one_that_has_none(tmp_path: Path) -> None:
+    cells = pd.DataFrame(index=["a", "b", "c"])
+    counts = np.array([[1, 0, 4], [0, 2, 0], [3, 0, 7]], np.float32)
+    whole = anndata.AnnData(counts, cells, pd.DataFrame(index=["g0", "g1", "g2"]))
+    genes = anndata.AnnData(np.log1p(counts[:, :2]), cells, pd.DataFrame(index=["g0", "g1"]))
+    genes.raw = whole
+    proteins = anndata.AnnData(counts[:, :2], cells, pd.DataFrame(index=["p0", "p1"]))
+    mudata.MuData({"rna": genes, "adt": proteins}).write(tmp_path / "raw.h5mu")
+    opened = OpenDataset(SourceSettings(uri=str(tmp_path / "raw.h5mu")), "raw")
+    assert opened.check("RNA", 0, 3, 1000).problems[-1] == "other matrices here: layer=raw"
+    opened = OpenDataset(SourceSettings(uri=str(tmp_path / "raw.h5mu"), layer="raw"), "raw")
+    assert opened.block("RNA", 0, 3).toarray().tolist() == counts.tolist()
+    assert opened.block("protein", 0, 3).toarray().tolist() == counts[:, :2].tolist()
+    assert "layer=raw: X is taken of adt, which lacks it" in opened.inspect().notes
+    with pytest.raises(InputRefused, match=r"mod/rna: has no matrix layers/counts; it has layer=raw, X \(no layer\)"):
+        OpenDataset(SourceSettings(uri=str(tmp_path / "raw.h5mu"), layer="counts"), "raw")
+
+
+def test_places_in_a_table_half_precision_and_features_without_a_type_are_read(tmp_path: Path) -> None:
+    cells, names = pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=["g0", "g1", "g2"])
+    counts = np.array([[1, 0, 300], [0, 2, 5]], np.float16)
+    names["feature_types"] = ["Gene Expression", np.nan, np.nan]
+    data = anndata.AnnData(counts, cells, names)
+    data.obsm["spatial"] = pd.DataFrame({"y": [1.5, 2.5], "x": [3.5, 4.5]}, index=cells.index)
+    data.write_h5ad(tmp_path / "one.h5ad")
+    opened = OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5ad")), "one")
+    found = opened.inspect()
+    assert (found.obs["x"].tolist(), found.obs["y"].tolist()) == ([3.5, 4.5], [1.5, 2.5])
+    assert found.sides["obsm_spatial"]["x"].tolist() == [3.5, 4.5]
+    assert opened.block("RNA", 0, 2).toarray().tolist() == counts.tolist()
+    assert "2 features without a type are taken for genes" in found.notes
+    assert not any("left out" in note for note in found.notes)
+    data.obsm["spatial"] = pd.DataFrame({"first": [1.5, 2.5], "second": [3.5, 4.5]}, index=cells.index)
+    data.write_h5ad(tmp_path / "two.h5ad")
+    found = OpenDataset(SourceSettings(uri=str(tmp_path / "two.h5ad")), "two").inspect()
+    assert (found.obs["x"].tolist(), found.obs["y"].tolist()) == ([1.5, 2.5], [3.5, 4.5])

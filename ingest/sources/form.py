@@ -203,8 +203,13 @@ def are_levels(source: SourceSettings, measurement: str) -> bool:
 
 def memory_rows(matrix: Any) -> Rows:
     """Return the rows of a matrix that is in memory."""
-    counts = scipy.sparse.csr_matrix(matrix)
+    counts = scipy.sparse.csr_matrix(single(matrix))
     return lambda start, stop: counts[start:stop]
+
+
+def single(values: Any) -> Any:
+    """Return half-precision numbers, which sparse matrices do not know, in single precision; others as they are."""
+    return values.astype(np.float32) if getattr(values, "dtype", None) == np.float16 else values
 
 
 def level_rows(table: Any) -> Rows:
@@ -226,8 +231,9 @@ def chosen_columns(rows: Rows, columns: NDArray[np.int64], n_all: int) -> Rows:
     return lambda start, stop: rows(start, stop)[:, columns]
 
 
+GENES = "gene expression"
 MEASUREMENT_OF = {
-    "gene expression": "RNA",
+    GENES: "RNA",
     "antibody capture": "protein",
     "peaks": "ATAC",
     "crispr guide capture": "guide",
@@ -236,16 +242,21 @@ MEASUREMENT_OF = {
 
 
 def feature_types_to_measurements(types: pd.Series) -> dict[str, NDArray[np.int64]]:
-    """Split 10x features by their type: measurement to column positions; unknown types are left out."""
-    lowered = types.astype(str).str.lower()
+    """Split 10x features by their type: measurement to column positions; unknown types are left out.
+
+    What has no type is a gene: a table joined from several lacks the types of some.
+    """
+    lowered = types.astype(object).where(types.notna(), GENES).astype(str).str.lower()
     split = {name: np.flatnonzero((lowered == kind).to_numpy()) for kind, name in MEASUREMENT_OF.items()}
     return {name: columns for name, columns in split.items() if len(columns)}
 
 
 def types_left_out(types: pd.Series) -> tuple[str, ...]:
     """Say which features of 10x have no place in the lake."""
-    said = types.astype(str)
+    said = types.dropna().astype(str)
+    nameless = len(types) - len(said)
+    notes = (f"{nameless:,} features without a type are taken for genes",) if 0 < nameless < len(types) else ()
     left = said[~said.str.lower().isin(list(MEASUREMENT_OF))].value_counts()
-    if left.empty or len(said) == left.sum():
-        return ()
-    return (f"features left out: {', '.join(f'{n:,} of type {name!r}' for name, n in left.items())}",)
+    if left.empty or len(types) == left.sum():
+        return notes
+    return (*notes, f"features left out: {', '.join(f'{n:,} of type {str(name)!r}' for name, n in left.items())}")

@@ -27,6 +27,7 @@ from ingest.sources.form import (
     fingerprint,
     level_rows,
     memory_rows,
+    single,
     types_left_out,
     without_query,
 )
@@ -64,7 +65,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     if published:
         notes.append(f"CELLxGENE schema {published}")
         layer = layer or ("raw" if "raw/X" in file else "")
-    var, rows_if = _matrix(file, source, layer)
+    var, rows_if = named_matrix(file, source.uri, layer, [source.uri, fingerprint(source.uri)])
     if "feature_types" in var and source.measurement == "RNA":
         split = feature_types_to_measurements(var["feature_types"]) or {"RNA": np.arange(len(var))}
         notes += types_left_out(var["feature_types"])
@@ -94,7 +95,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         },
         sides=sides,
         notes=tuple(notes),
-        matrices=tuple(name for name in _matrices(file) if name != layer),
+        matrices=tuple(name for name in matrices(file) if name != layer),
     )
 
 
@@ -203,22 +204,31 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _matrix(file: Any, source: SourceSettings, layer: str) -> tuple[pd.DataFrame, Callable[[bool], Rows]]:
-    """Return var, and the rows of its matrix as those of levels or not."""
+def named_matrix(file: Any, where: str, layer: str, identity: list[str]) -> tuple[pd.DataFrame, Callable[[bool], Rows]]:
+    """Return var, and the rows of its matrix as those of levels or not.
+
+    Args:
+        file: An AnnData file, or the group of one.
+        where: What messages call it.
+        layer: Empty for X, ``raw``, or a layer's name.
+        identity: What tells this version of the file from others.
+
+    Raises:
+        InputRefused: It has no such matrix.
+    """
     var_key, key = "var", {"": "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
     if layer == "raw":
         var_key = "raw/var"
         if "raw" not in file and "raw.X" in file:
             var_key, key = "raw.var", "raw.X"
     if key not in file:
-        known = [f"layer={name}" for name in _matrices(file)] + ["X (no layer)"] * ("X" in file)
-        raise InputRefused(f"{source.uri}: has no matrix {key}; it has {', '.join(known) or 'none'}")
-    identity = [source.uri, fingerprint(source.uri)]
-    rows_if = cache(partial(matrix_rows, file[key], f"{source.uri}: {key}", identity))
-    return read_table(file, var_key, source.uri), rows_if
+        known = [f"layer={name}" for name in matrices(file)] + ["X (no layer)"] * ("X" in file)
+        raise InputRefused(f"{where}: has no matrix {key}; it has {', '.join(known) or 'none'}")
+    rows_if = cache(partial(matrix_rows, file[key], f"{where}: {key}", identity))
+    return read_table(file, var_key, where), rows_if
 
 
-def _matrices(file: Any) -> list[str]:
+def matrices(file: Any) -> list[str]:
     """Name the matrices of a file beside X as ``layer`` does."""
     raw = ["raw"] if "raw/X" in file or "raw.X" in file else []
     return [*raw, *(str(name) for name in file.get("layers", ()))]
@@ -238,7 +248,7 @@ def matrix_rows(element: Any, where: str, identity: list[str], levels: bool = Fa
             raise InputRefused(f"{where}: is not a matrix (shape {element.shape})")
         if levels:
             return level_rows(element)
-        return lambda start, stop: scipy.sparse.csr_matrix(element[start:stop])
+        return lambda start, stop: scipy.sparse.csr_matrix(single(element[start:stop]))
     if not hasattr(element, "keys"):
         raise InputRefused(f"{where}: holds no matrix")
     form = str(element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", "")))
@@ -256,7 +266,7 @@ def compressed_rows(element: Any, n_columns: int) -> Rows:
 
     def read_rows(start: int, stop: int) -> scipy.sparse.csr_matrix:
         here = slice(int(indptr[start]), int(indptr[stop]))
-        parts = (element["data"][here], element["indices"][here], indptr[start : stop + 1] - indptr[start])
+        parts = (single(element["data"][here]), element["indices"][here], indptr[start : stop + 1] - indptr[start])
         return scipy.sparse.csr_matrix(parts, shape=(stop - start, n_columns))
 
     return read_rows
@@ -269,7 +279,7 @@ def _columns_first(element: Any) -> Iterator[Coordinates]:
         last = max(first + 1, int(np.searchsorted(indptr, indptr[first] + PART, side="right")) - 1)
         here = slice(int(indptr[first]), int(indptr[last]))
         columns = np.repeat(np.arange(first, last), np.diff(indptr[first : last + 1]))
-        yield element["indices"][here], columns, element["data"][here]
+        yield element["indices"][here], columns, single(element["data"][here])
         first = last
 
 
@@ -296,12 +306,23 @@ def _proteins(file: Any, n_obs: int, source: SourceSettings) -> tuple[dict[str, 
 
 def _with_places(obs: pd.DataFrame, file: Any) -> pd.DataFrame:
     """Add positions in space from ``obsm["spatial"]``, where obs has none."""
+    places = None if {"x", "y"} & set(obs.columns) else _places(file, len(obs))
+    if places is None:
+        return obs
+    x, y = np.asarray(places, np.float64).T
+    return obs.assign(x=x, y=y)
+
+
+def _places(file: Any, n_obs: int) -> Any:
+    """Return the first two columns of ``obsm["spatial"]``, an array or a DataFrame; none where it has no numbers."""
     places: Any = file.get("obsm/spatial")
+    if hasattr(places, "keys"):
+        table = read(places)
+        table = table.select_dtypes("number") if isinstance(table, pd.DataFrame) else pd.DataFrame()
+        chosen = ["x", "y"] if {"x", "y"} <= set(table.columns) else list(table.columns[:2])
+        return table[chosen] if len(table) == n_obs and len(chosen) == 2 else None
     shape: tuple[int, ...] = getattr(places, "shape", ())
-    if len(shape) == 2 and shape[0] == len(obs) and shape[1] >= 2 and not {"x", "y"} & set(obs.columns):
-        x, y = np.asarray(places[:, :2], np.float64).T
-        obs = obs.assign(x=x, y=y)
-    return obs
+    return places[:, :2] if len(shape) == 2 and shape[0] == n_obs and shape[1] >= 2 else None
 
 
 def _left_out(file: Any, kept: Mapping[str, Any], used: str) -> list[str]:
@@ -323,8 +344,12 @@ def _sides(file: Any, n_obs: int, used: str) -> dict[str, Callable[[], pd.DataFr
         shape: tuple[int, ...] = getattr(element, "shape", ())
         if key != used and len(shape) == 2 and shape[0] == n_obs and 0 < shape[1] <= SIDE_COLUMNS:
             tables[f"obsm_{Path(key).name}"] = partial(_numbers, element)
+        elif key == "spatial" and hasattr(element, "keys") and _places(file, n_obs) is not None:
+            tables["obsm_spatial"] = partial(_numbers, element)
     return tables
 
 
 def _numbers(element: Any) -> pd.DataFrame:
-    return pd.DataFrame(element[:]).add_prefix("c")
+    if is_array(element):
+        return pd.DataFrame(element[:]).add_prefix("c")
+    return pd.DataFrame(read(element)).select_dtypes("number").reset_index(drop=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, Rows, SourceDataset, are_levels, content_digest, dataset_name, fingerprint
-from ingest.sources.h5ad import matrix_rows, open_group, read_table
+from ingest.sources.h5ad import matrices, named_matrix, open_group, read_table
 from store.errors import InputRefused
 from store.schema import MEASUREMENT_OF_MODALITY
 
@@ -35,17 +35,19 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     cells_of = {key: read_table(file["mod"][key], "obs", f"{source.uri}: mod/{key}") for key in measurement_of}
     obs = read_table(file, "obs", source.uri)
     obs = obs[np.logical_or.reduce([obs.index.isin(own.index) for own in cells_of.values()])]
+    known = {name: None for key in measurement_of for name in matrices(file["mod"][key])}
+    without = [
+        key for key in measurement_of if source.layer in known and source.layer not in matrices(file["mod"][key])
+    ]
+    x_instead = f"layer={source.layer}: X is taken of {', '.join(without)}, which lacks it" if without else ""
     parts: dict[str, Part] = {}
     identity = [source.uri, fingerprint(source.uri)]
     for key, measurement in measurement_of.items():
         group, own, where = file["mod"][key], cells_of[key], f"{source.uri}: mod/{key}"
         position = own.index.get_indexer(obs.index)
-        var = read_table(group, "var", where)
-        matrix = f"layers/{source.layer}" if source.layer else "X"
-        if matrix not in group:
-            raise InputRefused(f"{where}: has no matrix {matrix}")
-        stored = matrix_rows(group[matrix], f"{where}/{matrix}", identity, are_levels(source, measurement))
-        rows = _placed(stored, position, len(var))
+        layer = "" if key in without else source.layer
+        var, rows_if = named_matrix(group, where, layer, identity)
+        rows = _placed(rows_if(are_levels(source, measurement)), position, len(var))
         parts[measurement] = Part(var, rows, position >= 0)
         fresh = [column for column in own if column not in obs and f"{key}:{column}" not in obs]
         obs = obs.join(own[fresh])
@@ -58,7 +60,8 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts=parts,
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
-        notes=_left_out(file["mod"], measurement_of),
+        notes=(*_left_out(file["mod"], measurement_of), *([x_instead] if x_instead else [])),
+        matrices=tuple(name for name in known if name != source.layer),
     )
 
 
