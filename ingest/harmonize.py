@@ -119,7 +119,7 @@ def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = No
         ids = _rescued(ids, names, old_symbols(hgnc), table, notes)
     unmapped = [name for name, found in zip(names, ids, strict=True) if not found]
     if unmapped:
-        notes.append(_unmapped_note(unmapped, len(names), table, genes, named=standing is names))
+        notes.append(_unmapped_note(unmapped, len(names), table, genes, named=standing == names))
     id_list = [found or name for found, name in zip(ids, standing, strict=True)]
     made = _unique(id_list, names, _known(id_list, table, var), notes, sums)
     return replace(made, mapped=1 - len(unmapped) / max(1, len(names)))
