@@ -16,7 +16,7 @@ from rich.table import Table
 
 from store import command, snapshot, upkeep
 from store.cluster import lazy_ray_tasks
-from store.command import answer, console
+from store.command import answer, console, write
 from store.errors import UsageError, VerificationError
 from store.export import export as export_cells
 from store.lake import Lake, open_lake
@@ -38,7 +38,8 @@ LakeOption = Annotated[str, typer.Option("--lake", help="The lake: a folder or a
 JsonOption = Annotated[bool, typer.Option("--json", help="Answer with one JSON object on stdout.")]
 CommitOption = Annotated[int | None, typer.Option("--commit", help="An earlier commit of the lake, by number.")]
 WorkersOption = Annotated[
-    int | None, typer.Option(help="CPUs of the Ray cluster that is started; 0 builds in this process, without Ray.")
+    int | None,
+    typer.Option(min=0, help="CPUs of the Ray cluster that is started; 0 builds in this process, without Ray."),
 ]
 AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster; left out, one is started if needed.")]
 SpillOption = Annotated[
@@ -400,7 +401,7 @@ def snapshot_card(name: NameArgument, lake: LakeOption = "lake", json: JsonOptio
     if json:
         answer("store-snapshot-card/v1", snapshot=name, card=card)
         return
-    print(card, end="")
+    write(card)
 
 
 @snapshots.command("verify")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job: what was submitted with it, as JSON."""
 TOLD_EVERY_S = 5.0
+ADDRESS = re.compile(r"[a-z]+://.+|\[[0-9a-fA-F:.]+\]:\d+|[^\s:/]+:\d+")
+"""What may be a cluster's: HOST:PORT, or what Ray gives a scheme of its own."""
 
 
 @contextmanager
@@ -35,7 +39,7 @@ def ray_cluster(
 
     Raises:
         StorageError: The cluster does not answer, or none could be started.
-        UsageError: The address is a dashboard's.
+        UsageError: The address is a dashboard's, or none at all.
     """
     import ray
 
@@ -47,18 +51,22 @@ def ray_cluster(
         if address:
             probe(address)
             answers = True
-            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=runtime_env(packages))
+            with _undisturbed():
+                ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=runtime_env(packages))
         else:
             path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=object_store_bytes,
-                log_to_driver=False,
-                logging_level="error",
-                runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}},
-            )
+            with _undisturbed():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=object_store_bytes,
+                    log_to_driver=False,
+                    logging_level="error",
+                    runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}},
+                )
+    except UsageError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         here = f"Ray does not start on this machine: {_first_line(error)}"
         raise StorageError(not_joined(address, error, answers=answers) if address else here) from error
@@ -66,6 +74,37 @@ def ray_cluster(
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back while Ray starts, which crashes on them, and leave the handlers as they were.
+
+    The second is no longer held: Ray may wait for minutes. Who has no handler of SIGTERM gets Ray's.
+    """
+    came: list[int] = []
+
+    def hold(number: int, _frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()
+    held = {one: handler for one, handler in handlers.items() if here and callable(handler)}
+    for one in held:
+        signal.signal(one, hold)
+    try:
+        yield
+    except SystemExit as ended:  # Ray's own handler of SIGTERM, which it has set meanwhile
+        if ended.code != signal.SIGTERM or signal.SIGTERM not in held:
+            raise
+        came.append(signal.SIGTERM)
+    finally:
+        for one, handler in held.items():
+            signal.signal(one, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def _first_line(error: Exception) -> str:
@@ -90,17 +129,24 @@ def cluster_address(address: str | None) -> str | None:
     this machine; "local" starts one whatever ``RAY_ADDRESS`` says.
 
     Raises:
-        UsageError: It is a dashboard's, where jobs are submitted and no driver can join.
+        UsageError: It is a dashboard's, where jobs are submitted and no driver can join, or no address.
     """
     elsewhere = os.environ.get("RAY_ADDRESS") or None
     from_us = address and not (address == "auto" and elsewhere)
     chosen = address if from_us else elsewhere
+    source = "--address" if from_us else "RAY_ADDRESS"
     if chosen and chosen.startswith(("http://", "https://")):
-        raise UsageError(
-            f"{'--address' if from_us else 'RAY_ADDRESS'} is {chosen!r}, a dashboard, where jobs are submitted; give "
-            f"HOST:6379 or auto here, or submit: python infra/jobs.py submit --address {chosen} -- python -m ..."
-        )
+        raise UsageError(f"{source} is {_of_dashboard(chosen, chosen)}")
+    if chosen and chosen not in ("auto", "local") and not ADDRESS.fullmatch(chosen):
+        raise UsageError(f"{source} is {chosen!r}, which names no cluster: give HOST:6379, or auto, or local")
     return None if chosen == "local" else chosen
+
+
+def _of_dashboard(address: str, url: str) -> str:
+    return (
+        f"{address!r}, a dashboard, where jobs are submitted; give HOST:6379 or auto here, or submit: "
+        f"python infra/jobs.py submit --address {url} -- python -m ..."
+    )
 
 
 def refuse_fleeting(**places: str) -> None:
@@ -254,14 +300,28 @@ def _wait_for_one(waiting: list[Any]) -> None:
 
 
 def probe(address: str) -> None:
-    """Fail at once when nobody listens at HOST:PORT: Ray itself would go on trying for ten minutes.
+    """Fail at once when nobody listens at HOST:PORT, or a dashboard: Ray itself would go on trying for minutes.
 
     Raises:
         OSError: Nobody does.
+        UsageError: A dashboard does, where no driver can join.
     """
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdecimal():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except OverflowError as error:
-            raise OSError(str(error)) from None
+    if not host or not port.isdecimal():
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as asked:
+            speaks_http = _speaks_http(asked)
+    except OverflowError as error:
+        raise OSError(str(error)) from None
+    if speaks_http:
+        raise UsageError(f"the address is {_of_dashboard(address, f'http://{host}:{port}')}")
+
+
+def _speaks_http(asked: socket.socket) -> bool:
+    """Say whether who listens answers a request as web servers do; a cluster's head speaks otherwise."""
+    try:
+        asked.sendall(b"GET / HTTP/1.1\r\nHost: ray\r\nConnection: close\r\n\r\n")
+        return asked.recv(5) == b"HTTP/"
+    except OSError:  # it has hung up, or waits for other words
+        return False

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +19,9 @@ import typer
 from encoded import add_dataset
 from typer.testing import CliRunner
 
-from store import command
+from store import cluster, command
 from store.__main__ import app
+from store.errors import StorageError, UsageError
 from store.settings import load_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot, read_card
 from store.writer import LakeWriter
@@ -106,3 +113,111 @@ def test_what_nobody_foresaw_does_not_end_as_if_some_inputs_were_refused(capsys:
             command.run(broken, "broken")
     assert ended.value.code == 70
     assert "KeyError: 'soma_joinid'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
+def test_a_command_that_is_interrupted_or_asked_to_end_says_so_and_ends_with_7(
+    sent: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = typer.Typer()
+    before = signal.getsignal(signal.SIGTERM)
+    left: list[str] = []
+
+    @long.command()
+    def only() -> None:
+        try:
+            signal.raise_signal(sent)
+        finally:
+            left.append("in order")
+
+    monkeypatch.setattr("sys.argv", ["long"])
+    with pytest.raises(SystemExit) as ended:
+        command.run(long, "long")
+    assert (ended.value.code, left) == (7, ["in order"])
+    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
+def test_a_signal_that_comes_while_ray_starts_is_held_back_until_it_has(sent: signal.Signals) -> None:
+    reached: list[str] = []
+
+    def start(*comes: signal.Signals, ends: int | None = None) -> None:
+        reached.clear()
+        with cluster._undisturbed():
+            for one in comes:
+                signal.raise_signal(one)
+                reached.append(one.name)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray puts its own in place
+            if ends is not None:
+                sys.exit(ends)  # as that does
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        start()
+        for words in ({}, {"ends": int(signal.SIGTERM)}):
+            with pytest.raises(KeyboardInterrupt):
+                start(sent, **words)
+            assert reached == [sent.name]
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt):
+            start(sent, sent)
+        assert reached == [sent.name], "the second was held back too"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_answer_that_nobody_reads_or_that_finds_no_room_ends_without_a_traceback(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 60, {"RNA": 30})
+    words = [sys.executable, "-m", "store", "info", "--lake", uri]
+    read, closed = os.pipe()
+    os.close(read)
+    with open("/dev/full", "wb") as full, open(closed, "wb") as pipe:
+        begun = [
+            subprocess.Popen([*words, "--json"], stdout=pipe, stderr=subprocess.PIPE),
+            subprocess.Popen([*words, "--json"], stdout=full, stderr=subprocess.PIPE),
+            subprocess.Popen(words, stdout=subprocess.PIPE, stderr=pipe),
+        ]
+        said = [process.communicate(timeout=120) for process in begun]
+    assert [process.returncode for process in begun] == [command.UNREAD, StorageError.exit_code, command.UNREAD]
+    assert said[0][1] == b""
+    assert said[1][1].startswith(b"StorageError: stdout cannot be written: No space left on device")
+
+
+def test_letters_that_stdout_cannot_write_become_their_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w", encoding="ascii") as ascii_only:
+        monkeypatch.setattr("sys.stdout", ascii_only)
+        command.write("Séance\n")
+        monkeypatch.undo()
+    assert (tmp_path / "out").read_text() == "S\\xe9ance\n"
+
+
+@pytest.mark.parametrize("told", [b"HTTP/1.1 200 OK\r\n\r\n", b"\0\0\x18\4", b""], ids=["web", "gRPC", "hung up"])
+def test_a_driver_that_is_sent_to_a_dashboards_port_is_told_so_at_once(told: bytes) -> None:
+    def reply() -> None:
+        asked, _ = listening.accept()
+        with asked:
+            asked.recv(100)
+            asked.sendall(told)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        answering = threading.Thread(target=reply)
+        answering.start()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        if told.startswith(b"HTTP/"):
+            with pytest.raises(UsageError, match=f"'{address}', a dashboard, .* submit --address http://{address} -- "):
+                cluster.probe(address)
+        else:
+            cluster.probe(address)
+        answering.join()
+
+
+def test_a_number_of_workers_below_0_is_refused_before_a_snapshot_is_begun(tmp_path: Path) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "first", 60, {"RNA": 30})
+    words = ["snapshot", "create", "s", "--lake", uri, "--workers"]
+    assert CliRunner().invoke(app, [*words, "-1"]).exit_code == UsageError.exit_code
+    assert CliRunner().invoke(app, [*words, "0"], catch_exceptions=False).exit_code == 0

@@ -100,6 +100,11 @@ def test_a_driver_joins_what_is_given_then_ray_address_and_else_starts_its_own(m
     for address in (None, "auto"):
         with pytest.raises(UsageError, match=r"RAY_ADDRESS is 'http://head:8265', a dashboard.* or submit: "):
             cluster_address(address)
+    for address in ("nonsense", "127.0.0.1:port", ":6379", "head:6379/x"):
+        with pytest.raises(UsageError, match=f"--address is '{address}', which names no cluster: give HOST:6379"):
+            cluster_address(address)
+    for address in ("[::1]:6379", "ray://head:10001"):
+        assert cluster_address(address) == address
 
 
 def test_a_job_does_not_write_where_ray_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
