@@ -18,9 +18,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import http
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -41,17 +43,23 @@ import ray.exceptions
 from ray.job_submission import JobDetails, JobSubmissionClient
 from rich.table import Table
 
-from store.command import answer, console
+from store.command import UNREAD, answer, console, write
+from store.errors import StorageError
 
 DASHBOARD = "http://127.0.0.1:8265"
 FROM_ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+TO_GIVE = "give --address http://HOST:8265, the URL that 'ray start --head' prints"
 HASHED_BYTES = 16 * 2**20
 """A file that is larger counts by its size in a name, not by its content."""
 CONNECT_S = 5
 LOST_S = 60.0
 """Seconds without an answer of the dashboard after which a job is no longer waited for."""
 STOP_S = 30.0
+PENDING_S = 10.0
+"""Seconds after which a job that has not started is told of; most start in less."""
 SHOWN_CHARACTERS = 120
+ASKED = "resources"
+"""The key of an attempt's metadata under which it keeps what its driver asks for, as JSON."""
 USAGE, UNREACHABLE, STOPPED, INTERRUPTED = 2, 5, 7, 130
 """Exit statuses beside the job's own; the first three mean the same as in ``store.errors``."""
 FAILURES = (OSError, RuntimeError, ValueError, aiohttp.ClientError, ray.exceptions.RayError)
@@ -114,18 +122,18 @@ def connect(address: str | None) -> JobSubmissionClient:
         if not given and from_environment:
             where, given = variable, from_environment
     given = given or DASHBOARD
+    if given == "local":
+        raise Refused(f"{where} is 'local', a cluster for one command, and a job needs one that runs: {TO_GIVE}")
     try:
         _probe(given)
         return JobSubmissionClient(given)
     except FAILURES as error:
-        reason = _first_line(error)
+        reason = _reason(error)
         if "token" in reason and "RAY_AUTH_MODE" not in os.environ:
             said = f"the dashboard at {given!r} asks for a token ({reason}): export RAY_AUTH_MODE=token"
             raise Refused(f"{said}, with the cluster's token in ~/.ray/auth_token", UNREACHABLE) from None
         raise Refused(
-            f"no Ray dashboard answers at {given!r} ({reason}); give --address http://HOST:8265, the URL "
-            f"that 'ray start --head' prints (this one is from {where})",
-            UNREACHABLE,
+            f"no Ray dashboard answers at {given!r} ({reason}); {TO_GIVE} (this one is from {where})", UNREACHABLE
         ) from None
 
 
@@ -139,8 +147,17 @@ def _probe(address: str) -> None:
         socket.create_connection((parts.hostname, port), timeout=CONNECT_S).close()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def _reason(error: BaseException) -> str:
+    """Return what an error says in one line: of a traceback the last, which names it."""
+    first, *more = [line for line in str(error).splitlines() if line.strip(" .")] or [type(error).__name__]
+    before, traceback, _ = first.partition("Traceback (most recent call last):")
+    return (f"{before}{more[-1].strip()}" if traceback and more else first.strip())[:200]
+
+
+def _answered(error: BaseException) -> int:
+    """Return the HTTP status with which the dashboard answered; 0 where it did not."""
+    said = re.match(r"Request failed with status code (\d+)", str(error))  # Ray's client keeps it in the words only
+    return int(said[1]) if said else 0
 
 
 def attempts_of(client: JobSubmissionClient, name: str) -> list[JobDetails]:
@@ -150,8 +167,9 @@ def attempts_of(client: JobSubmissionClient, name: str) -> list[JobDetails]:
 
 
 def attempt(job: JobDetails) -> int:
-    """Return the number of an attempt; 1 for a job that was submitted otherwise."""
-    return int((job.metadata or {}).get("attempt", 1))
+    """Return the number of an attempt; 1 for a job that was submitted otherwise, whatever it says of itself."""
+    told = (job.metadata or {}).get("attempt", "")
+    return int(told) if re.fullmatch(r"[0-9]{1,9}", told) else 1
 
 
 def found(client: JobSubmissionClient, name: str) -> JobDetails:
@@ -181,14 +199,17 @@ def submit(options: argparse.Namespace) -> int:
     name = options.name or name_of(words, folder)
     client = connect(options.address)
     begun = attempts_of(client, name)
-    job, how = (begun[-1], _as_it_stands(begun[-1], again=options.again)) if begun else (None, "")
-    if not how:
+    job, how = (begun[-1], _as_it_stands(begun[-1], options)) if begun else (None, "")
+    if job is not None and how == "replaced":
+        client.stop_job(str(job.submission_id))  # it ends as soon as it would start
+        said = f"job {job.submission_id} has not started, and ends when it does: it asked for other resources"
+        console.print(said, markup=False, soft_wrap=True)
+    if job is None or how in ("", "replaced"):
         job, how = _start(client, name, len(begun) and attempt(begun[-1]), options, folder)
-    assert job is not None
     _say(job, how, options)
     if options.wait and how != "done":
         try:
-            job = wait(client, str(job.submission_id), console.out if options.json else print)
+            job = wait(client, str(job.submission_id), _on_stderr if options.json else write)
         except KeyboardInterrupt:
             console.print(f"job {job.submission_id} goes on", markup=False, soft_wrap=True)
             _say_how_to_follow(job, options)
@@ -198,10 +219,39 @@ def submit(options: argparse.Namespace) -> int:
     return exit_status(job) if options.wait else 0
 
 
-def _as_it_stands(job: JobDetails, *, again: bool) -> str:
-    if not job.status.is_terminal():
-        return "attached"
-    return "done" if job.status == "SUCCEEDED" and not again else ""
+def _as_it_stands(job: JobDetails, options: argparse.Namespace) -> str:
+    """Say what becomes of a submission where there is an attempt: nothing, if another is to be started.
+
+    Raises:
+        Refused: The attempt was at another command, which would be taken for this one.
+    """
+    ended = job.status.is_terminal()
+    if ended and (job.status != "SUCCEEDED" or options.again):
+        return ""
+    if job.entrypoint != shlex.join(options.command):
+        ways = "give another --name, or --again" if ended else "give another --name, or stop it first"
+        command = textwrap.shorten(job.entrypoint, SHOWN_CHARACTERS, placeholder=" ...")
+        raise Refused(f"job {job.submission_id} {'was' if ended else 'is'} `{command}`, another command: {ways}")
+    if ended:
+        return "done"
+    asked = _resources_asked(options)
+    other = (job.metadata or {}).get(ASKED, asked) != asked
+    return "replaced" if job.status == "PENDING" and other else "attached"
+
+
+def _resources_asked(options: argparse.Namespace) -> str:
+    """Return what a driver asks for, as an attempt keeps it; Ray does not tell."""
+    asked = {"CPU": options.cpus, "GPU": options.gpus} | (options.resources or {})
+    return json.dumps({key: value for key, value in asked.items() if value}, sort_keys=True)
+
+
+def _asked(job: JobDetails) -> str:
+    asked = (job.metadata or {}).get(ASKED, "{}")
+    return "" if asked == "{}" else asked
+
+
+def _on_stderr(text: str) -> None:
+    console.out(text, end="")
 
 
 def _start(
@@ -209,12 +259,13 @@ def _start(
 ) -> tuple[JobDetails, str]:
     """Start the next attempt; if somebody else was faster with it, attach to theirs."""
     submission = f"{name}-{last + 1}"
+    _say_pipes(folder)
     try:
         client.submit_job(
             entrypoint=shlex.join(options.command),
             submission_id=submission,
             runtime_env={"working_dir": str(folder)},
-            metadata={"name": name, "attempt": str(last + 1), **_commit(folder)},
+            metadata={"name": name, "attempt": str(last + 1), ASKED: _resources_asked(options), **_commit(folder)},
             entrypoint_num_cpus=options.cpus,
             entrypoint_num_gpus=options.gpus,
             entrypoint_resources=options.resources,
@@ -224,7 +275,25 @@ def _start(
         for job in attempts_of(client, name):
             if job.submission_id == submission:
                 return job, "attached"
-        raise Refused(f"the cluster does not take the job: {_first_line(error)}", UNREACHABLE) from None
+        if _answered(error) == http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise Refused(
+                f"the folder {folder} travels with the job, and is larger than the cluster takes (100 MB as Ray "
+                "ships): name what the job does not need in its .rayignore, or submit from another folder"
+            ) from None
+        raise Refused(f"the cluster does not take the job: {_reason(error)}", UNREACHABLE) from None
+
+
+def _say_pipes(folder: Path) -> None:
+    """Name the pipes in a folder: packing it, Ray reads them, and waits for whoever writes."""
+    for where, _, names in os.walk(folder):
+        for path in (Path(where, name) for name in names):
+            if path.is_fifo():
+                console.print(
+                    f"{path} is a pipe, and packing the folder waits for whoever writes to it: if this does not end, "
+                    "name it in .rayignore, or submit from another folder",
+                    markup=False,
+                    soft_wrap=True,
+                )
 
 
 def _commit(folder: Path) -> dict[str, str]:
@@ -235,9 +304,9 @@ def _commit(folder: Path) -> dict[str, str]:
             done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return ""
-        return done.stdout.strip()
+        return "" if done.returncode else done.stdout.strip()
 
-    commit = git("rev-parse", "HEAD")
+    commit = git("rev-parse", "--verify", "-q", "HEAD")
     changed = bool(commit) and bool(git("status", "--porcelain", "--untracked-files=no"))
     return {"commit": commit + ("+changes" if changed else "")} if commit else {}
 
@@ -259,13 +328,15 @@ def _say_how_to_follow(job: JobDetails, options: argparse.Namespace) -> None:
     console.print(f"follow it: python infra/jobs.py logs {name} --follow{at}", markup=False, soft_wrap=True)
 
 
-def wait(client: JobSubmissionClient, submission: str, show: Callable[..., object]) -> JobDetails:
+def wait(client: JobSubmissionClient, submission: str, show: Callable[[str], object]) -> JobDetails:
     """Show a job's log until it ends, and return what it ended with.
 
     Raises:
-        Refused: The dashboard has not answered for a minute; the job may go on.
+        Refused: The cluster knows no such job any more, its dashboard has not answered for a minute, or the log cannot
+            be shown; but for the first, the job may go on.
     """
     shown, heard = 0, time.monotonic()
+    told_of = heard + PENDING_S
 
     async def tail() -> None:
         nonlocal shown, heard
@@ -275,25 +346,72 @@ def wait(client: JobSubmissionClient, submission: str, show: Callable[..., objec
             fresh = text[max(0, shown - at) :]  # a log that is followed anew comes from its beginning
             at += len(text)
             if fresh:
-                show(fresh, end="")
-                sys.stdout.flush()
+                _shown(fresh, show, submission)
                 shown = at
 
     while True:
+        cut = _failed(lambda: asyncio.run(tail()))
         try:
-            asyncio.run(tail())
             job = client.get_job_info(submission)
-            heard = time.monotonic()
-            if job.status.is_terminal():
-                return job
         except FAILURES as error:
+            if _answered(error) == http.HTTPStatus.NOT_FOUND:
+                raise Refused(
+                    f"the cluster no longer knows job {submission} (its head was restarted): submit it again",
+                    UNREACHABLE,
+                ) from None
             if time.monotonic() - heard > LOST_S:
                 raise Refused(
-                    f"the dashboard has not answered for {LOST_S:g} s ({_first_line(error)}); the job may go on: "
+                    f"the dashboard has not answered for {LOST_S:g} s ({_reason(error)}); the job may go on: "
                     "submit it again to see",
                     UNREACHABLE,
                 ) from None
+        else:
+            heard = time.monotonic()
+            if job.status.is_terminal():
+                if cut or not shown:
+                    _show_rest(client, submission, shown, show)
+                _say_message(job)
+                return job
+            if job.status == "PENDING" and heard > told_of:
+                told_of = math.inf
+                _say_message(job)
         time.sleep(1)
+
+
+def _failed(ask: Callable[[], None]) -> BaseException | None:
+    """Ask the cluster for something that can be asked for again; return what came in between, if anything."""
+    try:
+        ask()
+    except FAILURES as error:
+        return error
+    return None
+
+
+def _show_rest(client: JobSubmissionClient, submission: str, shown: int, show: Callable[[str], object]) -> None:
+    try:
+        rest = client.get_job_logs(submission)[shown:]
+    except FAILURES as error:
+        said = f"the log of job {submission} cannot be shown{' to its end' if shown else ''}: {_reason(error)}"
+        console.print(said, markup=False, soft_wrap=True)
+    else:
+        _shown(rest, show, submission)
+
+
+def _say_message(job: JobDetails) -> None:
+    """Say what Ray says of a job whose command has not run."""
+    if job.status == "PENDING" or (job.status == "FAILED" and job.driver_exit_code is None):
+        asks = f" (its driver asks for {_asked(job)})" if _asked(job) else ""
+        console.print(f"{job.submission_id}: {job.message}{asks}", markup=False, soft_wrap=True)
+
+
+def _shown(text: str, show: Callable[[str], object], submission: str) -> None:
+    """Show a part of a log; what fails there is not the cluster's."""
+    try:
+        show(text)
+    except OSError as error:
+        raise Refused(f"{error}; job {submission} goes on", UNREACHABLE) from None
+    except SystemExit:  # asyncio would drop its tasks for it, and say so
+        raise Refused(f"nobody reads the log any more; job {submission} goes on", UNREAD) from None
 
 
 def exit_status(job: JobDetails) -> int:
@@ -329,9 +447,9 @@ def status(options: argparse.Namespace) -> int:
         command = textwrap.shorten(job.entrypoint, SHOWN_CHARACTERS, placeholder=" ...")
         table.add_row(job.submission_id, _state(job), _clock(job.start_time), _took(job), command, style=_style(job))
     console.print(table)
-    for job in jobs if options.name else ():
-        if job.status == "FAILED" and job.driver_exit_code is None:
-            console.print(f"{job.submission_id}: {job.message}", markup=False, soft_wrap=True)
+    for job in jobs:
+        if options.name or job.status == "PENDING":
+            _say_message(job)
     return 0
 
 
@@ -364,12 +482,12 @@ def logs(options: argparse.Namespace) -> int:
     client = connect(options.address)
     job = found(client, options.name)
     if options.follow:
-        return exit_status(wait(client, str(job.submission_id), print))
+        return exit_status(wait(client, str(job.submission_id), write))
     text = client.get_job_logs(str(job.submission_id))
     if options.json:
         answer("jobs-logs/v1", job=as_json(job), log=text)
     else:
-        print(text, end="")
+        write(text)
     return 0
 
 
@@ -381,6 +499,14 @@ def stop(options: argparse.Namespace) -> int:
     ran = client.stop_job(str(job.submission_id))
     while not (job := client.get_job_info(str(job.submission_id))).status.is_terminal():
         if time.monotonic() > until:
+            if job.status == "PENDING":
+                _say_message(job)
+                raise Refused(
+                    f"job {job.submission_id} has not started; it is told to stop, and ends when it would start, or "
+                    "when Ray gives it up (after 15 minutes as Ray ships); the same command with other --cpus, --gpus "
+                    "or --resources is its next attempt",
+                    1,
+                )
             raise Refused(f"job {job.submission_id} has not stopped within {STOP_S:g} s; look again: status", 1)
         time.sleep(0.2)
     if options.json:
@@ -424,8 +550,8 @@ def _parser() -> argparse.ArgumentParser:
 
     one = verb("submit", submit, "start a job, or attach to it: submit [options] -- COMMAND")
     one.add_argument("--name", type=valid_name, help="the job's name, in place of one made from the command")
-    one.add_argument("--cpus", type=float, help="CPUs for the driver itself; without any it runs on the head")
-    one.add_argument("--gpus", type=float, help="GPUs for the driver itself")
+    one.add_argument("--cpus", type=_amount, help="CPUs for the driver itself; without any it runs on the head")
+    one.add_argument("--gpus", type=_amount, help="GPUs for the driver itself")
     one.add_argument("--resources", type=_resources, help='of your own, for the driver, such as {"big": 1}')
     one.add_argument("--wait", action="store_true", help="show the log, and end with the job's exit status")
     one.add_argument("--again", action="store_true", help="start it also where it has succeeded")
@@ -441,11 +567,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount: a number from 0 on is needed")
+    return value
+
+
 def _resources(text: str) -> dict[str, float]:
     try:
-        return {str(key): float(value) for key, value in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object of numbers, such as " + '{"big": 1}') from None
+        asked = {str(key): _amount(json.dumps(value)) for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError, argparse.ArgumentTypeError):
+        said = f"{text!r} is not a JSON object of numbers from 0 on, such as " + '{"big": 1}'
+        raise argparse.ArgumentTypeError(said) from None
+    for name, option in (("CPU", "--cpus"), ("GPU", "--gpus")):
+        if name in asked:
+            raise argparse.ArgumentTypeError(f"{name} is no resource of your own: say {option} {asked[name]:g}")
+    return asked
 
 
 def main() -> None:
@@ -460,8 +601,11 @@ def main() -> None:
     except Refused as error:
         console.print(f"jobs: {error}", markup=False, soft_wrap=True)
         sys.exit(error.status)
+    except StorageError as error:
+        console.print(f"jobs: {error}", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
     except FAILURES as error:
-        console.print(f"jobs: the cluster's answer is of no use: {_first_line(error)}", markup=False, soft_wrap=True)
+        console.print(f"jobs: the cluster's answer is of no use: {_reason(error)}", markup=False, soft_wrap=True)
         sys.exit(UNREACHABLE)
     except KeyboardInterrupt:
         console.print("not waited for any longer; what runs goes on: python infra/jobs.py status")

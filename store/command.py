@@ -75,9 +75,7 @@ def write(text: str) -> None:
         _let_go(sys.stdout)
         if isinstance(error, BrokenPipeError):
             sys.exit(UNREAD)
-        raise StorageError(
-            f"stdout cannot be written: {error.strerror}; send the answer where there is room"
-        ) from error
+        raise StorageError(f"stdout cannot be written: {error.strerror}; send it where there is room") from error
 
 
 def _let_go(stream: TextIO) -> None:

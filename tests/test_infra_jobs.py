@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import sys
 import time
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,10 +25,11 @@ import pandas as pd
 import psutil
 import pytest
 from ports import free_ports
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 from ray_head import Head, ray_head
 from small_checkpoint import write_checkpoint
 
+from infra import jobs as program
 from infra.jobs import as_json, attempts_of, name_of
 from store.cluster import JOB, cluster_address, refuse_fleeting, runtime_env
 from store.errors import UsageError
@@ -194,6 +196,206 @@ def test_following_a_log_as_json_is_refused_before_a_cluster_is_asked() -> None:
     )
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("jobs: logs --follow shows text as it comes, --json is one object at the end; ")
+
+
+# ---------------------------------------------------------------------- with a client that is none
+class Cluster:
+    """Answers as Ray's client does, from what a test says of it."""
+
+    def __init__(self, *jobs: JobDetails, log: str = "line 1\nline 2\n", fails: str = "") -> None:
+        self.jobs = {str(job.submission_id): job for job in jobs}
+        self.log, self.fails = log, fails
+        self.stopped: list[str] = []
+        self.becomes = "SUCCEEDED"
+
+    def list_jobs(self) -> list[JobDetails]:
+        return list(self.jobs.values())
+
+    def get_job_info(self, submission: str) -> JobDetails:
+        if submission not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: Job {submission} does not exist.")
+        job = self.jobs[submission]
+        self.jobs[submission] = job.model_copy(update={"status": type(job.status)(self.becomes)})
+        return job
+
+    def submit_job(self, *, submission_id: str, entrypoint: str, metadata: dict[str, str], **_: Any) -> None:
+        if self.fails:
+            raise RuntimeError(self.fails)
+        self.jobs[submission_id] = attempt_at(submission_id, entrypoint, "SUCCEEDED", **metadata)
+
+    def stop_job(self, submission: str) -> bool:
+        self.stopped.append(submission)
+        return True
+
+    def get_job_logs(self, _submission: str) -> str:
+        if self.fails:
+            raise RuntimeError(self.fails)
+        return self.log
+
+    async def tail_job_logs(self, submission: str) -> AsyncIterator[str]:
+        if submission not in self.jobs:
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+        if not self.fails:
+            yield self.log
+
+
+def attempt_at(submission: str, command: str, status: str, **metadata: str) -> JobDetails:
+    return JobDetails(
+        type="SUBMISSION",
+        submission_id=submission,
+        entrypoint=command,
+        status=status,
+        message=f"it is {status}",
+        driver_exit_code=0 if status == "SUCCEEDED" else None,
+        metadata={"name": submission.rpartition("-")[0], "attempt": submission.rpartition("-")[2]} | metadata,
+    )
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Run the command line in a folder of its own, and return its status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    def run(cluster: Cluster, *words: str) -> int:
+        monkeypatch.setattr(program, "connect", lambda _: cluster)
+        monkeypatch.setattr("sys.argv", ["jobs.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        return int(ended.value.code or 0)
+
+    yield run
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("verb", [["submit", "--name", "a", "--wait", "--", "one"], ["logs", "a", "--follow"]], ids=str)
+@pytest.mark.parametrize(("gone", "status"), [("closed", 141), ("full", 5)])
+def test_a_log_that_cannot_be_shown_is_no_longer_waited_for(
+    ask: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: list[str],
+    gone: str,
+    status: int,
+) -> None:
+    read, closed = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full, open(closed, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", {"closed": pipe, "full": full}[gone])
+        assert ask(Cluster(attempt_at("a-1", "one", "RUNNING")), *verb) == status
+        assert "job a-1 goes on" in capsys.readouterr().err
+
+
+def test_a_name_is_not_taken_for_that_of_another_command(
+    ask: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for state, again, ways in (("SUCCEEDED", "was", "--again"), ("RUNNING", "is", "stop it first")):
+        cluster = Cluster(attempt_at("a-1", "echo one", state))
+        assert ask(cluster, "submit", "--name", "a", "--", "echo", "two") == 2
+        said = capsys.readouterr().err
+        assert said == f"jobs: job a-1 {again} `echo one`, another command: give another --name, or {ways}\n"
+        assert list(cluster.jobs) == ["a-1"]
+    cluster = Cluster(attempt_at("a-1", "echo one", "SUCCEEDED"), attempt_at("b-1", "echo one", "FAILED"))
+    assert ask(cluster, "submit", "--name", "a", "--again", "--", "echo", "two") == 0
+    assert ask(cluster, "submit", "--name", "b", "--", "echo", "two") == 0, "a command that failed is corrected"
+    assert {"a-2", "b-2"} <= set(cluster.jobs)
+
+
+def test_a_job_that_asks_for_too_much_says_so_and_gives_way_to_one_that_asks_for_less(
+    ask: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = Cluster(attempt_at("a-1", "one", "PENDING", resources='{"CPU": 100.0}'))
+    cluster.becomes = "PENDING"
+    told = 'a-1: it is PENDING (its driver asks for {"CPU": 100.0})\n'
+    assert ask(cluster, "status") == 0
+    assert told in capsys.readouterr().err
+    monkeypatch.setattr(program, "STOP_S", -1)
+    assert ask(cluster, "stop", "a") == 1
+    assert told + "jobs: job a-1 has not started; it is told to stop" in capsys.readouterr().err
+    assert ask(cluster, "submit", "--name", "a", "--cpus", "100", "--", "one") == 0
+    assert "job a-1 is pending already: nothing is started" in capsys.readouterr().err
+    assert cluster.stopped == ["a-1"]
+    assert ask(cluster, "submit", "--name", "a", "--cpus", "1", "--", "one") == 0
+    assert "job a-1 has not started, and ends when it does" in capsys.readouterr().err
+    assert (cluster.stopped, list(cluster.jobs)) == (["a-1", "a-1"], ["a-1", "a-2"])
+
+    monkeypatch.setattr(program, "PENDING_S", -1)
+    waiting = Cluster(attempt_at("a-1", "one", "PENDING", resources='{"CPU": 100.0}'))
+    assert ask(waiting, "logs", "a", "--follow") == 0
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cpus", "-1"], "'-1' is no amount: a number from 0 on is needed"),
+        (["--gpus", "nan"], "'nan' is no amount"),
+        (["--resources", '{"big": -1}'], "is not a JSON object of numbers from 0 on"),
+        (["--resources", '{"big": null}'], "is not a JSON object of numbers from 0 on"),
+        (["--resources", '{"GPU": 2}'], "GPU is no resource of your own: say --gpus 2"),
+    ],
+    ids=str,
+)
+def test_amounts_that_no_cluster_has_are_refused(
+    ask: Callable[..., int], capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert ask(Cluster(), "submit", *words, "--", "one") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_job_of_somebody_else_with_another_idea_of_attempts_is_shown_beside_ours(
+    ask: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = Cluster(attempt_at("a-1", "one", "SUCCEEDED"), attempt_at("foreign-1", "x", "SUCCEEDED", attempt="first"))
+    assert ask(cluster, "status", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["jobs"]
+    assert {job["name"]: job["attempt"] for job in told} == {"a": 1, "foreign": 1}
+    assert ask(cluster, "logs", "a") == 0
+    assert capsys.readouterr().out == cluster.log
+
+
+def test_a_job_that_the_cluster_no_longer_knows_is_no_longer_waited_for(
+    ask: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = Cluster(attempt_at("a-1", "one", "RUNNING"))
+    with pytest.raises(program.Refused, match=r"no longer knows job b-1 \(its head was restarted\): submit it again"):
+        program.wait(cluster, "b-1", print)  # type: ignore[arg-type]
+
+
+def test_a_log_that_the_cluster_cannot_read_is_missed(
+    ask: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = "Request failed with status code 500: Traceback (most recent call last):\n  at x\nUnicodeError: 0xff\n."
+    cluster = Cluster(attempt_at("a-1", "one", "RUNNING"), fails=fails)
+    reason = "Request failed with status code 500: UnicodeError: 0xff\n"
+    assert ask(cluster, "submit", "--name", "a", "--wait", "--", "one") == 0
+    assert capsys.readouterr().err.endswith(f"the log of job a-1 cannot be shown: {reason}")
+    assert ask(cluster, "logs", "a") == 5
+    assert capsys.readouterr().err == f"jobs: the cluster's answer is of no use: {reason}"
+
+
+def test_a_folder_that_cannot_travel_is_named(
+    ask: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    large = Cluster(fails="Request failed with status code 413: Maximum request body size 104857600 exceeded.")
+    assert ask(large, "submit", "--", "one") == 2
+    pipe, refused = capsys.readouterr().err.splitlines()
+    assert pipe.startswith(f"{tmp_path}/pipe is a pipe, and packing the folder waits for whoever writes to it")
+    assert refused.startswith(f"jobs: the folder {tmp_path} travels with the job, and is larger than the cluster takes")
+
+
+def test_a_cluster_for_one_command_takes_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(program.Refused, match="RAY_ADDRESS is 'local', a cluster for one command") as refused:
+        program.connect(None)
+    assert refused.value.status == 2
+
+
+def test_a_checkout_without_a_commit_names_none(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    assert program._commit(tmp_path) == {}
 
 
 # ---------------------------------------------------------------------- on a cluster
