@@ -3,8 +3,8 @@
 Reckons with the costs of ``costs.toml``, measured on one small machine or assumed, and says which; ``--set`` changes
 one. Time of a core is proportional to non-zeros, and so are bytes; what does not grow like that is told below the
 table. For each step the fewest nodes are taken with which it ends within ``--hours``. ``--plan FILE`` takes the model
-from what ``python -m train plan RUN.toml --json`` said, in place of ``--width`` and ``--layers``. ``--json`` answers
-with one JSON object. Prices are examples.
+and its speed from what ``python -m train plan RUN.toml --json`` said, in place of ``--width`` and ``--layers``.
+``--json`` answers with one JSON object. Prices are examples.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from typing import Any
 COSTS = Path(__file__).parent / "costs.toml"
 Values = Mapping[str, float]
 """A number for each cost, by its dotted name."""
+SHARES = ("train.mfu", "serve.http_share", "serve.mfu", "node.efficiency")
+"""Costs that are a part of something, at most all of it."""
+MOST = 1e13
+"""What is asked is below it: beyond, every answer would be a number that nobody reads."""
+OF_THE_PLAN = ("width", "layers", "tokens")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class Ask:
             least = 0 if name in ("datasets", "weights", "operations") else None
             if not math.isfinite(value) or value < 0 or (value == 0 and least is None):
                 raise ValueError(f"{name}={value:g}: a number above 0 is needed")
+            if value >= MOST:
+                raise ValueError(f"{name}={value:g} is too large to reckon with: less than {MOST:g} is needed")
+        if self.datasets > self.cells:
+            raise ValueError(f"datasets={self.datasets:,}: {self.cells:,} cells are in no more datasets than cells")
 
     @property
     def n_datasets(self) -> int:
@@ -190,7 +199,7 @@ def put(costs: Mapping[str, Cost], changes: Sequence[str]) -> dict[str, Cost]:
     """Return the costs with some that the user knows better.
 
     Raises:
-        ValueError: A change names no cost, or has no number above 0.
+        ValueError: A change names no cost, or has no number above 0, or a share above 1.
     """
     found = dict(costs)
     for change in changes:
@@ -205,6 +214,8 @@ def put(costs: Mapping[str, Cost], changes: Sequence[str]) -> dict[str, Cost]:
             value = math.nan
         if not math.isfinite(value) or value <= 0:
             raise ValueError(f"--set {change}: a number above 0 is needed")
+        if name in SHARES and value > 1:
+            raise ValueError(f"--set {change}: a share is at most 1; did you mean {value / 100:g}?")
         found[name] = Cost(value, value, value, False, "said by --set")
     return found
 
@@ -358,8 +369,8 @@ def rows(ask: Ask, found: Size) -> list[tuple[str, str]]:
     ]
 
 
-def report(asks: Sequence[Ask], costs: Mapping[str, Cost]) -> str:
-    """Write a column for each ask, what is not linear, and what all of it rests on."""
+def report(asks: Sequence[Ask], costs: Mapping[str, Cost], warnings: Sequence[str] = ()) -> str:
+    """Write a column for each ask, what is not linear, what all of it rests on, and the plan's warnings."""
     values, first = values_of(costs), asks[0]
     columns = [rows(ask, size(ask, values)) for ask in asks]
     cells = [["cells", *(f"{ask.cells:,}" for ask in asks)]]
@@ -367,6 +378,7 @@ def report(asks: Sequence[Ask], costs: Mapping[str, Cost]) -> str:
     wide = [max(len(row[place]) for row in cells) for place in range(len(asks) + 1)]
     said = ["  ".join(text.ljust(width) for text, width in zip(row, wide, strict=True)).rstrip() for row in cells]
     last = asks[-1]
+    said += ["", *(f"warning of the plan: {one}" for one in warnings)] if warnings else []
     said += ["", "each step has the fewest machines with which it ends in time"]
     said += [f"not in proportion to the cells ({last.cells:,}):"]
     said += [f"- {line}" for line in not_linear(last, size(last, values), values)]
@@ -395,7 +407,7 @@ def _taken_for_granted(ask: Ask) -> list[str]:
     ]
 
 
-def as_json(asks: Sequence[Ask], costs: Mapping[str, Cost]) -> dict[str, Any]:
+def as_json(asks: Sequence[Ask], costs: Mapping[str, Cost], warnings: Sequence[str] = ()) -> dict[str, Any]:
     """Return the same as plain values."""
     values, sizes = values_of(costs), []
     for ask in asks:
@@ -405,7 +417,8 @@ def as_json(asks: Sequence[Ask], costs: Mapping[str, Cost]) -> dict[str, Any]:
             {"ask": asdict(ask), "size": asdict(found), "not_linear": not_linear(ask, found, values)}
             | {"largest_uncertainty": {"cost": name, "money": [low, high]}}
         )
-    return {"schema": "size/v1", "sizes": sizes, "costs": {name: asdict(cost) for name, cost in costs.items()}}
+    told = {name: asdict(cost) for name, cost in costs.items()}
+    return {"schema": "size/v1", "sizes": sizes, "costs": told, "warnings": list(warnings)}
 
 
 def _cells(text: str) -> int:
@@ -424,17 +437,46 @@ def _above_0(value: Any) -> float:
     return value
 
 
-def of_plan(path: Path) -> dict[str, float]:
-    """Take width, weights and operations from what ``python -m train plan --json`` said."""
+@dataclass(frozen=True)
+class Planned:
+    """What a plan says of a model.
+
+    Attributes:
+        model: Fields of an :class:`Ask`.
+        costs: How fast a GPU trains it; empty where steps were timed, on whatever machine that was.
+        warnings: Sentences: what will not work, and what to do.
+    """
+
+    model: Mapping[str, float]
+    costs: Mapping[str, Cost]
+    warnings: Sequence[str]
+
+
+def of_plan(path: Path) -> Planned:
+    """Take a model and its speed from what ``python -m train plan --json`` said.
+
+    Raises:
+        ValueError: It is no plan.
+    """
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
         n_cells = _above_0(plan["cells_per_step"])
-        return {
+        model = {
             "width": _above_0(plan["width"]),
             "weights": _above_0(plan["parameters"]["all"]),
             "operations": _above_0(plan["operations"]) / n_cells,
             "tokens": math.ceil(_above_0(plan["tokens_per_step"]) / n_cells),
         }
+        warnings, costs = [str(one) for one in plan["warnings"]], {}
+        if plan["mfu"] is None:
+            warnings.append("its steps were timed, on whatever machine: hours of a GPU rest on the costs, not on it")
+        else:
+            mfu = _above_0(plan["mfu"])
+            used = _above_0(plan["operations"]) / (_above_0(plan["seconds_per_step"]) * _above_0(plan["workers"]))
+            source = f"as the plan {path.name} takes it, for device {plan['device']}"
+            for name, value in (("train.gpu_operations_s", used / mfu), ("train.mfu", mfu)):
+                costs[name] = Cost(value, value, value, False, source)
+        return Planned(model, costs, warnings)
     except (OSError, KeyError, TypeError, OverflowError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not what python -m train plan RUN.toml --json writes: {error!r}") from None
 
@@ -455,7 +497,8 @@ def main(words: Sequence[str] | None = None) -> int:
         ("rate", float, "cells a second to serve"),
         ("months", float, "for which storage is paid"),
     ):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(Ask, name), help=f"{text} [%(default)s]")
+        taken = f"{text} [{getattr(Ask, name)}]"
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=taken)
     parser.add_argument("--plan", type=Path, help="what python -m train plan RUN.toml --json said")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME.KEY=VALUE", help="a cost that you know better"
@@ -463,17 +506,20 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="answer with one JSON object")
     options = vars(parser.parse_args(words))
     try:
-        costs = put(read_costs(), options.pop("set"))
-        plan, told = options.pop("plan"), options.pop("json")
-        sizes = options.pop("cells")
-        options |= of_plan(plan) if plan else {}
-        asks = [Ask(cells=n_cells, **options) for n_cells in sizes]
-        if options["nonzeros"] > options["genes"]:
+        changes, plan, told, sizes = (options.pop(name) for name in ("set", "plan", "json", "cells"))
+        planned = of_plan(plan) if plan else Planned({}, {}, ())
+        twice = [f"--{name}" for name in OF_THE_PLAN if plan and name in options]
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: {plan} says it; leave one out, or plan that model")
+        costs = put(read_costs() | planned.costs, changes)
+        asks = [Ask(cells=n_cells, **options, **planned.model) for n_cells in sizes]
+        if asks[0].nonzeros > asks[0].genes:
             raise ValueError(
-                f"nonzeros={options['nonzeros']:g}: a cell has no more of them than there are features, "
-                f"genes={options['genes']:g}; say fewer, or more --genes"
+                f"nonzeros={asks[0].nonzeros:g}: a cell has no more of them than there are features, "
+                f"genes={asks[0].genes:g}; say fewer, or more --genes"
             )
-        said = json.dumps(as_json(asks, costs), allow_nan=False) if told else report(asks, costs)
+        warnings = planned.warnings
+        said = json.dumps(as_json(asks, costs, warnings), allow_nan=False) if told else report(asks, costs, warnings)
     except ValueError as error:
         print(f"size: {error}", file=sys.stderr)
         return 2

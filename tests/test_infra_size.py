@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from infra import size
 from train.arithmetic import DEVICES
-from train.estimate import MFU
+from train.estimate import MFU, Plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,6 +120,7 @@ def test_the_gpu_is_that_of_the_plan() -> None:
 def test_every_cost_says_where_it_comes_from() -> None:
     for name, cost in COSTS.items():
         assert len(cost.source) > 10, name
+        assert name not in size.SHARES or cost.high <= 1
         if cost.measured:
             pages = re.findall(r"docs/[\w/.-]+", cost.source)
             assert re.search(r"20\d\d-\d\d-\d\d", cost.source), f"{name}: no date"
@@ -158,9 +160,22 @@ def test_json_holds_what_the_table_does(capsys: pytest.CaptureFixture[str]) -> N
     assert set(answer["costs"]) == set(COSTS)
 
 
+PLAN = {
+    "device": "h200",
+    "width": 256,
+    "workers": 2,
+    "parameters": {"all": 1000},
+    "operations": 4e9,
+    "cells_per_step": 4,
+    "tokens_per_step": 400.0,
+    "seconds_per_step": 0.25,
+    "mfu": 0.5,
+    "warnings": ["precision = 'no': set 'bf16'"],
+}
+
+
 def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = {"width": 256, "parameters": {"all": 1000}, "operations": 4e9, "cells_per_step": 4, "tokens_per_step": 400.0}
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     _, out, _ = told(
         capsys, "--cells", "1e6", "--json", "--plan", str(tmp_path / "plan.json"), "--set", "cpu.half_width=256"
     )
@@ -168,7 +183,44 @@ def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pyte
     assert (found["ask"]["weights"], found["ask"]["operations"], found["ask"]["tokens"]) == (1000, 1e9, 100)
     assert found["ask"]["width"] == 256
     assert found["size"]["train_core_hours"] == pytest.approx(1e6 * 1e9 / (VALUES["cpu.operations_s"] / 2) / 3600)
-    assert found["size"]["train"]["work_hours"] == pytest.approx(1e6 * 1e9 / (989e12 * MFU) / 3600)
+    # four cells take two GPUs a quarter of a second: an eighth of a second of a GPU for each
+    assert found["size"]["train"]["work_hours"] == pytest.approx(1e6 / 8 / 3600)
+
+
+def test_a_plans_speed_and_warnings_are_told_and_what_is_said_of_costs_counts_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    words = ("--cells", "1e6", "--plan", str(tmp_path / "plan.json"))
+    _, out, _ = told(capsys, *words)
+    assert "warning of the plan: precision = 'no': set 'bf16'\n" in out
+    assert "- train.gpu_operations_s = 1.6e+10, assumed: as the plan plan.json takes it, for device h200\n" in out
+    _, out, _ = told(capsys, *words, "--json", "--set", "train.mfu=0.25")
+    answer = json.loads(out)
+    assert answer["warnings"] == PLAN["warnings"]
+    assert answer["sizes"][0]["size"]["train"]["work_hours"] == pytest.approx(2 * 1e6 / 8 / 3600)
+
+
+def test_hours_of_a_gpu_do_not_rest_on_steps_that_were_timed_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN | {"device": "cpu", "mfu": None}))
+    _, out, _ = told(capsys, "--cells", "1e6", "--json", "--plan", str(tmp_path / "plan.json"))
+    answer = json.loads(out)
+    assert answer["warnings"][-1].startswith("its steps were timed")
+    assert answer["sizes"][0]["size"]["train"]["work_hours"] == pytest.approx(1e6 * 1e9 / (989e12 * MFU) / 3600)
+
+
+@pytest.mark.parametrize("option", ["--width", "--layers", "--tokens"])
+def test_what_a_plan_says_is_not_said_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    status, _, err = told(capsys, "--cells", "1e6", "--plan", str(tmp_path / "plan.json"), option, "512")
+    assert status == 2
+    assert err.startswith(f"size: {option}: ")
+
+
+def test_every_plan_says_what_is_read_of_it() -> None:
+    assert PLAN.keys() <= {field.name for field in fields_of(Plan)}
 
 
 @pytest.mark.parametrize(
@@ -181,14 +233,16 @@ def test_a_plan_takes_the_place_of_width_and_layers(tmp_path: Path, capsys: pyte
         {"operations": math.nan},
         {"tokens_per_step": math.inf},
         {"operations": 10**400},
+        {"seconds_per_step": 0},
+        {"workers": "2"},
+        {"mfu": "half"},
     ],
     ids=str,
 )
 def test_a_plan_whose_numbers_are_none_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any]
 ) -> None:
-    plan = {"width": 256, "parameters": {"all": 1000}, "operations": 4e9, "cells_per_step": 4, "tokens_per_step": 400.0}
-    (tmp_path / "plan.json").write_text(json.dumps(plan | changes))
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN | changes))
     status, _, err = told(capsys, "--cells", "1e6", "--plan", str(tmp_path / "plan.json"))
     assert status == 2
     assert "plan.json: not what python -m train plan RUN.toml --json writes: " in err
@@ -209,8 +263,13 @@ def test_a_plan_whose_numbers_are_none_is_refused(
         (["--cells", "1e6", "--set", "train.mfu=much"], "train.mfu=much: a number above 0"),
         (["--cells", "1e6", "--set", "train.mfu=0"], "train.mfu=0: a number above 0"),
         (["--cells", "1e6", "--set", "train.mfu=1e-320"], "the numbers are too large or too small to reckon with"),
-        (["--cells", "1e6", "--nonzeros", "1e300", "--genes", "9" * 301], "too large or too small to reckon with"),
-        (["--cells", "1e6", "--nonzeros", "1e300"], "nonzeros=1e+300: a cell has no more of them than there are"),
+        (["--cells", "1e6", "--nonzeros", "1e12", "--genes", "9" * 301], "too large to reckon with"),
+        (["--cells", "1e6", "--nonzeros", "1e12"], "nonzeros=1e+12: a cell has no more of them than there are"),
+        (["--cells", "1e6", "--rate", "1e300"], "rate=1e+300 is too large to reckon with"),
+        (["--cells", "100", "--datasets", "1000"], "datasets=1,000: 100 cells are in no more datasets than cells"),
+        (["--cells", "1e6", "--set", "train.mfu=40"], "train.mfu=40: a share is at most 1; did you mean 0.4?"),
+        (["--cells", "1e6", "--set", "serve.http_share=2"], "serve.http_share=2: a share is at most 1"),
+        (["--cells", "1e6", "--set", "node.efficiency=7"], "node.efficiency=7: a share is at most 1"),
         (["--cells", "1e6", "--nonzeros", "50000", "--genes", "36000"], "nonzeros=50000: a cell has no more of them"),
         (["--cells", "1e6", "--plan", "nowhere.json"], "nowhere.json: not what python -m train plan"),
     ],

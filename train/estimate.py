@@ -133,6 +133,7 @@ class Plan:
         parameters: Of the model.
         memory: Of one worker.
         cells: Cells of the split, each of which comes once in an epoch.
+        workers: That train.
         cells_per_step: Over all workers.
         steps_per_epoch: Steps until each cell came once.
         tokens_per_step: Features that the encoder sees in a step, over all workers, as metrics.jsonl counts them.
@@ -154,6 +155,7 @@ class Plan:
     parameters: Parameters
     memory: Memory
     cells: int
+    workers: int
     cells_per_step: int
     steps_per_epoch: int
     tokens_per_step: float
@@ -216,6 +218,7 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
         parameters=count_parameters(model),
         memory=memory,
         cells=share.epoch,
+        workers=settings.workers,
         cells_per_step=share.step,
         steps_per_epoch=steps_per_epoch,
         tokens_per_step=seen.tokens * share.step,
