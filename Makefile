@@ -97,5 +97,5 @@ lock:  ## resolve the newest allowed versions into requirements.lock
 	build/lock/bin/python -m pip freeze --exclude somaflow --all | grep -vE '^(pip|setuptools|wheel)==' | sed -E 's/\+cpu$$//' > requirements.lock
 	rm -rf build/lock
 
-clean:  ## remove the environment and what the demo made
+clean:  ## remove the environment, build/ and demo/; lake/, where the demo's cells are, stays
 	rm -rf $(VENV) demo build

@@ -40,21 +40,21 @@ CELLS_PER_REQUEST = 256
 INGEST = """\
 # Three sources of different kinds: simulated cells with knock-outs (RNA, proteins, chromatin), an unperturbed time
 # course as a 10x folder (RNA, antibodies), and 700 real blood cells as an h5ad of log1p values, restored to counts.
-lake = "{lake}"
+lake = {lake}
 
 [[source]]
 uri = "simulated:"
 dataset_id = "knock-outs"
-truth = "{truth}"
+truth = {truth}
 simulation.cells = {cells}
 
 [[source]]
-uri = "{folder}/10x"
+uri = {source}
 dataset_id = "time-course"
 organism = "synthetic_construct"
 
 [[source]]
-uri = "{real}"
+uri = {real}
 dataset_id = "pbmc68k"
 layer = "raw"
 values = "log1p"
@@ -64,9 +64,9 @@ obs.tissue = "=blood"
 
 TRAIN = """\
 # A small model: 2 workers on 2 cores, about a minute.
-lake = "{lake}"
+lake = {lake}
 snapshot = "demo"
-output = "{output}"
+output = {output}
 name = "demo"
 steps = {steps}
 workers = 2
@@ -124,11 +124,11 @@ class Road:
         job = self.write(
             "ingest.toml",
             INGEST.format(
-                lake=self.lake,
+                lake=_quoted(self.lake),
                 cells=n_cells,
-                folder=self.path("source"),
-                real=_real_cells(),
-                truth=self.path("truth"),
+                source=_quoted(self.path("source", "10x")),
+                real=_quoted(_real_cells()),
+                truth=_quoted(self.path("truth")),
             ),
         )
         self.run("2  ingest three sources of different kinds", "ingest", "run", job)
@@ -142,7 +142,8 @@ class Road:
             words = ("snapshot", "create", "demo", "--lake", self.lake, "--set", "seed=1")
             self.run("6  shuffle the lake into a snapshot", "store", *words)
         steps = 60 if self.small else 400
-        recipe = self.write("train.toml", TRAIN.format(lake=self.lake, output=self.path("runs"), steps=steps))
+        filled = TRAIN.format(lake=_quoted(self.lake), output=_quoted(self.path("runs")), steps=steps)
+        recipe = self.write("train.toml", filled)
         self.run("7  train on two workers", "train", recipe)
 
     def serve(self) -> dict[str, Any]:
@@ -239,6 +240,11 @@ class Road:
 
 def _short(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _quoted(path: str) -> str:
+    """Write a path as TOML does, whatever is in it."""
+    return json.dumps(path, ensure_ascii=False)
 
 
 def _targets(rna: anndata.AnnData) -> list[str]:

@@ -7,9 +7,9 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import typer
 from encoded import add_dataset
 from typer.testing import CliRunner
 
+from infra import demo
 from store import cluster, command
 from store.__main__ import app
 from store.errors import StorageError, UsageError
@@ -167,23 +168,36 @@ def test_a_signal_that_comes_while_ray_starts_is_held_back_until_it_has(sent: si
         signal.signal(signal.SIGTERM, before)
 
 
-def test_an_answer_that_nobody_reads_or_that_finds_no_room_ends_without_a_traceback(tmp_path: Path) -> None:
-    uri = str(tmp_path / "lake")
-    with LakeWriter(uri) as writer:
-        add_dataset(writer, "first", 60, {"RNA": 30})
-    words = [sys.executable, "-m", "store", "info", "--lake", uri]
+@pytest.mark.parametrize(
+    ("stream", "goes", "status", "said"),
+    [
+        ("stdout", "nowhere", command.UNREAD, ""),
+        ("stderr", "nowhere", command.UNREAD, ""),
+        ("stdout", "full", StorageError.exit_code, "StorageError: stdout cannot be written: No space left on device"),
+    ],
+)
+def test_what_nobody_reads_or_finds_no_room_ends_a_command_without_a_traceback(
+    stream: str, goes: str, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    telling = typer.Typer()
+
+    @telling.command()
+    def only() -> None:
+        command.console.print("a table")
+        command.answer("only/v1")
+
     read, closed = os.pipe()
     os.close(read)
-    with open("/dev/full", "wb") as full, open(closed, "wb") as pipe:
-        begun = [
-            subprocess.Popen([*words, "--json"], stdout=pipe, stderr=subprocess.PIPE),
-            subprocess.Popen([*words, "--json"], stdout=full, stderr=subprocess.PIPE),
-            subprocess.Popen(words, stdout=subprocess.PIPE, stderr=pipe),
-        ]
-        said = [process.communicate(timeout=120) for process in begun]
-    assert [process.returncode for process in begun] == [command.UNREAD, StorageError.exit_code, command.UNREAD]
-    assert said[0][1] == b""
-    assert said[1][1].startswith(b"StorageError: stdout cannot be written: No space left on device")
+    monkeypatch.setattr("sys.argv", ["telling"])
+    with open("/dev/full", "w") as full, open(closed, "w") as pipe:
+        monkeypatch.setattr(f"sys.{stream}", {"nowhere": pipe, "full": full}[goes])
+        with pytest.raises(SystemExit) as ended:
+            command.run(telling, "telling")
+        command.console.quiet = False
+        assert ended.value.code == status
+        written = capsys.readouterr()
+        assert said in written.err
+        assert "Traceback" not in written.err
 
 
 def test_letters_that_stdout_cannot_write_become_their_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,3 +235,14 @@ def test_a_number_of_workers_below_0_is_refused_before_a_snapshot_is_begun(tmp_p
     words = ["snapshot", "create", "s", "--lake", uri, "--workers"]
     assert CliRunner().invoke(app, [*words, "-1"]).exit_code == UsageError.exit_code
     assert CliRunner().invoke(app, [*words, "0"], catch_exceptions=False).exit_code == 0
+
+
+def test_the_demos_recipes_hold_whatever_its_paths_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, lake = tmp_path / 'q"d\\é', tmp_path / 'l"ake'
+    monkeypatch.setattr(demo.Road, "run", lambda *_: None)
+    road = demo.Road(folder, lake, small=True)
+    road.ingest()
+    road.train()
+    job, run = (tomllib.loads((folder / name).read_text()) for name in ("ingest.toml", "train.toml"))
+    assert (job["lake"], job["source"][1]["uri"]) == (str(lake), str(folder / "source/10x"))
+    assert (run["lake"], run["output"]) == (str(lake), str(folder / "runs"))
