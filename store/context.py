@@ -14,6 +14,7 @@ import tiledb
 import tiledbsoma
 
 from store.errors import StorageError, VerificationError, is_of_memory
+from store.records import s3_endpoint
 
 BUFFER_BYTES = 256 * 2**20
 ORDER_TILES = "sm.query.sparse_global_order.preprocess_tile_merge"
@@ -47,8 +48,7 @@ def tiledb_config() -> dict[str, Any]:
         "vfs.s3.connect_max_tries": 10,
         ORDER_TILES: 0,
     }
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
+    if endpoint := s3_endpoint():
         parts = urlsplit(endpoint)
         config |= {
             "vfs.s3.endpoint_override": parts.netloc,
@@ -66,11 +66,6 @@ def tiledb_config() -> dict[str, Any]:
 
 def _concurrency(threads: int | str) -> dict[str, str]:
     return dict.fromkeys(("sm.compute_concurrency_level", "sm.io_concurrency_level"), str(threads))
-
-
-def is_s3(uri: str) -> bool:
-    """Say whether ``uri`` lies on S3 or a server that speaks its protocol."""
-    return uri.startswith(("s3://", "s3a://"))
 
 
 def soma_context(

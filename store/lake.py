@@ -38,11 +38,18 @@ def refuse_place(uri: str) -> None:
     """Refuse a place that SOMA would take for another one: it reads paths as URIs, and cuts them at some signs.
 
     Raises:
-        UsageError: The path has such a sign.
+        UsageError: The path is such a one, or names no bucket.
     """
     for sign in CUTS:
         if sign in uri:
             raise UsageError(f"{uri}: a lake cannot stand where the path has a {sign!r}; choose a path without it")
+    if records.is_local(uri):
+        return
+    bucket, *folders = uri.partition("://")[2].split("/")
+    if not bucket:
+        raise UsageError(f"{uri}: names no bucket; say s3://BUCKET/PATH")
+    if "" in folders:
+        raise UsageError(f"{uri}: a lake cannot stand where the path has two slashes together; take one away")
 
 
 def create_lake(uri: str) -> None:
@@ -204,9 +211,11 @@ def open_lake(uri: str, commit: int | None = None) -> Lake:
 
     Raises:
         MissingError: There is no lake, or no such commit, or a vacuum has removed what it needs.
-        StorageError: The lake was made by another version of its format.
+        StorageError: The lake was made by another version of its format, or its store does not answer.
+        UsageError: No lake can stand there.
     """
     uri = records.absolute(uri)
+    refuse_place(uri)
     history = catalog.commits(uri)
     if not history:
         raise MissingError(f"{uri}: no lake here; make one with: python -m ingest run SOURCE --lake {uri}")

@@ -13,19 +13,28 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet
+from botocore.exceptions import BotoCoreError, ClientError
 
-from store.errors import StorageError, VerificationError
+from store.errors import SettingsError, StorageError, UsageError, VerificationError
 
 FOLDER = "somaflow"
 MARK = "_mark"
+REMOVED_AT_ONCE = 1000
+"""Keys that S3 removes in one request."""
+ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError)
+"""What a store says of a place that it can look at."""
+FAILURES = (OSError, BotoCoreError, ClientError)
+"""What a disk or a store raises that cannot."""
 
 
 def is_local(uri: str) -> bool:
@@ -33,15 +42,75 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
 
+def is_s3(uri: str) -> bool:
+    """Say whether ``uri`` lies on S3 or a server that speaks its protocol."""
+    return uri.startswith("s3://")
+
+
 def absolute(uri: str | Path) -> str:
-    """Return a local path as an absolute one, without ``..``, for other processes; other URIs lose a last slash."""
-    text = str(uri)
-    return os.path.abspath(text.removeprefix("file://")) if is_local(text) else text.rstrip("/")
+    """Return a local path as an absolute one, without ``..``, for other processes.
+
+    Other URIs lose a last slash, and have their scheme as TileDB knows it: ``S3://`` and ``s3a://`` are ``s3://``.
+    """
+    scheme, sign, rest = str(uri).partition("://")
+    if not sign:
+        return os.path.abspath(uri)
+    scheme = scheme.lower()
+    if scheme == "file":
+        return os.path.abspath(rest)
+    return f"{'s3' if scheme == 's3a' else scheme}://{rest.rstrip('/')}"
+
+
+def s3_endpoint() -> str:
+    """Return the address of the S3 server that the environment names; empty where it names none.
+
+    Raises:
+        SettingsError: It is no address.
+    """
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if endpoint := os.environ.get(name):
+            parts = urlsplit(endpoint)
+            if parts.scheme not in ("http", "https") or not parts.netloc:
+                raise SettingsError(
+                    f"{name}={endpoint!r}: is no address of a server; it begins with http:// or https://"
+                )
+            return endpoint
+    return ""
 
 
 def join(uri: str, *parts: str) -> str:
     """Join path parts below ``uri``."""
     return "/".join([uri.rstrip("/"), *parts])
+
+
+@contextmanager
+def _reached(uri: str, what: str = "read") -> Iterator[tuple[Any, str]]:
+    """Give the file system of ``uri`` and its path there; that it cannot be reached, or refuses, is a StorageError.
+
+    What it says of the place itself, as that nothing stands there, is left to the block.
+    """
+    if is_s3(uri):
+        s3_endpoint()
+    try:
+        yield _split(uri)
+    except (StorageError, *ANSWERS):
+        raise
+    except FAILURES as error:
+        remedy = "check the place and your rights to it"
+        if not is_local(uri):
+            remedy += ", its server (AWS_ENDPOINT_URL) and the credentials of the environment"
+        reason = str(error) or type(error).__name__
+        raise StorageError(f"{uri}: cannot be {what}: {reason}; {remedy}, and run the same command again") from error
+
+
+def _split(uri: str) -> tuple[Any, str]:
+    if "::" in uri:
+        raise UsageError(f"{uri}: fsspec reads '::' as a chain of places; choose a path without it")
+    try:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:  # a protocol that fsspec does not know, or not without a package
+        raise UsageError(f"{uri}: no such kind of place: {error}; say a folder or s3://BUCKET/PATH") from error
+    return filesystem, path
 
 
 def create(uri: str, values: dict[str, Any]) -> bool:
@@ -61,7 +130,7 @@ def create(uri: str, values: dict[str, Any]) -> bool:
         _create_far(uri, data)
     except FileExistsError:
         return (_read(uri) or {}).get(MARK) == mark
-    except OSError as error:
+    except FAILURES as error:
         raise StorageError(f"{uri}: cannot write: {error}; check that the place exists and may be written") from error
     return True
 
@@ -110,14 +179,15 @@ def replace(uri: str, values: dict[str, Any]) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     else:
-        filesystem, path_there = fsspec.core.url_to_fs(uri)
-        filesystem.pipe_file(path_there, data)
+        with _reached(uri, "written") as (filesystem, path_there):
+            filesystem.pipe_file(path_there, data)
 
 
 def read(uri: str) -> dict[str, Any] | None:
     """Read one record; none where there is none.
 
     Raises:
+        StorageError: The store cannot be reached, or refuses.
         VerificationError: It is not whole.
     """
     values = _read(uri)
@@ -129,9 +199,9 @@ def _unmarked(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    filesystem, path = fsspec.core.url_to_fs(uri)
     try:
-        content = filesystem.cat_file(path)
+        with _reached(uri) as (filesystem, path):
+            content = filesystem.cat_file(path)
     except FileNotFoundError:
         return None
     return _parsed(uri, content)
@@ -146,13 +216,17 @@ def _parsed(uri: str, content: bytes) -> dict[str, Any]:
 
 def names(folder: str) -> list[str]:
     """Name what stands in a folder, hidden files left out, in alphabetical order; nothing where there is no folder."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    filesystem.invalidate_cache(path)
+    found = (name.rstrip("/").rsplit("/", 1)[-1] for name in _listed(folder, detail=False))
+    return sorted(name for name in found if not name.startswith("."))
+
+
+def _listed(folder: str, *, detail: bool) -> list[Any]:
     try:
-        found = filesystem.ls(path, detail=False)
+        with _reached(folder) as (filesystem, path):
+            filesystem.invalidate_cache(path)
+            return list(filesystem.ls(path, detail=detail))
     except FileNotFoundError:
         return []
-    return sorted(last for name in found if not (last := name.rstrip("/").rsplit("/", 1)[-1]).startswith("."))
 
 
 def read_all(folder: str) -> list[dict[str, Any]]:
@@ -165,9 +239,9 @@ def read_each(uris: Sequence[str]) -> list[dict[str, Any] | None]:
     """Read records that stand in one place of storage, at the same time; none for each that is not there."""
     if not uris:
         return []
-    filesystem, paths = fsspec.core.url_to_fs(uris[0])[0], [fsspec.core.url_to_fs(uri)[1] for uri in uris]
-    # unlike cat, this takes no path for a pattern
-    found = filesystem.cat_ranges(paths, None, None, on_error="return")
+    with _reached(uris[0]) as (filesystem, _):
+        # unlike cat, this takes no path for a pattern
+        found = filesystem.cat_ranges([_split(uri)[1] for uri in uris], None, None, on_error="return")
     return [_content(uri, content) for uri, content in zip(uris, found, strict=True)]
 
 
@@ -175,66 +249,84 @@ def _content(uri: str, content: bytes | Exception) -> dict[str, Any] | None:
     if isinstance(content, FileNotFoundError):
         return None
     if isinstance(content, Exception):
-        raise content
+        with _reached(uri):
+            raise content
     return _unmarked(_parsed(uri, content))
 
 
 def exists(uri: str) -> bool:
     """Say whether a file or folder stands at ``uri``."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.invalidate_cache()
-    return bool(filesystem.exists(path))
+    with _reached(uri) as (filesystem, path):
+        filesystem.invalidate_cache()
+        return bool(filesystem.exists(path))
 
 
 def remove(uri: str) -> None:
     """Remove a file or a folder with all that is in it; nothing happens where there is none."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    if filesystem.exists(path):
-        filesystem.rm(path, recursive=True)
+    remove_each([uri], files=False)
 
 
 def remove_each(uris: Sequence[str], *, files: bool) -> None:
     """Remove files, or folders with all that is in them, of one place of storage: on S3 a thousand files a request.
 
-    Those that are gone already do not matter.
+    Those that are gone already do not matter. Nothing else goes: no path is taken for a pattern, as fsspec's ``rm``
+    would (``a*b`` is not ``aXb``), and a folder is no beginning of a name (``a`` is not ``ab``).
     """
-    if not uris or is_local(uris[0]):
-        for uri in uris:
-            remove(uri)
+    if not uris:
         return
-    filesystem = fsspec.core.url_to_fs(uris[0])[0]
-    with suppress(FileNotFoundError):
-        filesystem.rm([fsspec.core.url_to_fs(uri)[1] for uri in uris], recursive=not files)
+    with _reached(uris[0], "removed") as (filesystem, _):
+        paths = [_split(uri)[1] for uri in uris]
+        if is_local(uris[0]):
+            for path in filter(filesystem.exists, paths):
+                filesystem.rm(path, recursive=True)  # the only one that takes no patterns
+            return
+        if not files:
+            filesystem.invalidate_cache()
+            paths = [found for path in paths for found in filesystem.find(path)]
+        if is_s3(uris[0]):
+            _remove_keys(filesystem, paths)
+        else:
+            for path in paths:
+                filesystem.rm_file(path)
+
+
+def _remove_keys(filesystem: Any, paths: list[str]) -> None:
+    """Remove objects of one bucket; s3fs's own call is silent about those that S3 refuses to remove."""
+
+    def remove_some(start: int) -> None:
+        some = [filesystem.split_path(path) for path in paths[start : start + REMOVED_AT_ONCE]]
+        told = {"Objects": [{"Key": key} for _, key, _ in some], "Quiet": True}
+        for refused in filesystem.call_s3("delete_objects", Bucket=some[0][0], Delete=told).get("Errors", ()):
+            raise OSError(f"{refused.get('Key')}: {refused.get('Message') or refused.get('Code')}")
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in pool.map(remove_some, range(0, len(paths), REMOVED_AT_ONCE)):
+            pass
+    filesystem.invalidate_cache()
 
 
 def folders(uri: str) -> list[str]:
     """Name the folders in ``uri``, in alphabetical order."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.invalidate_cache(path)
-    try:
-        found = filesystem.ls(path, detail=True)
-    except FileNotFoundError:
-        return []
-    return sorted(item["name"].rstrip("/").rsplit("/", 1)[-1] for item in found if item["type"] == "directory")
+    found = [item["name"] for item in _listed(uri, detail=True) if item["type"] == "directory"]
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
 
 
 def newest(folder: str, ending: str = "") -> dt.datetime | None:
     """Return when the newest file of a folder whose name ends so was written (UTC); none where there is none."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    times = [filesystem.modified(join(path, name)) for name in names(folder) if name.endswith(ending)]
+    with _reached(folder) as (filesystem, path):
+        times = [filesystem.modified(join(path, name)) for name in names(folder) if name.endswith(ending)]
     return max(times, default=None)
 
 
 def write_table(uri: str, table: pa.Table) -> None:
     """Write a Parquet file; one that stands there is replaced."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with filesystem.open(path, "wb") as file:
-        pyarrow.parquet.write_table(table, file)
+    with _reached(uri, "written") as (filesystem, path):
+        filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        with filesystem.open(path, "wb") as file:
+            pyarrow.parquet.write_table(table, file)
 
 
 def read_table(uri: str) -> pa.Table:
     """Read a Parquet file."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    with filesystem.open(path, "rb") as file:
+    with _reached(uri) as (filesystem, path), filesystem.open(path, "rb") as file:
         return pyarrow.parquet.read_table(file)

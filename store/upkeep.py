@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from store import catalog, records
-from store.context import is_s3
 from store.errors import UsageError
 from store.fragments import consolidate as consolidate_array
 from store.fragments import fragments, purge, remove_fragments, remove_older
@@ -75,7 +74,7 @@ def _needed(writer: LakeWriter, since: int) -> set[str]:
 
 
 def _abort_uploads(lake_uri: str) -> int:
-    if not is_s3(lake_uri):
+    if not records.is_s3(lake_uri):
         return 0
     import s3fs
 

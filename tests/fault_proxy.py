@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 
 KINDS = ("500", "503", "reset", "lost reply", "half body")
+CODES = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
+"""Kinds of a reply that is an error, and what S3 calls it."""
 LATE_S = {"slow": 0.2, "stalled": 3.0}
 """Kinds of a reply that comes late, and how late."""
 
@@ -73,8 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         kind = self.server.fault()
         time.sleep(LATE_S.get(kind, 0))
-        if kind in ("500", "503"):
-            code = "SlowDown" if kind == "503" else "InternalError"
+        if code := CODES.get(kind):
             self._answer(int(kind), {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
             return
         if kind == "reset":

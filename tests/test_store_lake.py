@@ -20,7 +20,15 @@ from encoded import add_dataset, encoded_counts, numbered
 
 from store import context, schema
 from store.cluster import RayMetrics
-from store.errors import ConflictError, InputRefused, MissingError, StorageError, UsageError, VerificationError
+from store.errors import (
+    ConflictError,
+    InputRefused,
+    MissingError,
+    SettingsError,
+    StorageError,
+    UsageError,
+    VerificationError,
+)
 from store.export import export
 from store.lake import Lake, create_lake, open_lake
 from store.schema import DatasetPlan, Features
@@ -105,6 +113,34 @@ def test_a_path_that_soma_would_cut_is_refused_before_anything_is_written(tmp_pa
         with pytest.raises(UsageError, match=rf"one\{sign}two: a lake cannot stand where the path has a '\{sign}'"):
             make(uri)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("s3://bucket//lake", "two slashes together"),
+        ("s3://", "names no bucket; say s3://BUCKET/PATH"),
+        ("s3:///lake", "names no bucket"),
+        ("strange://bucket/lake", "no such kind of place: Protocol not known: strange; say a folder or s3://"),
+        ("s3://bucket/a::b", "'::'"),
+        ("a::b", "'::'"),
+    ],
+)
+def test_a_place_where_no_lake_can_stand_is_refused_for_reading_and_writing_alike(
+    place: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ask in (open_lake, create_lake, lambda uri: LakeWriter(uri).__enter__()):
+        with pytest.raises(UsageError, match=told):
+            ask(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_of_s3_without_a_scheme_is_refused_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("127.0.0.1:9000", "localhost:9000", "https://"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        with pytest.raises(SettingsError, match=f"AWS_ENDPOINT_URL='{address}': .* begins with http:// or https://"):
+            open_lake("s3://bucket/lake")
 
 
 def test_metrics_of_a_lake_whose_path_is_not_ascii_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
