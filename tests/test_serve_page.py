@@ -179,6 +179,151 @@ def test_a_dropped_file_is_sent_and_a_wrong_one_is_explained(tab: Tab, tmp_path:
     assert tab.run("document.querySelector('#alert').getAttribute('role')") == "alert"
 
 
+@pytest.fixture
+def strange(tab: Tab, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Cells with odd labels, opened in the page; yields labels to what the list of colours calls them."""
+    counts = np.ones((8, len(GENES)), np.float32)
+    counts[::2, :20] = 30
+    adata = anndata.AnnData(counts)
+    adata.var_names, adata.obs_names = GENES, [f"cell-{i}" for i in range(8)]
+    adata.obs["endless"] = [0.0, 1.0, 2.0, 4.0, np.inf, -np.inf, np.nan, 4.0]
+    adata.obs["beyond"] = [np.inf, -np.inf] * 4
+    adata.obs["long"] = ["a word " * 57, "short"] * 4
+    adata.write_h5ad(tmp_path / "strange.h5ad")
+    root = tab.call("DOM.getDocument")["root"]["nodeId"]
+    field = tab.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
+    tab.call("DOM.setFileInputFiles", nodeId=field, files=[str(tmp_path / "strange.h5ad")])
+    tab.wait(f"document.querySelector('#about').textContent.startsWith('strange.h5ad: 8 cells') && {SHOWN}")
+    yield dict(tab.run("[...document.querySelectorAll('#colour option')].map((one) => [one.textContent, one.value])"))
+    tab.run("document.querySelector('#alert').click()")
+
+
+SHOWN = "window.somaflow.state.view && document.querySelector('#busy').hidden"
+LEGEND = "document.querySelector('#legend').textContent"
+ALERT = "(document.querySelector('#alert').hidden ? '' : document.querySelector('#alert').textContent)"
+
+
+@needs_browser
+@pytest.mark.browser
+def test_numbers_without_end_or_without_any_are_coloured_and_told(tab: Tab, strange: dict[str, str]) -> None:
+    tab.choose("#colour", strange["endless"])
+    assert tab.run(LEGEND) == "endless: 04"  # from the least to the largest that has an end
+    tab.choose("#colour", strange["beyond"])
+    assert tab.run(LEGEND) == "beyond: no cell has a finite number"
+    tab.choose("#colour", "gene")
+    assert tab.run(LEGEND) == "type a gene"
+    tab.click("#gene")
+    tab.type("G3")
+    tab.key("Enter")
+    tab.wait(f"{LEGEND}.startsWith('G3, ')")
+    tab.run("document.querySelector('#gene').value = ''")
+    tab.click("#gene")
+    tab.type("NONE")
+    tab.key("Enter")
+    tab.wait(f"{ALERT}.startsWith('The model does not know the gene NONE; choose')")
+    assert tab.run(LEGEND) == "type a gene"
+
+
+@needs_browser
+@pytest.mark.browser
+def test_the_narrowest_phone_shows_all_with_long_labels_too(tab: Tab, strange: dict[str, str]) -> None:
+    tab.size(320, 640, mobile=True)
+    tab.choose("#colour", strange["long"])
+    tab.run("document.querySelector('#map').focus()")
+    tab.key("a")
+    tab.wait("document.querySelector('#annotation .bars')")
+    assert tab.run("document.documentElement.scrollWidth") <= 320
+    assert tab.run(
+        "[...document.querySelectorAll('#legend button, #legend button span, main input')]"
+        ".every((one) => one.getBoundingClientRect().right <= 320)"
+    )
+    tab.size(1280, 800)
+
+
+@needs_browser
+@pytest.mark.browser
+def test_a_name_with_blanks_and_commas_is_one_target_and_several_may_be_typed_at_once(tab: Tab) -> None:
+    names = ["hydroxyzine, dihydrochloride", "TGFB1 10ng/ml"]
+    tab.run(f"{names}.forEach((name) => window.somaflow.state.known.add(name))")
+    for typed, targets in (
+        (names[0], [names[0]]),
+        (f"{names[1]} + G1", [names[1], "G1"]),
+        ("G1, G2", ["G1", "G2"]),
+        ("G2 G1", ["G2", "G1"]),
+    ):
+        tab.run("window.somaflow.state.targets = []; document.querySelector('#target').value = ''")
+        tab.click("#target")
+        tab.type(typed)
+        tab.key("Enter")
+        assert tab.run("window.somaflow.state.targets") == targets
+    tab.type("G1, G9")
+    tab.key("Enter")
+    assert tab.run(ALERT) == "The model has not seen the target G1, G9; choose one of the list."
+    tab.run("document.querySelector('#target').value = ''; document.querySelector('#alert').click()")
+
+
+@needs_browser
+@pytest.mark.browser
+def test_a_bound_that_is_no_share_is_refused_and_the_one_before_stays(tab: Tab, strange: dict[str, str]) -> None:
+    for typed in ("5", "-1", ""):
+        tab.run(f"document.querySelector('#leastProbability').value = '{typed}'")
+        tab.run("document.querySelector('#leastProbability').dispatchEvent(new Event('change', {bubbles: true}))")
+        assert "takes a number from 0 to 1; it stays at 0.3" in tab.run(ALERT)
+        assert tab.run("document.querySelector('#leastProbability').value") == "0.3"
+
+
+@needs_browser
+@pytest.mark.browser
+def test_cells_that_the_server_let_go_are_opened_again_from_the_message_or_from_the_list(tab: Tab) -> None:
+    for again in ("button", "list"):
+        tab.choose("#dataset", "twelve")
+        tab.wait(f"{SHOWN} && window.somaflow.state.view.n === 12")
+        gone = tab.run("window.somaflow.state.session")
+        # the page has its token for itself, so its own module asks
+        tab.run(f"import('/page/api.js').then(({{ ask }}) => ask('DELETE', '/v1/explore/{gone}'))")
+        tab.run("document.querySelector('#map').focus()")
+        tab.key("a")
+        tab.wait(f"{ALERT}.includes('open them again')")
+        assert tab.run("document.querySelector('#dataset').value") == ""
+        if again == "button":
+            tab.click("#alert button")
+            tab.wait(f"{SHOWN} && window.somaflow.state.session !== '{gone}'")
+            assert tab.run(ALERT) == ""
+
+
+@needs_browser
+@pytest.mark.browser
+def test_who_chooses_faster_than_cells_are_prepared_gets_the_last_that_was_chosen(tab: Tab) -> None:
+    refused = "Network.responseReceived"
+    for _ in range(4):
+        tab.choose("#dataset", "twelve")
+    tab.wait(f"{SHOWN} && window.somaflow.state.opening > 3")
+    tab.run("0")
+    told = [e["params"]["response"] for e in tab.events if e.get("method") == refused]
+    assert [one for one in told if one["status"] == 429 and one["url"].endswith("/v1/explore/dataset")]
+    assert tab.run(ALERT) == ""
+
+
+@needs_browser
+@pytest.mark.browser
+def test_a_token_that_is_none_or_not_known_is_told_apart_from_none_given(tab: Tab) -> None:
+    for typed, told in (
+        ("tok→en", "This is no token: it holds a character that no token has"),
+        ("w" * 30, "The server does not know this token"),
+    ):
+        tab.run("document.querySelector('#tokenForm').hidden = false; document.querySelector('#token').value = ''")
+        tab.click("#token")
+        tab.type(typed)
+        tab.key("Enter")
+        tab.wait(f"{ALERT}.startsWith('{told}')")
+    tab.run("document.querySelector('#token').value = ''")
+    tab.click("#token")
+    tab.type(TOKEN)
+    tab.key("Enter")
+    tab.wait("document.querySelector('#tokenForm').hidden")
+    assert tab.run(ALERT) == ""
+
+
 @needs_browser
 @pytest.mark.browser
 def test_every_field_has_a_name_and_nothing_is_wider_than_a_phone(tab: Tab) -> None:
@@ -194,7 +339,8 @@ def test_every_field_has_a_name_and_nothing_is_wider_than_a_phone(tab: Tab) -> N
 @needs_browser
 @pytest.mark.browser
 def test_the_browser_has_nothing_against_the_page(tab: Tab, url: str) -> None:
-    expected = ("401", "422")  # before the token was typed, and the file that was no file
+    # before the token was typed, the file that was no file, cells that were let go, those chosen too fast
+    expected = ("401", "422", "404", "429")
     assert [one for one in tab.complaints() if not any(status in one for status in expected)] == []
     asked = [e["params"]["request"]["url"] for e in tab.events if e.get("method") == "Network.requestWillBeSent"]
     assert len(asked) > 10

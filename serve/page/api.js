@@ -11,7 +11,15 @@ export class Refused extends Error {
 }
 
 export function useToken(text) {
-  token = text.trim();
+  const given = text.trim();
+  if (!/^[\x20-\x7e]*$/.test(given)) {
+    throw new Refused(0, "This is no token: it holds a character that no token has (tokens are plain ASCII). Copy it again.");
+  }
+  token = given;
+}
+
+export function hasToken() {
+  return token !== "";
 }
 
 export async function ask(method, path, { json, body, type, signal } = {}) {

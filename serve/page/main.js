@@ -1,6 +1,6 @@
 // The page: opens cells, shows them, asks what selected ones are and what a perturbation would do to them.
 
-import { array, ask, Refused, useToken } from "./api.js";
+import { array, ask, hasToken, Refused, useToken } from "./api.js";
 import { bars, changes, make, number, percent, shiftPlot } from "./charts.js";
 import { COLOURED, onTheme, ramp, rgb, theme, word } from "./colours.js";
 import { Scatter } from "./scatter.js";
@@ -9,7 +9,10 @@ const $ = (id) => document.getElementById(id);
 const PAUSE_MS = 400;
 const LONGEST_PAUSE_MS = 3000;
 const UNKNOWN = "unknown";
-const state = { model: null, limits: null, session: null, view: null, selected: [], targets: [], known: new Set(), opening: 0 };
+const state = {
+  model: null, limits: null, session: null, view: null, selected: [], targets: [], known: new Set(), opening: 0,
+  again: null, // opens the cells that are shown once more
+};
 
 const map = begin();
 
@@ -31,9 +34,13 @@ function warn(error) {
   if (error.name === "AbortError") return;
   if (!(error instanceof Refused)) console.error(error);
   if (error.status === 401) $("tokenForm").hidden = false;
-  const text = error.status === 401 ? "This server asks for a token: type it at the top of the page." : error.message;
+  const asks = hasToken() ? "The server does not know this token: check it, and type it again." : "This server asks for a token: type it at the top of the page.";
   const box = $("alert");
-  box.textContent = text;
+  box.replaceChildren(error.status === 401 ? asks : error.message);
+  if (error.status === 404 && state.again) { // the server has let the session go
+    $("dataset").value = ""; // so that the same can be chosen
+    box.append(" ", make("button", { type: "button", onclick: state.again }, "Open again"));
+  }
   box.hidden = false;
   if (error.status === 401) $("token").focus();
 }
@@ -109,14 +116,15 @@ function prefixed(limits) {
 async function open(send, name) {
   const mine = ++state.opening;
   const before = state.session;
+  const wanted = () => mine === state.opening;
   forget();
   busy(`Sending ${name} …`, null);
   try {
     if (before) ask("DELETE", `/v1/explore/${before}`).catch(() => {});
-    let reply = await send();
+    let reply = await patiently(send, wanted);
     let pause = PAUSE_MS;
     while (reply.state !== "ready") {
-      if (mine !== state.opening) return void ask("DELETE", `/v1/explore/${reply.session}`).catch(() => {});
+      if (!wanted()) return void ask("DELETE", `/v1/explore/${reply.session}`).catch(() => {});
       const doing = {
         reading: `Reading ${name} …`,
         embedding: `Embedding ${number(reply.cells)} cells: ${Math.round(100 * reply.share)} %`,
@@ -125,15 +133,17 @@ async function open(send, name) {
       busy(doing, reply.state === "embedding" ? reply.share : null);
       await sleep(pause);
       pause = Math.min(1.2 * pause, LONGEST_PAUSE_MS); // an owner of a token may have few requests
-      reply = await patiently(() => ask("GET", `/v1/explore/${reply.session}`));
+      reply = await patiently(() => ask("GET", `/v1/explore/${reply.session}`), () => true);
     }
-    if (mine !== state.opening) return;
-    show(reply);
+    if (!wanted()) return void ask("DELETE", `/v1/explore/${reply.session}`).catch(() => {});
+    show(reply, name);
+    state.again = () => open(send, name);
     fine();
   } catch (error) {
-    if (mine !== state.opening) return;
+    if (!wanted()) return;
     $("busy").hidden = true;
     $("empty").hidden = false;
+    $("dataset").value = "";
     warn(error);
   }
 }
@@ -142,14 +152,16 @@ function sleep(ms) {
   return new Promise((done) => setTimeout(done, ms));
 }
 
-// Asks again as long as the server says that it is only busy.
-async function patiently(call) {
+// Asks again as long as the server says that it is only busy, and the answer is wanted.
+async function patiently(call, wanted) {
   for (;;) {
     try {
       return await call();
     } catch (error) {
-      if (error.status !== 429) throw error;
+      if (error.status !== 429 || !wanted()) throw error;
+      busy(`Waiting: ${error.message}`, null);
       await sleep(1000 * (error.retryAfterS ?? 1));
+      if (!wanted()) throw error;
     }
   }
 }
@@ -166,7 +178,7 @@ function busy(text, share) {
 }
 
 function forget() {
-  state.session = state.view = null;
+  state.session = state.view = state.again = null;
   for (const id of ["colour", "gene"]) $(id).disabled = true;
   for (const id of ["tools", "legend", "about", "tip"]) $(id).hidden = true;
   $("shift").replaceChildren();
@@ -184,11 +196,11 @@ function openFile(file) {
   open(() => ask("POST", "/v1/explore/h5ad", { body: file, type: "application/x-hdf5" }), file.name);
 }
 
-function show(reply) {
+function show(reply, name) {
   const { view } = reply;
   state.session = reply.session;
   state.view = {
-    ...view, name: reply.name, n: reply.cells, positions: array(view.positions), type: array(view.type),
+    ...view, n: reply.cells, positions: array(view.positions), type: array(view.type),
     probability: array(view.probability), novelty: array(view.novelty_p),
     labels: view.labels.map((label) => ({ ...label, codes: array(label.codes), numbers: array(label.numbers) })),
   };
@@ -211,19 +223,28 @@ function show(reply) {
   const how = view.projection === "umap" ? "UMAP of the model's embeddings" : "Two principal components of the model's embeddings";
   const fitted = view.fitted < reply.cells ? `, fitted to ${number(view.fitted)} of them` : "";
   const known = Object.entries(view.coverage).map(([name, c]) => `${percent(c.share_of_counts)} of the ${name} counts are known to the model`);
-  $("map").setAttribute("aria-label", `Map of ${number(reply.cells)} cells of ${reply.name}`);
-  $("about").textContent = `${[`${reply.name}: ${number(reply.cells)} cells. ${how}${fitted}`, ...known, ...reply.notes].join("; ")}.`;
+  $("map").setAttribute("aria-label", `Map of ${number(reply.cells)} cells of ${name}`);
+  $("about").textContent = `${[`${name}: ${number(reply.cells)} cells. ${how}${fitted}`, ...known, ...reply.notes].join("; ")}.`;
   say(`${number(reply.cells)} cells are shown.`);
 }
 
 // ---------------------------------------------------------------- colours and legend
-function least(id) {
-  const value = Number($(id).value);
-  return value >= 0 && value <= 1 ? value : 0;
+const least = { leastProbability: $("leastProbability").valueAsNumber, leastNovelty: $("leastNovelty").valueAsNumber };
+
+function setLeast({ target }) {
+  const value = target.valueAsNumber;
+  if (!(value >= 0 && value <= 1)) {
+    target.value = least[target.id];
+    return warn(new Refused(422, `“${target.getAttribute("aria-label")}” takes a number from 0 to 1; it stays at ${target.value}.`));
+  }
+  least[target.id] = value;
+  fine();
+  paint();
+  if (state.selected.length) select(state.selected);
 }
 
 function called(view) {
-  const [probability, novelty] = [least("leastProbability"), least("leastNovelty")];
+  const { leastProbability: probability, leastNovelty: novelty } = least;
   const unknown = view.types.length;
   const codes = new Int32Array(view.n);
   for (let i = 0; i < view.n; i++) {
@@ -239,7 +260,7 @@ function paint() {
   if (by === "annotation") return paintWords({ ...called(view), title: "annotation" });
   if (by === "probability") return paintNumbers(view.probability, "probability of the likeliest type", 0, 1);
   if (by === "novelty") return paintNumbers(view.novelty, "novelty p", 0, 1);
-  if (by === "gene") return view.expression ? paintNumbers(view.expression.values, view.expression.title) : paintNumbers(new Float32Array(view.n), "type a gene");
+  if (by === "gene") return view.expression ? paintNumbers(view.expression.values, view.expression.title) : paintNothing("type a gene");
   if (by === "none") return paintNumbers(new Float32Array(view.n).fill(0.6), "cells", 0, 1);
   const label = view.labels[Number(by.split(" ")[1])];
   if (label.values) paintWords({ codes: label.codes, values: label.values, grey: -1, title: label.name });
@@ -267,7 +288,7 @@ function paintWords({ codes, values, grey, title }) {
       swatch.style.background = word(place[code]);
       const all = () => select([...codes.keys()].filter((cell) => codes[cell] === code));
       return make("button", { type: "button", class: "small", title: "Select these cells", onclick: all },
-        swatch, `${values[code] || "not said"} `, make("span", { class: "quiet" }, number(counts[code])));
+        swatch, make("span", { class: "name", title: values[code] }, values[code] || "not said"), " ", make("span", { class: "quiet" }, number(counts[code])));
     }),
     order.length > shown.length ? make("span", { class: "quiet small" }, `and ${order.length - shown.length} more`) : "",
     order.length > COLOURED ? make("span", { class: "quiet small" }, `the ${COLOURED} most frequent have colours`) : "",
@@ -290,10 +311,11 @@ function centres(codes, wanted, values) {
 function paintNumbers(values, title, low, high) {
   const { view } = state;
   if (low === undefined) {
-    const sorted = values.filter((value) => !Number.isNaN(value)).sort();
-    low = sorted.length ? sorted[0] : 0;
-    high = sorted.length ? Math.max(sorted[Math.floor(0.995 * (sorted.length - 1))], low) : 1;
-    if (high === low && sorted.length) high = Math.max(sorted[sorted.length - 1], low + 1e-6);
+    const sorted = values.filter(Number.isFinite).sort();
+    if (!sorted.length) return paintNothing(`${title}: no cell has a finite number`);
+    low = sorted[0];
+    high = Math.max(sorted[Math.floor(0.995 * (sorted.length - 1))], low);
+    if (high === low) high = Math.max(sorted[sorted.length - 1], low + 1e-6);
   }
   const steps = Array.from({ length: 64 }, (_, i) => ramp(i / 63));
   const none = rgb(word(-1));
@@ -313,6 +335,15 @@ function paintNumbers(values, title, low, high) {
   $("legend").replaceChildren(make("span", { class: "small" }, `${title}: `), make("span", { class: "quiet small" }, figure(low)), strip, make("span", { class: "quiet small" }, figure(high)));
 }
 
+function paintNothing(text) {
+  const { view } = state;
+  const [none, colours] = [rgb(word(-1)), new Uint8Array(4 * view.n)];
+  for (let i = 0; i < view.n; i++) colours.set(none, 4 * i);
+  view.hover = () => text;
+  map.paint(colours);
+  $("legend").replaceChildren(make("span", { class: "small" }, text));
+}
+
 async function showGene(name) {
   const session = state.session;
   if (!name.trim() || !session) return;
@@ -325,7 +356,10 @@ async function showGene(name) {
     fine();
     say(`Coloured by ${found.feature_name}.`);
   } catch (error) {
-    warn(error);
+    if (error.status !== 422 || session !== state.session) return warn(error);
+    state.view.expression = null; // not the colours of the gene before under this one's name
+    paint();
+    warn(new Refused(422, `The model does not know the gene ${name.trim()}; choose one of those that the field offers.`));
   }
 }
 
@@ -372,7 +406,7 @@ async function select(cells) {
   }
   annotating = new AbortController();
   try {
-    const options = { top: 5, min_probability: least("leastProbability"), min_novelty_p: least("leastNovelty") };
+    const options = { top: 5, min_probability: least.leastProbability, min_novelty_p: least.leastNovelty };
     const whole = cells.length === state.view.n ? {} : { cells };
     const reply = await ask("POST", `/v1/explore/${state.session}/annotate`, { json: { ...whole, options }, signal: annotating.signal });
     $("annotation").replaceChildren(...annotation(reply));
@@ -415,14 +449,25 @@ function annotation(reply) {
 }
 
 // ---------------------------------------------------------------- perturbations
+// The targets that a text names. A name may hold blanks and commas: what is split least, and known, counts.
+function namedIn(text) {
+  const [whole, ...finer] = [/[+]/, /[+,;]/, /[+,;\s]/].map((sign) => text.split(sign).map((name) => name.trim()).filter(Boolean));
+  return [[text.trim()], whole, ...finer].find((names) => names.every((name) => state.known.has(name))) ?? whole;
+}
+
+// Says whether all that was typed is known.
 function addTarget() {
-  const names = $("target").value.split(/[+,;\s]+/).filter(Boolean);
+  const names = namedIn($("target").value);
   const strange = names.find((name) => !state.known.has(name));
-  if (strange) return warn(new Refused(422, `The model has not seen the target ${strange}; choose one of the list.`));
+  if (strange) {
+    warn(new Refused(422, `The model has not seen the target ${strange}; choose one of the list.`));
+    return false;
+  }
   state.targets = [...new Set([...state.targets, ...names])];
   $("target").value = "";
   fine();
   showTargets();
+  return true;
 }
 
 function showTargets() {
@@ -435,7 +480,7 @@ function showTargets() {
 }
 
 async function predict() {
-  if ($("target").value) addTarget();
+  if ($("target").value && !addTarget()) return;
   if (!state.targets.length || !state.selected.length) return;
   const [session, selected] = [state.session, state.selected];
   $("predict").disabled = true;
@@ -491,7 +536,7 @@ $("gene").addEventListener("input", suggest);
 $("gene").addEventListener("focus", suggest);
 $("gene").addEventListener("change", (event) => showGene(event.target.value));
 for (const id of ["leastProbability", "leastNovelty"]) {
-  $(id).addEventListener("change", () => { paint(); if (state.selected.length) select(state.selected); });
+  $(id).addEventListener("change", setLeast);
 }
 $("lasso").addEventListener("click", () => {
   map.lassoing = !map.lassoing;
@@ -508,7 +553,11 @@ $("target").addEventListener("keydown", (event) => {
 $("perturbForm").addEventListener("submit", (event) => { event.preventDefault(); predict(); });
 $("tokenForm").addEventListener("submit", (event) => {
   event.preventDefault();
-  useToken($("token").value);
+  try {
+    useToken($("token").value);
+  } catch (error) {
+    return warn(error);
+  }
   meet().then(() => { $("tokenForm").hidden = true; say("The token is good."); }, warn);
 });
 $("alert").addEventListener("click", fine);
