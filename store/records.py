@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -287,7 +287,8 @@ def remove_each(uris: Sequence[str], *, files: bool) -> None:
             _remove_keys(filesystem, paths)
         else:
             for path in paths:
-                filesystem.rm_file(path)
+                with suppress(FileNotFoundError):
+                    filesystem.rm_file(path)
 
 
 def _remove_keys(filesystem: Any, paths: list[str]) -> None:
