@@ -116,6 +116,15 @@ def test_what_nobody_foresaw_does_not_end_as_if_some_inputs_were_refused(capsys:
     assert "KeyError: 'soma_joinid'" in capsys.readouterr().err
 
 
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """Shells let what runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
 def test_a_command_that_is_interrupted_or_asked_to_end_says_so_and_ends_with_7(
     sent: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -139,6 +148,7 @@ def test_a_command_that_is_interrupted_or_asked_to_end_says_so_and_ends_with_7(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
 def test_a_signal_that_comes_while_ray_starts_is_held_back_until_it_has(sent: signal.Signals) -> None:
     reached: list[str] = []
