@@ -45,6 +45,7 @@ def tiledb_config() -> dict[str, Any]:
         "soma.init_buffer_bytes": BUFFER_BYTES,
         "sm.mem.reader.sparse_global_order.ratio_array_data": 0.3,
         "sm.mem.malloc_trim": "false",  # giving pages back after each query makes the next one fault them in again
+        "sm.enable_signal_handlers": "false",  # its own crashes on Ctrl-C where a shell lets the process ignore that
         "vfs.s3.connect_max_tries": 10,
         ORDER_TILES: 0,
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -37,6 +40,18 @@ def test_no_read_starts_the_task_that_tiledb_does_not_wait_for() -> None:
     assert tiledb_config()[ORDER_TILES] == 0
     assert soma_context().tiledb_config[ORDER_TILES] == 0
     assert tiledb_context().config()[ORDER_TILES] == "0"
+
+
+def test_ctrl_c_does_no_harm_where_a_shell_lets_a_command_ignore_it(many: str) -> None:
+    script = f"""
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+import tiledbsoma
+from store.context import soma_context
+tiledbsoma.SparseNDArray.open({many!r}, context=soma_context()).close()
+signal.raise_signal(signal.SIGINT)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
 
 
 def test_a_small_budget_is_enough_for_few_fragments_and_for_many_if_they_are_told_of(many: str) -> None:

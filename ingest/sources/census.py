@@ -50,7 +50,7 @@ OWN_TYPE = {pa.large_string(): pd.ArrowDtype(pa.large_string())}
 @lru_cache(maxsize=4)
 def _open(uri: str) -> Any:
     ours = tiledb_config()
-    config = BUFFERS | {key: value for key, value in ours.items() if key.endswith("concurrency_level")}
+    config = BUFFERS | {key: value for key, value in ours.items() if key.endswith(("concurrency_level", "handlers"))}
     if not is_census_name(uri) and not uri.startswith(PUBLIC):  # the client would ask without keys, and in one region
         config |= SIGNED | {key: value for key, value in ours.items() if key.startswith("vfs.s3.")}
     try:
