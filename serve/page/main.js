@@ -346,7 +346,7 @@ function paintNothing(text) {
 
 async function showGene(name) {
   const session = state.session;
-  if (!name.trim() || !session) return;
+  if (!name.trim() || !state.view) return;
   try {
     const found = await ask("GET", `/v1/explore/${session}/expression?${new URLSearchParams({ feature: name.trim(), measurement: measured() })}`);
     if (session !== state.session) return;
@@ -373,7 +373,7 @@ async function suggest() {
   const mine = ++looking;
   const session = state.session;
   await sleep(150);
-  if (mine !== looking || !session) return;
+  if (mine !== looking || session !== state.session || !state.view) return; // cells may have gone meanwhile
   const like = new URLSearchParams({ like: $("gene").value.trim(), measurement: measured(), limit: "12" });
   const found = await ask("GET", `/v1/explore/${session}/features?${like}`).catch(() => ({ features: [] }));
   if (mine !== looking) return;
