@@ -78,7 +78,7 @@ def ray_cluster(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back while Ray starts, which crashes on them, and leave the handlers as they were.
+    """Hold Ctrl-C and SIGTERM back while Ray starts, which SIGTERM would end half-started, and keep the handlers.
 
     The second is no longer held: Ray may wait for minutes. Who has no handler of SIGTERM gets Ray's.
     """

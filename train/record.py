@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from store.errors import InputRefused
 from train.checkpoint import json_values
+
+T = TypeVar("T")
+"""What is taken of a row."""
 
 PARTS = ("data_wait_s", "h2d_s", "forward_backward_s", "optimizer_s", "checkpoint_s")
 """Where the time of a step goes."""
@@ -44,22 +47,34 @@ def iter_metrics(path: Path) -> Iterator[dict[str, float]]:
     Raises:
         InputRefused: A line is damaged.
     """
-    return (row for row, _ in _lines(path))
+    return (row for row, _ in iter_rows(path, _summed))
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, float], int]]:
-    """Yield each whole line's row, and how many bytes it has."""
+def _summed(row: dict[str, Any]) -> dict[str, float]:
+    for key in SUMMED:
+        float(row[key])
+    return row
+
+
+def iter_rows(path: Path, take: Callable[[dict[str, Any]], T]) -> Iterator[tuple[T, int]]:
+    """Yield what is taken of each whole line's row, and how many bytes the line has; a last one may be cut off.
+
+    Args:
+        path: A run's metrics.
+        take: Raises KeyError, TypeError, ValueError or OverflowError where it is no row.
+
+    Raises:
+        InputRefused: A line is damaged.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
-                for key in SUMMED:
-                    float(row[key])
-            except (KeyError, TypeError, ValueError) as error:
+                taken = take(json.loads(line))
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise InputRefused(f"{path}: line {number} is not a step's row: {error}; remove the line") from None
-            yield row, len(line)
+            yield taken, len(line)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -74,7 +89,7 @@ def kept_metrics(path: Path, step: int) -> Iterator[dict[str, float]]:
 
 def _end_of(path: Path, step: int) -> int:
     """Return where the whole lines of the steps up to this one end, in bytes."""
-    return sum(size for _, size in takewhile(lambda line: line[0]["step"] <= step, _lines(path)))
+    return sum(size for _, size in takewhile(lambda line: line[0]["step"] <= step, iter_rows(path, _summed)))
 
 
 def read_summary(folder: Path) -> Summary:

@@ -24,6 +24,7 @@ from store.lake import utc_now
 from train.checkpoint import MANIFEST
 from train.figures import PARTS, SAID, Figures, Row, ratio, seconds_of, summed, table_of
 from train.pictures import COLOURS, loss_picture, mixing_picture, rate_picture, time_picture, token_picture
+from train.record import iter_rows
 from train.settings import RunSettings
 
 LAST_STEPS = 20
@@ -145,19 +146,13 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """Read the rows by the loop's own rule: a last line that was cut off is not there."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                break
-            try:
-                row = json.loads(line)
-                told = {key: float(row[key]) for key in (*SAID, *PARTS) if row.get(key) is not None}
-                yield told | {"step": int(row["step"]), "time": float(row["time"])}
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise InputRefused(f"{path}: line {number} is not a step's row: {error}; remove the line") from None
+    """Read the rows by the loop's own rule; none where no step has ended."""
+    return (row for row, _ in iter_rows(path, _told)) if path.exists() else iter(())
+
+
+def _told(row: dict[str, Any]) -> Row:
+    place = {"step": int(row["step"]), "time": float(row["time"])}
+    return {key: float(row[key]) for key in (*SAID, *PARTS) if row.get(key) is not None} | place
 
 
 def _publish(path: Path, data: bytes) -> None:
