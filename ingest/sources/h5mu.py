@@ -35,10 +35,9 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     cells_of = {key: read_table(file["mod"][key], "obs", f"{source.uri}: mod/{key}") for key in measurement_of}
     obs = read_table(file, "obs", source.uri)
     obs = obs[np.logical_or.reduce([obs.index.isin(own.index) for own in cells_of.values()])]
-    known = {name: None for key in measurement_of for name in matrices(file["mod"][key])}
-    without = [
-        key for key in measurement_of if source.layer in known and source.layer not in matrices(file["mod"][key])
-    ]
+    layers = {key: matrices(file["mod"][key]) for key in measurement_of}
+    known = dict.fromkeys(name for names in layers.values() for name in names)
+    without = [key for key, names in layers.items() if source.layer in known and source.layer not in names]
     x_instead = f"layer={source.layer}: X is taken of {', '.join(without)}, which lacks it" if without else ""
     parts: dict[str, Part] = {}
     identity = [source.uri, fingerprint(source.uri)]
