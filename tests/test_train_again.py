@@ -75,6 +75,15 @@ def test_a_run_that_died_between_its_exports_is_not_done(
     assert _finished(folder, run, wanted)
 
 
+def test_a_run_that_died_before_its_report_has_one_when_it_is_asked_for_again(lake: str, again: Path) -> None:  # noqa: F811
+    page = again / "run/report.html"
+    assert not page.exists()
+    launch(settings(lake, again, steps=8, report=False))
+    assert not page.exists()
+    launch(settings(lake, again, steps=8, report=True))
+    assert "<html" in page.read_text("utf-8")
+
+
 def test_a_run_is_not_made_shorter_than_it_was_trained(lake: str, again: Path) -> None:  # noqa: F811
     for start in (lambda run: Run(run, 1), launch):
         with pytest.raises(ConflictError, match=r"trained to step 8 already, and steps = 6; say 8 or more"):

@@ -110,6 +110,10 @@ def launch(
         on_gpus(settings)  # refuses, before Ray is started, what cannot be here
     if _finished(folder, settings, wanted):
         summary = read_summary(folder)
+        if settings.report and not (folder / "report.html").exists():  # it was stopped after its exports
+            from train.report import write_report  # draws; not needed before
+
+            write_report(folder)
         progress(summary.steps, summary.loss_last)
         return summary
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")

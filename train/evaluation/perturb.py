@@ -22,16 +22,19 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from store.errors import InputRefused
+from train.evaluation import differential
 from train.evaluation.effects import MIN_CELLS, EffectMethod, contexts, halves, profile
 from train.evaluation.folds import UNPERTURBED, Fold
 from train.evaluation.score import REPLICATE, Value, Way
 from train.evaluation.study import Study
+from train.start import log_shares
 
 CONTROL = "non-targeting"
 TOLD_APART, CAPPED, UNCAPPED = "pds_cosine", "expr_mse_unbiased_capped", "expr_mse_unbiased"
-METRICS: dict[str, Way] = {TOLD_APART: "higher", CAPPED: "lower"}
-"""Discrimination (is the predicted effect nearer to its own truth than to others'?), and the squared error, corrected
-for sampling noise. Metrics of differential expression need predicted cells, not profiles."""
+METRICS: dict[str, Way] = {TOLD_APART: "higher", CAPPED: "lower", **differential.METRICS}
+"""Discrimination (is the predicted effect nearer to its own truth than to others'?), the squared error, corrected for
+sampling noise, and fold changes of the features that truly change. Metrics that ask which features a prediction calls
+changed need predicted cells, not profiles."""
 
 LEVEL = 0.9
 SIZE = "size of effects"
@@ -178,7 +181,41 @@ def _measured(
             where = " | ".join(filter(None, (unit, context)))
             undefined = alone and metric == TOLD_APART
             values.append(Value(method, metric, where, seed, math.nan if undefined else value))
+    told = {method: {name: one[name, context] for name in names} for method, one in answers.items()}
+    del told[REPLICATE]
+    hit = {name: here_C & (perturbation_C == name) for name in names}
+    for method, metric, unit, value in _changed(
+        study.measured(measurement), told, hit, plain_C, truth_C, other_C, kept
+    ):
+        values.append(Value(method, metric, " | ".join(filter(None, (unit, context))), seed, value))
     return values
+
+
+def _changed(
+    counts_CG: csr_matrix,
+    told: Mapping[str, Mapping[str, Profile]],
+    hit: Mapping[str, NDArray[np.bool_]],
+    plain_C: NDArray[np.bool_],
+    truth_C: NDArray[np.bool_],
+    other_C: NDArray[np.bool_],
+    kept: NDArray[np.bool_],
+) -> list[tuple[str, str, str, float]]:
+    """Return method, metric, perturbation and value: what is told of the features that change in the true cells."""
+    plain = {half: counts_CG[plain_C & of_C] for half, of_C in (("truth", truth_C), ("other", other_C))}
+    before = {half: profile(part) for half, part in plain.items()}
+    true, again, chance = {}, {}, {}
+    plain_logs = log_shares(plain["truth"])[:, kept]
+    for name, hit_C in hit.items():
+        treated = counts_CG[hit_C & truth_C]
+        true[name] = (profile(treated) - before["truth"])[kept]
+        again[name] = (profile(counts_CG[hit_C & other_C]) - before["other"])[kept]
+        chance[name] = differential.chances(log_shares(treated)[:, kept], plain_logs)
+    effects = {method: {name: (one[name] - before["other"])[kept] for name in hit} for method, one in told.items()}
+    return [
+        (method, *value)
+        for method, effect in {**effects, REPLICATE: again}.items()
+        for value in differential.compared(effect, true, chance)
+    ]
 
 
 def _compared(predicted: Any, truth: Any, *, alone: bool) -> list[tuple[str, str, float]]:

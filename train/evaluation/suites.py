@@ -121,8 +121,9 @@ def translate_suite(
     """Predict one measurement of held-out cells from another; the units are donors, and types of them.
 
     The replicate is the same cells measured again: the target's molecules are dealt to two halves at random (count
-    splitting; Neufeld et al. 2024), of which one is the truth and the other the replicate. Correlations are of each
-    feature over the cells of one type, so that telling types apart earns nothing. Methods that choose something by
+    splitting; Neufeld et al. 2024), of which one is the truth and the other the replicate. Methods are fitted on one
+    half of the target's molecules too: logs of shares depend on how many molecules they are of. Correlations are of
+    each feature over the cells of one type, so that telling types apart earns nothing. Methods that choose something by
     cells that they were not fitted on are given the fold's calibration cells.
     """
     values = []
@@ -131,11 +132,12 @@ def translate_suite(
             test = with_both(study.take(fold.test_C), source, target)
             if test.n_cells < FEWEST_CELLS:
                 continue
-            train = study.take(fold.train_C)
+            train, _ = deal_molecules(study.take(fold.train_C), target, seed)
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
             for method in fitted.values():
                 if isinstance(method, Calibrated):
-                    method.calibrate(with_both(study.take(fold.calibrate_C), source, target))
+                    chosen_by = with_both(study.take(fold.calibrate_C), source, target)
+                    method.calibrate(deal_molecules(chosen_by, target, seed)[0])
             for where, group in units(test, fold, unit):
                 truth, again = deal_molecules(group, target, seed)
                 truth_CH = truth.logs(target).toarray().astype(np.float64)
