@@ -24,6 +24,8 @@ TileDB 2.30 may free what that task still uses when the read has ended: rarely, 
 (docs/decisions/0003). Without it each fragment that a read touches has an equal share of half of TileDB's budget, and
 must get a tile into it.
 """
+EVER = 2**62
+"""A timestamp later than every write: who reads at it sees also what machines wrote whose clock is ahead."""
 SMALL_BYTES = 2**25
 """Tables of up to so many bytes go to S3 a file a request: twice as much fits, and no file of a table is larger."""
 THREADS = "SOMAFLOW_TILEDB_THREADS"
@@ -76,7 +78,7 @@ def soma_context(
     scattered: bool = False,
     written_bytes: int | None = None,
 ) -> tiledbsoma.SOMATileDBContext:
-    """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now).
+    """Return a context that opens objects as they were at ``timestamp_ms`` (none: as they are now by the local clock).
 
     ``budget_bytes`` is what a read may hold before it hands a part over (none: what is fastest). With a small one, say
     ``scattered`` if a read may reach into many fragments: shared out evenly it would not be enough for a tile of each.

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,11 +33,12 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import soma_context, storage
-from store.errors import ConflictError, MissingError, UsageError, VerificationError
+from store.context import EVER, soma_context, storage
+from store.errors import ConflictError, MissingError, StorageError, UsageError, VerificationError
 from store.fragments import FragmentWriter, fragments, merge_footers, remove_fragments
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
+from store.members import enter, members, write_time
 from store.writer import content_digest, read_back
 
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -129,8 +129,7 @@ class Generation:
                     yield self._read(array, joinid_C[start:stop])
 
     def _open(self) -> Any:
-        now = max(int(time.time() * 1000), int((self.manifest or {}).get("timestamp_ms", 0)))
-        return tiledbsoma.SparseNDArray.open(self.array_uri, context=soma_context(now, READ_BYTES, scattered=True))
+        return tiledbsoma.SparseNDArray.open(self.array_uri, context=soma_context(EVER, READ_BYTES, scattered=True))
 
     def _read(self, array: Any, joinid_C: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         embedding_CD = np.full((len(joinid_C), int(self.plan["dimension"])), np.nan, np.float32)
@@ -280,16 +279,20 @@ def make_array(generation: Generation) -> None:
 
 
 def _ensure_obsm(generation: Generation) -> None:
-    context = soma_context()
-    member_uri = generation.obsm_uri.rpartition("/")[0]
-    with tiledbsoma.Measurement.open(member_uri, context=context) as member:
-        if "obsm" in member:
-            return
-    with tiledbsoma.Measurement.open(member_uri, "w", context=context) as member:
-        records.remove(generation.obsm_uri)  # nothing in it was ever entered anywhere
-        tiledbsoma.Collection.create(generation.obsm_uri, context=context).close()
-        obsm = tiledbsoma.Collection.open(generation.obsm_uri, context=context)
-        member.set("obsm", obsm, use_relative_uri=True)
+    member_uri, _, name = generation.obsm_uri.rpartition("/")
+    if name in members(member_uri):
+        return
+    keys = records.folders(_folder(generation.lake_uri, generation.organism))
+    known = [one for key in keys for one in generations(generation.lake_uri, generation.organism, key)]
+    here = [one for one in known if one.obsm_uri == generation.obsm_uri]
+    if made := next((one for one in here if records.read(records.join(one.folder, "array.json")) is not None), None):
+        raise StorageError(
+            f"{member_uri}: does not name {name!r}, and embeddings {made.name} stand there; nothing was removed: bring "
+            "the files of that folder's __group back from a copy of the lake"
+        )
+    records.remove(generation.obsm_uri)  # nothing in it was ever entered anywhere
+    tiledbsoma.Collection.create(generation.obsm_uri, context=soma_context()).close()
+    enter(member_uri, name, name, write_time(member_uri))
 
 
 def block_starts(joinid_C: NDArray[np.int64], cells: int = BLOCK_CELLS) -> NDArray[np.int64]:
@@ -332,7 +335,7 @@ def write_block(
     if not np.isfinite(embedding_CD).all():
         cell = int(joinid_C[~np.isfinite(embedding_CD).all(axis=1)][0])
         raise VerificationError(f"{generation.lake_uri}: the embedding of cell {cell} holds what is no number")
-    timestamp_ms = int(time.time() * 1000)
+    timestamp_ms = write_time(generation.array_uri)
     width = embedding_CD.shape[1]
     columns = np.arange(width, dtype=np.int64)
     with storage(generation.lake_uri), FragmentWriter(generation.array_uri, timestamp_ms) as writer:
@@ -384,7 +387,8 @@ def complete(generation: Generation, said: Mapping[str, Any]) -> dict[str, Any]:
         there = fragments(generation.array_uri)
         remove_fragments(generation.array_uri, [one.name for one in there if one.name not in kept])
         merge_footers(generation.array_uri)
-        with tiledbsoma.SparseNDArray.open(generation.array_uri, "w", context=soma_context()) as array:
+        at = soma_context(write_time(generation.array_uri, manifest["timestamp_ms"]))
+        with tiledbsoma.SparseNDArray.open(generation.array_uri, "w", context=at) as array:
             array.metadata[MANIFEST] = json.dumps(manifest, sort_keys=True)
         _enter(generation)
         records.create(records.join(generation.folder, "manifest.json"), manifest)
@@ -393,19 +397,11 @@ def complete(generation: Generation, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _enter(generation: Generation) -> None:
-    """Make the array the member of ``obsm`` of its name: there is none for an instant where another one was."""
-    context = soma_context()
-    with tiledbsoma.Collection.open(generation.obsm_uri, context=context) as obsm:
-        standing = obsm[generation.key].uri.rstrip("/").rpartition("/")[2] if generation.key in obsm else ""
-    if standing == generation.array_uri.rpartition("/")[2]:
-        return
-    if standing:
-        with tiledbsoma.Collection.open(generation.obsm_uri, "d", context=context) as obsm:
-            del obsm[generation.key]
-        time.sleep(0.01)  # what is entered must be younger than what was taken out
-    with tiledbsoma.Collection.open(generation.obsm_uri, "w", context=context) as obsm:
-        array = tiledbsoma.SparseNDArray.open(generation.array_uri, context=context)
-        obsm.set(generation.key, array, use_relative_uri=True)
+    """Make the array the member of ``obsm`` of its name, in place of the one before."""
+    folder = generation.array_uri.rpartition("/")[2]
+    standing = members(generation.obsm_uri).get(generation.key, "")
+    if standing.rstrip("/").rpartition("/")[2] != folder:
+        enter(generation.obsm_uri, generation.key, folder, write_time(generation.obsm_uri))
 
 
 def forget_old(generation: Generation) -> None:

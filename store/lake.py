@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import datetime as dt
-import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -24,6 +23,7 @@ from store import catalog, records, schema
 from store.catalog import Commit
 from store.context import read_parts, reading, soma_context
 from store.errors import ConflictError, MissingError, StorageError, UsageError
+from store.members import enter, members, newest_stamp, write_time
 
 CUTS = "#?;"
 """Signs behind which SOMA does not read a path on."""
@@ -66,6 +66,13 @@ def create_lake(uri: str) -> None:
     marker = records.join(uri, records.FOLDER, "lake.json")
     if records.read(marker) is not None:
         return
+    if not catalog.commits(uri):
+        _create_empty(uri)
+    records.create(marker, {"format": catalog.FORMAT, "created": utc_now()})
+
+
+def _create_empty(uri: str) -> None:
+    """Make the collections of a lake that has no commit yet, and the first commit."""
     begun = records.join(uri, records.FOLDER, "begun.json")
     if records.read(begun) is not None:
         for member in ("census_info", "census_data", "__group", "__meta", "__tiledb_group.tdb"):
@@ -74,10 +81,7 @@ def create_lake(uri: str) -> None:
         raise ConflictError(f"{uri}: holds something that is not a lake; choose an empty place")
     records.create(begun, {"format": catalog.FORMAT})
     _create_collections(uri)
-    first = Commit(number=0, timestamp_ms=int(time.time() * 1000), parent="", created=utc_now())
-    if not catalog.commits(uri):
-        catalog.create_commit(uri, first)
-    records.create(marker, {"format": catalog.FORMAT, "created": first.created})
+    catalog.create_commit(uri, Commit(number=0, timestamp_ms=write_time(uri), parent="", created=utc_now()))
 
 
 def _holds_files(uri: str) -> bool:
@@ -105,48 +109,71 @@ def _create_collections(uri: str) -> None:
             )
 
 
-def ensure_measurement(uri: str, organism: str, measurement: str, layer: str = "raw") -> None:
+def ensure_measurement(uri: str, organism: str, measurement: str, layer: str, *, after_ms: int) -> int:
     """Make the organism's experiment, its measurement and the layer of its X where they are missing.
 
     A member that a killed process made but did not enter in its group is removed and made anew: nothing can have
-    been committed to it.
+    been committed to it. It is entered after ``after_ms``, so that readers of earlier commits do not see it.
+
+    Returns:
+        The timestamp from which on all three are seen: a commit to them must not be earlier.
+
+    Raises:
+        StorageError: One that is not entered in its group is not new: a commit or a plan names it.
     """
-    context = soma_context()
-    organism_uri = records.join(uri, "census_data", organism)
-    with tiledbsoma.Collection.open(records.join(uri, "census_data"), "w", context=context) as data:
-        if organism not in data:
-            records.remove(organism_uri)
-            with tiledbsoma.Experiment.create(organism_uri, context=context) as experiment:
-                experiment.add_new_dataframe(
-                    "obs",
-                    schema=schema.OBS_SCHEMA,
-                    index_column_names=["soma_joinid"],
-                    domain=[(0, schema.CELL_CAPACITY - 1)],
-                    platform_config=schema.table_options(schema.OBS_SCHEMA),
-                )
-                presence = schema.MEASUREMENT_PRESENCE
-                experiment.add_new_dataframe(
-                    "obs_measurement_presence",
-                    schema=presence,
-                    index_column_names=["soma_joinid"],
-                    domain=[(0, schema.CELL_CAPACITY - 1)],
-                    platform_config=schema.table_options(presence),
-                )
-                experiment.add_new_collection("ms")
-            data.set(organism, tiledbsoma.Experiment.open(organism_uri, context=context), use_relative_uri=True)
-    ms_uri = records.join(organism_uri, "ms")
-    with tiledbsoma.Collection.open(ms_uri, "w", context=context) as ms:
-        if measurement not in ms:
-            member_uri = records.join(ms_uri, measurement)
+    data_uri = records.join(uri, "census_data")
+    ms_uri = records.join(data_uri, organism, "ms")
+    layers_uri = records.join(ms_uri, measurement, "X")
+    names = (organism, measurement, layer)
+    for depth, group_uri in enumerate((data_uri, ms_uri, layers_uri)):
+        if (name := names[depth]) not in members(group_uri):
+            _refuse_loss(uri, names[: depth + 1], group_uri)
+            member_uri = records.join(group_uri, name)
             records.remove(member_uri)
-            _create_measurement(member_uri, measurement)
-            ms.set(measurement, tiledbsoma.Measurement.open(member_uri, context=context), use_relative_uri=True)
-    with tiledbsoma.Collection.open(records.join(ms_uri, measurement, "X"), "w", context=context) as layers:
-        if layer not in layers:
-            layer_uri = records.join(ms_uri, measurement, "X", layer)
-            records.remove(layer_uri)
-            _create_layer(layer_uri, measurement)
-            layers.set(layer, tiledbsoma.SparseNDArray.open(layer_uri, context=context), use_relative_uri=True)
+            if depth == 0:
+                _create_experiment(member_uri)
+            elif depth == 1:
+                _create_measurement(member_uri, measurement)
+            else:
+                _create_layer(member_uri, measurement)
+            enter(group_uri, name, name, write_time(group_uri, after_ms))
+    return max(newest_stamp(group_uri) for group_uri in (data_uri, ms_uri, layers_uri))
+
+
+def _refuse_loss(uri: str, names: tuple[str, ...], group_uri: str) -> None:
+    """Refuse to make a member anew, given by organism, measurement and layer as far as it goes, that is not new.
+
+    Raises:
+        StorageError: A commit has counts in it, or a plan or names of features say that it was made.
+    """
+    organism, *inside = names
+    held: set[tuple[str, ...]] = {
+        (commit.dataset["organism"], measurement, content.layer)
+        for commit in catalog.commits(uri)
+        for measurement, content in commit.content.items()
+    }
+    if not inside:
+        held |= {(plan.organism,) for plan in catalog.plans(uri)}
+    elif len(inside) == 1 and catalog.FeatureNames(uri, organism, inside[0]).rows:
+        held.add(names)
+    if any(one[: len(names)] == names for one in held):
+        raise StorageError(
+            f"{group_uri}: does not name {names[-1]!r}, and datasets of {'/'.join(names)} were committed or begun; "
+            "nothing was removed: bring the files of that folder's __group back from a copy of the lake"
+        )
+
+
+def _create_experiment(uri: str) -> None:
+    with tiledbsoma.Experiment.create(uri, context=soma_context()) as experiment:
+        for name, columns in (("obs", schema.OBS_SCHEMA), ("obs_measurement_presence", schema.MEASUREMENT_PRESENCE)):
+            experiment.add_new_dataframe(
+                name,
+                schema=columns,
+                index_column_names=["soma_joinid"],
+                domain=[(0, schema.CELL_CAPACITY - 1)],
+                platform_config=schema.table_options(columns),
+            )
+        experiment.add_new_collection("ms")
 
 
 def _create_layer(uri: str, measurement: str) -> None:
@@ -181,10 +208,10 @@ def _create_measurement(uri: str, measurement: str) -> None:
 def table_uris(uri: str) -> list[str]:
     """Return the arrays of a lake that every commit writes to: all but the layers of X."""
     found = [records.join(uri, "census_info", name) for name in schema.INFO_SCHEMAS]
-    for organism in _entered(uri, "census_data"):
+    for organism in sorted(members(records.join(uri, "census_data"))):
         experiment = records.join(uri, "census_data", organism)
         found += [records.join(experiment, name) for name in ("obs", "obs_measurement_presence")]
-        for measurement in _entered(uri, "census_data", organism, "ms"):
+        for measurement in sorted(members(records.join(experiment, "ms"))):
             member = records.join(experiment, "ms", measurement)
             found += [records.join(member, name) for name in ("var", "feature_dataset_presence_matrix")]
     return found
@@ -193,17 +220,13 @@ def table_uris(uri: str) -> list[str]:
 def layer_uris(uri: str) -> list[str]:
     """Return all layers of X of a lake."""
     return [
-        records.join(uri, "census_data", organism, "ms", measurement, "X", layer)
-        for organism in _entered(uri, "census_data")
-        for measurement in _entered(uri, "census_data", organism, "ms")
-        for layer in _entered(uri, "census_data", organism, "ms", measurement, "X")
+        records.join(layers_uri, layer)
+        for organism in sorted(members(records.join(uri, "census_data")))
+        for ms_uri in [records.join(uri, "census_data", organism, "ms")]
+        for measurement in sorted(members(ms_uri))
+        for layers_uri in [records.join(ms_uri, measurement, "X")]
+        for layer in sorted(members(layers_uri))
     ]
-
-
-def _entered(uri: str, *parts: str) -> list[str]:
-    """Name the members of a group."""
-    with tiledbsoma.Collection.open(records.join(uri, *parts), context=soma_context()) as group:
-        return sorted(group.keys())
 
 
 def open_lake(uri: str, commit: int | None = None) -> Lake:

@@ -23,7 +23,7 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import MAKE_AGAIN, new_tiledb_context, reading, soma_context
+from store.context import EVER, MAKE_AGAIN, new_tiledb_context, reading, soma_context
 from store.errors import UsageError, VerificationError
 
 READING_THREADS = 1
@@ -111,7 +111,7 @@ class _Opened:
             mine = self._locks.setdefault(member, threading.Lock())
         with mine:  # several arrays may be opened at the same time: from afar that takes a while
             if member not in self._arrays:
-                opened = tiledb.open(records.join(self._uri, *member), ctx=self.context)
+                opened = tiledb.open(records.join(self._uri, *member), timestamp=EVER, ctx=self.context)
                 self._refuse_lost(member, opened.nonempty_domain())  # known since it was opened: nothing is asked
                 self._arrays[member] = opened
             return self._arrays[member]
@@ -301,7 +301,7 @@ class Part:
         if start == stop:
             return CELLS_SCHEMA.empty_table().select(wanted)
         uri = records.join(self.uri, "cells")
-        with reading(uri, MAKE_AGAIN), tiledbsoma.DataFrame.open(uri, context=soma_context()) as frame:
+        with reading(uri, MAKE_AGAIN), tiledbsoma.DataFrame.open(uri, context=soma_context(EVER)) as frame:
             found = frame.read((slice(start, stop - 1),), column_names=wanted).concat()
         if len(found) != stop - start:
             raise self._damaged("cells", start, stop, f"{len(found):,} of {stop - start:,} rows are there")
@@ -388,7 +388,7 @@ class Part:
         for name, of in manifest["measurements"].items():
             uri = records.join(self.uri, name, "var")
             try:
-                with tiledbsoma.DataFrame.open(uri, context=soma_context()) as frame:
+                with tiledbsoma.DataFrame.open(uri, context=soma_context(EVER)) as frame:
                     var = frame.read().concat().sort_by("soma_joinid")
             except (tiledb.TileDBError, tiledbsoma.SOMAError) as error:
                 raise self._damaged(f"{name}/var", 0, of["n_features"], str(error)) from error

@@ -31,6 +31,7 @@ from store import records, schema
 from store.context import reading, soma_context
 from store.errors import StorageError, VerificationError
 from store.lake import Lake, open_lake
+from store.members import write_time
 from store.part import CELLS_SCHEMA, CODED, LABELS, NUMBERS, cells_digest, digest_of
 from store.splits import coded
 
@@ -341,7 +342,8 @@ def _write_labels(job: Gather, cells: pa.Table, start: int, stop: int) -> dict[s
     numbers_FR = np.stack([cells[name].to_numpy().astype(np.float32) for name in NUMBERS])
     for member, values in (("codes", codes_FR), ("numbers", numbers_FR)):
         _write(job, member, (slice(0, len(values) - 1), slice(start, stop - 1)), values)
-    with tiledbsoma.DataFrame.open(records.join(job.uri, "cells"), "w", context=soma_context()) as frame:
+    uri = records.join(job.uri, "cells")
+    with tiledbsoma.DataFrame.open(uri, "w", context=soma_context(write_time(uri))) as frame:
         frame.write(cells)
     return {"codes": digest_of(codes_FR), "numbers": digest_of(numbers_FR), "cells": cells_digest(cells)}
 
@@ -353,5 +355,5 @@ def _code(cells: pa.Table, name: str, codes: dict[str, int]) -> NDArray[np.int32
 
 def _write(job: Gather, member: str, where: tuple[slice, ...], values: NDArray[Any]) -> None:
     uri = records.join(job.uri, *member.split("/"))
-    with tiledbsoma.DenseNDArray.open(uri, "w", context=soma_context()) as array:
+    with tiledbsoma.DenseNDArray.open(uri, "w", context=soma_context(write_time(uri))) as array:
         array.write(where, pa.Tensor.from_numpy(np.ascontiguousarray(values)))

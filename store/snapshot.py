@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from store import records
 from store.cluster import Tasks, in_this_process
-from store.context import MAKE_AGAIN, reading, soma_context
+from store.context import EVER, MAKE_AGAIN, reading, soma_context
 from store.errors import MissingError, UsageError, VerificationError
 from store.lake import open_lake
 from store.part import (
@@ -397,7 +397,7 @@ class Snapshot:
         if not self.manifest["n_dead"]:
             return np.empty(0, np.int64)
         uri = records.join(self.uri, "dead")
-        with reading(uri, MAKE_AGAIN), tiledbsoma.DenseNDArray.open(uri, context=soma_context()) as array:
+        with reading(uri, MAKE_AGAIN), tiledbsoma.DenseNDArray.open(uri, context=soma_context(EVER)) as array:
             dead = np.asarray(array.read().to_numpy())
         self._compare("dead", digest_of(dead))
         return dead
@@ -476,7 +476,7 @@ class Snapshot:
 
     def _table(self, measurement: str, member: str) -> pa.Table:
         uri = records.join(self.uri, *(part for part in (measurement, member) if part))
-        with reading(uri, MAKE_AGAIN), tiledbsoma.DataFrame.open(uri, context=soma_context()) as frame:
+        with reading(uri, MAKE_AGAIN), tiledbsoma.DataFrame.open(uri, context=soma_context(EVER)) as frame:
             return frame.read().concat().sort_by("soma_joinid")
 
     def presence(self, measurement: str) -> tuple[tuple[str, ...], NDArray[np.bool_]]:
@@ -490,7 +490,7 @@ class Snapshot:
         shape = (len(self.datasets), self.manifest["measurements"][measurement]["n_features"])
         measured_DG = np.zeros(shape, dtype=bool)
         uri = records.join(self.uri, measurement, "presence")
-        with reading(uri, MAKE_AGAIN), tiledbsoma.SparseNDArray.open(uri, context=soma_context()) as array:
+        with reading(uri, MAKE_AGAIN), tiledbsoma.SparseNDArray.open(uri, context=soma_context(EVER)) as array:
             found = array.read().tables().concat()
         measured_DG[found["soma_dim_0"].to_numpy(), found["soma_dim_1"].to_numpy()] = True
         self._compare(f"{measurement}/presence", presence_digest(measured_DG))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +112,15 @@ def array_uris(uri: str, measurements: list[str]) -> list[str]:
 def tidy(uri: str) -> None:
     """Remove what tasks that were killed wrote once more or by half, and merge the fragments' footers if many."""
     newest: dict[str, tuple[int, str]] = {}
+    now_ms = int(time.time() * 1000)
     found = tiledb.array_fragments(uri, ctx=tiledb_context())
     for fragment in found:
         name = fragment.uri.rstrip("/").rsplit("/", 1)[-1]
         key, mark = repr(fragment.nonempty_domain), (fragment.timestamp_range[1], name)
         newest[key] = max(newest.get(key, mark), mark)
     kept = {name for _, name in newest.values()}
-    extra = [item.name for item in fragments.fragments(uri) if item.name not in kept]
+    there = fragments.fragments(uri)
+    extra = [item.name for item in there if item.name not in kept and item.last_ms <= now_ms]  # others are not listed
     fragments.remove_fragments(uri, extra)
     if len(kept) > MANY_FRAGMENTS:
         fragments.consolidate(uri, ("fragment_meta", "commits"))

@@ -11,7 +11,7 @@ import pyarrow as pa
 import tiledbsoma
 
 from store import catalog, records, schema
-from store.context import read_parts, soma_context
+from store.context import EVER, read_parts, soma_context
 from store.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def _read_at(path: str, before: Lake) -> pd.DataFrame:
     except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError):
         opened = None
     if opened is None:
-        with tiledbsoma.DataFrame.open(uri, context=soma_context()) as now:
+        with tiledbsoma.DataFrame.open(uri, context=soma_context(EVER)) as now:
             return now.schema.empty_table().to_pandas()
     with opened as frame:
         return frame.read().concat().to_pandas()

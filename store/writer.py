@@ -272,6 +272,7 @@ class LakeWriter:
         self._lock = WriterLock(self.uri)
         self._names: dict[tuple[str, str], catalog.FeatureNames] = {}
         self._made: set[tuple[str, str, str]] = set()
+        self._entered_ms = 0
 
     def __enter__(self) -> LakeWriter:
         refuse_place(self.uri)  # before the lock makes a folder
@@ -381,7 +382,8 @@ class LakeWriter:
             for measurement in plan.features:
                 place = (plan.organism, measurement, plan.layer(measurement))
                 if place not in self._made:
-                    ensure_measurement(self.uri, *place)
+                    entered = ensure_measurement(self.uri, *place, after_ms=self._commits[-1].timestamp_ms)
+                    self._entered_ms = max(self._entered_ms, entered)
                     self._made.add(place)
         if begun:
             mine = begun[-1]
@@ -399,7 +401,7 @@ class LakeWriter:
         joinids = {
             name: self._feature_names(plan.organism, name).joinids(features) for name, features in plan.features.items()
         }
-        floor = max(self._commits[-1].timestamp_ms, int(time.time() * 1000))
+        floor = max(self._commits[-1].timestamp_ms, self._entered_ms, int(time.time() * 1000))
         return Reservation(self.uri, mine, plan, joinids, floor)
 
     def _feature_names(self, organism: str, measurement: str) -> catalog.FeatureNames:

@@ -263,6 +263,7 @@ def test_features_with_the_same_id_are_refused() -> None:
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
+import tiledb
 import tiledbsoma
 from store import records
 from encoded import add_dataset
@@ -280,7 +281,7 @@ def counted(function):
     return wrapper
 for owner, name in ((tiledbsoma.DataFrame, "write"), (tiledbsoma.SparseNDArray, "write"), (records, "create"),
                     (FragmentWriter, "_submit"), (FragmentWriter, "_finish"),
-                    (tiledbsoma.Collection, "set"), (tiledbsoma.Collection, "add_new_dataframe")):
+                    (tiledb.Group, "add"), (tiledbsoma.Collection, "add_new_dataframe")):
     setattr(owner, name, counted(getattr(owner, name)))
 with LakeWriter({uri!r}) as writer:
     add_dataset(writer, "second", 90, {{"RNA": 60, "protein": 5}})
