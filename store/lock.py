@@ -1,9 +1,10 @@
 """This module lets one driver at a time write to a lake, and lets the next one in when that one has died.
 
 Locks are numbered records, each created once: the newest number holds the lake unless it was given back. So a dead
-holder is passed by creating the next number, which exactly one of any number of contenders can do. A holder on
-another machine shows that it lives by a beat that it writes every few seconds; a contender watches whether the beat
-changes, so no two clocks are ever compared.
+holder is passed by creating the next number, which exactly one of any number of contenders can do. Of a holder in the
+same place, which is a machine and on Linux the namespace in which process ids count, the system says at once whether it
+lives. One elsewhere, as in another container, shows it by a beat that it writes every few seconds; a contender watches
+whether the beat changes, so no two clocks are ever compared.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ log = logging.getLogger("somaflow.store")
 BEAT_S = 5.0
 PATIENCE_S = 20.0
 """A holder elsewhere whose beat stands still for so long is taken for dead."""
+ALIVE = "alive"
+"""What is known of a process where the system hides when it began."""
 
 
 class WriterLock:
@@ -33,7 +36,7 @@ class WriterLock:
 
     Attributes:
         number: Of the record that holds it; -1 before.
-        passed_elsewhere: The holder before was on another machine and did not give the lock back: it was taken for
+        passed_elsewhere: The holder before was in another place and did not give the lock back: it was taken for
             dead, and a request of its may still be on its way.
     """
 
@@ -60,11 +63,11 @@ class WriterLock:
                 f"{self.lake_uri}: {self.what} is being written by process {holder['pid']} on {holder['host']} since "
                 f"{holder['since']}; wait until it has finished and run the same command again"
             )
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "since": _now()}
+        mine = {**_place(), "pid": os.getpid(), "born": _born(os.getpid()), "since": _now()}
         if not records.create(self._record(number + 1), mine):
             raise ConflictError(f"{self.lake_uri}: another driver was first; wait and run the same command again")
         self.number = number + 1
-        self.passed_elsewhere = left and holder["host"] != mine["host"]
+        self.passed_elsewhere = left and not _is_here(holder)
         for name in records.names(self.folder):
             if (old := name.partition(".")[0]).isdigit() and int(old) < self.number:
                 records.remove(records.join(self.folder, name))
@@ -122,8 +125,10 @@ class WriterLock:
         return records.read(self._record(number, "released")) is not None
 
     def _alive(self, number: int, holder: dict[str, Any]) -> bool:
-        if holder["host"] == socket.gethostname():
-            return _born(int(holder["pid"])) == holder["born"] != ""
+        if _is_here(holder):
+            born = _born(int(holder["pid"]))
+            if born != ALIVE or holder["born"] == ALIVE:
+                return bool(born == holder["born"] != "")
         first = records.read(self._record(number, "beat"))
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
@@ -150,6 +155,20 @@ class WriterLock:
                 log.warning("%s: no sign of life could be written, it is tried again: %s", self.lake_uri, error)
 
 
+def _place() -> dict[str, str]:
+    """Return where this process is: containers that share a host's name have process ids of their own."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        space = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux: there are no such namespaces
+        space = ""
+    return {"host": socket.gethostname(), "space": space}
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    return all(holder.get(name) == value for name, value in _place().items())
+
+
 def _born(pid: int) -> str:
     """Return what tells a process from a later one of the same number; empty when there is no such process."""
     try:
@@ -161,8 +180,8 @@ def _born(pid: int) -> str:
     except ProcessLookupError:
         return ""
     except PermissionError:
-        return "alive"
-    return "alive"
+        return ALIVE
+    return ALIVE
 
 
 def _now() -> str:
