@@ -146,10 +146,6 @@ class Nodes:
         """Cut a node's link: packets are lost from now on, nobody is told."""
         _ip("link", "set", f"{self.name(node)}v", "down")
 
-    def mend(self, node: int) -> None:
-        """Mend a link."""
-        _ip("link", "set", f"{self.name(node)}v", "up")
-
     def kill(self, node: int) -> None:
         """Kill everything that runs on a node, and take its namespace away."""
         leader = self.running.pop(node)

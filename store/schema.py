@@ -81,7 +81,7 @@ ROW_TILE = dict.fromkeys(MEASUREMENTS, 512) | dict.fromkeys(("ATAC", "methylatio
 
 COLUMN_TILE = 2048
 
-UNKNOWN, NOT_APPLICABLE = "unknown", "na"
+UNKNOWN = "unknown"
 
 OBS_DEFAULTS: dict[str, Any] = {
     "assay": UNKNOWN,
