@@ -84,11 +84,23 @@ def write(lake: str, record: Record) -> None:
 
 
 def read(lake: str, job: str) -> Record | None:
-    """Read a job's record."""
+    """Read a job's record.
+
+    Raises:
+        StorageError: A newer version of somaflow made it.
+    """
     values = records.read(records.join(_folder(lake), f"{job}.json"))
-    return None if values is None else Record(**values)
+    return None if values is None else _record(lake, values)
 
 
 def read_all(lake: str) -> list[Record]:
-    """Read the records of all jobs of a lake, oldest first."""
-    return sorted((Record(**values) for values in records.read_all(_folder(lake))), key=lambda one: one.created)
+    """Read the records of all jobs of a lake, oldest first.
+
+    Raises:
+        StorageError: A newer version of somaflow made one.
+    """
+    return sorted((_record(lake, values) for values in records.read_all(_folder(lake))), key=lambda one: one.created)
+
+
+def _record(lake: str, values: dict[str, Any]) -> Record:
+    return records.typed(Record, values, f"{lake}: job {values.get('id')}")

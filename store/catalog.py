@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -101,16 +101,13 @@ def commits(lake_uri: str) -> list[Commit]:
 
 
 def _commit(values: dict[str, Any]) -> Commit:
+    what = f"commit {values.get('number')}"
     content = {
-        name: Content(**{**part, "fragments": tuple(part["fragments"])}) for name, part in values.pop("content").items()
+        name: records.typed(Content, {**part, "fragments": tuple(part["fragments"])}, what)
+        for name, part in values["content"].items()
     }
-    unknown = sorted(set(values) - {field.name for field in fields(Commit)})
-    if unknown:
-        raise StorageError(
-            f"commit {values.get('number')} tells {unknown[0]!r}: a newer version of somaflow made it; use that one"
-        )
     several: dict[str, Any] = {name: tuple(values[name]) for name in ("superseded", "whole") if name in values}
-    return Commit(**{**values, **several}, content=content)
+    return records.typed(Commit, {**values, **several, "content": content}, what)
 
 
 def current(history: Sequence[Commit]) -> list[Commit]:
@@ -198,8 +195,13 @@ class Plan:
 
 
 def plans(lake_uri: str) -> list[Plan]:
-    """Read all plans, oldest first."""
-    return [Plan(**values) for values in records.read_all(records.join(lake_uri, records.FOLDER, "plans"))]
+    """Read all plans, oldest first.
+
+    Raises:
+        StorageError: A newer version of somaflow made one.
+    """
+    found = records.read_all(records.join(lake_uri, records.FOLDER, "plans"))
+    return [records.typed(Plan, values, f"{lake_uri}: plan {values.get('number')}") for values in found]
 
 
 def create_plan(

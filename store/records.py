@@ -13,11 +13,12 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import fsspec
@@ -26,6 +27,8 @@ import pyarrow.parquet
 from botocore.exceptions import BotoCoreError, ClientError
 
 from store.errors import SettingsError, StorageError, UsageError, VerificationError
+
+T = TypeVar("T")
 
 FOLDER = "somaflow"
 MARK = "_mark"
@@ -87,15 +90,17 @@ def join(uri: str, *parts: str) -> str:
 def _reached(uri: str, what: str = "read") -> Iterator[tuple[Any, str]]:
     """Give the file system of ``uri`` and its path there; that it cannot be reached, or refuses, is a StorageError.
 
-    What it says of the place itself, as that nothing stands there, is left to the block.
+    What it says of the place itself, as that nothing stands there, is left to the block, but where it is ``written``.
     """
     if is_s3(uri):
         s3_endpoint()
     try:
         yield _split(uri)
-    except (StorageError, *ANSWERS):
+    except StorageError:
         raise
     except FAILURES as error:
+        if isinstance(error, ANSWERS) and what != "written":
+            raise
         remedy = "check the place and your rights to it"
         if not is_local(uri):
             remedy += ", its server (AWS_ENDPOINT_URL) and the credentials of the environment"
@@ -170,17 +175,39 @@ def _create_local(path: Path, data: bytes) -> bool:
 
 
 def replace(uri: str, values: dict[str, Any]) -> None:
-    """Write ``values`` to ``uri``, whole, over what stands there."""
+    """Write ``values`` to ``uri``, whole, over what stands there.
+
+    Raises:
+        StorageError: The place cannot be written.
+    """
     data = json.dumps(values).encode()
-    if is_local(uri):
-        path = Path(uri)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    with _reached(uri, "written") as (filesystem, path_there):
+        if is_local(uri):
+            _replace_local(Path(uri), data)
+        else:
+            filesystem.pipe_file(path_there, data)
+
+
+def _replace_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    else:
-        with _reached(uri, "written") as (filesystem, path_there):
-            filesystem.pipe_file(path_there, data)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def typed(kind: type[T], values: Mapping[str, Any], what: str) -> T:
+    """Return the values of a record as an object of its (data) class.
+
+    Raises:
+        StorageError: It tells what the class does not know.
+    """
+    unknown = sorted(set(values) - {field.name for field in fields(cast(Any, kind))})
+    if unknown:
+        raise StorageError(f"{what} tells {unknown[0]!r}: a newer version of somaflow made it; use that one")
+    return kind(**values)
 
 
 def read(uri: str) -> dict[str, Any] | None:
@@ -320,7 +347,11 @@ def newest(folder: str, ending: str = "") -> dt.datetime | None:
 
 
 def write_table(uri: str, table: pa.Table) -> None:
-    """Write a Parquet file; one that stands there is replaced."""
+    """Write a Parquet file; one that stands there is replaced.
+
+    Raises:
+        StorageError: The place cannot be written.
+    """
     with _reached(uri, "written") as (filesystem, path):
         filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         with filesystem.open(path, "wb") as file:
@@ -328,6 +359,15 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 def read_table(uri: str) -> pa.Table:
-    """Read a Parquet file."""
-    with _reached(uri) as (filesystem, path), filesystem.open(path, "rb") as file:
-        return pyarrow.parquet.read_table(file)
+    """Read a Parquet file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        StorageError: The store cannot be reached, or refuses.
+        VerificationError: It is not whole.
+    """
+    try:
+        with _reached(uri) as (filesystem, path), filesystem.open(path, "rb") as file:
+            return pyarrow.parquet.read_table(file)
+    except pa.ArrowInvalid as error:
+        raise VerificationError(f"{uri}: is not whole: {error}; put the file back from a copy") from error

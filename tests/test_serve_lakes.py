@@ -28,9 +28,9 @@ from serve.client import Client
 from serve.lake_routes import vote
 from serve.replica import Replica
 from serve.settings import JobSettings, Limits, ServeSettings
-from store import embeddings
+from store import embeddings, records
 from store.embeddings import open_embeddings
-from store.errors import ConflictError, InputRefused, MissingError, SettingsError
+from store.errors import ConflictError, InputRefused, MissingError, SettingsError, StorageError
 from store.settings import load_settings
 
 HUMAN = "homo_sapiens"
@@ -342,6 +342,15 @@ def test_a_job_is_the_same_for_the_same_question_and_its_record_survives(tmp_pat
     jobs.write(str(tmp_path), record.now(state="done", done=5))
     (found,) = jobs.read_all(str(tmp_path))
     assert (found.state, found.done, found.created) == ("done", 5, "2026-01-01")
+
+
+def test_a_job_that_a_newer_version_recorded_is_told_as_such(tmp_path: Path) -> None:
+    lake = str(tmp_path)
+    job = {"id": "j", "lake": "atlas", "organism": HUMAN, "name": "cells", "where": "", "model_sha256": "a" * 64}
+    records.replace(str(tmp_path / "somaflow" / "jobs" / "j.json"), job | {"speed": 5})
+    for look in (lambda: jobs.read(lake, "j"), lambda: jobs.read_all(lake)):
+        with pytest.raises(StorageError, match="job j tells 'speed': a newer version of somaflow made it"):
+            look()
 
 
 def test_others_take_what_is_known_while_one_request_looks_for_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
