@@ -14,6 +14,8 @@ import tiledbsoma
 from encoded import add_dataset, encoded_counts
 
 import store.build
+from ingest.job import SourceSettings
+from ingest.sources import census
 from store import embeddings, records
 from store.embeddings import Generation, open_embeddings
 from store.errors import StorageError
@@ -123,6 +125,12 @@ def test_a_lake_whose_marker_is_lost_keeps_its_cells(tmp_path: Path) -> None:
     (uri / "somaflow" / "lake.json").unlink()
     add(str(uri), "mouse2", MOUSE)
     assert cells(str(uri)) == {MOUSE: 140}
+
+
+def test_a_lake_of_a_clock_ahead_is_a_census_with_all_its_cells(ahead: str) -> None:
+    add(ahead, "human1")
+    source = SourceSettings(uri=ahead)
+    assert sorted(census.names(source)) == ["homo_sapiens/human1", f"{MOUSE}/mouse1"]
 
 
 def test_a_snapshot_of_a_clock_ahead_is_read_whole(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ingest.job import SourceSettings
 from ingest.sources import is_census_name
 from ingest.sources.form import Part, SourceDataset, changed
 from ingest.turn import made_once, scratch_errors, scratch_of
-from store.context import tiledb_config
+from store.context import EVER, tiledb_config
 from store.errors import InputRefused, StorageError, UsageError
 from store.fragments import written_files
 from store.schema import DATASET_INFO, OBS_DEFAULTS, ORGANISMS
@@ -56,7 +56,8 @@ def _open(uri: str) -> Any:
     try:
         if is_census_name(uri):
             return cellxgene_census.open_soma(census_version=uri, tiledb_config=config)
-        return cellxgene_census.open_soma(uri=uri, tiledb_config=config)
+        context = cellxgene_census.get_default_soma_context(config).replace(timestamp=EVER)
+        return cellxgene_census.open_soma(uri=uri, context=context)
     except Exception as error:
         raise StorageError(f"{uri}: cannot be opened as a Census: {error}") from error
 
