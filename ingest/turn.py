@@ -14,7 +14,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +35,8 @@ Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floatin
 
 SPILL = np.dtype([("row", "<i8"), ("column", "<i4"), ("value", "<f4")])
 PART = 2**20
+OURS = re.compile("[0-9a-f]{32}")
+"""What ``scratch_of`` calls folders."""
 FORGOTTEN_S = 7 * 24 * 3600
 """What nobody has opened for so long goes before something new is made."""
 SCARCE_S = 3600
@@ -41,9 +45,8 @@ FREE = 0.2
 
 
 def scratch_folder() -> Path:
-    """Return this machine's folder for intermediate files (``SOMAFLOW_SCRATCH``, or below the system's temporary)."""
-    given = os.environ.get("SOMAFLOW_SCRATCH")
-    return Path(given) if given else Path(tempfile.gettempdir()) / f"somaflow-{os.getuid()}"
+    """Return this user's folder for intermediate files, in ``SOMAFLOW_SCRATCH`` or the system's temporary folder."""
+    return Path(os.environ.get("SOMAFLOW_SCRATCH") or tempfile.gettempdir()) / f"somaflow-{os.getuid()}"
 
 
 def scratch_of(*identity: object) -> Path:
@@ -85,7 +88,7 @@ def scratch_errors(folder: Path) -> Iterator[None]:
 
 def made_once(folder: Path, make: Callable[[], object]) -> None:
     """Let ``make`` fill a scratch folder, once on this machine; others wait, and what was cut short goes first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_own(folder.parent)
     with _locked(folder):
         if not (folder / "done").exists():
             _forget_old(folder.parent)
@@ -94,6 +97,24 @@ def made_once(folder: Path, make: Callable[[], object]) -> None:
             make()
             (folder / "done").touch()
         os.utime(folder)
+
+
+def _make_own(scratch: Path) -> None:
+    """Make the scratch folder, or look whether it is this user's: whoever else writes there says what is ingested.
+
+    Raises:
+        StorageError: It belongs to somebody else, or others may write there.
+    """
+    scratch.mkdir(0o700, parents=True, exist_ok=True)
+    found = scratch.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise StorageError(
+            f"{scratch}: is not a folder that only this user ({os.getuid()}) can write to, but "
+            f"{stat.filemode(found.st_mode)} of user {found.st_uid}, so what lies there is not trusted; remove it, "
+            "or set SOMAFLOW_SCRATCH=FOLDER"
+        )
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        scratch.chmod(0o700)  # as it was made before: others could read it
 
 
 @contextmanager
@@ -108,7 +129,8 @@ def _forget_old(scratch: Path) -> None:
 
     Who still has it mapped reads on; who opens it again makes it again.
     """
-    for folder in sorted(filter(Path.is_dir, scratch.iterdir()), key=_opened):
+    ours = (folder for folder in scratch.iterdir() if OURS.fullmatch(folder.name) and folder.is_dir())
+    for folder in sorted(ours, key=_opened):
         disk = shutil.disk_usage(scratch)
         if time.time() - _opened(folder) > (SCARCE_S if disk.free < FREE * disk.total else FORGOTTEN_S):
             shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ from ingest.preflight import members
 from ingest.run import run
 from ingest.sandbox import PART_ROWS, Reader
 from ingest.sources import census
-from ingest.turn import made_once, turned
+from ingest.turn import made_once, scratch_of, turned
 from store.errors import InputRefused, StorageError, is_of_memory
 from store.hdf5 import check_hdf5
 from store.lake import open_lake
@@ -260,24 +260,66 @@ def test_intermediate_files_go_after_a_week_or_where_the_disk_gets_full_after_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    scratch = scratch_of().parent
     free = [50, 50, 50, 5, 5, 50]
 
     def usage(path: Path) -> SimpleNamespace:
         return SimpleNamespace(total=100, free=free.pop(0))
 
     def left(name: str) -> set[str]:
-        made_once(tmp_path / name, lambda: None)
-        return {path.name for path in tmp_path.iterdir() if path.is_dir()}
+        made_once(scratch_of(name), lambda: None)
+        there = {path.name for path in scratch.iterdir() if path.is_dir()}
+        return {known for known in ("week", "day", "hours", "new", "other", "third") if scratch_of(known).name in there}
 
     monkeypatch.setattr("ingest.turn.shutil.disk_usage", usage)
     for name, hours in (("week", 24 * 8), ("day", 24), ("hours", 2)):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - hours * 3600,) * 2)
+        scratch_of(name).mkdir(parents=True)
+        os.utime(scratch_of(name), (time.time() - hours * 3600,) * 2)
     assert left("new") == {"day", "hours", "new"}
     assert left("other") == {"new", "other"}
     monkeypatch.setattr("ingest.turn.shutil.disk_usage", lambda path: SimpleNamespace(total=100, free=5))
     assert left("third") == {"new", "other", "third"}, "these are in use"
     assert turn._opened(tmp_path / "removed by another process") > time.time() - 60
+
+
+def test_what_others_keep_in_a_scratch_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    made_once(scratch_of("old"), lambda: None)
+    theirs = [tmp_path / "thesis", tmp_path / scratch_of("x").name, scratch_of().parent / "notes"]
+    for folder in theirs:
+        folder.mkdir()
+    for folder in (*theirs, scratch_of("old")):
+        os.utime(folder, (time.time() - 24 * 365 * 3600,) * 2)
+    made_once(scratch_of("new"), lambda: None)
+    assert not scratch_of("old").exists()
+    assert all(folder.is_dir() for folder in theirs)
+
+
+def test_a_scratch_folder_that_another_user_made_or_may_write_to_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    planted, made = scratch_of("a"), list[str]()
+    planted.mkdir(parents=True)
+    (planted / "done").touch()
+    planted.parent.chmod(0o777)
+    with pytest.raises(StorageError, match=r"but drwxrwxrwx of user .*remove it, or set SOMAFLOW_SCRATCH=FOLDER"):
+        made_once(planted, lambda: made.append("open to all"))
+    planted.parent.chmod(0o755)
+    made_once(planted, lambda: made.append("done before"))
+    assert planted.parent.stat().st_mode & 0o777 == 0o700
+    elsewhere = tmp_path / "elsewhere"
+    planted.parent.rename(elsewhere)
+    planted.parent.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="but lrwxrwxrwx of user"):
+        made_once(planted, lambda: made.append("a link"))
+    planted.parent.unlink()
+    elsewhere.rename(planted.parent)
+    me = os.getuid()
+    monkeypatch.setattr("ingest.turn.os.getuid", lambda: me + 1)
+    with pytest.raises(StorageError, match=f"of user {me},"):
+        made_once(planted, lambda: made.append("another user's"))
+    assert made == []
 
 
 def test_all_cells_of_a_census_are_looked_at_once_on_a_machine_for_each_state_of_it(

@@ -295,7 +295,7 @@ def test_an_archive_is_unpacked_once_and_again_when_that_was_cut_short(
     assert set(found) == {"matrix", "features", "barcodes"}
     assert tenx._archive(uri) == found
     assert unpack.call_count == 1
-    (done,) = tmp_path.glob("*/done")
+    (done,) = tmp_path.glob("*/*/done")
     done.unlink()
     Path(found["barcodes"]).write_bytes(b"half")
     assert tenx._archive(uri) == found
