@@ -136,6 +136,8 @@ class OpenDataset:
             there = ~np.isnan(stored.data)
             kept = (stored.data[there], (stored.row[there], stored.col[there]))
             return scipy.sparse.coo_matrix(kept, shape=counts.shape).tocsr()
+        if kind != "value" and not counts.data.all():
+            counts.eliminate_zeros()  # stored or not, a zero is the same: no feature was detected
         return check.counts_from_log1p(counts, start) if kind == "log1p" else counts
 
     def check(self, measurement: str, start: int, stop: int, budget_nnz: int) -> Checked:

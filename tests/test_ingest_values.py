@@ -1,0 +1,78 @@
+"""What a source's values are taken for: stored zeros, large counts, logarithms, words among numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.io
+import scipy.sparse
+
+from ingest.dataset import Checked, OpenDataset
+from ingest.job import SourceSettings
+
+
+@pytest.fixture(autouse=True)
+def own_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path / "scratch"))
+
+
+def with_zeros(counts: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+    """Store every third place that is empty as a zero too."""
+    places = np.argwhere(counts.toarray() == 0)[::3]
+    stored = counts.tocoo()
+    row, column = np.append(stored.row, places[:, 0]), np.append(stored.col, places[:, 1])
+    data = np.append(stored.data, np.zeros(len(places), stored.dtype))
+    made = scipy.sparse.coo_matrix((data, (row, column)), counts.shape).tocsr()
+    assert made.nnz == counts.nnz + len(places) > counts.nnz
+    return made
+
+
+def counts_of(shape: tuple[int, int], seed: int = 0) -> scipy.sparse.csr_matrix:
+    return scipy.sparse.csr_matrix(np.random.default_rng(seed).poisson(0.4, shape).astype(np.float32))
+
+
+def mtx_folder(folder: Path, counts: scipy.sparse.csr_matrix) -> Path:
+    folder.mkdir(parents=True)
+    scipy.io.mmwrite(folder / "matrix.mtx", counts.T.tocoo())
+    lines = {"features": counts.shape[1], "barcodes": counts.shape[0]}
+    for role, number in lines.items():
+        (folder / f"{role}.tsv").write_text("".join(f"{role}-{at}\n" for at in range(number)), encoding="utf-8")
+    return folder
+
+
+def h5ad_file(path: Path, matrix: scipy.sparse.spmatrix) -> Path:
+    var = pd.DataFrame(index=[f"g{number}" for number in range(matrix.shape[1])])
+    obs = pd.DataFrame(index=[f"c{number}" for number in range(matrix.shape[0])])
+    anndata.AnnData(matrix, obs, var).write_h5ad(path)
+    return path
+
+
+def checked(uri: Path, **settings: object) -> Checked:
+    opened = OpenDataset(SourceSettings.model_validate({"uri": str(uri), **settings}), "x")
+    return opened.check(next(iter(opened.form.parts)), 0, opened.form.n_obs, 2**20)
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "mtx", "lognorm"])
+def test_a_zero_that_is_stored_is_a_feature_that_was_not_detected(tmp_path: Path, form: str) -> None:
+    counts = counts_of((40, 30))
+    found = []
+    for name, matrix in (("without", counts), ("with", with_zeros(counts))):
+        if form == "mtx":
+            found.append(checked(mtx_folder(tmp_path / name, matrix)))
+            continue
+        path = h5ad_file(tmp_path / f"{name}.h5ad", matrix.asformat("csc" if form == "csc" else "csr"))
+        found.append(checked(path, values="lognorm" if form == "lognorm" else "counts"))
+    assert [one.problems for one in found] == [[], []]
+    assert np.array_equal(found[0].nnz_C, np.diff(counts.indptr))
+    for figures in ("nnz_C", "sum_C", "digest_C"):
+        assert np.array_equal(getattr(found[0], figures), getattr(found[1], figures)), figures
+
+
+def test_a_zero_among_levels_is_a_value(tmp_path: Path) -> None:
+    levels = with_zeros(counts_of((40, 30)))
+    path = h5ad_file(tmp_path / "levels.h5ad", levels)
+    assert np.array_equal(checked(path, values="value").nnz_C, np.diff(levels.indptr))
