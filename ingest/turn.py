@@ -35,6 +35,8 @@ Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floatin
 
 SPILL = np.dtype([("row", "<i8"), ("column", "<i4"), ("value", "<f4")])
 PART = 2**20
+FORM = 2
+"""Raised when other things are made of the same, so that what lies there from before is not taken."""
 OURS = re.compile("[0-9a-f]{32}")
 """What ``scratch_of`` calls folders."""
 FORGOTTEN_S = 7 * 24 * 3600
@@ -51,7 +53,7 @@ def scratch_folder() -> Path:
 
 def scratch_of(*identity: object) -> Path:
     """Return the folder of what is made of something: the same identity, the same folder."""
-    return scratch_folder() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return scratch_folder() / hashlib.sha256(json.dumps([FORM, *identity]).encode()).hexdigest()[:32]
 
 
 def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iterator[Coordinates]]) -> Rows:

@@ -1,14 +1,17 @@
 """This module counts ATAC fragments (fragments.tsv, .gz or bgzip) in genome tiles or in given peaks, cell by cell.
 
-Insertions are counted: each of a fragment's two ends adds one to the tile or peak that contains its base, as ArchR
-counts. Coordinates are BED's (0-based, half-open); features are named ``chr1:10000-10500``.
+Insertions are counted: each of a fragment's two ends adds one to the tile, or to every peak, that contains its base, as
+ArchR counts. So a peak's counts do not depend on which others are looked at. Coordinates are BED's (0-based,
+half-open); features are named ``chr1:10000-10500``.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from io import BytesIO
 from typing import BinaryIO
 
 import fsspec
@@ -25,18 +28,25 @@ from store.errors import InputRefused, MissingError
 
 COLUMNS = {"chrom": pa.string(), "start": pa.int64(), "end": pa.int64(), "barcode": pa.string(), "reads": pa.int64()}
 LONGEST_CHROMOSOME = 2**31
+Hits = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Which of the places lie in a feature, once for each, and the feature's column."""
 
 
 def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     """Open a file: one pass finds barcodes and places, a second one counts; memory does not grow with the fragments.
 
     Raises:
-        InputRefused: Not a fragments file, or no barcode is a cell.
+        InputRefused: Not a fragments file, no barcode is a cell, or peaks are none or on other chromosomes.
         MissingError: The files of peaks or barcodes are not there.
     """
     fragments_B, seen = _survey(source)
     barcodes = _cells(source, fragments_B)
     features = _Peaks(source.peaks) if source.peaks else _Tiles(seen, source.tile_bp)
+    if isinstance(features, _Peaks) and not features.chromosomes & set(seen):
+        raise InputRefused(
+            f"{source.uri}: has no fragment on a chromosome of {source.peaks} ({_some(features.chromosomes)}), but on "
+            f"{_some(seen)}; both are to name chromosomes in one way"
+        )
     number_of = pd.Index(barcodes)
     settings = [source.peaks or str(source.tile_bp), source.barcodes or str(source.min_fragments)]
     settings += [fingerprint(path) for path in (source.peaks, source.barcodes) if path]
@@ -47,9 +57,8 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
             batch = batch[cell >= 0]
             cell = cell[cell >= 0]
             for place in (batch["start"].to_numpy(), batch["end"].to_numpy() - 1):
-                column = features.columns(batch["chrom"].to_numpy(), place)
-                inside = column >= 0
-                yield cell[inside], column[inside], np.ones(int(inside.sum()), np.float32)
+                which, column = features.columns(batch["chrom"].to_numpy(), place)
+                yield cell[which], column, np.ones(len(which), np.float32)
 
     shape = (len(barcodes), len(features.names))
     rows = turned([source.uri, fingerprint(source.uri), *settings], shape, parts)
@@ -160,35 +169,74 @@ class _Tiles:
             starts = range(0, ends[chrom], width)
             self.names += [f"{chrom}:{start}-{start + width}" for start in starts]
 
-    def columns(self, chrom: NDArray[np.object_], place: NDArray[np.int64]) -> NDArray[np.int64]:
+    def columns(self, chrom: NDArray[np.object_], place: NDArray[np.int64]) -> Hits:
         codes, names = pd.factorize(chrom)
-        return np.array([self.first[name] for name in names], np.int64)[codes] + place // self.width
+        return np.arange(len(place)), np.array([self.first[name] for name in names], np.int64)[
+            codes
+        ] + place // self.width
 
 
 class _Peaks:
-    """Peaks of a BED file; where they overlap, the one that begins last counts."""
+    """Peaks of a BED file; of those that overlap, each is counted."""
 
     def __init__(self, path: str) -> None:
         try:
             with _open(path) as file:
-                table = pd.read_csv(file, sep="\t", header=None, comment="#", usecols=[0, 1, 2], dtype={0: str})
+                lines = [line for line in file if not line.startswith((b"#", b"track", b"browser"))]
+            text, kinds = BytesIO(b"".join(lines)), {0: str, 1: np.int64, 2: np.int64}
+            table = pd.read_csv(text, sep="\t", header=None, usecols=[0, 1, 2], dtype=kinds, quoting=csv.QUOTE_NONE)
         except FileNotFoundError:
             raise MissingError(f"{path}: no such file of peaks") from None
         except (ValueError, OSError) as error:
             raise InputRefused(f"{path}: not a BED file: {error}") from error
         table.columns = pd.Index(["chrom", "start", "end"])
+        wrong = (table["start"] < 0) | (table["end"] <= table["start"])
+        if wrong.any():
+            row = table[wrong].iloc[0]
+            raise InputRefused(f"{path}: a peak from {row['start']} to {row['end']} on {row['chrom']} is none")
         table = table.drop_duplicates().sort_values(["chrom", "start", "end"], ignore_index=True)
         self.names = [f"{chrom}:{start}-{end}" for chrom, start, end in table.itertuples(index=False)]
-        self._of = {str(chrom): part for chrom, part in table.groupby("chrom")}
+        self._of = {str(chrom): _Pieces(part) for chrom, part in table.groupby("chrom")}
+        self.chromosomes = set(self._of)
 
-    def columns(self, chrom: NDArray[np.object_], place: NDArray[np.int64]) -> NDArray[np.int64]:
-        found = np.full(len(place), -1, np.int64)
-        for name in pd.unique(chrom):
-            part = self._of.get(name)
-            if part is None:
-                continue
-            mine = chrom == name
-            slot = np.searchsorted(part["start"].to_numpy(), place[mine], side="right") - 1
-            inside = (slot >= 0) & (place[mine] < part["end"].to_numpy()[np.maximum(slot, 0)])
-            found[mine] = np.where(inside, part.index.to_numpy()[np.maximum(slot, 0)], -1)
-        return found
+    def columns(self, chrom: NDArray[np.object_], place: NDArray[np.int64]) -> Hits:
+        hits = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        for name in self.chromosomes.intersection(pd.unique(chrom)):
+            mine = np.flatnonzero(chrom == name)
+            which, peak = self._of[name].peaks_at(place[mine])
+            hits.append((mine[which], peak))
+        which, peak = (np.concatenate(parts) for parts in zip(*hits, strict=True))
+        return which, peak
+
+
+class _Pieces:
+    """A chromosome cut where a peak begins or ends, and the peaks that each piece lies in."""
+
+    def __init__(self, peaks: pd.DataFrame) -> None:
+        start, end = peaks["start"].to_numpy(), peaks["end"].to_numpy()
+        self.cuts = np.unique(np.concatenate([start, end]))
+        first = np.searchsorted(self.cuts, start)
+        owner, piece = _spread(first, np.searchsorted(self.cuts, end) - first)
+        order = np.argsort(piece, kind="stable")
+        self.peak = peaks.index.to_numpy()[owner[order]]
+        self.begin = np.searchsorted(piece[order], np.arange(len(self.cuts) + 1))
+
+    def peaks_at(self, place: NDArray[np.int64]) -> Hits:
+        piece = (
+            np.searchsorted(self.cuts, place, side="right") - 1
+        )  # before the first is none, behind the last an empty
+        begin = np.where(piece < 0, 0, self.begin[piece])
+        which, slot = _spread(begin, np.where(piece < 0, 0, self.begin[piece + 1] - begin))
+        return which, self.peak[slot]
+
+
+def _spread(first: NDArray[np.int64], many: NDArray[np.int64]) -> Hits:
+    """Return ``first``, ``first + 1``, ... (``many`` of each), and before them whose they are."""
+    whose = np.repeat(np.arange(len(first)), many)
+    before = np.cumsum(many) - many
+    return whose, np.arange(len(whose)) - before[whose] + first[whose]
+
+
+def _some(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
