@@ -33,7 +33,7 @@ from store.errors import InputRefused, SomaflowError, StorageError
 Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]
 """rows_N, columns_N, values_N of a part of a matrix; a coordinate may come again, its values are added."""
 
-SPILL = np.dtype([("row", "<i8"), ("column", "<i4"), ("value", "<f4")])
+SPILL = np.dtype([("row", "<i8"), ("column", "<i4"), ("value", "<f8")])
 PART = 2**20
 FORM = 2
 """Raised when other things are made of the same, so that what lies there from before is not taken."""
@@ -148,18 +148,19 @@ def _opened(folder: Path) -> float:
 
 def _turn(folder: Path, shape: tuple[int, int], parts: Iterator[Coordinates]) -> None:
     spill = folder / "spill"
-    nnz_C = np.zeros(shape[0], np.int64)
+    nnz_C, single = np.zeros(shape[0], np.int64), True
     with spill.open("wb") as file:
         for rows, columns, values in parts:
             _check(rows, columns, shape)
             nnz_C += np.bincount(rows, minlength=shape[0])
             record = np.empty(len(rows), SPILL)
             record["row"], record["column"], record["value"] = rows, columns, values
+            single = single and _fits_single(record["value"])
             record.tofile(file)
     indptr = np.concatenate([[0], np.cumsum(nnz_C)])
     np.save(folder / "indptr.npy", indptr)
     indices = np.lib.format.open_memmap(folder / "indices.npy", "w+", np.int32, (int(indptr[-1]),))
-    data = np.lib.format.open_memmap(folder / "data.npy", "w+", np.float32, (int(indptr[-1]),))
+    data = np.lib.format.open_memmap(folder / "data.npy", "w+", np.float32 if single else np.float64, indices.shape)
     cursor_C = indptr[:-1].copy()
     with spill.open("rb") as file:
         while len(record := np.fromfile(file, SPILL, PART)):
@@ -173,6 +174,12 @@ def _turn(folder: Path, shape: tuple[int, int], parts: Iterator[Coordinates]) ->
     indices.flush()
     data.flush()
     spill.unlink()
+
+
+def _fits_single(values: NDArray[np.float64]) -> bool:
+    """Say whether single precision holds values as they are: 2**24 + 1 and 1.00000001 would pass for counts there."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(values, values.astype(np.float32), equal_nan=True)
 
 
 def _check(rows: NDArray[np.integer], columns: NDArray[np.integer], shape: tuple[int, int]) -> None:

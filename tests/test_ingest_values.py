@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -76,3 +77,30 @@ def test_a_zero_among_levels_is_a_value(tmp_path: Path) -> None:
     levels = with_zeros(counts_of((40, 30)))
     path = h5ad_file(tmp_path / "levels.h5ad", levels)
     assert np.array_equal(checked(path, values="value").nnz_C, np.diff(levels.indptr))
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "mtx", "loom"])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (2**24 + 1, ["1 of 4 values are larger than 16,777,216, such as 16777217 (cell 1, feature"]),
+        (1.00000001, ["1 of 4 values are not a whole number, such as 1 (cell 1, feature"]),
+        (2**24, []),
+    ],
+)
+def test_what_is_no_count_is_none_in_whichever_order_it_is_stored(
+    tmp_path: Path, form: str, value: float, said: list[str]
+) -> None:
+    counts = np.array([[1, 0, 2], [0, value, 0], [0, 0, 3]], np.float64)
+    if form == "mtx":
+        mtx_folder(tmp_path / "one", scipy.sparse.csr_matrix(counts))
+        path = tmp_path / "one"
+    elif form == "loom":
+        path = tmp_path / "one.loom"
+        with h5py.File(path, "w") as file:
+            file["matrix"], file["row_attrs/Gene"], file["col_attrs/CellID"] = counts.T, list("abc"), list("def")
+    else:
+        path = h5ad_file(tmp_path / "one.h5ad", scipy.sparse.csr_matrix(counts).asformat(form))
+    found = checked(path).problems
+    assert [one[: len(want)] for one, want in zip(found, said, strict=False)] == said
+    assert bool(found) == bool(said)
