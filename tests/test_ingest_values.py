@@ -6,6 +6,7 @@ from pathlib import Path
 
 import anndata
 import h5py
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,9 @@ import scipy.sparse
 
 from ingest.dataset import Checked, OpenDataset
 from ingest.job import SourceSettings
+from ingest.sources import h5mu
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:mudata")  # mudata, on its own coming defaults
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +108,36 @@ def test_what_is_no_count_is_none_in_whichever_order_it_is_stored(
     found = checked(path).problems
     assert [one[: len(want)] for one, want in zip(found, said, strict=False)] == said
     assert bool(found) == bool(said)
+
+
+@pytest.mark.parametrize("values", ["counts", "value"])
+def test_a_modality_in_another_order_is_read_once_and_block_by_block_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str
+) -> None:
+    cells, rng = [f"c{number}" for number in range(900)], np.random.default_rng(0)
+    order = rng.permutation(800)  # the last 100 cells are in the other modality alone
+    counts = with_zeros(counts_of((800, 20)))
+    names = pd.DataFrame(index=[f"g{number}" for number in range(20)])
+    shuffled = anndata.AnnData(counts[order], pd.DataFrame(index=[cells[at] for at in order]), names)
+    whole = anndata.AnnData(counts_of((900, 3)), pd.DataFrame(index=cells), pd.DataFrame(index=["p0", "p1", "p2"]))
+    mudata.MuData({"adt": whole, "rna": shuffled}).write(tmp_path / "one.h5mu")
+    read, named = [], h5mu.named_matrix
+
+    def counted(group: h5py.Group, where: str, layer: str, identity: list[str]) -> tuple[pd.DataFrame, object]:
+        var, rows_if = named(group, where, layer, identity)
+
+        def rows(start: int, stop: int) -> scipy.sparse.csr_matrix:
+            read.append((where[-3:], stop - start))
+            return rows_if(values == "value")(start, stop)
+
+        return var, lambda levels: rows
+
+    monkeypatch.setattr(h5mu, "named_matrix", counted)
+    opened = OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5mu"), values={"RNA": values}), "x")
+    assert list(opened.form.obs.index) == cells
+    blocks = [opened.form.parts["RNA"].rows(start, start + 100) for start in range(0, 900, 100)]
+    assert sum(many for modality, many in read if modality == "rna") == 800
+    found = scipy.sparse.vstack(blocks)
+    assert np.array_equal(found[:800].toarray(), counts.toarray())
+    assert found.nnz == counts.nnz
+    assert np.array_equal(opened.form.parts["RNA"].measured_C, np.arange(900) < 800)

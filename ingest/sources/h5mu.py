@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, Rows, SourceDataset, are_levels, content_digest, dataset_name, fingerprint
 from ingest.sources.h5ad import matrices, named_matrix, open_group, read_table
+from ingest.turn import PART, Coordinates, turned
 from store.errors import InputRefused
 from store.schema import MEASUREMENT_OF_MODALITY
 
@@ -46,8 +48,15 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         position = own.index.get_indexer(obs.index)
         layer = "" if key in without else source.layer
         var, rows_if = named_matrix(group, where, layer, identity)
-        rows = _placed(rows_if(are_levels(source, measurement)), position, len(var))
-        parts[measurement] = Part(var, rows, position >= 0)
+        levels = are_levels(source, measurement)
+        rows, there = rows_if(levels), position >= 0
+        if np.any(np.diff(position[there]) < 0):
+            shape = (len(obs), len(var))
+            apart = [*identity, where, layer, f"{levels=}", *measurement_of]  # these say which cells come in
+            rows = turned(apart, shape, partial(_moved, rows, position, shape[1]))
+        else:
+            rows = _placed(rows, position, len(var))
+        parts[measurement] = Part(var, rows, there)
         fresh = [column for column in own if column not in obs and f"{key}:{column}" not in obs]
         obs = obs.join(own[fresh])
     obs.columns = pd.Index([_plain(column, set(obs.columns), list(file["mod"])) for column in obs.columns])
@@ -100,8 +109,25 @@ def _plain(column: str, taken: set[str], modalities: list[str]) -> str:
     return rest if colon and modality in modalities and rest not in taken and twins == 1 else column
 
 
+def _moved(rows: Rows, position: NDArray[np.intp], n_features: int) -> Iterator[Coordinates]:
+    """Read a modality once, in its own order, and say where each value is in that of the file's obs.
+
+    Cells that lie together there may lie anywhere here: block by block, all of the modality would be read for each.
+    """
+    there = np.flatnonzero(position >= 0)
+    place = np.full(int(position.max()) + 1, -1)
+    place[position[there]] = there
+    step = max(1, min(4096, PART * 8 // max(1, n_features)))
+    for start in range(0, len(place), step):
+        stop = min(start + step, len(place))
+        found = rows(start, stop).tocoo()
+        row = place[start:stop][found.row]
+        wanted = row >= 0
+        yield row[wanted], found.col[wanted], found.data[wanted]
+
+
 def _placed(rows: Rows, position: NDArray[np.intp], n_features: int) -> Rows:
-    """Return rows in the order of the file's obs; a cell that the modality lacks is an empty row."""
+    """Return rows in the order of the file's obs, which is the modality's; a cell that it lacks is an empty row."""
 
     def read(start: int, stop: int) -> scipy.sparse.csr_matrix:
         wanted = position[start:stop]
