@@ -16,6 +16,7 @@ import scipy.sparse
 from ingest.dataset import Checked, OpenDataset
 from ingest.job import SourceSettings
 from ingest.sources import h5mu
+from store.errors import InputRefused
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:mudata")  # mudata, on its own coming defaults
 
@@ -141,3 +142,13 @@ def test_a_modality_in_another_order_is_read_once_and_block_by_block_afterwards(
     assert np.array_equal(found[:800].toarray(), counts.toarray())
     assert found.nnz == counts.nnz
     assert np.array_equal(opened.form.parts["RNA"].measured_C, np.arange(900) < 800)
+
+
+def test_a_cell_that_stands_twice_in_a_modality_is_named(tmp_path: Path) -> None:
+    counts, names = counts_of((3, 2)), pd.DataFrame(index=["g0", "g1"])
+    rna = anndata.AnnData(counts, pd.DataFrame(index=["a", "b", "c"]), names)
+    mudata.MuData({"rna": rna}).write(tmp_path / "one.h5mu")
+    with h5py.File(tmp_path / "one.h5mu", "a") as file:
+        file["mod/rna/obs/_index"][2] = "a"
+    with pytest.raises(InputRefused, match=r"one\.h5mu: mod/rna: cell 'a' stands more than once"):
+        OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5mu")), "x")

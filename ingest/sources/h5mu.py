@@ -45,6 +45,9 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     identity = [source.uri, fingerprint(source.uri)]
     for key, measurement in measurement_of.items():
         group, own, where = file["mod"][key], cells_of[key], f"{source.uri}: mod/{key}"
+        if own.index.has_duplicates:
+            twice = own.index[own.index.duplicated()][0]
+            raise InputRefused(f"{where}: cell {twice!r} stands more than once; give each its own name")
         position = own.index.get_indexer(obs.index)
         layer = "" if key in without else source.layer
         var, rows_if = named_matrix(group, where, layer, identity)
