@@ -21,6 +21,7 @@ from store.settings import parse_settings
 
 MANIFESTS = (".tsv", ".csv", ".parquet")
 DEEPEST = 6
+"""So many folders are looked at below one, and so many manifests may list each other."""
 
 
 @dataclass
@@ -36,14 +37,14 @@ class Expanded:
     passed: list[str] = field(default_factory=list)
 
 
-def expand(source: SourceSettings, schemes: Sequence[str]) -> Expanded:
+def expand(source: SourceSettings, schemes: Sequence[str], listed_in: tuple[str, ...] = ()) -> Expanded:
     """Find the single sources that ``source`` stands for; local paths become absolute, for workers stand elsewhere.
 
     Raises:
         UsageError: An address of a kind that the job does not allow, or with a password in it; a setting that fits one
             dataset only beside several.
         MissingError: Nothing is there.
-        InputRefused: A manifest that is none.
+        InputRefused: A manifest that is none, or that lists itself.
     """
     allow(source, schemes)
     source = _placed(source)
@@ -53,10 +54,15 @@ def expand(source: SourceSettings, schemes: Sequence[str]) -> Expanded:
     if _is_pattern(uri):
         return _each(source, *_matching(uri))
     if without_query(uri).lower().endswith(MANIFESTS) and (rows := _manifest(uri)) is not None:
-        found = Expanded([])
+        found, chain = Expanded([]), (*listed_in, uri)
+        if uri in listed_in or len(listed_in) == DEEPEST:
+            raise InputRefused(
+                f"{uri}: manifests list each other, or lie more than {DEEPEST} deep ({' > '.join(chain)}); list the "
+                "sources themselves"
+            )
         for row in rows:
             listed = parse_settings(SourceSettings, _merged(source, row), where=f"{uri}: {row['uri']}")
-            one = expand(listed, schemes)
+            one = expand(listed, schemes, chain)
             found.sources += one.sources
             found.passed += one.passed
         return found

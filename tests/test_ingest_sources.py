@@ -464,6 +464,28 @@ def test_manifests_are_read_as_excel_and_r_write_them(tmp_path: Path) -> None:
         expand(SourceSettings(uri=str(tmp_path / "other.csv")), SCHEMES)
 
 
+def test_manifests_that_list_each_other_are_refused_by_name_and_one_that_two_list_is_not(tmp_path: Path) -> None:
+    (tmp_path / "a.h5ad").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    lists = {
+        "own.tsv": ["own.tsv"],
+        "one.tsv": ["a.h5ad", "two.tsv"],
+        "two.tsv": ["./one.tsv"],
+        "spelt.tsv": ["link/spelt.tsv"],
+        "both.tsv": ["left.tsv", "right.tsv"],
+        "left.tsv": ["last.tsv"],
+        "right.tsv": ["last.tsv"],
+        "last.tsv": ["a.h5ad"],
+    }
+    for name, listed in lists.items():
+        (tmp_path / name).write_text("\n".join(["uri", *listed, ""]))
+    for name, chain in (("own", "own"), ("one", r"one\.tsv > .*/two\.tsv > .*/one"), ("spelt", "link/link/spelt")):
+        with pytest.raises(InputRefused, match=rf"manifests list each other.*{chain}\.tsv"):
+            expand(SourceSettings(uri=str(tmp_path / f"{name}.tsv")), SCHEMES)
+    twice = expand(SourceSettings(uri=str(tmp_path / "both.tsv")), SCHEMES).sources
+    assert [one.uri for one in twice] == [str(tmp_path / "a.h5ad")] * 2
+
+
 def test_local_paths_become_absolute_for_workers_stand_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
