@@ -16,6 +16,7 @@ from ingest.perturbations import (
     CONDITION,
     guide_target,
     named,
+    of_guides,
     perturbation_kind,
     said_of_perturbations,
     written_as_gears,
@@ -171,7 +172,7 @@ def _normalise(frame: pd.DataFrame, controls: Sequence[str] = ()) -> None:
             frame[column] = np.asarray(distinct.changed(frame[column], _truth), dtype=bool)
     if "perturbation" in frame:
         codes, words = distinct.coded(frame["perturbation"])
-        frame["perturbation"] = distinct.spread(codes, named(words, controls))
+        frame["perturbation"] = distinct.spread(codes, named(words, controls, of_guides(frame)))
         if "perturbation_type" not in frame:
             kind_of = {"": "none", UNKNOWN: UNKNOWN}
             kinds = distinct.changed(frame["perturbation"], lambda name: kind_of.get(name, "genetic"))

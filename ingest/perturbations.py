@@ -23,6 +23,8 @@ CONTROL = re.compile(
 )
 """Names of controls, numbered or not: ``NT``, ``NTg4``, ``non-targeting_2``, ``sgNTC``, ``DMSO 0.1%``, ``untreated``;
 ``NTRK1`` and ``WT1`` are genes."""
+NEUROTROPHIN = re.compile(r"NT[-_ ]?[3-7]$", re.IGNORECASE)
+"""``NT-3``, ``NT4``: non-targeting guides or, where cells were stimulated, growth factors of nerves."""
 UNASSIGNED = re.compile(
     r"^(un(assigned|assignable|mapped|detected|known|identified)|not[-_ ]?(assigned|detected)|ambiguous|negative|"
     r"(doublet|multiplet|multiple)s?|no[-_ ]?(s?grna|guide|assignment|call)s?|n/?a|\?)$",
@@ -81,7 +83,11 @@ def _names(text: str) -> list[str]:
     return parts if apart else [text.strip()]
 
 
-def perturbation_name(value: Any, controls: Sequence[str] = ()) -> str:
+def _is_control(word: str, guides: bool) -> bool:
+    return bool(CONTROL.match(word)) and (guides or not NEUROTROPHIN.match(word))
+
+
+def perturbation_name(value: Any, controls: Sequence[str] = (), guides: bool = True) -> str:
     """Write a perturbation the lake's way: ``""``, ``control``, or targets sorted and joined by ``+``.
 
     Non-targeting guides and vehicles come under many names; each is ``control``. ``A+ctrl`` is ``A``. A comma stands
@@ -91,6 +97,7 @@ def perturbation_name(value: Any, controls: Sequence[str] = ()) -> str:
     Args:
         value: As the source has it.
         controls: Words that mean a control here, beside the customary ones.
+        guides: Genes were perturbed: ``NT-3`` is a guide without a target, no neurotrophin.
 
     Returns:
         ``unknown`` where the source says that it does not know; nothing where it says nothing, or that there is none.
@@ -102,11 +109,11 @@ def perturbation_name(value: Any, controls: Sequence[str] = ()) -> str:
     if any(UNASSIGNED.match(part.strip()) for part in re.split(r"[+|]", str(value))):
         return UNKNOWN
     parts = [name for part in re.split(r"[+|]", ROTATION.sub(_rotation, str(value))) for name in _names(part) if name]
-    targets = sorted({part for part in parts if not CONTROL.match(part) and part not in controls})
+    targets = sorted({part for part in parts if not _is_control(part, guides) and part not in controls})
     return "+".join(targets) or "control"
 
 
-def named(words: Sequence[Any], controls: Sequence[str] = ()) -> list[str]:
+def named(words: Sequence[Any], controls: Sequence[str] = (), guides: bool = True) -> list[str]:
     """Write a dataset's words for perturbations the lake's way.
 
     Where some cells have targets, those of which nothing is said are ``unknown``: pooled screens leave the cells so
@@ -115,12 +122,20 @@ def named(words: Sequence[Any], controls: Sequence[str] = ()) -> list[str]:
     Args:
         words: Distinct values of the column.
         controls: As for :func:`perturbation_name`; ``nan`` there means the cells of which nothing is said.
+        guides: As for :func:`perturbation_name`.
     """
-    found = [perturbation_name(word, controls) for word in words]
+    found = [perturbation_name(word, controls, guides) for word in words]
     if all(name in ("", CONTROL_NAME, UNKNOWN) for name in found):
         return ["" if name == UNKNOWN else name for name in found]
     missing = CONTROL_NAME if "nan" in controls else UNKNOWN
     return [missing if _is_missing(word) else name for word, name in zip(words, found, strict=True)]
+
+
+def of_guides(frame: pd.DataFrame) -> bool:
+    """Say whether genes were perturbed: of no cell is another kind of perturbation said, or of some this one."""
+    words = distinct.coded(frame["perturbation_type"])[1] if "perturbation_type" in frame else []
+    kinds = {perturbation_kind(word) for word in words} - {"none"}
+    return not kinds or bool(kinds & {"genetic", "activation"})
 
 
 def _is_missing(word: Any) -> bool:
@@ -179,7 +194,7 @@ def said_of_perturbations(frame: pd.DataFrame, obs: pd.DataFrame, controls: Sequ
     ):
         told.append("perturbation_type: genetic, and cells have doses: if it is drugs, say obs.perturbation_type==drug")
     codes, words = distinct.coded(frame["perturbation"])
-    names = named(words, controls)
+    names = named(words, controls, of_guides(frame))
     name_of = {str(word): name for word, name in zip(words, names, strict=True)}
     taken = sorted(word for word, name in name_of.items() if name == CONTROL_NAME and word != CONTROL_NAME)
     others = sorted(word for word, name in name_of.items() if name not in ("", CONTROL_NAME, UNKNOWN))
@@ -192,7 +207,11 @@ def said_of_perturbations(frame: pd.DataFrame, obs: pd.DataFrame, controls: Sequ
         )
     if others and CONTROL_NAME not in name_of.values():
         return [*told, f'perturbation: none of {_some(others)} is a control; if one is, say controls=["WORD"]']
-    return [*told, f"perturbation: taken for controls: {_some(taken)}"] if taken else told
+    if taken:
+        told.append(f"perturbation: taken for controls: {_some(taken)}")
+        if nerve := [word for word in taken if NEUROTROPHIN.match(word) and "perturbation_type" not in frame]:
+            told[-1] += f"; if {_some(nerve)} is a neurotrophin, say obs.perturbation_type==stimulation"
+    return told
 
 
 def _some(words: Sequence[str]) -> str:
