@@ -108,7 +108,8 @@ def perturbation_name(value: Any, controls: Sequence[str] = (), guides: bool = T
         return "control"
     if any(UNASSIGNED.match(part.strip()) for part in re.split(r"[+|]", str(value))):
         return UNKNOWN
-    parts = [name for part in re.split(r"[+|]", ROTATION.sub(_rotation, str(value))) for name in _names(part) if name]
+    text = ROTATION.sub(_rotation, PLACE.sub("", str(value)))
+    parts = [name for part in re.split(r"[+|]", text) for name in _names(part) if name]
     targets = sorted({part for part in parts if not _is_control(part, guides) and part not in controls})
     return "+".join(targets) or "control"
 
@@ -146,9 +147,11 @@ def guide_target(value: Any) -> str:
     """Name the targets of a guide or of several (``a+b``): ``ATF2g1``, ``STAT1_sg2`` and ``ATF2_1`` name genes.
 
     Genes' own names end in digits too (``CD4``, ``NKX2-1``): only a mark (``g``, ``sg``, ``guide``, ``grna``), an
-    underscore or a full stop before the number makes it a guide's.
+    underscore or a full stop before the number makes it a guide's. Right behind a name with small letters ``g`` and
+    ``sg`` are its own (``Ing1``, ``Eif4g1``, ``Tsg101``), as is the number in ``NKX2.1``, which R writes so. A place in
+    the genome goes (``TP53_+_7676520.23-P1P2``), and so does ``sg`` before a name.
     """
-    parts = [part.strip() for part in re.split(r"[+,|;]", str(value)) if part.strip()]
+    parts = [part.strip() for part in re.split(r"[+,|;]", PLACE.sub("", str(value))) if part.strip()]
     pairs = [part.split("_") for part in parts]  # KLF1_NegCtrl0: one of two guides is a control
     parts = [one for part, pair in zip(parts, pairs, strict=True) for one in (pair if _with_control(pair) else [part])]
     return "+".join(part if CONTROL.match(part) else _target(part) for part in parts)
@@ -158,9 +161,23 @@ def _with_control(pair: list[str]) -> bool:
     return len(pair) == 2 and any(re.fullmatch(r"(?i)neg(ative)?c(on)?tr(o)?l\d*|ctrl\d*", one) for one in pair)
 
 
+GUIDE = re.compile(
+    r"(.+?)(?:[-_.](?:sg|g)[-_]?\d+|[-_.]?(?:guide|s?grna)[-_]?\d+|[_.]\d+)"
+    r"|((?:[A-Z0-9.-]|orf){2,}?)s?g[-_]?\d+"
+)
+PLACE = re.compile(r"_[+-]_\d+\.\d+[^+,|;]*")
+"""Strand and place in the genome behind a target, as CRISPRi libraries of hCRISPRi-v2's kind call their guides."""
+NUMBERED_NAME = re.compile(
+    r"(NKX\d|KRTAP\d+|MIR\d+[A-Z]*|RNU\d+|IG[HKL]V\d+|TR[ABDG]V\d+|A[CDFJLP]\d{6}|(RP|CT[ABCD])\d*-\w+)\.\d+",
+    re.IGNORECASE,
+)
+"""Names whose number belongs to them: genes of a family (``NKX2-1``), clones (``AC012345.1``)."""
+
+
 def _target(guide: str) -> str:
-    found = re.fullmatch(r"(.+?)(?:[-_.]?(?:sg|g|guide|grna|sgrna)[-_]?\d+|[_.]\d+)", guide)
-    return found[1] if found else guide
+    name = re.sub(r"^sg[-_]?(?=[A-Z])", "", guide)
+    found = None if NUMBERED_NAME.fullmatch(name) else GUIDE.fullmatch(name)
+    return (found[1] or found[2]) if found else name
 
 
 CONDITION = "condition"
