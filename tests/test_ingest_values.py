@@ -152,3 +152,45 @@ def test_a_cell_that_stands_twice_in_a_modality_is_named(tmp_path: Path) -> None
         file["mod/rna/obs/_index"][2] = "a"
     with pytest.raises(InputRefused, match=r"one\.h5mu: mod/rna: cell 'a' stands more than once"):
         OpenDataset(SourceSettings(uri=str(tmp_path / "one.h5mu")), "x")
+
+
+def table_of(path: Path, text: str, **settings: object) -> pd.DataFrame:
+    """Read a table of levels as the lake would, missing values as NaN."""
+    path.write_text(text, encoding="utf-8")
+    told = {"uri": str(path), "kind": "table", "values": "value", "measurement": "protein", **settings}
+    opened = OpenDataset(SourceSettings.model_validate(told), "x")
+    stored = opened.form.parts["protein"].rows(0, opened.form.n_obs).tocoo()
+    levels = np.full(stored.shape, np.nan)
+    levels[stored.row, stored.col] = stored.data
+    obs = opened.form.obs
+    return pd.DataFrame(levels, index=obs.index, columns=opened.form.parts["protein"].var.index).join(obs)
+
+
+@pytest.mark.parametrize(
+    ("name", "sign"), [("a.txt", "\t"), ("a.txt", ","), ("a.tsv", "\t"), ("a.csv", ","), ("a", "\t")]
+)
+def test_empty_fields_of_a_table_stay_where_they_are(tmp_path: Path, name: str, sign: str) -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.normal(20, 2, (30, 8)).round(3)
+    levels[rng.random((30, 8)) < 0.3] = np.nan
+    features = [f"P{number}, chain {number}" if sign == "\t" else f"P {number}" for number in range(8)]
+    expected = pd.DataFrame(levels, index=[f"cell {number}" for number in range(30)], columns=features)
+    lines = [["sample", *features], *([cell, *row] for cell, row in zip(expected.index, levels.tolist(), strict=True))]
+    text = "\n".join(sign.join("" if field != field else str(field) for field in line) for line in lines)
+    found = table_of(tmp_path / name, text + "\n")
+    assert list(found.index) == list(expected.index)
+    pd.testing.assert_frame_equal(found, expected, check_names=False)
+
+
+def test_blanks_part_fields_where_the_first_line_has_neither_tabs_nor_commas(tmp_path: Path) -> None:
+    found = table_of(tmp_path / "a.txt", '  cell A   "B b"\n c0 1.5  2\n\n c1 3 NA\n')
+    expected = pd.DataFrame([[1.5, 2], [3, np.nan]], index=["c0", "c1"], columns=["A", "B b"])
+    pd.testing.assert_frame_equal(found, expected, check_names=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["cell\tA\tB\nc0\t1\t2\nc1\t3\n", "cell A B\nc0 1 2\nc1 3\n", "cell,A,B\nc0,1,2\nc1,3\n"]
+)
+def test_a_line_that_is_shorter_than_the_first_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputRefused, match=r"a\.txt: line 3 has 2 fields, and the first 3"):
+        table_of(tmp_path / "a.txt", text)

@@ -1,12 +1,15 @@
 """This module reads a delimited text table of cells x features, as proteomics, methylation and bulk studies have them.
 
-Fields are parted by commas (.csv), tabs (.tsv) or blanks; .gz or not.
+Fields are parted by commas (.csv), tabs (.tsv), or what the first line has: tabs, else commas, else blanks; .gz or not.
 """
 
 from __future__ import annotations
 
+import csv
 import re
+from io import StringIO
 
+import fsspec
 import numpy as np
 import pandas as pd
 
@@ -78,15 +81,15 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 
 
 def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
-    name = without_query(uri).lower().removesuffix(".gz")
-    separator = "," if name.endswith(".csv") else "\t" if name.endswith(".tsv") else r"\s+|,|\t"
-    missing = ["NA", "NaN", "nan", ""]
     try:
-        if len(separator) == 1:
-            table = pd.read_csv(uri, sep=separator, header=None, dtype=str, na_values=missing)
-        else:
-            table = pd.read_csv(uri, sep=separator, engine="python", header=None, dtype=str, na_values=missing)
-    except (ValueError, OSError) as error:
+        with fsspec.open(uri, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+            text = file.read()
+        separator = _separator(uri, text)
+        _refuse_uneven(uri, text, separator)
+        table = pd.read_csv(StringIO(text), sep=separator, header=None, dtype=str, skipinitialspace=separator == ",")
+    except (ValueError, OSError, csv.Error) as error:
+        if isinstance(error, InputRefused):
+            raise
         raise InputRefused(f"{uri}: not a readable table: {str(error).splitlines()[0]}") from error
     table = table.dropna(axis=1, how="all")
     if table.empty:
@@ -108,6 +111,30 @@ def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
         return table.set_index(table.columns[0]), notes
     table.index = pd.Index([f"cell{number}" for number in range(len(table))])
     return table, [*notes, f"no column names the lines: they are called 'cell0' to {table.index[-1]!r}"]
+
+
+def _separator(uri: str, text: str) -> str:
+    """Return what parts the fields: what the ending of the name says, or the first line has."""
+    name = without_query(uri).lower().removesuffix(".gz")
+    known = {".csv": ",", ".tsv": "\t"}.get(name[-4:])
+    line = text.lstrip("\r\n").split("\n", 1)[0]
+    return known or next((sign for sign in ("\t", ",") if sign in line), r"\s+")
+
+
+def _refuse_uneven(uri: str, text: str, separator: str) -> None:
+    """Refuse lines of another length than the first: nobody knows which field is missing there."""
+    if len(separator) == 1:
+        lines = csv.reader(StringIO(text), delimiter=separator, skipinitialspace=separator == ",")
+    else:
+        lines = csv.reader((" ".join(line.split()) for line in text.splitlines()), delimiter=" ")
+    first = 0
+    for line in lines:
+        first = first or len(line)
+        if line and len(line) != first:
+            raise InputRefused(
+                f"{uri}: line {lines.line_num:,} has {len(line):,} fields, and the first {first:,}; leave fields empty "
+                "between commas or tabs where a value is missing, or write NA"
+            )
 
 
 def _names_features(table: pd.DataFrame, of_names: bool) -> bool:
