@@ -194,3 +194,52 @@ def test_blanks_part_fields_where_the_first_line_has_neither_tabs_nor_commas(tmp
 def test_a_line_that_is_shorter_than_the_first_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputRefused, match=r"a\.txt: line 3 has 2 fields, and the first 3"):
         table_of(tmp_path / "a.txt", text)
+
+
+def test_a_word_among_numbers_is_refused_and_text_becomes_obs(tmp_path: Path) -> None:
+    lines = ["cell\tA\tB\tsite", "c0\t1.5\t2\t4", "c1\t2\t\tlung", "c2\tFiltered\t1\tliver", "c3\t2\t1\tliver"]
+    said = (
+        r"1 fields among numbers are none, such as 'Filtered' \(cell 'c2', column 'A'\); leave a field empty or .* NA"
+    )
+    with pytest.raises(InputRefused, match=said):
+        table_of(tmp_path / "a.tsv", "\n".join(lines))
+    with pytest.raises(InputRefused, match=r"2 fields among numbers are none, such as '1,5'"):
+        table_of(tmp_path / "a.tsv", "\n".join(lines).replace("1.5", "1,5"))
+    found = table_of(tmp_path / "a.tsv", "\n".join(lines).replace("Filtered", "NA"))
+    assert found["A"].tolist()[:2] == [1.5, 2]
+    assert np.isnan(found.loc["c2", "A"])
+    assert np.isnan(found.loc["c1", "B"])
+    assert found["site"].tolist() == ["4", "lung", "liver", "liver"]
+    asked = table_of(tmp_path / "a.tsv", "\n".join(lines), obs={"batch": "A"})
+    assert asked["A"].tolist() == ["1.5", "2", "Filtered", "2"]
+
+
+def study(folder: Path, levels: list[list[str]]) -> SourceSettings:
+    """Write an ISA-Tab study of one assay, samples s0, s1, ... and metabolites m0, m1, ... (a line of levels each)."""
+    folder.mkdir()
+    samples = [f"s{number}" for number in range(len(levels[0]))]
+    (folder / "i_Investigation.txt").write_text("ONTOLOGY SOURCE REFERENCE\n")
+    (folder / "s_x.txt").write_text("\n".join(["Sample Name", *samples]))
+    assay = ["Sample Name\tMetabolite Assignment File", *(f"{sample}\tm_x_maf.tsv" for sample in samples)]
+    (folder / "a_x.txt").write_text("\n".join(assay))
+    lines = ["\t".join(["metabolite_identification", *samples])]
+    lines += ["\t".join([f"m{number}", *line]) for number, line in enumerate(levels)]
+    (folder / "m_x_maf.tsv").write_text("\n".join(lines))
+    return SourceSettings(uri=str(folder))
+
+
+def test_words_among_levels_of_a_study_are_counted_and_decimal_commas_refused(tmp_path: Path) -> None:
+    opened = OpenDataset(
+        study(tmp_path / "a", [["1.5", "<LOD", ""], ["2", "3", "<LOD"], ["1e-3", "n.d.", "4"]]), "x"
+    ).form
+    assert opened.notes == (
+        "4 of 9 levels are missing",
+        "3 of 8 given levels are no numbers: '<LOD' (2), 'n.d.' (1); they are taken for missing",
+    )
+    assert opened.parts["metabolite"].rows(0, 3).nnz == 5
+    with pytest.raises(InputRefused, match=r"m_x_maf\.tsv: 1 of 6 .* '2,5' has a decimal comma; write numbers with a"):
+        OpenDataset(study(tmp_path / "b", [["1.5", "2", "1"], ["2", "2,5", "1"]]), "x")
+    with pytest.raises(InputRefused, match=r"4 of 6 given levels are no numbers: '<LOD' \(4\)"):
+        OpenDataset(study(tmp_path / "c", [["1.5", "<LOD", "<LOD"], ["2", "<LOD", "<LOD"]]), "x")
+    plain = OpenDataset(study(tmp_path / "d", [["1.5", "2"], ["2", "3"]]), "x").form
+    assert plain.notes == ("0 of 4 levels are missing",)

@@ -12,7 +12,9 @@ from typing import Any
 import fsspec
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from ingest import distinct
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, SourceDataset, content_digest, level_rows
 from store.errors import InputRefused
@@ -63,7 +65,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     rows, column_of = _columns(assay, maf)
     if not column_of:
         raise InputRefused(f"{source.uri}: no column of {maf_names[0]} is a sample of {assay_name}")
-    levels = maf[column_of].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64).T
+    levels, said = _levels(maf[column_of], f"{source.uri}: {maf_names[0]}")
     obs = _samples(files).reindex(assay["Sample Name"].iloc[rows])
     obs.index = pd.Index(column_of)
     obs["sample_id"] = assay["Sample Name"].iloc[rows].to_numpy()
@@ -79,7 +81,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts={"metabolite": Part(var, level_rows(levels), layer="value")},
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title, "collection_name": source.uri.rstrip("/").rsplit("/", 1)[-1]},
-        notes=(f"{missing:,} of {levels.size:,} levels are missing",),
+        notes=(f"{missing:,} of {levels.size:,} levels are missing", *said),
     )
 
 
@@ -94,6 +96,25 @@ def _table(content: bytes) -> pd.DataFrame:
         return pd.read_csv(BytesIO(content), sep="\t", dtype=str, encoding="utf-8", encoding_errors="replace")
     except ValueError as error:
         raise InputRefused(f"not a readable ISA-Tab table: {error}") from error
+
+
+def _levels(table: pd.DataFrame, where: str) -> tuple[NDArray[np.float64], list[str]]:
+    """Read the levels of samples x metabolites, NaN where a word stands, and say which words.
+
+    Raises:
+        InputRefused: Most of what is given are words, or some are numbers with a decimal comma.
+    """
+    numbers = table.apply(pd.to_numeric, errors="coerce")
+    row, column = np.nonzero((table.notna() & numbers.isna()).to_numpy())
+    words = pd.Series(table.to_numpy(object)[row, column], dtype=object).astype(str).value_counts()
+    shown = ", ".join(f"{distinct.shown(word)} ({many:,})" for word, many in words.iloc[:4].items())
+    told = f"{len(row):,} of {int(table.notna().sum().sum()):,} given levels are no numbers: {shown}"
+    comma = words.index.str.fullmatch(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
+    if comma.any() or len(row) > int(numbers.notna().sum().sum()):
+        way = "write numbers with a decimal point, and leave a field empty where a level is missing"
+        first = f"; {distinct.shown(words.index[comma][0])} has a decimal comma" if comma.any() else ""
+        raise InputRefused(f"{where}: {told}{first}; {way}")
+    return numbers.to_numpy(np.float64).T, [f"{told}; they are taken for missing"] if len(row) else []
 
 
 def _columns(assay: pd.DataFrame, maf: pd.DataFrame) -> tuple[list[int], list[str]]:

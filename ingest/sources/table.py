@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 
+from ingest import distinct
 from ingest.job import SourceSettings
 from ingest.obs import OBS_ALIASES
 from ingest.sources.form import Part, SourceDataset, are_levels, content_digest, level_rows, memory_rows, without_query
@@ -37,12 +38,12 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 
     The first column names the cells where it is no number, or where the first line says so (by an empty field, or
     ``cell``); the first line names the features where it is no number, or begins in that way. Without them they are
-    numbered, and a note says so. With ``transposed`` cells stand in columns. Columns of text beside the numbers become
-    obs, and those that the source's settings name. An empty field or ``NA`` is missing when the source says that the
-    values are levels (``value``), and refused in counts.
+    numbered, and a note says so. With ``transposed`` cells stand in columns. Columns of which most fields are text
+    become obs, and those that the source's settings name. An empty field or ``NA`` is missing when the source says that
+    the values are levels (``value``), and refused in counts.
 
     Raises:
-        InputRefused: Not such a table.
+        InputRefused: Not such a table, or words stand among numbers.
     """
     table, notes = _read(source.uri)
     if source.transposed:
@@ -51,10 +52,11 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     numbers = table.apply(pd.to_numeric, errors="coerce")
     given, understood = table.notna().sum(), numbers.notna().sum()
     named = set(source.obs.values())
-    texts = [str(column) for column in table if column in named or given[str(column)] > understood[str(column)]]
+    texts = [str(column) for column in table if column in named or given[str(column)] > 2 * understood[str(column)]]
     features = [str(column) for column in table if column not in set(texts)]
     if not features:
         raise InputRefused(f"{source.uri}: has no column of numbers; are cells in columns? then set transposed=true")
+    _refuse_words(source.uri, table[features], numbers[features])
     if np.mean([bool(BARCODE.match(name)) for name in features]) > 0.5:
         turned = str(not source.transposed).lower()
         raise InputRefused(
@@ -111,6 +113,18 @@ def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
         return table.set_index(table.columns[0]), notes
     table.index = pd.Index([f"cell{number}" for number in range(len(table))])
     return table, [*notes, f"no column names the lines: they are called 'cell0' to {table.index[-1]!r}"]
+
+
+def _refuse_words(uri: str, table: pd.DataFrame, numbers: pd.DataFrame) -> None:
+    """Refuse words in columns of numbers, which would take a feature out for one cell's sake, or that cell's value."""
+    row, column = np.nonzero((table.notna() & numbers.isna()).to_numpy())
+    if len(row):
+        name, word = table.columns[column[0]], distinct.shown(table.iat[row[0], column[0]])
+        raise InputRefused(
+            f"{uri}: {len(row):,} fields among numbers are none, such as {word} (cell {table.index[row[0]]!r}, column "
+            f"{name!r}); leave a field empty or write NA where a value is missing, write numbers with a decimal point, "
+            f"and say obs.COLUMN={name} where a column describes cells"
+        )
 
 
 def _separator(uri: str, text: str) -> str:
