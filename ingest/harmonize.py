@@ -122,7 +122,17 @@ def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = No
         notes.append(_unmapped_note(unmapped, len(names), table, genes, named=standing == names))
     id_list = [found or name for found, name in zip(ids, standing, strict=True)]
     made = _unique(id_list, names, _known(id_list, table, var), notes, sums)
-    return replace(made, mapped=1 - len(unmapped) / max(1, len(names)))
+    features = replace(made.features, feature_name=_without_version(made.features))
+    return replace(made, features=features, mapped=1 - len(unmapped) / max(1, len(names)))
+
+
+def _without_version(features: Features) -> list[str]:
+    """Return features' names; one that is the gene's own id has no version either."""
+    own = _ensembl(pd.Series(features.feature_name, dtype=object))
+    return [
+        known if found == known else name
+        for name, known, found in zip(features.feature_name, features.feature_id, own, strict=True)
+    ]
 
 
 def _ids(var: pd.DataFrame) -> list[str]:

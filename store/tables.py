@@ -364,14 +364,25 @@ def _var_table(
     less = gone.features(measurement)
     _subtract(known, less)
     shared = mine.index.intersection(known.index)
-    for column in ("feature_name", "feature_type", "feature_length"):
-        mine.loc[shared, column] = known.loc[shared, column]
+    said = known.loc[shared]
+    says = {
+        "feature_name": ~_stands_for_a_name(said["feature_name"], said["feature_id"]),
+        "feature_type": ~said["feature_type"].isin(["", "gene"]),
+        "feature_length": said["feature_length"] > 0,
+    }
+    for column, told in says.items():  # what the first dataset said stays, if it said anything
+        mine.loc[shared[told.to_numpy()], column] = said.loc[told, column]
     for column in ("nnz", "n_measured_obs"):
         mine.loc[shared, column] += known.loc[shared, column]
     others = (known if is_whole else less).index.difference(mine.index)
     if len(others):
         mine = pd.concat([mine, known.loc[others, mine.columns]]).rename_axis("soma_joinid")
     return pa.Table.from_pandas(mine.sort_index().reset_index(), schema=schema.VAR_SCHEMA, preserve_index=False)
+
+
+def _stands_for_a_name(name: pd.Series, feature_id: pd.Series) -> pd.Series:
+    """Say which names are none: nothing, or a feature's id, also with a version."""
+    return (name == "") | (name == feature_id) | (name.str.replace(r"\.\d+$", "", regex=True) == feature_id)
 
 
 def _dataset_table(reservation: Reservation) -> pa.Table:

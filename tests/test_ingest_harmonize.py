@@ -41,6 +41,8 @@ def test_ensembl_ids_lose_their_version_and_keep_their_names() -> None:
     assert mapped.features.feature_id == ["ENSG00000000001", "ENSG00000000002"]
     assert mapped.features.feature_name == ["AAA", "BBB"]
     assert mapped.notes == []
+    nameless = map_genes(var("ENSG00000000001.12", "ENSG00000000002", "MADE.UP.1"))
+    assert nameless.features.feature_name == ["ENSG00000000001", "ENSG00000000002", "MADE.UP.1"]
 
 
 def test_ids_are_found_in_a_customary_column() -> None:

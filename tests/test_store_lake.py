@@ -430,3 +430,25 @@ def test_obs_that_is_written_in_parts_is_the_same(tmp_path: Path, monkeypatch: p
         found.append((obs.to_pandas(), counts.to_pandas()))
     pd.testing.assert_frame_equal(found[0][0], found[1][0])
     pd.testing.assert_frame_equal(found[0][1], found[1][1])
+
+
+def test_what_the_first_dataset_does_not_say_of_a_feature_a_later_one_does(tmp_path: Path) -> None:
+    ids = [f"ENSG{number:011d}" for number in range(5)]
+    said = [
+        # names, types, lengths of the same genes
+        ([ids[0], f"{ids[1]}.7", "", "DDD", ids[4]], ["gene", "gene", "", "lncRNA", "gene"], [0, 0, 0, 40, 0]),
+        (["AAA", "BBB", "CCC", "other", ids[4]], ["protein_coding"] * 4 + ["gene"], [10, 20, 30, 41, 0]),
+        (["late", "late", "late", "late", "EEE"], ["miRNA"] * 5, [1, 1, 1, 1, 50]),
+    ]
+    with LakeWriter(str(tmp_path)) as writer:
+        for number, told in enumerate(said):
+            features = {"RNA": Features(ids, *told)}
+            plan = DatasetPlan(f"d{number}", "homo_sapiens", f"key{number}", 4, features)
+            reservation = writer.reserve(plan)
+            blocks = [write_counts(reservation, "RNA", 0, encoded_counts(0, 4, 5))]
+            writer.commit(reservation, pd.DataFrame({"cell_id": [f"{number}-{cell}" for cell in range(4)]}), blocks)
+    var = open_lake(str(tmp_path)).var("homo_sapiens", "RNA").to_pandas()
+    assert var["feature_name"].tolist() == ["AAA", "BBB", "CCC", "DDD", "EEE"]
+    assert var["feature_type"].tolist() == [*["protein_coding"] * 3, "lncRNA", "miRNA"]
+    assert var["feature_length"].tolist() == [10, 20, 30, 40, 50]
+    assert var["nnz"].tolist() == (3 * np.diff(encoded_counts(0, 4, 5).tocsc().indptr)).tolist()
