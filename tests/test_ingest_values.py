@@ -13,7 +13,7 @@ import pytest
 import scipy.io
 import scipy.sparse
 
-from ingest.dataset import Checked, OpenDataset
+from ingest.dataset import Checked, Inspected, OpenDataset
 from ingest.job import SourceSettings
 from ingest.sources import h5mu
 from store.errors import InputRefused
@@ -243,3 +243,22 @@ def test_words_among_levels_of_a_study_are_counted_and_decimal_commas_refused(tm
         OpenDataset(study(tmp_path / "c", [["1.5", "<LOD", "<LOD"], ["2", "<LOD", "<LOD"]]), "x")
     plain = OpenDataset(study(tmp_path / "d", [["1.5", "2"], ["2", "3"]]), "x").form
     assert plain.notes == ("0 of 4 levels are missing",)
+
+
+def test_the_embedding_of_a_loom_is_no_place_in_space_unless_somebody_says_so(tmp_path: Path) -> None:
+    def inspected(name: str, settings: dict[str, str], **columns: object) -> Inspected:
+        with h5py.File(tmp_path / name, "w") as file:
+            file["matrix"], file["row_attrs/Gene"], file["col_attrs/CellID"] = np.ones((2, 3)), list("ab"), list("def")
+            for column, values in columns.items():
+                file[f"col_attrs/{column}"] = values
+        return OpenDataset(SourceSettings(uri=str(tmp_path / name), obs=settings), "x").inspect()
+
+    embedding = {"_X": [1.0, 2, 3], "_Y": [4.0, 5, 6], "tSNE_coordinates": np.ones((3, 2))}
+    found = inspected("a.loom", {}, **embedding)
+    assert not {"x", "y"} & set(found.obs)
+    assert any("_X and _Y are taken for an embedding; where they are places" in note for note in found.notes)
+    said = inspected("b.loom", {"x": "_X", "y": "_Y"}, **embedding)
+    assert said.obs[["x", "y"]].to_numpy().tolist() == [[1, 4], [2, 5], [3, 6]]
+    assert not any("embedding" in note for note in said.notes)
+    places = inspected("c.loom", {}, Spatial_coordinates=np.arange(6.0).reshape(3, 2))
+    assert places.obs[["x", "y"]].to_numpy().tolist() == [[0, 1], [2, 3], [4, 5]]

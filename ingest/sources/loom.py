@@ -18,7 +18,10 @@ from store.errors import InputRefused
 
 CELL_NAMES = ("CellID", "obs_names", "cell_id", "barcode", "Barcode", "cell_names")
 FEATURE_NAMES = ("Accession", "var_names", "Gene", "gene_names", "GeneName", "name")
-X_NAMES, Y_NAMES = ("X", "x", "x_coord", "_X", "spatial_x"), ("Y", "y", "y_coord", "_Y", "spatial_y")
+X_NAMES, Y_NAMES = ("X", "x", "x_coord", "spatial_x"), ("Y", "y", "y_coord", "spatial_y")
+EMBEDDING = ("_X", "_Y")
+"""What looms of the Linnarsson lab (cytograph) call a t-SNE or UMAP."""
+NO_PLACES = "_X and _Y are taken for an embedding; where they are places in space, say obs.x=_X and obs.y=_Y"
 CHUNK = 64
 
 
@@ -50,6 +53,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts={source.measurement: Part(var, rows)},
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
+        notes=(NO_PLACES,) if set(EMBEDDING) <= set(file["col_attrs"]) - set(source.obs.values()) else (),
         matrices=tuple(str(name) for name in file.get("layers", ()) if name != source.layer),
     )
 
@@ -58,7 +62,9 @@ def _obs(group: h5py.Group, n_cells: int) -> pd.DataFrame:
     obs = _attributes(group, n_cells)
     obs.index = _names(obs, CELL_NAMES, "cell")
     names = [str(name) for name in obs]
-    together = next((name[:-2] for name in names if re.fullmatch(r"(?i)(spatial|.*coord).*_0", name)), "")
+    together = next(
+        (name[:-2] for name in names if re.fullmatch(r"(?i)(?!.*(sne|umap|pca))(spatial|.*coord).*_0", name)), ""
+    )
     for column, known in (("x", (*X_NAMES, f"{together}_0")), ("y", (*Y_NAMES, f"{together}_1"))):
         found = next((name for name in known if name in names), None)
         if found and column not in names:
