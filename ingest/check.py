@@ -114,13 +114,17 @@ def counts_from_log1p(values_CF: scipy.sparse.csr_matrix, first_cell: int) -> sc
     return restored
 
 
+FARTHEST = 0.25
+"""So far from a whole number is no count, however large: rounding to three digits explains it up to 250 counts."""
+
+
 def _whole(
     scaled: np.ndarray[tuple[int], np.dtype[np.float64]], cell: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     unit = scaled / scaled.min()
     for smallest in (1, 2, 3):
         counts = np.rint(unit * smallest)
-        if np.all(np.abs(unit * smallest - counts) <= 0.02 + 0.002 * counts):
+        if np.all(np.abs(unit * smallest - counts) <= np.minimum(0.02 + 0.002 * counts, FARTHEST)):
             return counts
     raise InputRefused(
         f"values = 'log1p': cell {cell} holds no scaled counts (multiples of its smallest value: "

@@ -13,6 +13,7 @@ import pytest
 import scipy.io
 import scipy.sparse
 
+from ingest import check
 from ingest.dataset import Checked, Inspected, OpenDataset
 from ingest.job import SourceSettings
 from ingest.sources import h5mu
@@ -262,3 +263,15 @@ def test_the_embedding_of_a_loom_is_no_place_in_space_unless_somebody_says_so(tm
     assert not any("embedding" in note for note in said.notes)
     places = inspected("c.loom", {}, Spatial_coordinates=np.arange(6.0).reshape(3, 2))
     assert places.obs[["x", "y"]].to_numpy().tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_no_value_between_two_whole_numbers_passes_for_a_large_count() -> None:
+    def logged(*units: float) -> scipy.sparse.csr_matrix:
+        return scipy.sparse.csr_matrix(np.log1p(np.array([units]) * 0.37))
+
+    assert check.counts_from_log1p(logged(1, 3, 300, 70000), 0).toarray().tolist() == [[1, 3, 300, 70000]]
+    single = logged(1, 3, 300, 9000).astype(np.float32)
+    assert check.counts_from_log1p(single, 0).toarray().tolist() == [[1, 3, 300, 9000]]
+    for units in ((1, 300.5, 310.3), (1, 3, 7, 5000.5, 6000.3), (1, 250.5, 260.3)):
+        with pytest.raises(InputRefused, match="cell 4 holds no scaled counts"):
+            check.counts_from_log1p(logged(*units), 4)
