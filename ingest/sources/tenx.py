@@ -209,13 +209,3 @@ def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coord
             raise InputRefused(f"{where}: matrix.mtx: {error}") from error
         if read != nnz:
             raise InputRefused(f"{where}: matrix.mtx promises {nnz:,} values and holds {read:,}; is it torn?")
-
-
-def is_folder(uri: str) -> bool:
-    """Say whether a folder is a 10x matrix."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    try:
-        there = {name.rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False)}
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return bool(there & set(ROLES["matrix"]))
