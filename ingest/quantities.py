@@ -14,7 +14,7 @@ from ingest import distinct
 from ingest.perturbations import CONTROL
 
 QUANTITY = re.compile(
-    r"^\s*(?P<word>[A-Za-z]*)(?P<gap>\s*)(?P<number>[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)\s*"
+    r"^\s*(?P<word>[A-Za-z]*)(?P<gap>\s*)(?P<number>[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)\s*"
     r"(?P<unit>[A-Za-zµμ%][A-Za-zµμ%/]*)?\s*$"
 )
 TIMES = {"e": "day", "d": "day", "day": "day", "days": "day", "h": "hour", "hr": "hour", "hrs": "hour", "hour": "hour"}
@@ -63,7 +63,8 @@ def _quantities(values: pd.Series, units: Mapping[str, str]) -> Quantities | Non
     units_of = unit.map(lambda word: written(word, units)).where(~empty, "")
     hyphen = _hyphened(found)
     joins = bool((hyphen | found["word"].fillna("").eq("")).all())
-    read = found["number"].str.lstrip("-").where(hyphen & joins, found["number"])
+    number = found["number"].str.replace(",", "")
+    read = number.str.lstrip("-").where(hyphen & joins, number)
     return read.where(~empty).to_numpy(np.float64), units_of.to_numpy(np.object_)
 
 

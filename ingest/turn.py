@@ -61,7 +61,7 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
 
     Args:
         identity: What the matrix is (address, fingerprint, settings): the same is turned once on this machine, and the
-            result is shared by all processes.
+            result is shared by all processes. Its address, which messages name, comes first.
         shape: Cells and features.
         parts: Reads the matrix from its beginning.
 
@@ -71,7 +71,7 @@ def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iter
     """
     folder = scratch_of(*identity, shape)
     with scratch_errors(folder):
-        made_once(folder, lambda: _turn(folder, shape, parts()))
+        made_once(folder, lambda: _turn(folder, shape, parts(), identity[0]))
     return _rows(folder, shape)
 
 
@@ -146,12 +146,12 @@ def _opened(folder: Path) -> float:
         return time.time()
 
 
-def _turn(folder: Path, shape: tuple[int, int], parts: Iterator[Coordinates]) -> None:
+def _turn(folder: Path, shape: tuple[int, int], parts: Iterator[Coordinates], where: str) -> None:
     spill = folder / "spill"
     nnz_C, single = np.zeros(shape[0], np.int64), True
     with spill.open("wb") as file:
         for rows, columns, values in parts:
-            _check(rows, columns, shape)
+            _check(rows, columns, shape, where)
             nnz_C += np.bincount(rows, minlength=shape[0])
             record = np.empty(len(rows), SPILL)
             record["row"], record["column"], record["value"] = rows, columns, values
@@ -182,11 +182,11 @@ def _fits_single(values: NDArray[np.float64]) -> bool:
         return np.array_equal(values, values.astype(np.float32), equal_nan=True)
 
 
-def _check(rows: NDArray[np.integer], columns: NDArray[np.integer], shape: tuple[int, int]) -> None:
+def _check(rows: NDArray[np.integer], columns: NDArray[np.integer], shape: tuple[int, int], where: str) -> None:
     for what, found, size in (("row", rows, shape[0]), ("column", columns, shape[1])):
         if len(found) and not 0 <= int(found.min()) <= int(found.max()) < size:
             raise InputRefused(
-                f"a coordinate lies outside the matrix: {what}s {found.min()} to {found.max()} of {size}"
+                f"{where}: a coordinate lies outside the matrix: {what}s {found.min()} to {found.max()} of {size}"
             )
 
 

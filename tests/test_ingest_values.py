@@ -16,6 +16,7 @@ import scipy.sparse
 from ingest import check
 from ingest.dataset import Checked, Inspected, OpenDataset
 from ingest.job import SourceSettings
+from ingest.obs import map_obs
 from ingest.sources import h5mu
 from store.errors import InputRefused
 
@@ -275,3 +276,61 @@ def test_no_value_between_two_whole_numbers_passes_for_a_large_count() -> None:
     for units in ((1, 300.5, 310.3), (1, 3, 7, 5000.5, 6000.3), (1, 250.5, 260.3)):
         with pytest.raises(InputRefused, match="cell 4 holds no scaled counts"):
             check.counts_from_log1p(logged(*units), 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "notes"),
+    [
+        ("c0 1 2\nc1 3 4\n", ["no line names the columns: they are called 'feature1' to 'feature2'"]),
+        (
+            "0.5 1 2\n1 3 4\n",
+            [
+                "no column names the lines: they are called 'cell0' to 'cell1'",
+                "no line names the columns: they are called 'feature0' to 'feature2'",
+            ],
+        ),
+    ],
+)
+def test_features_that_nobody_named_are_called_as_the_note_says(tmp_path: Path, text: str, notes: list[str]) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    told = {"uri": str(tmp_path / "a.txt"), "kind": "table", "values": "value", "measurement": "protein"}
+    form = OpenDataset(SourceSettings.model_validate(told), "x").form
+    assert list(form.notes) == notes
+    names = form.parts["protein"].var.index
+    assert f"they are called {names[0]!r} to {names[-1]!r}" in form.notes[-1]
+
+
+def test_a_coordinate_outside_a_matrix_is_told_with_the_sources_name(tmp_path: Path) -> None:
+    folder = mtx_folder(tmp_path / "one", counts_of((3, 2)))
+    (folder / "matrix.mtx").write_text("%%MatrixMarket matrix coordinate integer general\n2 3 1\n2 4 1\n")
+    with pytest.raises(InputRefused, match=r"one: a coordinate lies outside the matrix: rows 3 to 3 of 3"):
+        OpenDataset(SourceSettings(uri=str(folder)), "x")
+
+
+def test_a_sign_of_inches_in_a_name_joins_no_lines(tmp_path: Path) -> None:
+    folder = mtx_folder(tmp_path / "one", counts_of((3, 4)))
+    (folder / "features.tsv").write_text('g0\t"A\ng1\tB\ng2\t"C\ng3\t5" D\n')
+    (folder / "metadata.tsv").write_text(
+        'cell\tdonor\tnote\nbarcodes-0\td0\t"a\nbarcodes-1\td1\tb\nbarcodes-2\td2\t"\n'
+    )
+    form = OpenDataset(SourceSettings(uri=str(folder)), "x").form
+    assert form.parts["RNA"].var["gene_symbols"].tolist() == ['"A', "B", '"C', '5" D']
+    assert form.obs["donor"].tolist() == ["d0", "d1", "d2"]
+    (folder / "metadata.tsv").write_text(
+        '"cell"\t"donor"\n"barcodes-0"\t"d\t0"\n"barcodes-1"\t"d1"\n"barcodes-2"\t"d2"\n'
+    )
+    again = OpenDataset(SourceSettings(uri=str(folder)), "x").form
+    assert again.obs["donor"].tolist() == ["d\t0", "d1", "d2"], "proper quotes are none of a word's"
+
+
+def test_a_dose_may_have_its_thousands_apart() -> None:
+    doses = ["1,000 nM", "10,000.5 nM", "50 nM", "2,500,000 nM"]
+    found = map_obs(pd.DataFrame({"dose": doses}), {}).frame
+    assert found["dose"].tolist() == [1000, 10000.5, 50, 2500000]
+    assert set(found["dose_unit"]) == {"nM"}
+    for odd in ("1,5 nM", "1,0000 nM", "1000,000 nM"):
+        left = map_obs(pd.DataFrame({"dose": ["50 nM", odd]}), {})
+        assert "dose" not in left.frame
+        assert any(f"'{odd}' is no quantity" in note for note in left.notes)
+    plain = map_obs(pd.DataFrame({"dose": ["1,000", "50"]}), {})
+    assert plain.frame["dose"].tolist() == [1000, 50]

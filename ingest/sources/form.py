@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,8 +109,21 @@ def read_obs_table(table: str | BinaryIO, where: str, cells: pd.Index) -> tuple[
         MissingError: It is not there.
     """
     try:
+        if isinstance(table, str):
+            with fsspec.open(table, "rb", compression="infer") as file:
+                text = file.read().decode("utf-8-sig")
+        else:
+            text = table.read().decode("utf-8-sig")
+        stray = any(line.count('"') % 2 for line in text.splitlines())  # one that opens would join lines
         # a first column that is named as the index would be read as numbers
-        lines = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False, na_values=[""])
+        lines = pd.read_csv(
+            StringIO(text),
+            sep="\t",
+            dtype=str,
+            keep_default_na=False,
+            na_values=[""],
+            quoting=csv.QUOTE_NONE if stray else csv.QUOTE_MINIMAL,
+        )
     except FileNotFoundError:
         raise MissingError(f"{where}: no such table of cells") from None
     except (ValueError, OSError) as error:

@@ -98,21 +98,26 @@ def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
         raise InputRefused(f"{uri}: the table is empty")
     corner = str(table.iloc[:1, 0].fillna("").iloc[0]).strip()
     of_names, notes = bool(CORNER.fullmatch(corner)), list[str]()
-    if _names_features(table, of_names):
+    features_named = _names_features(table, of_names)
+    if features_named:
         header = table.iloc[0].fillna("").tolist()
         table = table.iloc[1:].reset_index(drop=True)
         table.columns = pd.Index(header)
     else:
         of_names = False
         table.columns = pd.Index([f"feature{number}" for number in range(table.shape[1])])
-        notes.append(f"no line names the columns: they are called 'feature1' to {table.columns[-1]!r}")
     first = table.iloc[:, 0]
     if pd.to_numeric(first, errors="coerce").notna().sum() == 0 or (
         of_names and first.notna().all() and first.is_unique
     ):
-        return table.set_index(table.columns[0]), notes
-    table.index = pd.Index([f"cell{number}" for number in range(len(table))])
-    return table, [*notes, f"no column names the lines: they are called 'cell0' to {table.index[-1]!r}"]
+        table = table.set_index(table.columns[0])
+    else:
+        table.index = pd.Index([f"cell{number}" for number in range(len(table))])
+        notes.append(f"no column names the lines: they are called 'cell0' to {table.index[-1]!r}")
+    if not features_named and len(table.columns):
+        said = f"they are called {table.columns[0]!r} to {table.columns[-1]!r}"
+        notes.append(f"no line names the columns: {said}")
+    return table, notes
 
 
 def _refuse_words(uri: str, table: pd.DataFrame, numbers: pd.DataFrame) -> None:

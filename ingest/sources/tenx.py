@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Iterator
@@ -123,7 +124,9 @@ def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Ro
         raise InputRefused(
             f"{source.uri}: not a 10x matrix: lacks {', '.join(ROLES[role][-1] for role in missing)} (.gz or not)"
         )
-    table = pd.read_csv(_open(paths["features"]), sep="\t", header=None, dtype=str, keep_default_na=False)
+    table = pd.read_csv(
+        _open(paths["features"]), sep="\t", header=None, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE
+    )
     if table.shape[1] == 1:
         table[1] = table[0]
     types = table[2].tolist() if table.shape[1] > 2 else None
