@@ -198,6 +198,16 @@ def test_a_line_that_is_shorter_than_the_first_is_named(tmp_path: Path, text: st
         table_of(tmp_path / "a.txt", text)
 
 
+@pytest.mark.parametrize("sign", ["\t", " ", ","])
+def test_a_first_line_without_a_corner_names_the_columns_as_r_writes_them(tmp_path: Path, sign: str) -> None:
+    lines = [["A", "B"], ["c0", "1.5", "2"], ["c1", "3", "NA"]]
+    found = table_of(tmp_path / "a.txt", "\n".join(sign.join(f'"{field}"' for field in line) for line in lines))
+    expected = pd.DataFrame([[1.5, 2], [3, np.nan]], index=["c0", "c1"], columns=["A", "B"])
+    pd.testing.assert_frame_equal(found, expected, check_names=False)
+    with pytest.raises(InputRefused, match=r"line 3 has 2 fields, and the first 2"):
+        table_of(tmp_path / "a.txt", "\n".join(sign.join(line) for line in [*lines[:2], ["c1", "3"]]))
+
+
 def test_a_word_among_numbers_is_refused_and_text_becomes_obs(tmp_path: Path) -> None:
     lines = ["cell\tA\tB\tsite", "c0\t1.5\t2\t4", "c1\t2\t\tlung", "c2\tFiltered\t1\tliver", "c3\t2\t1\tliver"]
     said = (

@@ -85,9 +85,10 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
     try:
         with fsspec.open(uri, "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
-            text = file.read()
+            text = file.read().lstrip("\r\n")
         separator = _separator(uri, text)
-        _refuse_uneven(uri, text, separator)
+        if _lacks_corner(uri, text, separator):
+            text = f'""{separator if len(separator) == 1 else " "}{text}'
         table = pd.read_csv(StringIO(text), sep=separator, header=None, dtype=str, skipinitialspace=separator == ",")
     except (ValueError, OSError, csv.Error) as error:
         if isinstance(error, InputRefused):
@@ -136,24 +137,30 @@ def _separator(uri: str, text: str) -> str:
     """Return what parts the fields: what the ending of the name says, or the first line has."""
     name = without_query(uri).lower().removesuffix(".gz")
     known = {".csv": ",", ".tsv": "\t"}.get(name[-4:])
-    line = text.lstrip("\r\n").split("\n", 1)[0]
+    line = text.split("\n", 1)[0]
     return known or next((sign for sign in ("\t", ",") if sign in line), r"\s+")
 
 
-def _refuse_uneven(uri: str, text: str, separator: str) -> None:
-    """Refuse lines of another length than the first: nobody knows which field is missing there."""
+def _lacks_corner(uri: str, text: str, separator: str) -> bool:
+    """Say whether the first line is one field shorter than all others, as R writes a table with names of rows.
+
+    Raises:
+        InputRefused: Lines have other lengths: nobody knows which field is missing there.
+    """
     if len(separator) == 1:
         lines = csv.reader(StringIO(text), delimiter=separator, skipinitialspace=separator == ",")
     else:
         lines = csv.reader((" ".join(line.split()) for line in text.splitlines()), delimiter=" ")
-    first = 0
-    for line in lines:
+    first = usual = 0
+    for line in filter(None, lines):
+        usual = usual or (len(line) if first else 0)
         first = first or len(line)
-        if line and len(line) != first:
+        if usual and (len(line) != usual or usual not in (first, first + 1)):
             raise InputRefused(
                 f"{uri}: line {lines.line_num:,} has {len(line):,} fields, and the first {first:,}; leave fields empty "
                 "between commas or tabs where a value is missing, or write NA"
             )
+    return usual == first + 1
 
 
 def _names_features(table: pd.DataFrame, of_names: bool) -> bool:
