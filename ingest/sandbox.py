@@ -164,7 +164,7 @@ class Reader:
         whole = len(indptr) == stop - start + 1 and indptr[0] == 0 and indptr[-1] == len(data) == len(indices)
         if (
             not whole
-            or np.any(np.diff(indptr) < 0)
+            or np.any(indptr[1:] < indptr[:-1])  # a difference of two may be beyond 64 bits
             or (len(indices) and not 0 <= indices.min() <= indices.max() < n_features)
         ):
             raise InputRefused(f"{self.source.uri}: {measurement}: its reader sent rows that are no matrix")

@@ -341,8 +341,9 @@ def _entries(part: CsrCounts | ByCell, where: str, limits: Limits, *, levels: bo
         raise FieldRefused(f"{where}.data", f"{len(part.data)} counts for {len(indices_N)} indices; send as many")
     if len(indptr) < 1 or indptr[0] != 0 or indptr[-1] != len(indices_N):
         raise FieldRefused(f"{where}.indptr", f"must start with 0 and end with the number of counts, {len(indices_N)}")
-    if np.any(np.diff(indptr) < 0):
-        cell = int(np.argmax(np.diff(indptr) < 0))
+    falls = indptr[1:] < indptr[:-1]  # a difference of two may be beyond 64 bits
+    if np.any(falls):
+        cell = int(np.argmax(falls))
         raise FieldRefused(f"{where}.indptr.{cell + 1}", "falls; a cell cannot have fewer than no counts")
     outside = (indices_N < 0) | (indices_N >= len(part.features))
     if np.any(outside):

@@ -151,7 +151,7 @@ def _compressed_problems(group: h5py.Group, major: int, minor: int) -> Iterator[
     last = 0
     for start in range(0, major + 1, SLICE):
         part = indptr[start : start + SLICE].astype(np.int64)
-        falls = np.diff(np.concatenate([[last], part])) < 0
+        falls = part < np.concatenate([[last], part[:-1]])  # a difference of two may be beyond 64 bits
         if (start == 0 and part[0] != 0) or falls.any():
             yield f"indptr falls or does not begin at 0 (entry {start + int(np.argmax(falls)):,})"
             return

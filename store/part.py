@@ -196,7 +196,7 @@ class Part:
         n_sets = self.entry["n_sets"]
         starts = np.empty(n_sets + 1, np.int64)
         self._read(("sets",), [(0, n_sets)], starts)
-        if np.any(np.diff(starts) <= 0) or (starts[0], starts[-1]) != (0, self.n_rows):
+        if np.any(starts[1:] <= starts[:-1]) or (starts[0], starts[-1]) != (0, self.n_rows):
             raise self._damaged("sets", 0, n_sets + 1, "sets do not follow each other from the first row to the last")
         return starts
 
@@ -218,7 +218,7 @@ class Part:
             return out
         self._read((measurement, "indptr"), [(start, stop)], out)
         nnz = self.measurements[measurement]["nnz"]
-        if np.any(np.diff(out) < 0):
+        if np.any(out[1:] < out[:-1]):
             raise self._damaged(f"{measurement}/indptr", start, stop, "rows end before they begin")
         first, last = 0 if start == 0 else out[0], nnz if stop == self.n_rows else out[-1]
         if not 0 <= out[0] == first or not out[-1] == last <= nnz:

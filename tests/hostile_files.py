@@ -89,6 +89,22 @@ def indptr_falls(file: h5py.File, folder: Path) -> None:
     file["X/indptr"][5] = 300
 
 
+def indptr_overflows(file: h5py.File, folder: Path) -> None:
+    """It falls by more than 64 bits hold, so that the difference is a large positive number."""
+    kept = file["X/indptr"][:].astype(np.int64)
+    kept[5:7] = 2**63 - 1, -5
+    del file["X/indptr"]
+    file["X/indptr"] = kept
+
+
+def indptr_unsigned(file: h5py.File, folder: Path) -> None:
+    """It falls, in a type that has no negative differences."""
+    kept = file["X/indptr"][:].astype(np.uint64)
+    kept[5] = 300
+    del file["X/indptr"]
+    file["X/indptr"] = kept
+
+
 def indptr_short(file: h5py.File, folder: Path) -> None:
     kept = file["X/indptr"][:20]
     del file["X/indptr"]
@@ -191,6 +207,8 @@ CORRUPTIONS: dict[Callable[[h5py.File, Path], None], str] = {
     index_outside: "lies outside",
     index_negative: "lies outside",
     indptr_falls: "falls",
+    indptr_overflows: "falls",
+    indptr_unsigned: "falls",
     indptr_short: "entries",
     indptr_begins_late: "does not begin at 0",
     indptr_ends_elsewhere: "ends at",

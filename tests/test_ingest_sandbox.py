@@ -17,6 +17,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import scipy.sparse
 from encoded import add_dataset
@@ -63,6 +64,20 @@ def test_a_hostile_file_is_refused_with_its_reason_and_harms_nobody(tmp_path: Pa
     assert str(path) in str(caught.value)
     assert CANARY.decode()[:10] not in str(caught.value)
     assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("indptr", [[0, 3, 1, 4], [0, 2**63 - 1, -5, 4]])
+def test_rows_that_a_child_made_up_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indptr: list[int]
+) -> None:
+    sent = {
+        "values": pa.table({"data": [1.0] * 4, "indices": [0, 1, 2, 0]}),
+        "ends": pa.table({"indptr": pa.array(indptr, pa.int64())}),
+    }
+    with reader(honest(tmp_path / "a.h5ad")) as opened:
+        monkeypatch.setattr(opened, "_ask", lambda *_, **__: ({}, sent))
+        with pytest.raises(InputRefused, match="sent rows that are no matrix"):
+            opened.rows("RNA", 0, 3, 3, "")
 
 
 @pytest.mark.parametrize("cut", [0, 1, 700, 5000])

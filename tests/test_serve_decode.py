@@ -116,6 +116,8 @@ def test_values_that_are_no_whole_numbers_are_said_to_be_wrong() -> None:
         (csr(["G1"], [0, 2], [0], [1]), "counts.RNA.indptr"),
         (csr(["G1"], [0, 2, 1, 2], [0, 0], [1, 1]), "counts.RNA.indptr.2"),
         (csr(["G1"], [0, 2**70, 1], [0], [1]), "counts.RNA.indptr"),
+        (csr(["G1"], [0, 2**63 - 1, -5, 2], [0, 0], [1, 1]), "counts.RNA.indptr.2"),
+        (csr(["G1"], [0, -(2**63), 2**63 - 1, 2], [0, 0], [1, 1]), "counts.RNA.indptr.1"),
         (csr(["G1"], [0, 1], [1], [1]), "counts.RNA.indices.0"),
         (csr(["G1"], [0, 1], [-1], [1]), "counts.RNA.indices.0"),
         (csr(["G1"], [0, 1], [0, 0], [1]), "counts.RNA.data"),

@@ -27,7 +27,9 @@ from hostile_files import (
     index_negative,
     index_outside,
     indptr_falls,
+    indptr_overflows,
     indptr_short,
+    indptr_unsigned,
     soft_loop,
     virtual_dataset,
 )
@@ -285,6 +287,8 @@ def test_an_honest_file_is_read(tmp_path: Path) -> None:
         index_outside,
         index_negative,
         indptr_falls,
+        indptr_overflows,
+        indptr_unsigned,
         indptr_short,
     ],
 )

@@ -39,17 +39,21 @@ LIMITS = Limits(
 FORM = "multipart/form-data; boundary=b"
 MESSAGE = {"options": {"normalize": True, "feature_embeddings": {"RNA": ["G1"]}}, "prompts": {"tissue": ["", "lung"]}}
 ODD: list[Any] = [None, True, -1, 0, 2**63, 2**70, 1e308, -0.0, "", "\0", "G0" * 200, "\ud800", [], {}, [[]], [{}] * 3]
+ODD += [[0, 2**63 - 1, -5, 4]]  # as indptr it falls by more than 64 bits hold
 ARRAYS = {
     "RNA/features": np.array([b"G0", b"G1", b"NOPE"]),
     "RNA/indptr": np.array([0, 2, 4]),
     "RNA/indices": np.array([0, 1, 0, 2], np.int32),
     "RNA/data": np.array([1, 4, 2, 1], np.float32),
 }
+MATRIX = {"RNA": {"features": ["G0", "G1", "NOPE"], "indptr": [0, 2, 4], "indices": [0, 1, 0, 2], "data": [1, 4, 2, 1]}}
 ODD_ARRAYS: list[np.ndarray] = [
     np.array([]),
     np.array([[1.0]]),
     np.array([np.nan, np.inf, -1.0, 2.0]),
     np.array([2**63 - 1, -(2**63), 0, 1]),
+    np.array([0, 2**63 - 1, -5, 4]),
+    np.array([0, 9, 4], np.uint8),
     np.array([2**64 - 1, 0], np.uint64),
     np.array(["x", "\ud7ff" * 300]),
     np.array([1 + 2j]),
@@ -156,10 +160,12 @@ class Maker:
             return made
 
     def json(self) -> Body:
-        return JSON, json.dumps(self.message({"counts": PLAIN, **MESSAGE})).encode()
+        counts = self.one_of([PLAIN, MATRIX])
+        return JSON, json.dumps(self.message({"counts": counts, **self.one_of([MESSAGE, {}])})).encode()
 
     def npz(self) -> Body:
-        arrays: dict[str, Any] = {"request": json.dumps(self.message(MESSAGE)).encode(), **ARRAYS}
+        message = self.one_of([self.message(MESSAGE), {}])
+        arrays: dict[str, Any] = {"request": json.dumps(message).encode(), **ARRAYS}
         if self.random.random() < 0.7:
             arrays[self.one_of(list(arrays))] = self.one_of(ODD_ARRAYS)
         return NPZ, write_npz(arrays)

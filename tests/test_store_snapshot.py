@@ -612,6 +612,17 @@ def test_rows_that_cannot_lie_there_are_damage(lost: Snapshot, place_and_value: 
             part.codes(["tissue"], 0, 9)
 
 
+def test_rows_whose_ends_fall_by_more_than_64_bits_hold_are_damage(
+    lost: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (part,) = open_snapshot(lost.lake_uri, lost.name).parts
+    far = part.indptr("RNA", 0, 310)
+    far[5:7] = 2**63 - 1, -5
+    monkeypatch.setattr(part, "_read", written(far, 5, far[5]))
+    with pytest.raises(VerificationError, match="rows end before they begin"):
+        part.indptr("RNA", 0, 310)
+
+
 def something_of(part: Part, member: str) -> object:
     """Read some of an array."""
     if member == "sets":

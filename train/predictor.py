@@ -414,7 +414,7 @@ def _sets(sets: Sequence[int] | None, n_cells: int, niche: bool) -> NDArray[np.i
         raise InputRefused(
             "this model takes cells singly: train it with data.sets = true for cells that read each other"
         )
-    if set_C.shape != (n_cells,) or (np.diff(set_C) < 0).any():
+    if set_C.shape != (n_cells,) or (set_C[1:] < set_C[:-1]).any():
         raise InputRefused(f"sets: one number for each of the {n_cells} cells is needed, ascending")
     return set_C
 
