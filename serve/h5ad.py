@@ -38,6 +38,8 @@ ID_COLUMNS = ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl_gene_i
 """Columns of var in which ids stand by custom, where they are not its index."""
 MEASUREMENT_OF = {"gene expression": "RNA", "antibody capture": "protein", "peaks": "ATAC"}
 """10x's types of features, in ``var["feature_types"]``."""
+PLACES = ("layers/counts", "layers/raw_counts", "raw/X", "X")
+"""Where raw counts lie, whichever way a file comes: what is called so first."""
 SEEN = 2**20
 """Values by which a matrix is judged to hold whole numbers."""
 SLAB = 2**22
@@ -120,15 +122,15 @@ def _read_file(content: bytes, layer: str, limits: Limits) -> tuple[dict[str, ND
         check_hdf5(file, "file", budget_bytes=limits.unpacked_bytes)
         if "mod" in file:
             raise FieldRefused("file", "is MuData; send each modality as arrays, as serve.client does, or one as h5ad")
-        for key in (layer and _key(layer),) if layer else _candidates(file):
-            if key not in file:
-                raise FieldRefused("file", f"has no matrix {key}; it has {_known(file)}: name one in the part 'layer'")
-            counts_CG = _matrix(file[key], key, limits, named=bool(layer))
-            if layer or _whole(counts_CG.data):
-                return by_measurement(counts_CG, read_features(file, key, limits)), key
-        raise FieldRefused(
-            "file", f"no whole numbers in {', '.join(_candidates(file))}; name the matrix of raw counts in 'layer'"
-        )
+        key = _key(layer)
+        if layer and key not in file:
+            raise FieldRefused("file", f"has no matrix {key}; it has {_known(file)}: name one in the part 'layer'")
+        found = (_matrix(file[key], key, limits, named=True), key) if layer else find_counts(file, limits)
+        if found is None:
+            wanted, there = ", ".join(places(file)), _known(file)
+            raise FieldRefused("file", f"no whole numbers in {wanted}; it has {there}: name one in the part 'layer'")
+        counts_CG, key = found
+        return by_measurement(counts_CG, read_features(file, key, limits)), key
 
 
 def _key(layer: str) -> str:
@@ -136,12 +138,19 @@ def _key(layer: str) -> str:
     return {"X": "X", "raw": "raw/X", "raw/X": "raw/X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
 
 
-def _candidates(file: Any) -> list[str]:
-    """Return where counts may be, likeliest first; a file of CELLxGENE Discover has them in raw, if it has that."""
-    wanted = ["X", "layers/counts", "raw/X"]
-    if "uns/schema_version" in file:
-        wanted = ["raw/X", "X"]
-    return [key for key in wanted if key in file] or ["X"]
+def places(file: Any) -> tuple[str, ...]:
+    """Return where raw counts may lie, likeliest first; a file of CELLxGENE Discover has them in raw, else in X."""
+    return PLACES[-2:] if "uns/schema_version" in file else PLACES
+
+
+def find_counts(file: Any, limits: Limits) -> tuple[scipy.sparse.csr_matrix, str] | None:
+    """Return the first matrix of whole numbers of a file that was checked, and where it lies; None where none is."""
+    for key in places(file):
+        if key in file:
+            counts_CG = _matrix(file[key], key, limits, named=False)
+            if _whole(counts_CG.data):
+                return counts_CG, key
+    return None
 
 
 def _known(file: Any) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import csc_matrix, csr_matrix
+from scipy.sparse import csr_matrix
 
 from serve import h5ad  # a form with a file is read by the same: one file says the same, whichever way it comes
 from serve.errors import DeadlineExceeded, FieldRefused, without_place
@@ -35,6 +35,7 @@ from serve.npz import write_npz
 from serve.payload import counts_of, read_npz
 from serve.settings import Explore, Limits
 from store.errors import InputRefused, MissingError, SomaflowError, StorageError, is_of_memory
+from store.hdf5 import check_hdf5
 
 NAMES = "cell"
 """The column of ``obs`` that holds the cells' names."""
@@ -42,8 +43,6 @@ COLUMNS, VALUES = 32, 256
 """Columns of ``obs`` that are read, and the most values of one of words."""
 LONGEST = 256
 """Characters of a name or a value."""
-OBJECTS = 20_000
-"""Groups and datasets of an h5ad file."""
 _OBS, _MEASURED = "obs", "measured"
 
 
@@ -103,11 +102,11 @@ def _in_child(words: list[str], settings: Explore, limits: Limits) -> Read:
     kept = {name: os.environ[name] for name in os.environ if name.startswith(("PATH", "LANG", "LC_", "AWS_", "HOME"))}
     if words[0] == "h5ad":
         kept = {name: value for name, value in kept.items() if not name.startswith("AWS_")}
-    asked = [*words, str(settings.memory_mb), str(settings.cells), str(settings.nonzeros), str(limits.features)]
+    limits = explored(limits, settings)
     with tempfile.TemporaryFile() as answer:
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "serve.sources", *asked],
+                [sys.executable, "-m", "serve.sources", *words, str(settings.memory_mb), limits.model_dump_json()],
                 stdin=subprocess.DEVNULL,
                 stdout=answer,
                 stderr=subprocess.DEVNULL,
@@ -125,7 +124,7 @@ def _in_child(words: list[str], settings: Explore, limits: Limits) -> Read:
             f"{words[2]}: its reader ended without an answer (status {done.returncode}); the file is damaged, or needs "
             f"more than {settings.memory_mb:,} MB"
         )
-    return _believed(body, words[1], words[2], explored(limits, settings))
+    return _believed(body, words[1], words[2], limits)
 
 
 def _believed(body: bytes, place: str, where: str, limits: Limits) -> Read:
@@ -152,16 +151,13 @@ def _believed(body: bytes, place: str, where: str, limits: Limits) -> Read:
 # ---------------------------------------------------------------------------------------------- in the child
 def main(words: list[str]) -> None:
     """Read what the words name; write it to stdout as npz, or why it is refused."""
-    form, place, name, memory_mb, *numbers = words
+    form, place, name, memory_mb, said = words
     _limit(int(memory_mb) * 2**20 if form == "h5ad" else resource.RLIM_INFINITY)  # a lake is no stranger
-    most_cells, most_counts, most_features = map(int, numbers)
+    limits = Limits.model_validate_json(said)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     try:
-        if form == "h5ad":
-            arrays = _read_h5ad(place, name, most_cells, most_counts, most_features)
-        else:
-            arrays = _read_snapshot(place, name, most_cells, most_counts)
+        arrays = (_read_h5ad if form == "h5ad" else _read_snapshot)(place, name, limits)
     except MissingError as error:
         arrays = _refusal(str(error), "missing")
     except StorageError as error:
@@ -235,9 +231,7 @@ def _labels(obs: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _read_h5ad(
-    path: str, where: str, most_cells: int, most_counts: int, most_features: int
-) -> dict[str, NDArray[Any] | bytes]:
+def _read_h5ad(path: str, where: str, limits: Limits) -> dict[str, NDArray[Any] | bytes]:
     try:
         import h5py
         from anndata.io import read_elem
@@ -250,39 +244,26 @@ def _read_h5ad(
     except OSError:
         raise InputRefused(f"{where}: is no HDF5 file; send cells as AnnData writes them (.h5ad)") from None
     with file:
-        _check_reach(file, where)
+        check_hdf5(file, where, budget_bytes=limits.unpacked_bytes)
         missing = [name for name in ("obs", "var") if name not in file]
         if missing or not {"X", "raw", "layers"} & set(file):
             raise InputRefused(f"{where}: holds no {', '.join(missing) or 'X'}; send cells as AnnData writes them")
         n_cells = _length(file["obs"], where)
-        if not 0 < n_cells <= most_cells:
-            raise InputRefused(f"{where}: holds {n_cells:,} cells; 1 to {most_cells:,} can be looked at together")
-        values, var, found = _raw(file, where)
-        counts_CG = _matrix(values, n_cells, _length(var, where), where, most_counts, most_features)
-        table, obs = h5ad.read_features(file, found, Limits(features=most_features)), read_elem(file["obs"])
-    notes = [f"counts are those of {found}"]
-    return h5ad.by_measurement(counts_CG, table) | _answer({}, _labels(obs, [str(name) for name in obs.index]), notes)
-
-
-def _check_reach(file: Any, where: str) -> None:
-    """Refuse a file that names other files: whoever follows the name reads them."""
-    import h5py
-
-    waiting, seen = [file], 0
-    while waiting:
-        group = waiting.pop()
-        for name in group:
-            seen += 1
-            link = group.get(name, getlink=True)
-            if seen > OBJECTS or not isinstance(link, h5py.HardLink):
-                raise InputRefused(f"{where}: {group.name}/{name}: the file must hold its data itself, without links")
-            element = group[name]
-            if isinstance(element, h5py.Group):
-                waiting.append(element)
-                continue
-            creation = element.id.get_create_plist()
-            if creation.get_external_count() or creation.get_layout() == h5py.h5d.VIRTUAL:
-                raise InputRefused(f"{where}: {element.name}: its data lies in another file; send it whole")
+        if not 0 < n_cells <= limits.cells:
+            raise InputRefused(f"{where}: holds {n_cells:,} cells; 1 to {limits.cells:,} can be looked at together")
+        try:
+            found = h5ad.find_counts(file, limits)
+            if found is None:
+                wanted = ", ".join(h5ad.places(file))
+                raise InputRefused(f"{where}: holds no raw counts (whole numbers) in {wanted}; the model needs them")
+            counts_CG, key = found
+            if counts_CG.shape[0] != n_cells:
+                raise InputRefused(f"{where}: {key} has {counts_CG.shape[0]:,} rows and obs {n_cells:,}")
+            arrays = h5ad.by_measurement(counts_CG, h5ad.read_features(file, key, limits))
+        except FieldRefused as error:
+            raise InputRefused(f"{where}: {error.message}") from None
+        obs = read_elem(file["obs"])
+    return arrays | _answer({}, _labels(obs, [str(name) for name in obs.index]), [f"counts are those of {key}"])
 
 
 def _length(frame: Any, where: str) -> int:
@@ -292,86 +273,16 @@ def _length(frame: Any, where: str) -> int:
     return int(frame[index].shape[0])
 
 
-def _raw(file: Any, where: str) -> tuple[Any, Any, str]:
-    """Find the raw counts: whole numbers, the place where they usually lie first."""
-    places = [
-        ("layers/counts", "var"),
-        ("layers/raw_counts", "var"),
-        ("raw/X", "raw/var"),
-        ("X", "var"),
-    ]
-    for values, var in places:
-        if values in file and var in file and _whole(file[values]):
-            return file[values], file[var], values
-    raise InputRefused(
-        f"{where}: holds no raw counts (whole numbers) in layers/counts, raw/X or X; the model needs them"
-    )
-
-
-def _sparse(element: Any) -> bool:
-    return hasattr(element, "keys") and {"data", "indices", "indptr"} <= set(element)
-
-
-def _by_row(element: Any) -> bool:
-    return str(element.attrs.get("encoding-type", "csr_matrix")).startswith("csr")
-
-
-def _whole(element: Any) -> bool:
-    data = element["data"] if _sparse(element) else element
-    if getattr(data, "shape", ()) == () or not data.size:
-        return False
-    some = data[: 2**16] if data.ndim == 1 else data[: max(1, 2**16 // max(data.shape[1], 1))]
-    return bool(np.issubdtype(some.dtype, np.number) and (some >= 0).all() and (some == np.floor(some)).all())
-
-
-def _matrix(
-    element: Any, n_cells: int, n_features: int, where: str, most_counts: int, most_features: int
-) -> csr_matrix:
-    if n_features > most_features:
-        raise InputRefused(f"{where}: holds {n_features:,} features; send at most {most_features:,}")
-    sparse = _sparse(element)
-    shape = tuple(int(n) for n in (element.attrs["shape"] if sparse else element.shape))
-    if shape != (n_cells, n_features):
-        raise InputRefused(f"{where}: {element.name} has shape {shape}, and {n_cells} cells and {n_features} features")
-    stored = element["data"].size if sparse else element.size
-    if not sparse and element.dtype.kind not in "iufb":
-        raise InputRefused(f"{where}: {element.name} holds {element.dtype}; send numbers")
-    if stored > most_counts:
-        raise InputRefused(f"{where}: {element.name} holds {stored:,} values; send at most {most_counts:,}")
-    if sparse:
-        _check_pointers(element, where)
-        parts = (h5ad.storable(element["data"][()]), element["indices"][()], element["indptr"][()])
-        counts_CG = csr_matrix((csr_matrix if _by_row(element) else csc_matrix)(parts, shape=shape))
-    else:
-        counts_CG = csr_matrix(h5ad.storable(element[()]))
-    if counts_CG.nnz and not (counts_CG.data >= 0).all():
-        raise InputRefused(f"{where}: {element.name} holds values below 0, or none; send raw counts")
-    return counts_CG
-
-
-def _check_pointers(element: Any, where: str) -> None:
-    """Compare a sparse matrix's positions with its shape: libraries believe them and write where they say."""
-    indptr, size = element["indptr"][:], element["data"].size
-    lines, across = element.attrs["shape"] if _by_row(element) else element.attrs["shape"][::-1]
-    sound = len(indptr) == lines + 1 and indptr[0] == 0 and indptr[-1] == size
-    sound = sound and bool((indptr[:-1] <= indptr[1:]).all()) and element["indices"].size == size
-    for start in range(0, size if sound else 0, 2**22):
-        part = element["indices"][start : start + 2**22]
-        sound = sound and bool((part >= 0).all() and (part < across).all())
-    if not sound:
-        raise InputRefused(f"{where}: {element.name} is no sparse matrix of its shape; the file is damaged")
-
-
-def _read_snapshot(lake: str, name: str, most_cells: int, most_counts: int) -> dict[str, NDArray[Any] | bytes]:
+def _read_snapshot(lake: str, name: str, limits: Limits) -> dict[str, NDArray[Any] | bytes]:
     from store.schema import measured_column
     from store.snapshot import open_snapshot
 
     snapshot = open_snapshot(lake, name)
-    spans, rows = _spans(snapshot, most_cells)
+    spans, rows = _spans(snapshot, limits.cells)
     counts = {}
     for measurement in snapshot.measurements:
         vocabulary = snapshot.vocabulary(measurement)["feature_id"].to_pylist()
-        parts = list(_blocks(snapshot, measurement, spans, len(vocabulary), most_counts))
+        parts = list(_blocks(snapshot, measurement, spans, limits.nonzeros))
         data, indices, indptr = (np.concatenate([part[which] for part in parts]) for which in range(3))
         ends = np.concatenate([[0], np.cumsum(indptr)])
         counts[measurement] = (csr_matrix((data, indices, ends), shape=(len(rows), len(vocabulary))), vocabulary)
@@ -401,7 +312,7 @@ def _spans(snapshot: Any, most_cells: int) -> tuple[list[tuple[int, int]], NDArr
 
 
 def _blocks(
-    snapshot: Any, measurement: str, spans: list[tuple[int, int]], n_features: int, most_counts: int
+    snapshot: Any, measurement: str, spans: list[tuple[int, int]], most_counts: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]]]:
     """Read spans in pieces as (counts, features, number of counts of each cell)."""
     total = 0
