@@ -157,7 +157,7 @@ def counts_of(arrays: Mapping[str, NDArray[Any]], limits: Limits) -> dict[str, C
 
 def _others(values: NDArray[Any], n_features: int, where: str, limits: Limits) -> list[list[str]]:
     """Return further names of the same features, of each column that a file has them in."""
-    if len(values) % n_features or len(values) > len(ID_COLUMNS) * n_features:
+    if not values.size or len(values) % n_features or len(values) > len(ID_COLUMNS) * n_features:
         raise FieldRefused(where, f"{len(values):,} names for {n_features:,} features; send columns of as many")
     return [_names(part, where, limits) for part in np.split(values, len(values) // n_features)]
 
