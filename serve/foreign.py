@@ -201,7 +201,10 @@ class Readers:
 
     def _read(self, kind: str, body: bytes) -> Read:
         """Runs in one of as many threads as there may be children."""
-        child = self._free.pop() if self._free else Child(self._limits)
+        try:
+            child = self._free.pop()
+        except IndexError:  # none is free; to look first would let another thread take the last one between
+            child = Child(self._limits)
         if not child.alive:  # it ended while nobody asked
             child.close()
             child = Child(self._limits)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from serve import h5ad
 from serve.app import make_app
 from serve.arrow import ARROW, read_reply
 from serve.client import Client
+from serve.foreign import Read, Readers
 from serve.npz import NPZ, unpacked
 from serve.replica import Replica
 from serve.settings import Explore, Limits, ServeSettings
@@ -182,6 +184,27 @@ def test_a_reader_that_dies_is_replaced_and_only_its_request_is_refused(client: 
     report = check_problem(sent(client, bomb), 422)
     assert report["errors"][0]["field"] == "body"
     assert sent(client, good).status_code == 200
+
+
+def test_a_reader_that_another_request_takes_first_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overtaken(deque[Any]):
+        """Holds one whenever it is asked how many, and none when one is taken."""
+
+        def __len__(self) -> int:
+            return 1
+
+    class Ready:
+        alive, uses = True, 0
+
+        def __init__(self, limits: Limits) -> None: ...
+
+        def read(self, kind: str, body: bytes) -> Read:
+            return Read(body)
+
+    monkeypatch.setattr("serve.foreign.Child", Ready)
+    readers = Readers(Limits())
+    readers._free = Overtaken()
+    assert readers._read(ARROW, b"x") == Read(b"x")
 
 
 def test_a_reader_that_takes_too_long_is_stopped(client: TestClient) -> None:
