@@ -176,7 +176,7 @@ class Batcher(Generic[P, R]):
             self._jobs.clear()
             self._waiting_tokens = 0
         for job in abandoned:
-            _finish(job, Unavailable("the server is stopping; try again"))
+            self._finish(job, Unavailable("the server is stopping; try again"))
 
     def _admit(self, job: _Job[P, R], waited_s: float) -> None:
         tokens = sum(piece.tokens for _, piece in job.waiting)
@@ -227,7 +227,7 @@ class Batcher(Generic[P, R]):
             started, tokens = self._clock(), sum(piece.tokens for _, _, piece in batch)
             with self._changed:
                 self._running_tokens, self._running_since = tokens, started
-            self._run_batch(batch)
+            went_well = self._run_batch(batch)
             padded = sum(piece.rows for _, _, piece in batch) * max(piece.longest for _, _, piece in batch)
             rate = tokens / max(1e-6, self._clock() - started)
             with self._changed:
@@ -235,7 +235,8 @@ class Batcher(Generic[P, R]):
                 self._batches += 1
                 self._done_pieces += len(batch)
                 self._done_tokens += padded
-                self._tokens_per_s = rate if not self._tokens_per_s else 0.8 * self._tokens_per_s + 0.2 * rate
+                if went_well:
+                    self._tokens_per_s = rate if not self._tokens_per_s else 0.8 * self._tokens_per_s + 0.2 * rate
 
     def _next_batch(self) -> list[tuple[_Job[P, R], int, Piece[P]]]:
         """Wait for work and take the next batch; empty when closed and drained."""
@@ -266,31 +267,30 @@ class Batcher(Generic[P, R]):
         self._jobs.extend(passed)
         return batch
 
-    def _run_batch(self, batch: list[tuple[_Job[P, R], int, Piece[P]]]) -> None:
+    def _run_batch(self, batch: list[tuple[_Job[P, R], int, Piece[P]]]) -> bool:
+        """Run pieces and hand out what comes of them; say whether all went well."""
         try:
             results = self._run([piece.payload for _, _, piece in batch])
         except Exception as error:  # noqa: BLE001 - it belongs to the callers, and the worker must live on
             if len(batch) == 1:
-                self._fail(batch[0][0], error)
+                self._forget(batch[0][0])
+                self._finish(batch[0][0], error)
             else:  # one bad piece must not fail its neighbours
                 for item in batch:
                     self._run_batch([item])
-            return
+            return False
         for (job, index, _), result in zip(batch, results, strict=True):
             job.results[index] = result
             job.left -= 1
             if not job.left:
-                _finish(job, [job.results[position] for position in range(len(job.results))])
+                self._finish(job, [job.results[position] for position in range(len(job.results))])
+        return True
 
-    def _fail(self, job: _Job[P, R], error: Exception) -> None:
-        self._forget(job)
-        _finish(job, error)
-
-
-def _finish(job: _Job[P, R], outcome: list[R] | Exception) -> None:
-    if job.future.done() or not job.future.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, Exception):
-        job.future.set_exception(outcome)
-    else:
-        job.future.set_result(outcome)
+    def _finish(self, job: _Job[P, R], outcome: list[R] | Exception) -> None:
+        with self._changed:  # the worker and who closes may both have something to say; the first is heard
+            if job.future.done() or not job.future.set_running_or_notify_cancel():
+                return
+            if isinstance(outcome, Exception):
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.batcher import Batcher, Piece, cut
+from serve.batcher import Batcher, Piece, _Job, cut
 from serve.errors import DeadlineExceeded, Overloaded, Unavailable
 
 
@@ -49,8 +52,14 @@ class Clock:
 
 
 @contextmanager
-def running(model: Callable[[list[int]], list[int]], budget: int = 100, queue: int = 1_000) -> Iterator[Batcher]:
-    batcher: Batcher[int, int] = Batcher(model, budget_tokens=budget, queue_tokens=queue)
+def running(
+    model: Callable[[list[int]], list[int]],
+    budget: int = 100,
+    queue: int = 1_000,
+    queue_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Batcher]:
+    batcher: Batcher[int, int] = Batcher(model, budget_tokens=budget, queue_tokens=queue, queue_s=queue_s, clock=clock)
     try:
         yield batcher
     finally:
@@ -226,6 +235,53 @@ def test_the_bound_in_seconds_counts_the_batch_that_runs_and_the_way_here() -> N
             batcher.close(5)
 
     asyncio.run(scenario())
+
+
+def test_a_batch_that_fails_at_once_is_no_speed() -> None:
+    def model(payloads: list[int]) -> list[int]:
+        if min(payloads) < 0:
+            raise ValueError("negative")
+        now.seconds += 4
+        return payloads
+
+    async def scenario() -> None:
+        with running(model, budget=40, clock=now) as batcher:
+            await ask(batcher, 1, longest=40)
+            for _ in range(3):
+                with pytest.raises(ValueError, match="negative"):
+                    await ask(batcher, -1, longest=40)
+            await until(lambda: batcher.load().batches == 4)
+            assert batcher.load().tokens_per_s == 10
+
+    now = Clock()
+    asyncio.run(scenario())
+
+
+def test_a_job_that_ends_while_the_batcher_closes_is_told_one_thing() -> None:
+    """Whoever comes second finds the first in the middle of telling."""
+    errors: list[BaseException] = []
+
+    def closing() -> None:
+        try:
+            batcher._finish(job, Unavailable("closed"))
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    other = threading.Thread(target=closing)
+
+    class Told(Future[list[int]]):
+        def set_running_or_notify_cancel(self) -> bool:
+            going_on = super().set_running_or_notify_cancel()
+            if not other.ident:
+                other.start()
+                other.join(0.3)  # as long as the other is kept out
+            return going_on
+
+    with running(Recorder()) as batcher:
+        job = _Job(None, deque(), {}, 1, Told())
+        batcher._finish(job, [7])
+        other.join(5)
+    assert (errors, job.future.result(0)) == ([], [7])
 
 
 def test_a_job_larger_than_the_whole_queue_is_taken_when_nothing_waits() -> None:
