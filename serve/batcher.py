@@ -28,6 +28,8 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 MAX_RETRY_AFTER_S = 30
+SPEED_S = 5.0
+"""Seconds of work by which the speed is told: what was before counts for e times less."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Batcher(Generic[P, R]):
         budget_tokens: Bound of a batch; a piece beyond it still runs, alone.
         queue_tokens: Bound of what waits; a job beyond it is refused unless nothing else waits.
         queue_s: Bound of the seconds until a job is done, at the speed of the last batches, with those that it waited
-            before it came; as above.
+            before it came; as above. A batch that had room for twice as much and took all there was says nothing
+            about the speed, unless it was fast.
         clock: Tells seconds.
     """
 
@@ -115,7 +118,7 @@ class Batcher(Generic[P, R]):
         self._batches = 0
         self._done_pieces = 0
         self._done_tokens = 0
-        self._tokens_per_s = 0.0
+        self._speed_tokens, self._speed_s, self._tokens_per_s = 0.0, 0.0, 0.0
         self._closed = False
         self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="model", daemon=True)
@@ -227,16 +230,25 @@ class Batcher(Generic[P, R]):
             started, tokens = self._clock(), sum(piece.tokens for _, _, piece in batch)
             with self._changed:
                 self._running_tokens, self._running_since = tokens, started
+                more_waits = bool(self._jobs)
             went_well = self._run_batch(batch)
             padded = sum(piece.rows for _, _, piece in batch) * max(piece.longest for _, _, piece in batch)
-            rate = tokens / max(1e-6, self._clock() - started)
+            took_s = max(1e-6, self._clock() - started)
             with self._changed:
                 self._running_tokens = 0
                 self._batches += 1
                 self._done_pieces += len(batch)
                 self._done_tokens += padded
-                if went_well:
-                    self._tokens_per_s = rate if not self._tokens_per_s else 0.8 * self._tokens_per_s + 0.2 * rate
+                fast = 0 < self._tokens_per_s < tokens / took_s
+                if went_well and (more_waits or fast or 2 * padded >= self._budget_tokens):
+                    self._note_speed(tokens, took_s)
+
+    def _note_speed(self, tokens: int, took_s: float) -> None:
+        """Reckon with a batch as long as it took: what it costs besides its tokens is most of a small one."""
+        kept = math.exp(-took_s / SPEED_S)
+        self._speed_tokens = kept * self._speed_tokens + tokens
+        self._speed_s = kept * self._speed_s + took_s
+        self._tokens_per_s = self._speed_tokens / self._speed_s
 
     def _next_batch(self) -> list[tuple[_Job[P, R], int, Piece[P]]]:
         """Wait for work and take the next batch; empty when closed and drained."""

@@ -237,6 +237,91 @@ def test_the_bound_in_seconds_counts_the_batch_that_runs_and_the_way_here() -> N
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("full_first", [False, True])
+def test_questions_of_one_cell_do_not_make_the_model_look_slow(full_first: bool) -> None:
+    """Each pass takes a second besides 10 ms a token."""
+
+    def model(payloads: list[int]) -> list[int]:
+        began.set()
+        assert go.wait(10)
+        now.seconds += 1 + 0.01 * sum(payloads)
+        return payloads
+
+    async def scenario() -> None:
+        with running(model, budget=100, queue_s=10, clock=now) as batcher:
+            if full_first:
+                await ask(batcher, *[10] * 10, longest=10)
+            for _ in range(30):
+                await ask(batcher, 1, longest=1)
+            assert batcher.load().tokens_per_s == (50 if full_first else 0)  # 100 tokens take 2 s
+            began.clear()
+            go.clear()
+            running_one = ask(batcher, 1, longest=1)
+            await until(began.is_set)
+            waiting = [ask(batcher, 1, longest=1), ask(batcher, *[10] * 30, longest=10)]  # 1 s and 7 s
+            await until(lambda: batcher.load().waiting_tokens == 301)
+            if full_first:
+                with pytest.raises(Overloaded):
+                    await ask(batcher, *[10] * 30, longest=10)
+            go.set()
+            await asyncio.gather(running_one, *waiting)
+
+    now, began, go = Clock(), threading.Event(), threading.Event()
+    go.set()
+    asyncio.run(scenario())
+
+
+def test_small_questions_between_the_pieces_of_a_large_one_count_by_their_time() -> None:
+    def model(payloads: list[int]) -> list[int]:
+        began.set()
+        assert go.wait(10)
+        now.seconds += 0.1 if payloads[0] < 0 else 2
+        return payloads
+
+    async def scenario() -> None:
+        with running(model, budget=100, queue=10_000, clock=now) as batcher:
+            large = ask(batcher, *range(3), longest=100)
+            await until(began.is_set)
+            small = [ask(batcher, -1, longest=1, key=None) for _ in range(10)]
+            await until(lambda: batcher.load().waiting_jobs == 11)
+            go.set()
+            await asyncio.gather(large, *small)
+            await until(lambda: batcher.load().batches == 13)
+            assert 40 < batcher.load().tokens_per_s <= 50  # 310 tokens took 7 s
+
+    now, began, go = Clock(), threading.Event(), threading.Event()
+    asyncio.run(scenario())
+
+
+def test_the_bound_in_seconds_holds_where_small_questions_never_share_a_batch() -> None:
+    def model(payloads: list[int]) -> list[int]:
+        began.set()
+        assert go.wait(10)
+        now.seconds += 1
+        return payloads
+
+    async def scenario() -> None:
+        with running(model, budget=100, queue_s=10, clock=now) as batcher:
+            go.clear()
+            jobs = [ask(batcher, number, longest=1, key=None) for number in range(3)]
+            await until(lambda: batcher.load().waiting_jobs == 2)
+            go.set()
+            await asyncio.gather(*jobs)
+            began.clear()
+            go.clear()
+            jobs = [ask(batcher, 0, longest=1, key=None)]
+            await until(began.is_set)  # it takes 1 s
+            jobs += [ask(batcher, number, longest=1, key=None) for number in range(9)]
+            await until(lambda: batcher.load().waiting_jobs == 9)
+            with pytest.raises(Overloaded):
+                await ask(batcher, 9, longest=1, key=None)
+            go.set()
+            await asyncio.gather(*jobs)
+
+    now, began, go = Clock(), threading.Event(), threading.Event()
+    asyncio.run(scenario())
+
+
 def test_a_batch_that_fails_at_once_is_no_speed() -> None:
     def model(payloads: list[int]) -> list[int]:
         if min(payloads) < 0:
