@@ -147,16 +147,23 @@ class Driver:
         self._written = 0.0
 
     def begin(self) -> SomaflowError | None:
-        """Check everything and take the lake's lock; return an expected error as a value."""
+        """Check everything, take the lake's lock and say so in the lake; return an expected error as a value."""
         with self._starting:
+            if self.ended():
+                return ConflictError("the job is just ending; ask again")
             if self._bulk is not None:
                 return None
             try:
-                self._bulk = self._held.enter_context(Bulk(self._asked))
+                with ExitStack() as held:
+                    bulk = held.enter_context(Bulk(self._asked))
+                    self._say(message="waiting for a worker")
+                    self._held = held.pop_all()
             except SomaflowError as error:
                 return error.with_traceback(None)
-            self._say(message="waiting for a worker")
-            threading.Thread(target=self._run, args=(self._bulk,), name="job", daemon=True).start()
+            except OSError as error:
+                return StorageError(f"{self._asked.lake}: the job's record cannot be written: {error}")
+            self._bulk = bulk
+            threading.Thread(target=self._run, args=(bulk,), name="job", daemon=True).start()
             return None
 
     def cancel(self) -> None:
@@ -171,26 +178,35 @@ class Driver:
         """Do the work, say what came of it, and end this process."""
         import ray
 
+        try:
+            state, message = self._work(bulk)
+            with suppress(StorageError, OSError):  # who then finds nobody here calls the job interrupted
+                self._say(state=state, message=message)
+        finally:
+            ray.kill(ray.get_runtime_context().current_actor)
+
+    def _work(self, bulk: Bulk) -> tuple[jobs.State, str]:
         hire: Hire = partial(ray_crew, workers=self._settings.workers, cpus=self._settings.cpus)
         try:
             with self._held:
                 outcome = bulk.run(hire, self._progress, self._stop.is_set)
-            self._say(state="done", message=f"{outcome.n_embedded:,} embedded, {outcome.n_taken_over:,} taken over")
         except InterruptedRun:
-            self._say(state="cancelled", message="ask for the same again to go on from here")
+            return "cancelled", "ask for the same again to go on from here"
         except SomaflowError as error:
-            self._say(state="failed", message=str(error))
+            return "failed", str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, who asks for the job must not take it for running
-            self._say(state="failed", message=f"{type(error).__name__}; the server's log may say more")
-        ray.kill(ray.get_runtime_context().current_actor)
+            return "failed", f"{type(error).__name__}; the server's log may say more"
+        return "done", f"{outcome.n_embedded:,} embedded, {outcome.n_taken_over:,} taken over"
 
     def _progress(self, what: str, done: int, total: int) -> None:
+        """Say how far the job is; where that cannot be written the work goes on, and the next time may be better."""
         if time.monotonic() - self._written > RECORD_S or done in (0, total):
             self._written = time.monotonic()
-            if what == CELLS:
-                self._say(done=done, total=total, message="" if done else "waiting for a worker")
-            else:
-                self._say(message=f"{done:,} of {total:,} {what}")
+            with suppress(StorageError, OSError):
+                if what == CELLS:
+                    self._say(done=done, total=total, message="" if done else "waiting for a worker")
+                else:
+                    self._say(message=f"{done:,} of {total:,} {what}")
 
     def _say(self, **values: Any) -> None:
         self._record = self._record.now(**values)
