@@ -19,6 +19,8 @@ from store.errors import ConflictError, InputRefused, MissingError, SomaflowErro
 RETRIED = frozenset({429, 503})
 TROUBLE = frozenset({408, 500, 502, 503, 504})
 """Asked again where no report says why: they come from what stands between, or from a server that died."""
+ROUTES = "/-/routes"
+"""What Ray's proxy says, with 404, where it has no application to ask: not yet, or no longer."""
 FEWER = "send fewer"
 """What the server says, besides its status, of a request that is too large."""
 SAID = 200
@@ -206,6 +208,14 @@ def detail_of(response: httpx.Response) -> str:
         return ""
 
 
+def is_asked_again(response: httpx.Response) -> bool:
+    """Say whether a refusal passes: it says so, or it is not the server's own but of what stands before it."""
+    if detail_of(response):
+        return response.status_code in RETRIED
+    nothing_there = response.status_code == 404 and ROUTES in response.text
+    return nothing_there or response.status_code in RETRIED | TROUBLE
+
+
 def _unreported(response: httpx.Response) -> str:
     """Say what came in the place of a report."""
     said = " ".join(response.text.split())[:SAID]
@@ -223,7 +233,7 @@ def error_of(response: httpx.Response) -> SomaflowError:
     if status in RETRIED and "retry-after" in response.headers:
         asked = response.headers["retry-after"]
         return Overloaded(where, int(asked) if asked.isdigit() else 1)
-    if status in RETRIED or status == 504 or (status in TROUBLE and not detail):
+    if is_asked_again(response) or status == 504:
         return Unavailable(where)
     if status == 413 or (status == 422 and FEWER in detail):
         return TooLarge(where)

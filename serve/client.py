@@ -21,8 +21,6 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from serve.answer import (
-    RETRIED,
-    TROUBLE,
     Answers,
     Effect,
     Embeddings,
@@ -31,9 +29,9 @@ from serve.answer import (
     Predicted,
     Report,
     TooLarge,
-    detail_of,
     effect_of,
     error_of,
+    is_asked_again,
     read,
     vectors_of,
 )
@@ -62,6 +60,8 @@ CHUNK_CELLS = 1_000
 CHUNK_COUNTS = 500_000
 PAGE = 10_000
 """Most features that the server lists at a time."""
+HUNG = 2
+"""How often a server that takes a request and does not answer in time is asked."""
 AGAIN = 2
 """How often parts are asked about again, of which another model told than of the others."""
 
@@ -87,7 +87,7 @@ class Client:
         UsageError: The address or the token can be none.
 
     Attributes:
-        last: What the server said beside its last answer about cells.
+        last: What the server said beside its last answer about cells; where several threads ask, of any of them.
     """
 
     last: Report
@@ -109,9 +109,12 @@ class Client:
         if not (token.isascii() and token.isprintable()):
             raise UsageError("the token holds what no token may, letters beyond ASCII or line breaks; copy it anew")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._http = httpx.Client(
-            base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
-        )
+        try:
+            self._http = httpx.Client(
+                base_url=url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+            )
+        except httpx.InvalidURL as error:
+            raise UsageError(f"{url!r} is no address of a server: {error}") from None
         self._adapter = {"adapter": adapter} if adapter else {}
         self._model = _Model(self)
         self.last = Report()
@@ -207,7 +210,7 @@ class Client:
             name: (part["features"], vectors_of(replies[0], name))
             for name, part in replies[0].get("feature_embeddings", {}).items()
         }
-        return Embeddings(answers.array("embeddings"), **vars(self.last), features=named)
+        return Embeddings(answers.array("embeddings"), **vars(answers.report()), features=named)
 
     def perturb(
         self,
@@ -285,10 +288,10 @@ class Client:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
         options = {"top": top, "cover": cover, "min_probability": min_probability, "min_novelty_p": min_novelty_p}
-        told = self._in_chunks("/v1/annotate", cells, prompts, {"options": options}).cells()
-        for warning in self.last.warnings:
+        answers = self._in_chunks("/v1/annotate", cells, prompts, {"options": options})
+        for warning in answers.report().warnings:
             warnings.warn(warning, stacklevel=2)
-        return told
+        return answers.cells()
 
     def translate(
         self,
@@ -314,7 +317,9 @@ class Client:
         values = self._model.size(measurement) if features is None else len(asked["options"]["features"])
         answers = self._in_chunks("/v1/translate", cells, prompts, asked, values=values)
         first = answers.replies[0]
-        return Predicted(measurement, first["features"], answers.array("values"), first["unit"], **vars(self.last))
+        return Predicted(
+            measurement, first["features"], answers.array("values"), first["unit"], **vars(answers.report())
+        )
 
     def forecast(
         self, cells: Any, elapsed: float, *, prompts: Mapping[str, Said] | None = None, top: int = 20
@@ -398,7 +403,7 @@ class Client:
             distance=np.array([[one["distance"] for one in row] for row in rows], np.float32),
             obs=[[one["obs"] for one in row] for row in rows],
             types=[cell["types"] for cell in found],
-            **vars(self.last),
+            **vars(answers.report()),
         )
 
     def job(self, lake: str, *, where: str = "", organism: str = "", name: str = "", replace: bool = False) -> Job:
@@ -467,8 +472,8 @@ class Client:
 
     def _noted(self, answers: Answers) -> Answers:
         """Keep what the server says beside its answer."""
-        self.last = answers.report()
-        if self._model.is_another(self.last.provenance):
+        self.last = report = answers.report()
+        if self._model.is_another(report.provenance):
             self._model = _Model(self)
         return answers
 
@@ -476,6 +481,7 @@ class Client:
         """Send a message, as JSON or in the form that it has; return the reply, with its array if there is one."""
         last: SomaflowError = Unavailable(f"{self._http.base_url}: not asked")
         headers, sent = as_request(body)
+        hung = 0
         for attempt in range(self._tries):
             if attempt:
                 self._sleep(_pause_s(attempt, last))
@@ -485,17 +491,27 @@ class Client:
                 why = f"{self._http.base_url}: a request cannot be sent so ({type(error).__name__})"
                 raise UsageError(f"{why}; look at the address and the token") from None
             except httpx.TransportError as error:
-                last = Unavailable(
-                    f"{self._http.base_url} does not answer ({type(error).__name__}); is the server running? "
-                    "start one with: python -m serve run CHECKPOINT"
-                )
+                last = self._silent(error)
+                hung += isinstance(error, httpx.ReadTimeout)
+                if hung == HUNG:
+                    break
                 continue
             if response.is_success:
                 return read(response)
             last = error_of(response)
-            if response.status_code not in (RETRIED if detail_of(response) else RETRIED | TROUBLE):
+            if not is_asked_again(response):
                 break
         raise last
+
+    def _silent(self, error: httpx.TransportError) -> Unavailable:
+        where = self._http.base_url
+        if isinstance(error, httpx.ReadTimeout):
+            waited = f"{where} did not answer within {self._http.timeout.read:g} s"
+            return Unavailable(f"{waited}; ask for less at a time, or give the client a larger timeout_s")
+        return Unavailable(
+            f"{where} does not answer ({type(error).__name__}); is the server running? "
+            "start one with: python -m serve run CHECKPOINT"
+        )
 
 
 class _Model:
