@@ -350,9 +350,9 @@ def _port(settings: ServeSettings, *, shared: bool) -> int:
 
 
 def _stop_serve(*, shared: bool) -> None:
-    """Remove our application, and end Ray Serve unless it serves others."""
+    """Remove our application once what it answers is answered, and end Ray Serve unless it serves others."""
     with redirect_stdout(io.StringIO()):  # Ray tells stdout that the controller, which ends itself, has died
-        if shared:
+        if APP in ray.serve.status().applications:  # Serve itself ends its proxy first, and cuts off who waits
             ray.serve.delete(APP)
         if not shared or not ray.serve.status().applications:
             ray.serve.shutdown()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -173,5 +174,26 @@ def test_copies_come_and_go_with_the_work(ray_cluster: None) -> None:
             assert {answer.status_code for answer in answers} == {200}
             wait_for(lambda: running() == 1)
             assert httpx.get(f"{url}/v1/health/ready").status_code == 200
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(fake_predictor)
+
+
+def test_a_question_at_work_is_answered_when_the_server_ends(ray_cluster: None) -> None:
+    import ray.cloudpickle
+    import ray.serve
+
+    from serve.deploy import APP, serving
+
+    ray.cloudpickle.register_pickle_by_value(fake_predictor)
+    settings = ServeSettings(checkpoint="fake", port=free_port())
+    try:
+        with ThreadPoolExecutor(2) as askers:
+            with serving(settings, lambda _: FakePredictor(delay_s=3)) as url:
+                asked = [
+                    askers.submit(httpx.post, f"{url}/v1/embed", json={"counts": COUNTS}, timeout=60) for _ in "ab"
+                ]
+                load = ray.serve.get_deployment_handle("ModelReplica", app_name=APP).load
+                wait_for(lambda: load.remote().result().waiting_jobs == 1)  # the model has the other
+            assert [one.result().status_code for one in asked] == [200, 200]
     finally:
         ray.cloudpickle.unregister_pickle_by_value(fake_predictor)
