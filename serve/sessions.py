@@ -190,8 +190,9 @@ class Sessions:
         Raises:
             Overloaded: Too many are being read.
         """
-        self._let_go()
+        self._let_go_idle()
         self._check_room()
+        self._trim(coming=1)
         session = Session(secrets.token_urlsafe(18), name)
         self._kept[session.id] = session
         self.warm()
@@ -210,11 +211,12 @@ class Sessions:
         Raises:
             MissingError: It was let go, or never was.
         """
-        self._let_go()
+        self._let_go_idle()
         session = self._kept.get(number)
         if session is None:
             raise MissingError("these cells are no longer kept here; open them again")
         session.used = time.monotonic()
+        self._trim()
         return session
 
     def drop(self, number: str) -> None:
@@ -234,14 +236,17 @@ class Sessions:
         except StaleModel:
             raise ConflictError("another checkpoint answers since these cells were read; open them again") from None
 
-    def _let_go(self) -> None:
-        now, settings = time.monotonic(), self._settings
-        for session in [one for one in self._kept.values() if now - one.used > settings.idle_s]:
+    def _let_go_idle(self) -> None:
+        now = time.monotonic()
+        for session in [one for one in self._kept.values() if now - one.used > self._settings.idle_s]:
             self.drop(session.id)
+
+    def _trim(self, coming: int = 0) -> None:
+        """Let go what was longest not asked for, until there is room for what comes; the last to be asked for stays."""
         oldest = sorted(self._kept.values(), key=lambda session: session.used)
         size = sum(session.n_bytes() for session in oldest)
-        for session in oldest[:-1]:  # what was just asked for stays, whatever its size
-            if len(self._kept) < settings.sessions and size <= settings.memory_mb * 2**20:
+        for session in oldest if coming else oldest[:-1]:
+            if len(self._kept) + coming <= self._settings.sessions and size <= self._settings.memory_mb * 2**20:
                 break
             size -= session.n_bytes()
             self.drop(session.id)
