@@ -178,6 +178,7 @@ def _add_questions(router: APIRouter, desk: Desk, sessions: Sessions, offer: Off
         """Predict the mean expression of selected cells with and without each perturbation."""
         found = sessions.get(session)
         cells, description = found.ready()
+        await sessions.check_model(cells)  # names are looked up in the vocabulary of the one that answers
         asked = await desk.targets(request.perturbations)
         rows_S = found.chosen(request.cells)
         averaged_S = _drawn(rows_S, offer.explore.perturbed_cells)

@@ -234,7 +234,16 @@ class Sessions:
         try:
             return await self._desk.model.ask(cells, question)
         except StaleModel:
-            raise ConflictError("another checkpoint answers since these cells were read; open them again") from None
+            raise _other_model() from None
+
+    async def check_model(self, cells: Cells) -> None:
+        """Refuse to ask about cells that another checkpoint than the one that answers has read.
+
+        Raises:
+            ConflictError: As above.
+        """
+        if (await self._desk.fresh()).sha256 != cells.model_sha256:
+            raise _other_model()
 
     def _let_go_idle(self) -> None:
         now = time.monotonic()
@@ -324,6 +333,10 @@ class Sessions:
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
         return await self.ask(cells, question)
+
+
+def _other_model() -> ConflictError:
+    return ConflictError("another checkpoint answers since these cells were read; open them again")
 
 
 def _placed(

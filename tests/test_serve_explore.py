@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import dataclasses
 import importlib.abc
 import json
 import subprocess
@@ -451,6 +453,29 @@ def test_another_checkpoint_does_not_answer_for_cells_that_it_has_not_read(repli
     with TestClient(make_app(model, Limits())) as client:
         session = until_ready(client, client.post("/v1/explore", json=TWELVE).json())["session"]
         model.changed = True
+        report = check_problem(client.post(f"/v1/explore/{session}/perturb", json={"perturbations": ["G1"]}), 409)
+        assert "open them again" in report["detail"]
+
+
+def test_perturbations_are_not_looked_up_in_another_checkpoint_than_the_cells_were_read_for(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that answers now does not know the perturbation, and the one before would still answer."""
+    monkeypatch.setattr("serve.desk.FRESH_S", -1.0)
+    with TestClient(make_app(replica, Limits())) as client:
+        session = until_ready(client, client.post("/v1/explore", json=TWELVE).json())["session"]
+        described = asyncio.run(replica.describe())
+        manifest = described.manifest | {"model_sha256": "c" * 64}
+        prompts = dict(described.prompts) | {"perturbation": [""]}
+
+        async def described_anew() -> Any:
+            return dataclasses.replace(described, manifest=manifest, prompts=prompts)
+
+        async def ready() -> str:
+            return "c" * 64
+
+        monkeypatch.setattr(replica, "describe", described_anew)
+        monkeypatch.setattr(replica, "ready", ready)
         report = check_problem(client.post(f"/v1/explore/{session}/perturb", json={"perturbations": ["G1"]}), 409)
         assert "open them again" in report["detail"]
 
