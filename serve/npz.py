@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import base64
 import io
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 NPZ = "application/x-npz"
@@ -29,11 +27,11 @@ LONGEST_NAME = 256
 def write_npz(arrays: Mapping[str, NDArray[Any] | bytes]) -> bytes:
     """Write arrays, and bytes as arrays of them; not compressed, since counts are sent over short ways."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, values in arrays.items():
-            array = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.ascontiguousarray(values)
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                npy.write_array(member, array, allow_pickle=False)
+    plain: dict[str, Any] = {
+        name: np.frombuffer(values, np.uint8) if isinstance(values, bytes) else values
+        for name, values in arrays.items()
+    }
+    np.savez(file, **plain)
     return file.getvalue()
 
 
