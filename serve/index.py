@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from usearch.index import Index
 
 from store import records
-from store.embeddings import Generation, earlier, generations, list_embeddings, open_embeddings
+from store.embeddings import Generation, earlier, generations, list_embeddings
 from store.errors import InputRefused, MissingError, VerificationError
 from store.lake import open_lake, utc_now
 
@@ -414,17 +414,3 @@ def _search(part: _Part, query_CD: NDArray[np.float32], k: int) -> tuple[NDArray
     shape = (len(query_CD), n_found)
     joinid_CK, distance_CK = np.asarray(found.keys).astype(np.int64), np.asarray(found.distances, np.float32)
     return joinid_CK.reshape(shape), distance_CK.reshape(shape)
-
-
-def open_index(lake_uri: str, organism: str, key: str) -> VectorIndex:
-    """Open the index of the newest complete embeddings of a name.
-
-    Raises:
-        MissingError: There are no such embeddings, or they have no index.
-        InputRefused: It is damaged.
-    """
-    newest = open_embeddings(lake_uri, organism, key)
-    known = _newest(newest)
-    if known is None:
-        raise MissingError(f"{lake_uri}: {newest.name} has no index yet; run the same embed-lake command again")
-    return VectorIndex(known)

@@ -9,6 +9,7 @@ import pandas as pd
 import scipy.sparse
 from small_checkpoint import GENES, PROTEINS
 
+from serve.index import VectorIndex, list_indexes
 from store.schema import DatasetPlan, Features
 from store.writer import LakeWriter, write_counts
 
@@ -63,3 +64,9 @@ def make_lake(folder: Path | str, n_cells: int = 1_400) -> str:
         add_cells(writer, "first", n_cells - 300)
         add_cells(writer, "second", 300, seed=1, proteins=True)
     return str(folder)
+
+
+def open_index(lake: str, key: str) -> VectorIndex:
+    """Open the index of a name of the lake, which has one of it."""
+    (known,) = [one for one in list_indexes(lake) if one.generation.key == key]
+    return VectorIndex(known)

@@ -14,14 +14,14 @@ import cellxgene_census
 import numpy as np
 import pytest
 import tiledbsoma
-from known_cells import add_cells, make_lake
+from known_cells import add_cells, make_lake, open_index
 from small_checkpoint import write_checkpoint
 from starlette.testclient import TestClient
 
 from serve import bulk, index
 from serve.app import make_app
 from serve.bulk import Asked, Bulk, Common, Crew, Outcome, in_this_process
-from serve.index import VectorIndex, list_indexes, open_index
+from serve.index import VectorIndex, list_indexes
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store import context, embeddings
@@ -210,7 +210,7 @@ def test_killed_at_any_step_readers_see_all_or_nothing_and_the_same_again_ends_r
             break
     assert dies_at > 1, "it was never called"
     np.testing.assert_array_equal(seen_by_others(lake), expected)
-    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+    assert len(open_index(lake, "cells")) == N_CELLS
 
 
 def test_a_name_belongs_to_a_model_and_a_filter_unless_it_is_taken_over(lake: str, checkpoint: str, other: str) -> None:
@@ -226,7 +226,7 @@ def test_a_name_belongs_to_a_model_and_a_filter_unless_it_is_taken_over(lake: st
     outcome = embed(Asked(other, lake, key="cells", replace=True, block_cells=512))
     assert (outcome.n_embedded, outcome.n_taken_over) == (N_CELLS - 512, 0)
     assert np.abs(seen_by_others(lake) - first).max() > 1e-3
-    assert open_index(lake, HUMAN, "cells").known.manifest["model_sha256"] == outcome.manifest["model_sha256"]
+    assert open_index(lake, "cells").known.manifest["model_sha256"] == outcome.manifest["model_sha256"]
 
 
 def test_a_filter_that_selects_nothing_holds_no_name(lake: str, checkpoint: str) -> None:
@@ -256,7 +256,7 @@ def test_when_the_lake_has_grown_only_what_came_since_is_embedded(lake: str, che
     again = seen_by_others(lake)
     np.testing.assert_array_equal(again[:1_100], first[:1_100])
     assert len(again) == 1_200
-    assert len(open_index(lake, HUMAN, "cells")) == 1_200
+    assert len(open_index(lake, "cells")) == 1_200
     with LakeWriter(lake) as writer:
         add_cells(writer, "fourth", 20, seed=3)
     embed(asked)
@@ -371,7 +371,7 @@ def test_the_index_finds_what_looking_at_every_cell_finds(
     assert [part["n_cells"] for part in parts] == [min(part_cells, 4_000)] * len(numbers)
     assert {part["dtype"] for part in parts} == {"f16" if scale == 1 else "f32"}
     index.complete_index(generation, numbers)
-    opened = open_index(lake, HUMAN, "random")
+    opened = open_index(lake, "random")
     queries = clustered(4_500, 64)[4_000:] * np.float32(scale)
     far = np.sqrt(((queries[:, None, :].astype(np.float64) - values[None]) ** 2).sum(-1))
     nearest = np.argsort(far, axis=1)[:, :10]
@@ -417,7 +417,7 @@ def test_parts_that_lost_no_cell_are_gone_on_with_and_the_index_before_answers_m
         add_cells(writer, "fourth", 10, seed=3)
     with pytest.raises(InterruptedRun, match="stopped at 1 of 4 parts"):
         embed(asked, stop_after(2))
-    assert (open_index(lake, HUMAN, "cells").known.generation.number, len(list_indexes(lake))) == (0, 1)
+    assert (open_index(lake, "cells").known.generation.number, len(list_indexes(lake))) == (0, 1)
     with LakeWriter(lake) as writer:
         writer.remove("fourth")
     second = embed(asked)
@@ -437,7 +437,7 @@ def test_parts_that_lost_no_cell_are_gone_on_with_and_the_index_before_answers_m
         (400, 0),
         (100, 100),
     ]
-    opened = open_index(lake, HUMAN, "cells")
+    opened = open_index(lake, "cells")
     some = np.array([3, 590, 601, 1_099, 1_400, 1_799, 1_801, 1_899])
     (joinids, far), values = made_anew(lake, some), opened.known.generation.read(some)[0]
     found, distances = opened.search(values, 5)
@@ -464,7 +464,7 @@ def test_cells_that_are_alike_are_all_found_and_what_is_damaged_is_made_again_al
 
     monkeypatch.setattr(embeddings, "write_block", alike)
     embed(asked)
-    opened = open_index(lake, HUMAN, "cells")
+    opened = open_index(lake, "cells")
     for queries in (np.full((1, 16), 3, np.float32), np.zeros((2, 16), np.float32), np.zeros((0, 16), np.float32)):
         for k in (150, 350, 2_000):
             joinids, distances = opened.search(queries, k)
@@ -478,18 +478,18 @@ def test_cells_that_are_alike_are_all_found_and_what_is_damaged_is_made_again_al
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(InputRefused, match=f"SHA-256 differs from the manifest's; remove {damaged.parent} and embed"):
-        open_index(lake, HUMAN, "cells")
+        open_index(lake, "cells")
     shutil.rmtree(damaged.parent)
     embed(asked)
-    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+    assert len(open_index(lake, "cells")) == N_CELLS
     file_of(folder, 0, index.CELLS).unlink()
     embed(asked)
-    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+    assert len(open_index(lake, "cells")) == N_CELLS
     assert file_of(folder, 1, index.VECTORS).stat().st_mtime_ns == before
     for number in (0, 1):
         file_of(folder, number, index.CELLS).write_bytes(b"")
     embed(asked)
-    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+    assert len(open_index(lake, "cells")) == N_CELLS
 
 
 def test_two_makers_of_a_part_leave_one_that_is_whole(
@@ -507,7 +507,7 @@ def test_two_makers_of_a_part_leave_one_that_is_whole(
 
     monkeypatch.setattr(index, "_put", late)
     embed(Asked(checkpoint, lake, key="cells"))
-    assert len(open_index(lake, HUMAN, "cells")) == N_CELLS
+    assert len(open_index(lake, "cells")) == N_CELLS
 
 
 def test_a_part_before_that_is_damaged_is_made_anew(
@@ -522,7 +522,7 @@ def test_a_part_before_that_is_damaged_is_made_anew(
     with LakeWriter(lake) as writer:
         add_cells(writer, "third", 100, seed=2)
     assert [one["n_taken_over"] for one in embed(asked).index["parts"]] == [0, 0]
-    assert len(open_index(lake, HUMAN, "cells")) == 1_500
+    assert len(open_index(lake, "cells")) == 1_500
 
 
 def test_an_index_that_was_changed_is_refused(lake: str, checkpoint: str) -> None:
@@ -532,10 +532,10 @@ def test_an_index_that_was_changed_is_refused(lake: str, checkpoint: str) -> Non
     data[len(data) // 2] ^= 1
     place.write_bytes(data)
     with pytest.raises(InputRefused, match=r"usearch: its SHA-256 differs"):
-        open_index(lake, HUMAN, "cells")
+        open_index(lake, "cells")
     place.unlink()
     with pytest.raises(MissingError, match="is gone"):
-        open_index(lake, HUMAN, "cells")
+        open_index(lake, "cells")
 
 
 @pytest.mark.ray

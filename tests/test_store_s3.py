@@ -25,7 +25,7 @@ import s3fs
 import tiledbsoma
 from encoded import add_dataset, encoded_counts
 from fault_proxy import fault_proxy
-from known_cells import add_cells, make_lake
+from known_cells import add_cells, make_lake, open_index
 from local_s3 import forget_endpoint, local_s3
 from ports import free_port
 from small_checkpoint import write_checkpoint
@@ -396,7 +396,7 @@ def test_a_lake_is_embedded_there_and_its_index_is_searched_and_gone_on_with(
     grown = embed()
     assert (grown.n_embedded, grown.n_taken_over) == (50, 400)
     assert [(one["n_cells"], one["n_taken_over"]) for one in grown.index["parts"]] == [(300, 300), (150, 100)]
-    opened = index.open_index(uri, "homo_sapiens", "cells")
+    opened = open_index(uri, "cells")
     values, held = opened.known.generation.read(np.arange(450))
     assert held.all()
     found, distances = opened.search(values, 1)
