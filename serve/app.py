@@ -29,14 +29,13 @@ from serve import encode
 from serve.access import Gate, Misdirected, Purse, is_open
 from serve.arrow import ARROW
 from serve.atlas import Atlas
-from serve.body import BodyLimit
+from serve.body import BodyLimit, WithoutBody
 from serve.desk import Desk
 from serve.door import FULL, QUESTIONS, Porter
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.explore import Offer, add_explore
 from serve.foreign import FOREIGN
-from serve.forms import FORM_SCHEMA, FORMS, JSON, form_of, write
-from serve.h5ad import FORM
+from serve.forms import BINARY, CELLS_BODY, FORMS, JSON, form_of, write
 from serve.jobs import Jobs
 from serve.lake_routes import add_lakes, add_neighbors
 from serve.messages import (
@@ -120,6 +119,7 @@ def make_app(
         lifespan=desk.lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         responses={code: {"model": Problem, "description": title} for code, title in TITLES.items()},
     )
     app.add_middleware(
@@ -135,6 +135,7 @@ def make_app(
     if hosts is not None:
         app.add_middleware(Misdirected, hosts=hosts, problem=briefly)
     app.add_middleware(Metered, metrics=desk.metrics, known=QUESTIONS)
+    app.add_middleware(WithoutBody)
     if origins:  # outermost: a browser asks without a token first, and reads refusals too
         app.add_middleware(
             CORSMiddleware,
@@ -230,9 +231,7 @@ _IN_ALL_FORMS = QUESTIONS - {"/v1/generate"} | {"/v1/explore"}
 """Where cells are sent, in any form; whatever else is sent is JSON."""
 COUNTS_FROM = "Somaflow-Counts-From"
 """Header that says which matrix of an h5ad file was read."""
-_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-_NPZ_BODY: dict[str, Any] = {"requestBody": {"content": {NPZ: _BINARY, ARROW: _BINARY, FORM: FORM_SCHEMA}}}
-_NPZ_REPLY: dict[int | str, dict[str, Any]] = {200: {"content": {NPZ: _BINARY, ARROW: _BINARY}}}
+_NPZ_REPLY: dict[int | str, dict[str, Any]] = {200: {"content": {NPZ: BINARY, ARROW: BINARY}}}
 
 
 def _add_questions(app: FastAPI, desk: Desk, atlas: Atlas) -> None:
@@ -240,27 +239,27 @@ def _add_questions(app: FastAPI, desk: Desk, atlas: Atlas) -> None:
     forms = type("Forms", (Forms,), {"desk": desk, "limits": desk.limits})
     router = APIRouter(route_class=forms, tags=["ask the model"])
 
-    @router.post("/v1/embed", response_model=EmbedReply, openapi_extra=_NPZ_BODY, responses=_NPZ_REPLY)
+    @router.post("/v1/embed", response_model=EmbedReply, openapi_extra=CELLS_BODY, responses=_NPZ_REPLY)
     async def embed(request: EmbedRequest, accept: Accept = "") -> Response:
         """Embed cells: one vector per cell, in the order of the request."""
         return _reply(await desk.again(desk.embed, _packed(request, accept)), accept, "embeddings")
 
-    @router.post("/v1/annotate", response_model=AnnotateReply, openapi_extra=_NPZ_BODY)
+    @router.post("/v1/annotate", response_model=AnnotateReply, openapi_extra=CELLS_BODY)
     async def annotate(request: AnnotateRequest, accept: Accept = "") -> Response:
         """Tell the type of each cell, how likely it is, and the ontology's type above those that are likely."""
         return _json(await desk.again(desk.annotate, request))
 
-    @router.post("/v1/translate", response_model=TranslateReply, openapi_extra=_NPZ_BODY, responses=_NPZ_REPLY)
+    @router.post("/v1/translate", response_model=TranslateReply, openapi_extra=CELLS_BODY, responses=_NPZ_REPLY)
     async def translate(request: TranslateRequest, accept: Accept = "") -> Response:
         """Predict what a measurement that the cells do not have, or have in part, would show of each of them."""
         return _reply(await desk.again(desk.translate, _packed(request, accept)), accept, "values")
 
-    @router.post("/v1/forecast", response_model=ForecastReply, openapi_extra=_NPZ_BODY)
+    @router.post("/v1/forecast", response_model=ForecastReply, openapi_extra=CELLS_BODY)
     async def forecast(request: ForecastRequest, accept: Accept = "") -> Response:
         """Predict the mean expression of the cells after a while, beside the present one."""
         return _json(await desk.again(desk.forecast, request))
 
-    @router.post("/v1/perturb", response_model=PerturbReply, openapi_extra=_NPZ_BODY)
+    @router.post("/v1/perturb", response_model=PerturbReply, openapi_extra=CELLS_BODY)
     async def perturb(request: PerturbRequest, accept: Accept = "") -> Response:
         """Predict the mean expression of control cells with and without each perturbation."""
         return _json(await desk.again(desk.perturb, request))
@@ -270,7 +269,7 @@ def _add_questions(app: FastAPI, desk: Desk, atlas: Atlas) -> None:
         """Draw counts of cells of which nothing is known but what is said."""
         return _json(await desk.again(desk.generate, request))
 
-    add_neighbors(router, desk, atlas, _NPZ_BODY)
+    add_neighbors(router, desk, atlas, CELLS_BODY)
     app.include_router(router)
 
 

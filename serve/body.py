@@ -1,6 +1,6 @@
 """This module keeps request bodies small: too large is answered 413 before it is held in memory, too slow 408.
 
-Where nothing takes a body, none is read.
+Where nothing takes a body, none is read; HEAD is answered without one.
 """
 
 from __future__ import annotations
@@ -109,3 +109,21 @@ def _without_body(receive: Receive) -> Receive:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     return empty
+
+
+class WithoutBody:
+    """ASGI middleware that answers HEAD as GET is answered, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI has it."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def bare(message: Message) -> None:
+            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, bare)

@@ -47,6 +47,7 @@ from serve.explored import (
     ShiftRequest,
     View,
 )
+from serve.forms import CELLS_BODY
 from serve.messages import AnnotateOptions, Name, TypeProbability
 from serve.model import Description, Perturb, Shift
 from serve.projection import FEWEST
@@ -103,7 +104,6 @@ def add_explore(app: FastAPI, desk: Desk, offer: Offer, forms: type[APIRoute]) -
 def _add_openings(router: APIRouter, forms: type[APIRoute], desk: Desk, sessions: Sessions, offer: Offer) -> None:
     limits = desk.limits
     wide = type("Wide", (forms,), {"limits": explored(limits, offer.explore), "permit": staticmethod(sessions.permit)})
-    npz: dict[str, Any] = {"requestBody": {"content": {"application/x-npz": {"schema": {"type": "string"}}}}}
     cells_router = APIRouter(route_class=wide)
 
     @router.get("/v1/datasets")
@@ -116,7 +116,7 @@ def _add_openings(router: APIRouter, forms: type[APIRoute], desk: Desk, sessions
             datasets=[*files, *snapshots], body_bytes=limits.body_bytes, limits=offer.explore.model_dump()
         )
 
-    @cells_router.post("/v1/explore", response_model=ExploreReply, openapi_extra=npz)
+    @cells_router.post("/v1/explore", response_model=ExploreReply, openapi_extra=CELLS_BODY)
     async def explore(request: ExploreRequest, accept: Accept = "") -> Response:
         """Read, embed, annotate and lay out cells; ask GET /v1/explore/SESSION until they are ready."""
         obs = _frame(request)

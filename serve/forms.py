@@ -29,6 +29,9 @@ FORM_SCHEMA: dict[str, Any] = {
         },
     }
 }
+BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+CELLS_BODY: dict[str, Any] = {"requestBody": {"content": {NPZ: BINARY, ARROW: BINARY, FORM: FORM_SCHEMA}}}
+"""Forms beside JSON of a request about cells, as OpenAPI has them."""
 
 
 def form_of(accept: str) -> str:

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from serve.app import STATUS, make_app
 from serve.decode import Cells
 from serve.errors import DeadlineExceeded, Overloaded, StaleModel, Unavailable
-from serve.forms import form_of
+from serve.forms import FORMS, form_of
 from serve.model import Description, Embed, Question
 from serve.npz import NPZ
 from serve.replica import Replica
@@ -345,6 +345,25 @@ def test_unknown_addresses_and_methods_are_problems_too(client: TestClient) -> N
     check_problem(client.get("/v1/nothing"), 404)
     check_problem(client.get("/v1/embed"), 405)
     check_problem(client.get("/docs"), 404)
+
+
+def test_addresses_with_a_slash_behind_are_no_others(client: TestClient) -> None:
+    check_problem(client.get("/v1/models/", follow_redirects=False), 404)
+
+
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/v1/health/live", "/v1/models", "/openapi.json", "/v1/embed"])
+def test_head_is_answered_as_get_without_the_body(client: TestClient, path: str) -> None:
+    told, whole = client.head(path), client.get(path)
+    assert (told.status_code, told.content) == (whole.status_code, b"")
+    assert told.status_code == (405 if path == "/v1/embed" else 200)
+    assert told.headers["content-type"] == whole.headers["content-type"]
+    assert told.headers["content-length"] == whole.headers["content-length"]
+
+
+def test_openapi_names_every_form_that_cells_come_in(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/embed", "/v1/explore"):
+        assert set(paths[path]["post"]["requestBody"]["content"]) == set(FORMS)
 
 
 def test_the_model_says_what_it_knows(client: TestClient) -> None:
