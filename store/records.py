@@ -7,7 +7,6 @@ lock-free primitive that the commit protocol leans on.
 from __future__ import annotations
 
 import datetime as dt
-import errno
 import json
 import os
 import random
@@ -148,9 +147,15 @@ def _create_far(uri: str, data: bytes) -> None:
             filesystem.pipe_file(path, data, mode="create")
             return
         except OSError as error:
-            if error.errno != errno.EBUSY or pause_s is None:
+            if not _met_another(error) or pause_s is None:
                 raise
             time.sleep(pause_s * random.uniform(0.5, 1.5))
+
+
+def _met_another(error: OSError) -> bool:
+    """Say whether s3fs tells of HTTP 409; its errno of that stands for 503 too, which was tried often enough."""
+    answer = getattr(error.__cause__, "response", {})
+    return bool(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 409)
 
 
 def _create_local(path: Path, data: bytes) -> bool:

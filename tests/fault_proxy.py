@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -19,20 +20,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 
 KINDS = ("500", "503", "reset", "lost reply", "half body")
-CODES = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
+CODES = {"403": "AccessDenied", "409": "ConditionalRequestConflict", "500": "InternalError", "503": "SlowDown"}
 """Kinds of a reply that is an error, and what S3 calls it."""
 LATE_S = {"slow": 0.2, "stalled": 3.0}
 """Kinds of a reply that comes late, and how late."""
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Forwards to ``target``; of ``share`` of the requests one of ``kinds`` goes wrong, the same for the same seed."""
+    """Forwards to ``target``; of ``share`` of the requests one of ``kinds`` goes wrong, the same for the same seed.
+
+    Only those go wrong in whose ``METHOD /path?query`` the pattern ``only`` is found, and at most ``most`` of them.
+    """
 
     daemon_threads = True
 
-    def __init__(self, target: str, share: float, kinds: tuple[str, ...] = KINDS, seed: int = 0) -> None:
+    def __init__(
+        self,
+        target: str,
+        share: float,
+        kinds: tuple[str, ...] = KINDS,
+        seed: int = 0,
+        only: str = "",
+        most: int = 10**9,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.share, self.kinds = target, share, kinds
+        self.only, self.most = only, most
         self.random = random.Random(seed)
         self.client = httpx.Client(timeout=30)
         self.faults: Counter[str] = Counter()
@@ -43,9 +56,11 @@ class FaultProxy(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def fault(self) -> str:
+    def fault(self, request: str) -> str:
         with self.lock:
             self.requests += 1
+            if not re.search(self.only, request) or self.faults.total() >= self.most:
+                return ""
             kind = self.random.choice(self.kinds) if self.random.random() < self.share else ""
             if kind:
                 self.faults[kind] += 1
@@ -73,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/requests":
             self._answer(200, {}, str(self.server.requests).encode())
             return
-        kind = self.server.fault()
+        kind = self.server.fault(f"{self.command} {self.path}")
         time.sleep(LATE_S.get(kind, 0))
         if code := CODES.get(kind):
             self._answer(int(kind), {"Content-Type": "application/xml"}, f"<Error><Code>{code}</Code></Error>".encode())
@@ -122,12 +137,14 @@ SKIPPED = ("connection", "transfer-encoding", "content-length", "server", "date"
 
 
 @contextmanager
-def fault_proxy(target: str, share: float, kinds: tuple[str, ...] = KINDS, seed: int = 0) -> Iterator[str]:
+def fault_proxy(
+    target: str, share: float, kinds: tuple[str, ...] = KINDS, seed: int = 0, only: str = "", most: int = 10**9
+) -> Iterator[str]:
     """Run a proxy for as long as the block; yields its address.
 
     There, ``/faults`` tells what went wrong so far, and ``/requests`` how many requests came.
     """
-    command = [sys.executable, __file__, target, str(share), ",".join(kinds), str(seed)]
+    command = [sys.executable, __file__, target, str(share), ",".join(kinds), str(seed), only, str(most)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
@@ -139,6 +156,8 @@ def fault_proxy(target: str, share: float, kinds: tuple[str, ...] = KINDS, seed:
 
 
 if __name__ == "__main__":
-    made = FaultProxy(sys.argv[1], float(sys.argv[2]), tuple(sys.argv[3].split(",")), int(sys.argv[4]))
+    made = FaultProxy(
+        sys.argv[1], float(sys.argv[2]), tuple(sys.argv[3].split(",")), int(sys.argv[4]), sys.argv[5], int(sys.argv[6])
+    )
     print(made.url, flush=True)
     made.serve_forever()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import boto3
+import pytest
 import s3fs
+from fault_proxy import fault_proxy
 from local_server import local_server
 
 from store import context
@@ -30,3 +34,32 @@ def forget_endpoint() -> None:
     context.tiledb_config.cache_clear()
     context.tiledb_context.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@contextmanager
+def s3_bucket() -> Iterator[str]:
+    """Yield a bucket of such a server; the environment points at it for as long as the block."""
+    with local_s3() as variables, pytest.MonkeyPatch.context() as patch:
+        for key, value in variables.items():
+            patch.setenv(key, value)
+        forget_endpoint()
+        boto3.client("s3").create_bucket(Bucket="lakes")
+        yield "s3://lakes"
+    forget_endpoint()
+
+
+@contextmanager
+def failing(kind: str, only: str, most: int = 10**9) -> Iterator[str]:
+    """Let (at most so many) requests in whose ``METHOD /path?query`` a pattern is found fail while the block lasts.
+
+    Yields the address of what stands between (``tests/fault_proxy.py``).
+    """
+    with (
+        fault_proxy(os.environ["AWS_ENDPOINT_URL"], 1.0, kinds=(kind,), only=only, most=most) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", proxy)
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        forget_endpoint()
+        yield proxy
+    forget_endpoint()

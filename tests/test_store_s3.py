@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -17,7 +16,6 @@ from typing import Any
 import anndata
 import boto3
 import cellxgene_census
-import fsspec
 import httpx
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ import tiledbsoma
 from encoded import add_dataset, encoded_counts
 from fault_proxy import fault_proxy
 from known_cells import add_cells, make_lake, open_index
-from local_s3 import forget_endpoint, local_s3
+from local_s3 import failing, forget_endpoint, s3_bucket
 from ports import free_port
 from small_checkpoint import write_checkpoint
 
@@ -67,15 +65,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """A bucket on a moto server of its own process; the environment points at it meanwhile."""
-    patch = pytest.MonkeyPatch()
-    with local_s3() as variables:
-        for key, value in variables.items():
-            patch.setenv(key, value)
-        forget_endpoint()
-        boto3.client("s3").create_bucket(Bucket="lakes")
-        yield "s3://lakes"
-        patch.undo()
-        forget_endpoint()
+    with s3_bucket() as uri:
+        yield uri
 
 
 def test_a_lake_on_s3_is_written_read_proved_and_opens_in_the_census_client(
@@ -330,22 +321,20 @@ def test_a_lake_on_s3_may_look_like_a_pattern_and_goes_by_any_spelling_of_its_sc
     assert [check for check in validate(open_lake(uri)) if check.problem] == []
 
 
-def test_two_that_create_one_record_at_the_same_moment_try_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    filesystem, _ = fsspec.core.url_to_fs(bucket)
-    real, refused = filesystem.pipe_file, list[str]()
-
-    def conflict(path: str, data: bytes, **how: Any) -> Any:
-        if len(refused) < 2:
-            refused.append(path)
-            raise OSError(errno.EBUSY, "ConditionalRequestConflict")  # as s3fs tells of HTTP 409
-        return real(path, data, **how)
-
-    monkeypatch.setattr(filesystem, "pipe_file", conflict)
-    assert records.create(f"{bucket}/r/both.json", {"a": 1})
-    assert len(refused) == 2
-    refused.clear()
-    assert not records.create(f"{bucket}/r/both.json", {"a": 2})
+def test_two_that_create_one_record_at_the_same_moment_try_again(bucket: str) -> None:
+    with failing("409", "PUT .*/r/both.json", most=2) as proxy:
+        assert records.create(f"{bucket}/r/both.json", {"a": 1})
+        assert httpx.get(f"{proxy}/faults").json() == {"409": 2}
+    with failing("409", "PUT .*/r/both.json", most=2):
+        assert not records.create(f"{bucket}/r/both.json", {"a": 2})
     assert records.read(f"{bucket}/r/both.json") == {"a": 1}
+
+
+def test_a_store_that_is_busy_is_asked_as_often_as_its_client_asks_and_no_more(bucket: str) -> None:
+    with failing("503", "PUT .*/r/busy.json") as proxy:
+        with pytest.raises(StorageError, match=r"busy\.json: cannot write"):
+            records.create(f"{bucket}/r/busy.json", {})
+        assert httpx.get(f"{proxy}/faults").json() == {"503": s3fs.S3FileSystem.retries}
 
 
 def test_files_on_s3_are_sources_like_local_ones(bucket: str, shared_data: Path) -> None:
