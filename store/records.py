@@ -121,10 +121,10 @@ def create(uri: str, values: dict[str, Any]) -> bool:
     """Write ``values`` to ``uri`` unless something stands there; say whether this call made it.
 
     When the store applied a request and its reply was lost, the client asks again and is told that something stands
-    there: a mark in the record tells whether that is this call's own.
+    there, or it fails: a mark in the record tells whether that is this call's own.
 
     Raises:
-        StorageError: The place cannot be written.
+        StorageError: The place cannot be written; a request that is still on its way may yet arrive.
     """
     mark = secrets.token_hex(8)
     data = json.dumps({**values, MARK: mark}).encode()
@@ -135,6 +135,9 @@ def create(uri: str, values: dict[str, Any]) -> bool:
     except FileExistsError:
         return (_read(uri) or {}).get(MARK) == mark
     except FAILURES as error:
+        with suppress(StorageError):
+            if (standing := _read(uri)) is not None:
+                return standing.get(MARK) == mark
         raise StorageError(f"{uri}: cannot write: {error}; check that the place exists and may be written") from error
     return True
 

@@ -337,6 +337,17 @@ def test_a_store_that_is_busy_is_asked_as_often_as_its_client_asks_and_no_more(b
         assert httpx.get(f"{proxy}/faults").json() == {"503": s3fs.S3FileSystem.retries}
 
 
+def test_a_record_is_made_though_no_answer_says_so(bucket: str) -> None:
+    with failing("lost reply", "PUT .*/r/lost.json") as proxy:
+        assert records.create(f"{bucket}/r/lost.json", {"a": 1})
+        assert httpx.get(f"{proxy}/faults").json()["lost reply"] > 0
+    with failing("reset", "PUT .*/r/lost.json"):
+        assert not records.create(f"{bucket}/r/lost.json", {"a": 2}), "another's stands there"
+        with pytest.raises(StorageError, match="cannot write"), failing("reset", "PUT .*/r/not.json"):
+            records.create(f"{bucket}/r/not.json", {})
+    assert records.read(f"{bucket}/r/lost.json") == {"a": 1}
+
+
 def test_files_on_s3_are_sources_like_local_ones(bucket: str, shared_data: Path) -> None:
     filesystem = s3fs.S3FileSystem()
     given = {
