@@ -354,6 +354,7 @@ def _conclude(dataset: _Dataset) -> None:
 def _ingest(writer: LakeWriter, dataset: _Dataset, limits: Limits, progress: Progress) -> None:
     plan, outcome = dataset.plan, dataset.outcome
     assert plan is not None
+    writer.settle()  # where the store is still away, the job ends: the rest of it would have to wait as long
     try:
         if writer.committed(plan):
             outcome.state = "present"

@@ -45,6 +45,9 @@ MERGED_EVERY = 32
 It is done while there is time for what the last merge made needless to be removed first, and when the lake is left.
 """
 
+UNMERGED = "small files were not merged, opening it gets slower"
+LEFT = "what a commit that failed wrote is not taken back yet; that is done before the next one"
+
 log = logging.getLogger("somaflow.store")
 
 VERSIONED = ("tiledbsoma", "tiledb", "pyarrow", "numpy")
@@ -273,6 +276,7 @@ class LakeWriter:
         self._names: dict[tuple[str, str], catalog.FeatureNames] = {}
         self._made: set[tuple[str, str, str]] = set()
         self._entered_ms = 0
+        self._unsettled: tuple[int, Commit | None] | None = None  # timestamp and record of a commit begun
 
     def __enter__(self) -> LakeWriter:
         refuse_place(self.uri)  # before the lock makes a folder
@@ -286,7 +290,8 @@ class LakeWriter:
                 self._fence()
             self._plans = catalog.plans(self.uri)
             self._commits = catalog.commits(self.uri)
-            self.undone = self._roll_back()
+            with storage(self.uri):
+                self.undone = self._roll_back()
             records.remove(records.join(self.uri, records.FOLDER, "running"))  # what drivers say that are gone
             self._merged, self._merged_at = self._commits[-1].number, time.monotonic()
         except BaseException:
@@ -298,8 +303,11 @@ class LakeWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self._many_since():
-                self._merge()
+            if kind is None:
+                with _told(self.uri, LEFT):
+                    self.settle()
+                if not self._unsettled and self._many_since():
+                    self._merge()
         finally:
             self._lock.release()
 
@@ -329,18 +337,30 @@ class LakeWriter:
                 catalog.create_commit(self.uri, self._after(last, last.timestamp_ms))
                 made = True
 
-    @contextmanager
-    def _undone_in_conflict(self, timestamp: int) -> Iterator[None]:
-        """Take back what was written to the tables at a timestamp when it turns out that another driver holds the lake.
+    def settle(self) -> None:
+        """Take back what a commit of this driver that failed wrote to the tables: commits after it would show that.
 
-        Its commits may be of later timestamps, so that they would show it.
+        Its record may have been made though no answer said so, or be still on its way: a commit that changes nothing
+        is made after it, or in its place.
+
+        Raises:
+            StorageError: The store does not answer yet; no other commit is made before it does.
         """
-        try:
-            yield
-        except ConflictError:
-            for uri in table_uris(self.uri):
-                take_back(uri, lambda item: item.first_ms in (timestamp - 1, timestamp))
-            raise
+        if self._unsettled is None:
+            return
+        timestamp, record = self._unsettled
+        with storage(self.uri):
+            if record is not None:
+                with suppress(ConflictError):  # another driver holds the lake: it has done that when it took it over
+                    self._fence()
+                self._commits = catalog.commits(self.uri)
+            if record is None or not self._holds(record):
+                for uri in table_uris(self.uri):
+                    take_back(uri, lambda item: item.first_ms in (timestamp - 1, timestamp))
+        self._unsettled = None
+
+    def _holds(self, record: Commit) -> bool:
+        return any(commit.id == record.id for commit in self._commits)
 
     def committed(self, plan: schema.DatasetPlan) -> bool:
         """Say whether this very content is in the lake, under this name."""
@@ -363,7 +383,9 @@ class LakeWriter:
         Raises:
             ConflictError: The content is committed, its name belongs to a dataset of another origin, or another
                 driver interfered.
+            StorageError: The store does not answer, or not yet what became of the commit before (see :meth:`settle`).
         """
+        self.settle()
         standing = self._standing(plan)
         if standing and standing.dataset["key"] == plan.key:
             raise ConflictError(f"{self.uri}: dataset {plan.dataset_id!r} is in the lake already")
@@ -436,18 +458,24 @@ class LakeWriter:
         Raises:
             InputRefused: obs or the blocks do not fit the plan.
             ConflictError: Another driver made a commit meanwhile.
+            StorageError: It could not be made; what was written is taken back, at the latest by the next call.
         """
+        self.settle()
         standing = self._standing(reservation.dataset)
+        if standing and standing.dataset["number"] == reservation.plan.number:
+            return standing  # made by an earlier call, which no answer told
         table = tables.obs_table(reservation, obs, blocks)
         content = {name: _content(reservation, name, blocks) for name in reservation.dataset.features}
         latest = max((block.timestamp_ms for block in blocks), default=0)
         timestamp = max(reservation.timestamp(), latest + 1, self._commits[-1].timestamp_ms + 2)
         before = Lake(self.uri, self._commits)
-        self._lock.renew()
-        with self._undone_in_conflict(timestamp):
-            with storage(self.uri):
-                whole = tables.write_all(before, reservation, table, blocks, timestamp, standing)
-            return self._enter(timestamp, standing, whole=whole, dataset=asdict(reservation.plan), content=content)
+        return self._enter(
+            timestamp,
+            standing,
+            lambda: tables.write_all(before, reservation, table, blocks, timestamp, standing),
+            dataset=asdict(reservation.plan),
+            content=content,
+        )
 
     def remove(self, dataset_id: str, organism: str | None = None) -> Commit:
         """Take a dataset out of the lake; earlier commits still have it, until a vacuum.
@@ -455,6 +483,7 @@ class LakeWriter:
         Raises:
             MissingError: No such dataset, or several organisms have one of that name and none was said.
         """
+        self.settle()
         found = [
             commit
             for commit in catalog.current(self._commits)
@@ -467,19 +496,32 @@ class LakeWriter:
                 + (f"datasets: {', '.join(known)}" if not found else "say which with --organism")
             )
         timestamp = max(int(time.time() * 1000), self._commits[-1].timestamp_ms + 2)
-        self._lock.renew()
-        with self._undone_in_conflict(timestamp):
-            with storage(self.uri):
-                whole = tables.remove_all(Lake(self.uri, self._commits), found[0], timestamp)
-            return self._enter(timestamp, found[0], whole=whole)
+        before = Lake(self.uri, self._commits)
+        return self._enter(timestamp, found[0], lambda: tables.remove_all(before, found[0], timestamp))
 
-    def _enter(self, timestamp: int, superseded: Commit | None, **values: Any) -> Commit:
-        """Make the commit record, if the lake is still ours."""
+    def _enter(
+        self, timestamp: int, superseded: Commit | None, write: Callable[[], tuple[str, ...]], **values: Any
+    ) -> Commit:
+        """Write the tables at a timestamp and make the commit record, if the lake is still ours; else take all back."""
         gone = (superseded.dataset["number"],) if superseded else ()
-        made = self._after(self._commits[-1], timestamp, superseded=gone, **values)
-        self._lock.check()
-        catalog.create_commit(self.uri, made)
-        self._commits.append(made)
+        made = None
+        self._lock.renew()
+        self._unsettled = timestamp, None
+        try:
+            with storage(self.uri):
+                whole = write()
+            made = self._after(self._commits[-1], timestamp, superseded=gone, whole=whole, **values)
+            self._lock.check()
+            self._unsettled = timestamp, made
+            catalog.create_commit(self.uri, made)
+        except Exception:
+            with _told(self.uri, LEFT):
+                self.settle()
+            if made is None or self._unsettled or not self._holds(made):
+                raise
+        else:
+            self._commits.append(made)
+            self._unsettled = None
         if self._many_since() and time.monotonic() - self._merged_at > fragments.READERS_S:
             self._merge()
         return made
@@ -504,11 +546,11 @@ class LakeWriter:
         """Merge what the commits before the last one wrote to the tables; a failure is told, and does no harm."""
         last = self._commits[-1]
         merges: list[tuple[str, Callable[[str], None]]] = []
-        with _told(self.uri):
+        with _told(self.uri, UNMERGED):
             merges += [(uri, lambda uri: merge_small(uri, last.timestamp_ms)) for uri in table_uris(self.uri)]
             merges += [(uri, merge_footers) for uri in layer_uris(self.uri)]
         for uri, merge in merges:
-            with _told(uri):
+            with _told(uri, UNMERGED):
                 merge(uri)
         self._merged, self._merged_at = last.number, time.monotonic()
 
@@ -518,12 +560,12 @@ def _named(commit: Commit, plan: schema.DatasetPlan) -> bool:
 
 
 @contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Tell of a failure and go on: what is merged or not, the commits stand."""
+def _told(uri: str, what: str) -> Iterator[None]:
+    """Tell of a failure and go on: the commits stand."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a store's client may raise
-        log.warning("%s: small files were not merged, opening it gets slower: %s", uri, error)
+        log.warning("%s: %s: %s", uri, what, error)
 
 
 def _content(reservation: Reservation, measurement: str, blocks: Sequence[BlockStats]) -> Content:

@@ -26,7 +26,9 @@ from encoded import add_dataset, encoded_counts, numbered
 
 from ingest.job import JobSettings, SourceSettings
 from ingest.run import run
-from store.errors import MissingError
+from store import catalog, records
+from store.catalog import Commit
+from store.errors import MissingError, StorageError
 from store.lake import Lake, open_lake
 from store.upkeep import collect, recover
 from store.validate import validate
@@ -258,6 +260,26 @@ def test_a_changed_file_becomes_a_new_version_and_the_same_adds_nothing(tmp_path
     assert open_lake(uri).obs("homo_sapiens").num_rows == 50
     assert open_lake(uri, 1).obs("homo_sapiens").num_rows == 60
     whole_commits_only(uri)
+
+
+def test_a_job_ends_where_a_failed_commit_cannot_be_taken_back_and_goes_on_when_the_store_is_there_again(
+    tmp_path: Path, sources: tuple[SourceSettings, ...], unbroken: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "lake")
+    with LakeWriter(uri):
+        pass
+    with monkeypatch.context() as away:
+
+        def shut(uri: str, commit: Commit) -> None:
+            raise StorageError(f"{uri}: the store is away")
+
+        away.setattr(catalog, "create_commit", shut)
+        with pytest.raises(StorageError, match="the store is away"):
+            run(JobSettings(lake=uri, source=sources))
+    (report,) = records.read_all(f"{uri}/somaflow/reports")
+    assert report["datasets"][0]["state"] == "refused"
+    assert [outcome.state for outcome in run(JobSettings(lake=uri, source=sources))] == ["committed"] * 3
+    assert state(open_lake(uri)) == unbroken
 
 
 def test_of_two_drivers_one_is_told_to_wait(
