@@ -17,7 +17,7 @@ from rich.table import Table
 from store import command, snapshot, upkeep
 from store.cluster import lazy_ray_tasks
 from store.command import answer, console, write
-from store.errors import UsageError, VerificationError
+from store.errors import StorageError, UsageError, VerificationError
 from store.export import export as export_cells
 from store.lake import Lake, open_lake
 from store.settings import load_settings
@@ -147,6 +147,8 @@ def history(lake: LakeOption = "lake", json: JsonOption = False) -> None:
 def validate(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonOption = False) -> None:
     """Prove a lake: read everything again and compare with what was committed; exit code 8 when something differs.
 
+    Exit code 5 when nothing is known to differ, and something could not be read because the store does not answer.
+
     Example: python -m store validate --lake ./lake
     """
     with console.status("reading") as status:
@@ -156,12 +158,20 @@ def validate(lake: LakeOption = "lake", commit: CommitOption = None, json: JsonO
         answer(
             "store-validate/v1",
             checks=len(checks),
-            problems=[{"check": c.name, "subject": c.subject, "problem": c.problem} for c in problems],
+            problems=[
+                {"check": c.name, "subject": c.subject, "problem": c.problem, "unread": c.unread} for c in problems
+            ],
         )
     for check in problems:
         console.print(f"[red]{check.name}[/] {escape(f'{check.subject}: {check.problem}')}", soft_wrap=True)
+    failed = sum(not check.unread for check in problems)
+    if failed:
+        raise VerificationError(f"{lake}: {failed} of {len(checks)} checks failed; see the lines above")
     if problems:
-        raise VerificationError(f"{lake}: {len(problems)} of {len(checks)} checks failed; see the lines above")
+        raise StorageError(
+            f"{lake}: {len(problems)} of {len(checks)} checks could not be made, see the lines above; the others "
+            "passed: run the same command again when the store answers"
+        )
     console.print(f"[green]{len(checks)} checks passed[/]: layout, joinids, features, counts, snapshots")
 
 
@@ -217,6 +227,8 @@ def collect_garbage(lake: LakeOption = "lake", json: JsonOption = False) -> None
         answer("store-gc/v1", **asdict(left))
         return
     console.print(f"removed {left.writes} writes, {left.fragments} fragments, {left.uploads} unfinished uploads")
+    if left.note:
+        console.print(f"[yellow]note[/] {escape(left.note)}", soft_wrap=True)
 
 
 @app.command()

@@ -96,15 +96,18 @@ def soma_context(
 
 
 @contextmanager
-def storage(uri: str) -> Iterator[None]:
-    """Turn what a failing disk or object store raises below ``uri`` into a StorageError that says what to do."""
+def storage(uri: str, kept: str = "nothing was committed and what was there is untouched") -> Iterator[None]:
+    """Turn what a failing disk or object store raises below ``uri`` into a StorageError that says what to do.
+
+    ``kept`` is what holds all the same.
+    """
     try:
         yield
     except (tiledb.TileDBError, tiledbsoma.SOMAError, OSError) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(
-            f"{uri}: cannot be written: {_reason(error)}; nothing was committed and what was there is untouched; free "
+            f"{uri}: cannot be written: {reason_of(error)}; {kept}; free "
             "some space, or check the place and your rights to it, and run the same command again"
         ) from error
 
@@ -122,12 +125,12 @@ def reading(uri: str, remedy: str = INGEST_AGAIN) -> Iterator[None]:
     try:
         yield
     except (tiledb.TileDBError, tiledbsoma.SOMAError) as error:
-        reason = _reason(error)
+        reason = reason_of(error)
         if is_of_memory(error):
             raise StorageError(
                 f"{uri}: no memory was left to read it; run the same command with fewer workers"
             ) from error
-        if any(words in str(error) for words in ("IO Error", "TileDB::IO", "TileDB::S3", "TileDB::VFS")):
+        if is_of_store(error):
             raise StorageError(
                 f"{uri}: cannot be read: {reason}; check the place and your rights to it, and run the same command "
                 "again"
@@ -135,8 +138,22 @@ def reading(uri: str, remedy: str = INGEST_AGAIN) -> Iterator[None]:
         raise VerificationError(f"{uri}: cannot be read: {reason}; the stored bytes are damaged: {remedy}") from error
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
+def is_of_store(error: Exception) -> bool:
+    """Say whether an error of TileDB or SOMA tells what a disk or an object store said, not what was read there."""
+    return any(_tells_of_store(line) for line in str(error).splitlines())
+
+
+def _tells_of_store(line: str) -> bool:
+    # "S3: " and "VFS: " stand behind whatever part of TileDB passed the error on
+    words = ("IO Error", "TileDB::IO", "TileDB::S3", "TileDB::VFS", "S3: ", "VFS: ", "HTTP Response Code")
+    return any(word in line for word in words)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the line that says most: the one that tells of the store, or the first; without an answer's headers."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    line = next((line for line in lines if _tells_of_store(line)), lines[0])
+    return line.partition(" [Remote IP:")[0][:400]
 
 
 @cache

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 import datetime as dt
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, wraps
+from typing import Any, TypeVar, cast
 
 import fsspec
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from store import catalog, records, schema
 from store.catalog import Commit
-from store.context import read_parts, reading, soma_context
+from store.context import is_of_store, read_parts, reading, reason_of, soma_context
 from store.errors import ConflictError, MissingError, StorageError, UsageError
 from store.members import enter, members, newest_stamp, write_time
 
@@ -273,6 +273,20 @@ def _refuse_fractions(where: str, columns: pa.Schema) -> None:
             )
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _guarded(read: Method) -> Method:
+    """Let a method of a Lake tell what its store raises as an error of ours that names what was read."""
+
+    @wraps(read)
+    def guarded(lake: Lake, *given: Any, **named: Any) -> Any:
+        with reading(f"{lake.uri}: {read.__name__}"):
+            return read(lake, *given, **named)
+
+    return cast("Method", guarded)
+
+
 class Lake:
     """One commit of a lake, opened for reading; later commits do not change what it answers.
 
@@ -324,6 +338,7 @@ class Lake:
         """The lake as a SOMA collection at the commit's timestamp (``cellxgene_census`` takes it as a census)."""
         return tiledbsoma.Collection.open(self.uri, context=soma_context(self.commit.timestamp_ms))
 
+    @_guarded
     def experiment(self, organism: str) -> Any:
         """Return an organism's SOMA Experiment.
 
@@ -340,6 +355,7 @@ class Lake:
         """Organisms with at least one committed dataset, in alphabetical order."""
         return sorted({commit.dataset["organism"] for commit in self.current})
 
+    @_guarded
     def measurements(self, organism: str) -> list[str]:
         """Return the measurements that an organism has, RNA first."""
         ms = self.experiment(organism).ms
@@ -354,6 +370,7 @@ class Lake:
         ]
         return np.array(sorted(ranges), dtype=np.int64).reshape(-1, 2)
 
+    @_guarded
     def obs(
         self,
         organism: str,
@@ -397,9 +414,9 @@ class Lake:
         try:
             yield from obs.read(rows, value_filter=where, column_names=wanted)
         except (tiledbsoma.SOMAError, ValueError, SyntaxError, KeyError) as error:
-            if "IO Error" in str(error) or "TileDB::S3" in str(error):
+            if is_of_store(error):
                 raise StorageError(
-                    f"{self.uri}: obs cannot be read: {str(error).strip().splitlines()[0]}; open the lake again: small "
+                    f"{self.uri}: obs cannot be read: {reason_of(error)}; open the lake again: small "
                     "files may have been merged since; if that does not help, check the place and your rights to it"
                 ) from None
             if where is None or "Query FAILED" in str(error) or "Checksum" in str(error):
@@ -420,6 +437,7 @@ class Lake:
             part = part.set_column(part.schema.names.index(name), name, part[name].dictionary_encode())
         return part
 
+    @_guarded
     def var(self, organism: str, measurement: str) -> pa.Table:
         """Return a measurement's features, in joinid order."""
         return self._var(organism, measurement).sort_by("soma_joinid")
@@ -434,23 +452,28 @@ class Lake:
         self.confirm()
         return pa.concat_tables(parts)
 
+    @_guarded
     def datasets(self) -> pa.Table:
         """Return the Census's datasets table with our provenance columns, in joinid order."""
         return self.root["census_info"]["datasets"].read().concat().sort_by("soma_joinid")
 
+    @_guarded
     def presence(self, organism: str, measurement: str) -> scipy.sparse.csr_matrix:
         """Return which dataset (row, dataset joinid) measures which feature (column, var joinid), as booleans."""
         matrix = self._measurement(organism, measurement)["feature_dataset_presence_matrix"]
-        found = matrix.read().tables().concat()
+        with reading(matrix.uri):
+            found = matrix.read().tables().concat()
         rows, columns = found["soma_dim_0"].to_numpy(), found["soma_dim_1"].to_numpy()
         n_datasets = 1 + max((int(commit.dataset["dataset_joinid"]) for commit in self.current), default=-1)
         shape = (n_datasets, self.n_features(organism, measurement))
         return scipy.sparse.coo_matrix((np.ones(len(rows), dtype=bool), (rows, columns)), shape=shape).tocsr()
 
+    @_guarded
     def measurement_presence(self, organism: str) -> pa.Table:
         """Return which ranges of cells have which measurement, and in which layer of its X."""
         return self.experiment(organism)["obs_measurement_presence"].read().concat().sort_by("soma_joinid")
 
+    @_guarded
     def counts(
         self, organism: str, measurement: str, joinids: NDArray[np.int64], layer: str = "raw"
     ) -> scipy.sparse.csr_matrix:
@@ -477,7 +500,8 @@ class Lake:
             known = ", ".join(layers)
             raise UsageError(f"{self.uri}: {organism} {measurement} has no layer {layer!r}; layers: {known}")
         try:
-            found = layers[layer].read((rows,)).tables().concat()
+            with reading(layers[layer].uri):
+                found = layers[layer].read((rows,)).tables().concat()
         finally:
             self.confirm()  # a read that failed may have failed for that
         row_of = found["soma_dim_0"].to_numpy()
@@ -493,6 +517,7 @@ class Lake:
             raise UsageError(f"{self.uri}: {organism} has no measurement {measurement!r}; measurements: {known}")
         return experiment.ms[measurement]
 
+    @_guarded
     def n_features(self, organism: str, measurement: str) -> int:
         """Return how many joinids the features of a measurement take: columns of its counts."""
         key = (organism, measurement)

@@ -12,20 +12,34 @@ import pyarrow.compute
 
 from store import schema, snapshot
 from store.catalog import Commit
-from store.errors import SomaflowError
+from store.context import reading
+from store.errors import SomaflowError, StorageError
 from store.lake import Lake
 from store.writer import content_digest
 
 READ_CELLS = 65536
+LOST = ("No such file", "Response Code: 404")
+"""What TileDB says of a file that is gone, on a disk and on S3."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, and what was wrong with it (empty: nothing)."""
+    """One thing that was looked at, and what was wrong with it (empty: nothing).
+
+    Attributes:
+        unread: It could not be looked at: the store does not answer, or refuses. Nothing is said of what it holds.
+    """
 
     name: str
     subject: str
     problem: str = ""
+    unread: bool = False
+
+
+def _unreadable(name: str, subject: str, error: Exception) -> Check:
+    lost = any(words in str(error) for words in LOST)
+    told = str(error) if isinstance(error, SomaflowError) else f"cannot be read: {type(error).__name__}: {error}"
+    return Check(name, subject, told, unread=isinstance(error, StorageError) and not lost)
 
 
 def validate(lake: Lake, progress: Callable[[str], None] = lambda name: None) -> list[Check]:
@@ -35,9 +49,10 @@ def validate(lake: Lake, progress: Callable[[str], None] = lambda name: None) ->
         name = step.__name__.strip("_")
         progress(name)
         try:
-            checks.extend(step(lake))
+            with reading(lake.uri):
+                checks.extend(step(lake))
         except Exception as error:  # noqa: BLE001  whatever the storage raises is the finding
-            checks.append(Check(name, lake.uri, f"cannot be read: {type(error).__name__}: {error}"))
+            checks.append(_unreadable(name, lake.uri, error))
     return checks
 
 
@@ -130,9 +145,10 @@ def _counts(lake: Lake) -> Iterator[Check]:
             for measurement, content in commit.content.items():
                 subject = f"{commit.dataset['dataset_id']}/{measurement}"
                 try:
-                    nnz, digest = _read_content(lake, organism, measurement, content.layer, commit.dataset)
+                    with reading(subject):
+                        nnz, digest = _read_content(lake, organism, measurement, content.layer, commit.dataset)
                 except Exception as error:  # noqa: BLE001  whatever the storage raises is the finding
-                    yield Check("counts", subject, f"cannot be read: {error}")
+                    yield _unreadable("counts", subject, error)
                     continue
                 same = nnz == content.nnz and f"{digest:016x}" == content.digest
                 yield Check(
@@ -154,11 +170,9 @@ def _read_content(lake: Lake, organism: str, measurement: str, layer: str, datas
 
 def _snapshots(lake: Lake) -> Iterator[Check]:
     for name in snapshot.list_snapshots(lake.uri):
-        problem = ""
         try:
             snapshot.open_snapshot(lake.uri, name).verify()
-        except SomaflowError as error:
-            problem = str(error)
         except Exception as error:  # noqa: BLE001  whatever the storage raises is the finding
-            problem = f"cannot be read: {type(error).__name__}: {error}"
-        yield Check("snapshot", name, problem)
+            yield _unreadable("snapshot", name, error)
+        else:
+            yield Check("snapshot", name)

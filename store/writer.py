@@ -517,7 +517,7 @@ class LakeWriter:
         except Exception:
             with _told(self.uri, LEFT):
                 self.settle()
-            if made is None or self._unsettled or not self._holds(made):
+            if made is None or not self._holds(made):
                 raise
         else:
             self._commits.append(made)

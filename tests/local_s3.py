@@ -44,8 +44,11 @@ def s3_bucket() -> Iterator[str]:
             patch.setenv(key, value)
         forget_endpoint()
         boto3.client("s3").create_bucket(Bucket="lakes")
-        yield "s3://lakes"
-    forget_endpoint()
+        try:
+            yield "s3://lakes"
+        finally:
+            patch.undo()
+            forget_endpoint()
 
 
 @contextmanager
@@ -61,5 +64,8 @@ def failing(kind: str, only: str, most: int = 10**9) -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", proxy)
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
         forget_endpoint()
-        yield proxy
-    forget_endpoint()
+        try:
+            yield proxy
+        finally:
+            patch.undo()
+            forget_endpoint()

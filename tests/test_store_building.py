@@ -330,8 +330,8 @@ def test_scattered_cells_keep_their_labels(uri: str, monkeypatch: pytest.MonkeyP
     [
         ("homo_sapiens/ms/RNA/X/raw", "census_data/homo_sapiens/ms/RNA/X/raw"),
         ("homo_sapiens/ms/RNA/feature_dataset_presence_matrix", "RNA/feature_dataset_presence_matrix"),
-        ("homo_sapiens/ms/RNA/var", "lake"),
-        ("homo_sapiens/obs_measurement_presence", "lake"),
+        ("homo_sapiens/ms/RNA/var", "lake: var"),
+        ("homo_sapiens/obs_measurement_presence", "lake: measurement_presence"),
     ],
 )
 def test_damage_of_the_lake_is_called_damage_and_named(uri: str, array: str, named: str) -> None:

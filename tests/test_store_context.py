@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import tiledbsoma
 
-from store.context import ORDER_TILES, soma_context, tiledb_config, tiledb_context
+from store.context import ORDER_TILES, reading, soma_context, tiledb_config, tiledb_context
+from store.errors import StorageError, VerificationError
 
 FRAGMENTS, CELLS, BUDGET = 30, 4096, 2**20
 APART = 2048  # rows from one fragment to the next, so that no tile of TileDB's holds two
@@ -59,3 +60,28 @@ def test_a_small_budget_is_enough_for_few_fragments_and_for_many_if_they_are_tol
     assert read(many, slice(0, FRAGMENTS * APART - 1), scattered=True) == FRAGMENTS * CELLS
     with pytest.raises(tiledbsoma.SOMAError, match="per fragment memory"):
         read(many, slice(0, FRAGMENTS * APART - 1))
+
+
+FAILED_ON_S3 = "Failed to read S3 object s3://lakes/x/a0.tdb[Error Type: 15] [HTTP Response Code: 403] [Remote IP: ::1]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Error opening array: 's3://lakes/x'\n  [TileDB::Array] Error: S3: {FAILED_ON_S3}",
+        f"[TileDB::Task] Error: Caught std::exception: S3: {FAILED_ON_S3}",
+        "[TileDB::Array] Error: VFS: the bucket is gone",
+        "Error opening array\n  [TileDB::Array] Error: IO Error: Cannot get file size of 'a0.tdb'; No such file",
+    ],
+)
+def test_what_a_store_said_is_no_damage_whatever_part_of_tiledb_passes_it_on(text: str) -> None:
+    with pytest.raises(StorageError, match=r"there: cannot be read: .*(S3|VFS|IO Error): ") as caught, reading("there"):
+        raise tiledbsoma.SOMAError(text)
+    assert "damaged" not in str(caught.value)
+    assert "Remote IP" not in str(caught.value)
+
+
+def test_damage_on_s3_is_damage() -> None:
+    text = "Query FAILED: [TileDB::Task] Error: Checksum mismatch in s3://lakes/S3/a0.tdb"
+    with pytest.raises(VerificationError, match="the stored bytes are damaged"), reading("s3://lakes/S3"):
+        raise tiledbsoma.SOMAError(text)

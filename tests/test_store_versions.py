@@ -537,7 +537,7 @@ def test_a_proof_goes_on_where_something_cannot_be_read(two_versions: str) -> No
         for part in fragment.glob("*.tdb"):
             part.write_bytes(b"")
     found = validate(open_lake(two_versions))
-    assert any(check.name == "obs" and check.problem.startswith("cannot be read") for check in found)
+    assert any(check.name == "obs" and "cannot be read" in check.problem for check in found)
     assert any(check.name == "counts" and not check.problem for check in found)
 
 
