@@ -43,7 +43,12 @@ def run(app: typer.Typer, prog: str) -> None:
         console.print(f"[bold red]{type(error).__name__}:[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except Exception:  # noqa: BLE001 - whatever nobody foresaw; 1 would say that some inputs were refused
+    except Exception as error:  # noqa: BLE001 - whatever nobody foresaw; 1 would say that some inputs were refused
+        if _of_store(error):
+            console.print("[bold red]StorageError:[/] ", end="")
+            reason = f"a store failed, or refused: {error}".replace("\n", " ")
+            console.print(f"{reason}; check the place and your rights to it", markup=False, soft_wrap=True)
+            sys.exit(StorageError.exit_code)
         with suppress(OSError):  # stderr may be what failed
             traceback.print_exc()
         sys.exit(SomaflowError.exit_code)
@@ -54,6 +59,20 @@ def run(app: typer.Typer, prog: str) -> None:
         sys.exit(InterruptedRun.exit_code)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+CLIENTS = {
+    "tiledb": ("TileDBError",),
+    "tiledbsoma": ("SOMAError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+}
+"""What the clients of stores raise, by the modules that must be there for it."""
+
+
+def _of_store(error: Exception) -> bool:
+    """Say whether a store's client raised it; none is imported for that."""
+    there = [(sys.modules[module], names) for module, names in CLIENTS.items() if module in sys.modules]
+    return isinstance(error, tuple(getattr(module, name) for module, names in there for name in names))
 
 
 def answer(schema: str, **values: Any) -> None:

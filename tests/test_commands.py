@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiledb
+import tiledbsoma
 import typer
+from botocore.exceptions import BotoCoreError, ClientError
 from encoded import add_dataset
 from typer.testing import CliRunner
 
@@ -114,6 +117,27 @@ def test_what_nobody_foresaw_does_not_end_as_if_some_inputs_were_refused(capsys:
             command.run(broken, "broken")
     assert ended.value.code == 70
     assert "KeyError: 'soma_joinid'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [tiledb.TileDBError("S3: no"), tiledbsoma.SOMAError("S3:\n no"), BotoCoreError(), ClientError({}, "ListObjects")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_stores_client_raises_is_told_in_a_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = typer.Typer(pretty_exceptions_enable=False)
+
+    @broken.command()
+    def only() -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["broken"])
+        with pytest.raises(SystemExit) as ended:
+            command.run(broken, "broken")
+    assert ended.value.code == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("StorageError: a store failed, or refused: ")
 
 
 @pytest.fixture

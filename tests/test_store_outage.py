@@ -1,0 +1,106 @@
+"""An S3 that fails or refuses while a lake is read or tidied: that is what is said, and nothing is called damaged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from encoded import add_dataset
+from local_s3 import failing, s3_bucket
+
+import store.__main__ as commands
+from store import command
+from store.errors import StorageError
+from store.lake import open_lake
+from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
+from store.upkeep import collect
+from store.validate import validate
+from store.writer import LakeWriter
+from train.stream import Stream
+
+pytestmark = [
+    pytest.mark.s3,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # aiobotocore, sockets left at exit
+]
+CELLS = "/census_data/homo_sapiens"
+
+
+@pytest.fixture(scope="module")
+def lake_uri() -> Iterator[str]:
+    """A lake of two datasets, one of which took another's place, and a snapshot of it."""
+    with s3_bucket() as bucket:
+        uri = f"{bucket}/lake"
+        with LakeWriter(uri) as writer:
+            for version in (0, 1):
+                add_dataset(writer, "first", 70, {"RNA": 40}, version=version, origin="a")
+        create_snapshot(uri, "s", SnapshotSettings(seed=1))
+        yield uri
+
+
+def test_arrays_that_a_store_does_not_give_are_not_called_damaged(lake_uri: str) -> None:
+    lake, made = open_lake(lake_uri), open_snapshot(lake_uri, "s")
+    with failing("403", rf"GET .*({CELLS}|/snapshots/s/.*tdb)"):
+        for read in (
+            lambda: open_lake(lake_uri).obs("homo_sapiens"),
+            lambda: open_lake(lake_uri).obs("homo_sapiens", "cell_type == 'odd'"),
+            lambda: open_lake(lake_uri).var("homo_sapiens", "RNA"),
+            lambda: made.verify(),
+            lambda: next(Stream(open_snapshot(lake_uri, "s"), batch=16).epoch(0)),
+        ):
+            with pytest.raises(StorageError, match=r"cannot be read: .*S3: ") as caught:
+                read()
+            assert "damaged" not in str(caught.value)
+            assert "Remote IP" not in str(caught.value)
+    with failing("403", rf"GET .*{CELLS}/ms/RNA/X/raw/__fragments"), pytest.raises(StorageError, match="Code: 403"):
+        lake.counts("homo_sapiens", "RNA", range(70, 80))  # type: ignore[arg-type]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Run ``python -m store``; returns exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["store", *words])
+    with pytest.raises(SystemExit) as ended:
+        command.run(commands.app, "store")
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_commands_tell_an_outage_by_exit_code_5_in_a_line(
+    lake_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    h5ad = str(tmp_path / "x.h5ad")
+    with failing("403", rf"GET .*({CELLS}/ms/RNA/X/raw/__fragments|/snapshots/s/.*tdb)"):
+        for words in (("export", h5ad), ("snapshot", "verify", "s"), ("snapshot", "create", "t", "--workers", "0")):
+            code, _, err = run(monkeypatch, capsys, *words, "--lake", lake_uri)
+            assert code == 5, (words, err)
+            assert "Code: 403" in err
+            assert "Traceback" not in err
+            assert "damaged" not in err
+        code, out, err = run(monkeypatch, capsys, "validate", "--json", "--lake", lake_uri)
+    assert code == 5, err
+    assert "could not be made" in err
+    problems = json.loads(out)["problems"]
+    assert {problem["check"] for problem in problems} == {"counts", "snapshot"}
+    assert all(problem["unread"] for problem in problems)
+    assert [check for check in validate(open_lake(lake_uri)) if check.problem] == []
+
+
+def test_garbage_goes_though_the_store_does_not_list_unfinished_uploads(lake_uri: str) -> None:
+    with failing("403", r"GET .*\?.*uploads"):
+        left = collect(lake_uri)
+    assert left.uploads == 0
+    assert left.note.startswith("unfinished uploads stay, the store refuses")
+    assert collect(lake_uri).note == ""
+
+
+def test_a_vacuum_that_the_store_refuses_is_said_and_goes_on_later(
+    lake_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with failing("403", rf"DELETE .*{CELLS}/ms/RNA/var"):
+        code, _, err = run(monkeypatch, capsys, "vacuum", "--yes", "--lake", lake_uri)
+    assert code == 5, err
+    assert "every commit that can be opened is whole" in err
+    assert "Traceback" not in err
+    assert [check for check in validate(open_lake(lake_uri)) if check.problem] == []
