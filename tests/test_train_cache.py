@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -132,6 +134,41 @@ def test_a_disk_that_takes_nothing_is_no_error(
     monkeypatch.setattr("train.cache.os.replace", full)
     assert content(snapshot, tmp_path) == content(snapshot, None)
     assert files(tmp_path) == []
+
+
+def test_a_shared_cache_that_one_may_only_read_is_read(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = content(snapshot, tmp_path)
+    held = {path: path.read_bytes() for path in files(tmp_path)}
+
+    def refused(*words: object, **more: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("utime", "replace", "unlink"):
+        monkeypatch.setattr(f"train.cache.os.{name}", refused)
+    cache = BlockCache(tmp_path, 2**30)
+    assert content(snapshot, cache) == expected
+    assert (cache.hits > 0, cache.misses) == (True, 0)
+    assert {path: path.read_bytes() for path in files(tmp_path)} == held
+
+
+def test_blocks_in_a_folder_that_is_closed_to_one_are_decoded(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, inside = content(snapshot, tmp_path), files(tmp_path)[0].parent
+
+    def closed(function: Any) -> Any:
+        def asked(path: Any, *words: Any, **more: Any) -> Any:
+            if not isinstance(path, int) and Path(path).parent == inside:
+                raise PermissionError(13, "Permission denied")
+            return function(path, *words, **more)
+
+        return asked
+
+    monkeypatch.setattr("os.stat", closed(os.stat))
+    monkeypatch.setattr("io.open", closed(io.open))
+    assert content(snapshot, tmp_path) == expected
 
 
 def test_processes_share_a_folder_and_a_killed_one_leaves_it_valid(snapshot: Snapshot, tmp_path: Path) -> None:

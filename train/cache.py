@@ -94,11 +94,11 @@ class BlockCache:
     def store(
         self, key: Sequence[str | int], lengths: NDArray[np.int64], features: NDArray[Any], counts: NDArray[Any]
     ) -> None:
-        """Keep a block; a disk that is full or read-only keeps nothing, and nobody else is told."""
+        """Keep a block; a disk that is full or read-only keeps nothing more, and nobody is told."""
         parts = [np.ascontiguousarray(part).data.cast("B") for part in (lengths, features, counts)]
         size = HEADER.size + sum(part.nbytes for part in parts)
         path = self._path(key)
-        if size > self.max_bytes or path.exists():
+        if size > self.max_bytes or os.path.exists(path):  # Path.exists raises where the folder is closed
             return
         self._make_room(size)
         digest = hashlib.sha256()
@@ -135,7 +135,8 @@ class BlockCache:
             with path.open("rb") as file:
                 mark = (path, os.fstat(file.fileno()).st_ino)
                 content = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-            os.utime(path)
+            with contextlib.suppress(OSError):  # it may only be read
+                os.utime(path)
         except OSError:
             return None
         except ValueError:  # nothing is in it
