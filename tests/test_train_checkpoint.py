@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from train.model import CellModel
 from train.predictor import Predictor
 from train.tokens import TokenSettings
 
+ROOT = Path(__file__).parent.parent
 WORDS = {name: ["", "one", "two"] for name in PROMPTS} | {
     "organism": ["", "homo_sapiens", "mus_musculus"],
     "perturbation": ["", "control", "STAT1", "STAT2", "IRF1"],
@@ -124,6 +129,60 @@ def test_weights_that_are_none_are_refused_though_every_digest_fits(folder: Path
 def test_an_export_replaces_the_one_before_whole(folder: Path) -> None:
     export(folder, seed=3)
     assert Predictor.load(folder).manifest["global_step"] == 3
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(("renames", "swaps"), [(1, True), (2, True), (2, False)])
+def test_a_kill_leaves_the_checkpoint_before_or_the_next_export_mends_it(
+    folder: Path, tmp_path: Path, renames: int, swaps: bool
+) -> None:
+    pair = [tmp_path / "pair" / name for name in ("one", "other")]
+    for part in pair:
+        part.mkdir(parents=True)
+    if swaps and not checkpoint._exchanged(*pair):
+        pytest.skip("this file system cannot swap folders")
+    shutil.rmtree(tmp_path / "pair")
+    script = textwrap.dedent(f"""
+        import os, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        from pathlib import Path
+        from test_train_checkpoint import checkpoint, export
+
+        rename, left = os.replace, {renames}
+
+        def killed(*words):
+            global left
+            rename(*words)
+            left -= 1
+            if left == 0:
+                os._exit(9)
+
+        os.replace = killed
+        if not {swaps}:
+            checkpoint._exchanged = lambda one, other: False
+        export(Path({str(folder)!r}), seed=3)
+    """)
+    ended = subprocess.run([sys.executable, "-c", script], check=False).returncode
+    assert ended == (0 if (renames, swaps) == (2, True) else 9)
+    if swaps:
+        assert Predictor.load(folder).manifest["global_step"] == (3 if ended == 0 else 0)
+    beside = folder.with_name(".checkpoint.notes")
+    beside.touch()
+    export(folder, seed=4)
+    assert Predictor.load(folder).manifest["global_step"] == 4
+    assert sorted(path.name for path in folder.parent.iterdir()) == [beside.name, "checkpoint"]
+
+
+def test_a_disk_that_is_full_keeps_the_checkpoint_before_and_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*words: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(folder, seed=3)
+    assert Predictor.load(folder).manifest["global_step"] == 0
     assert [path.name for path in folder.parent.iterdir()] == ["checkpoint"]
 
 

@@ -5,14 +5,18 @@ A directory counts only with a valid ``manifest.json``, which is written last an
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,33 +133,66 @@ def export(
         card: ``README.md``.
         reference: What is known, to tell novel cells by: to ``reference.safetensors``.
     """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
-    save_file({name: part.contiguous() for name, part in model.state_dict().items()}, temporary / "model.safetensors")
-    _write_json(temporary / "config.json", {"model": asdict(model.config), "tokens": asdict(tokens)})
-    words = {"features": {name: asdict(part) for name, part in vocabulary.items()}, "prompts": prompts}
-    _write_json(temporary / "vocabulary.json", words)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    if reference is not None:
-        parts = {name: part.contiguous() for name, part in vars(reference).items()}
-        save_file(parts, temporary / REFERENCE)
-    manifest = {
-        **provenance,
-        "model_sha256": sha256(temporary / "model.safetensors"),
-        "vocabulary_hash": sha256(temporary / "vocabulary.json"),
-        "created": utc_now(),
-        "versions": versions(),
-        "code_commit": code_commit(),
-    }
-    write_manifest(temporary, manifest)
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
+    with whole(folder) as new:
+        save_file({name: part.contiguous() for name, part in model.state_dict().items()}, new / "model.safetensors")
+        _write_json(new / "config.json", {"model": asdict(model.config), "tokens": asdict(tokens)})
+        words = {"features": {name: asdict(part) for name, part in vocabulary.items()}, "prompts": prompts}
+        _write_json(new / "vocabulary.json", words)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        if reference is not None:
+            parts = {name: part.contiguous() for name, part in vars(reference).items()}
+            save_file(parts, new / REFERENCE)
+        manifest = {
+            **provenance,
+            "model_sha256": sha256(new / "model.safetensors"),
+            "vocabulary_hash": sha256(new / "vocabulary.json"),
+            "created": utc_now(),
+            "versions": versions(),
+            "code_commit": code_commit(),
+        }
+        write_manifest(new, manifest)
     return folder
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Lend an empty folder to fill, and put it in the place of another; readers find the one before or the new one.
+
+    Where it is not filled, the one before stays. What a kill leaves beside it goes with the next. A file system that
+    cannot swap folders (NFS) has none for the moment between two renames.
+    """
+    folder = folder.resolve()
+    _forget(folder)
+    new = _beside(folder)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if not _exchanged(new, folder):
+            if folder.exists():
+                os.replace(folder, _beside(folder))
+            os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    _forget(folder)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+
+
+def _forget(folder: Path) -> None:
+    """Remove what was to replace a folder, or was replaced by it; where there is no folder, nothing."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}")
+    for path in folder.parent.iterdir() if folder.exists() else ():
+        if ours.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where one is not there or the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -7,9 +7,6 @@ code. The baseline is not written but learned again from the effects that it was
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from sklearn.decomposition import PCA
 from store.errors import ConflictError, InputRefused
 from store.schema import UNKNOWN
 from store.snapshot import open_snapshot
-from train.checkpoint import read_manifest, sha256, write_manifest
+from train.checkpoint import read_manifest, sha256, whole, write_manifest
 from train.evaluation.effects import Effects
 from train.evaluation.floor import effect_floor
 from train.evaluation.flow import Flow, FlowSettings
@@ -143,16 +140,10 @@ def save_head(folder: Path, head: GatedEffects, members: dict[str, tuple[str, ..
         "given": given,
         "flows": [{"scale": flow.scale, "sizes": asdict(flow.network.config)} for flow in flows],
     }
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
-    try:
-        save_file({name: np.ascontiguousarray(part) for name, part in arrays.items()}, temporary / ARRAYS)
-        (temporary / WORDS).write_text(json.dumps(words), encoding="utf-8")
-        write_manifest(temporary, {"kind": "head", **source})
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with whole(folder) as new:
+        save_file({name: np.ascontiguousarray(part) for name, part in arrays.items()}, new / ARRAYS)
+        (new / WORDS).write_text(json.dumps(words), encoding="utf-8")
+        write_manifest(new, {"kind": "head", **source})
     return folder
 
 
