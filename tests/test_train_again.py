@@ -16,7 +16,7 @@ from train import checkpoint
 from train.folder import knowledge_hashes, valid_states
 from train.launch import alone, launch
 from train.loop import Run
-from train.record import read_metrics
+from train.record import read_metrics, read_summary
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,26 @@ def test_a_run_is_not_made_shorter_than_it_was_trained(lake: str, again: Path) -
     for start in (lambda run: Run(run, 1), launch):
         with pytest.raises(ConflictError, match=r"trained to step 8 already, and steps = 6; say 8 or more"):
             start(settings(lake, again, steps=6))
+
+
+def test_a_run_whose_summary_is_damaged_or_lost_is_finished_again(lake: str, again: Path) -> None:  # noqa: F811
+    from train.launch import _finished
+
+    run, path = settings(lake, again, steps=8), again / "run/summary.json"
+    wanted, good = Run(run, 1).fingerprint, path.read_text()
+    assert _finished(path.parent, run, wanted)
+    for odd in ('{"steps": 8}', "[8]", "{", good.replace("loss_last", "loss")):
+        path.write_text(odd)
+        with pytest.raises(InputRefused, match=r"summary\.json: no summary of this version: .*start the run again"):
+            read_summary(path.parent)
+        assert not _finished(path.parent, run, wanted)
+    path.unlink()
+    with pytest.raises(MissingError, match="a run leaves it when it is finished"):
+        read_summary(path.parent)
+    assert not _finished(path.parent, run, wanted)
+    Run(run, 1).train()
+    assert _finished(path.parent, run, wanted)
+    assert json.loads(path.read_text()).keys() == json.loads(good).keys()
 
 
 def test_a_damaged_older_state_stops_no_start_and_the_best_is_taken_of_the_others(

@@ -245,7 +245,7 @@ def _finished(folder: Path, settings: RunSettings, wanted: str) -> bool:
             raise begun_otherwise(folder, settings)
         refuse_shorter(folder, settings, int(state.get("global_step", 0)))
         result = checkpoint.read_manifest(folder / exported(settings))
-        done = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["steps"]
+        done = read_summary(folder).steps
     except (FileNotFoundError, KeyError, ValueError):  # not there, or damaged
         return False
     return bool(state) and done == result["global_step"] == state["global_step"] == settings.steps

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from store.errors import InputRefused
+from store.errors import InputRefused, MissingError
 from train.checkpoint import json_values
 
 T = TypeVar("T")
@@ -93,11 +93,22 @@ def _end_of(path: Path, step: int) -> int:
 
 
 def read_summary(folder: Path) -> Summary:
-    """Read what a finished run came to."""
-    values = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    figures: dict[str, Any] = {name: number_or_nan(value) for name, value in values.items()}
+    """Read what a finished run came to.
+
+    Raises:
+        MissingError: It is not finished.
+        InputRefused: What is there is damaged, or of another version.
+    """
+    path = folder / "summary.json"
     name = next((name for name in ("checkpoint", "adapter") if (folder / name).exists()), "checkpoint")
-    return Summary(**figures, checkpoint=str(folder / name))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        figures: dict[str, Any] = {name: number_or_nan(value) for name, value in values.items()}
+        return Summary(**figures, checkpoint=str(folder / name))
+    except FileNotFoundError:
+        raise MissingError(f"{path}: not there; a run leaves it when it is finished") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputRefused(f"{path}: no summary of this version: {error}; start the run again") from None
 
 
 def number_or_nan(value: float | None) -> float:
