@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from pydantic import ValidationError
 from scipy.sparse import csr_matrix
 from studies import perturbed
 
 from store.errors import UsageError, VerificationError
-from train.evaluation.audit import audit, refuse_leaks
+from train.evaluation.audit import _near_pairs, audit, refuse_leaks
 from train.evaluation.effects import halves
 from train.evaluation.folds import Fold, FoldSettings, make_folds
 from train.evaluation.study import Study
@@ -134,6 +135,31 @@ def test_the_audit_finds_every_planted_leak(cells: Study) -> None:
     assert checks(cells, both) == {"cells", "groups", "duplicates"}
     assert checks(cells, pretrained_C=np.arange(cells.n_cells) == test) == {"pretraining"}
     assert checks(cells, pretrained_C=fold.train_C) == set()
+
+
+def test_near_copies_are_found_also_among_very_many_cells_that_are_much_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    peaks = (random.random((1200, 150)) < random.beta(2, 1, 150)).astype(np.float32)
+    copies = peaks[:50].copy()
+    for copy in copies:
+        copy[random.choice(np.flatnonzero(copy), 2, replace=False)] = 0
+    counts, n_cells = csr_matrix(np.concatenate([peaks, copies])), 1250
+    overlap = (counts @ counts.T).toarray()
+    union = counts.getnnz(axis=1)[:, None] + counts.getnnz(axis=1) - overlap
+    expected = np.argwhere(np.triu(10 * overlap >= 9 * union, 1))
+    assert len(expected) >= 50
+    assert _near_pairs(counts).tolist() == expected.tolist()
+    obs = pd.DataFrame({"donor_id": np.where(np.arange(n_cells) < 1200, "d0", "d1"), "is_primary_data": True})
+    cells = Study({"ATAC": counts}, {"ATAC": [str(number) for number in range(150)]}, obs)
+    settings = FoldSettings(by="donor_id", held=("d1",))
+    folds = make_folds(cells, settings)
+    (finding,) = audit(cells, folds, settings)
+    assert finding.message.startswith("50 pairs of a held-out and a training cell")
+    for limit in ("COMPARED", "CANDIDATES"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"train.evaluation.audit.{limit}", 1000)
+            (finding,) = audit(cells, folds, settings)
+        assert "too many cells are too much alike in ATAC for near-duplicates to be looked for" in finding.message
 
 
 def test_the_audit_fails_closed_on_what_it_cannot_know(cells: Study) -> None:

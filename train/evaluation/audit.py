@@ -3,7 +3,8 @@
 It fails closed: what cannot be checked is a finding, not a pass.
 
 Shape letters used in this module:
-    C  cells      N  non-zeros      H  hash functions
+    C  cells      G  features      H  hash functions      N  non-zeros      P  pairs of cells      W  words of 64 bits
+    R, O  cells that are compared with each other
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,12 @@ from train.evaluation.study import Study
 HASHES, BAND = 32, 4
 NEAR = 0.9
 """Cells whose (feature, count) pairs agree to this Jaccard index are near-duplicates."""
-MANY = 32
-"""Cells of one band that are all compared with each other; of more, each is compared with the next."""
+ALIKE = 22
+"""Of so many hashes of ``HASHES`` two cells that are near-duplicates share at least; 1 in 10,000 pairs does not."""
+COMPARED, CANDIDATES = 10**9, 10**7
+"""Pairs of cells that are compared by their hashes, and by their counts, at most; each takes a minute or two."""
+AT_ONCE = 2**18
+"""Pairs that are compared in one step."""
 FEWEST = 20
 """Non-zeros below which cells agree by chance; they are compared exactly only."""
 
@@ -73,6 +77,10 @@ def audit(
     findings = _selection(settings, chosen) + _knowledge(settings, knowledge) + _primary(study, folds)
     for name, part in study.counts.items():
         exact_C, near = _hashes(part), _near_pairs(part)
+        if near is None:
+            what = f"too many cells are too much alike in {name} for near-duplicates to be looked for"
+            findings.append(Finding("near-duplicates", "", f"{what}; judge by fewer cells, or by more features"))
+            near = np.empty((0, 2), np.int64)
         for fold in folds:
             findings += _duplicates(name, fold, exact_C, near)
     for fold in folds:
@@ -207,32 +215,83 @@ def _hashes(counts_CG: csr_matrix) -> NDArray[np.uint64]:
         return total_N1[counts_CG.indptr[1:]] - total_N1[counts_CG.indptr[:-1]]
 
 
-def _near_pairs(counts_CG: csr_matrix) -> NDArray[np.int64]:
-    """Return pairs of rows [P, 2] that agree to ``NEAR`` and are not equal (MinHash in bands; Broder 1997)."""
-    length_C = np.diff(counts_CG.indptr)
-    rows = np.flatnonzero(length_C >= FEWEST)
+def _near_pairs(counts_CG: csr_matrix) -> NDArray[np.int64] | None:
+    """Return pairs of rows [P, 2] that agree to ``NEAR`` and are not equal (MinHash in bands; Broder 1997).
+
+    Cells that share all least hashes of a band are compared, first by four bits of each of their hashes. None where so
+    many cells are so much alike that this would take too long.
+    """
+    rows = np.flatnonzero(np.diff(counts_CG.indptr) >= FEWEST)
     if len(rows) < 2:
         return np.empty((0, 2), np.int64)
     part = counts_CG[rows]
     pair_N, starts = _pairs(part), part.indptr[:-1]
-    found: set[tuple[int, int]] = set()
-    for band in range(0, HASHES, BAND):
-        least = np.stack([np.minimum.reduceat(_mixed(pair_N, salt + 2), starts) for salt in range(band, band + BAND)])
-        _, code_C, size = np.unique(least, axis=1, return_inverse=True, return_counts=True)
-        order = np.argsort(code_C, kind="stable")
-        for group in np.split(order, np.cumsum(size)[:-1]):
-            if len(group) > MANY:  # very many alike: each is compared with the next
-                found.update(pairwise(group.tolist()))
-            elif len(group) > 1:
-                found.update(combinations(group.tolist(), 2))
-    whole = _hashes(part)
-    near = [pair for pair in sorted(found) if _agree(part, *pair) and whole[pair[0]] != whole[pair[1]]]
-    return rows[np.array(near, dtype=np.int64).reshape(-1, 2)]
+    least_HC = np.stack([np.minimum.reduceat(_mixed(pair_N, salt + 2), starts) for salt in range(HASHES)])
+    groups = [group for band in range(0, HASHES, BAND) for group in _alike(least_HC[band : band + BAND])]
+    found = _candidates(groups, _packed(least_HC))
+    if found is None:
+        return None
+    one_P, other_P = found
+    whole_C = _hashes(part)
+    near_P = whole_C[one_P] != whole_C[other_P]
+    near_P[near_P] = _agree(part, pair_N, one_P[near_P], other_P[near_P])
+    return rows[np.stack([one_P[near_P], other_P[near_P]], axis=1)]
 
 
-def _agree(part: csr_matrix, one: int, other: int) -> bool:
-    sets = [
-        set(zip(part.indices[a:b].tolist(), part.data[a:b].tolist(), strict=True))
-        for a, b in ((part.indptr[one], part.indptr[one + 1]), (part.indptr[other], part.indptr[other + 1]))
-    ]
-    return len(sets[0] & sets[1]) >= NEAR * len(sets[0] | sets[1])
+def _alike(least_HC: NDArray[np.uint64]) -> list[NDArray[np.int64]]:
+    """Return the groups of two and more cells that share all these hashes, each ascending."""
+    code_C = np.zeros(least_HC.shape[1], np.uint64)
+    for salt, least_C in enumerate(least_HC):
+        code_C = _mixed(code_C ^ least_C, salt)
+    order = np.argsort(code_C, kind="stable")
+    begins = np.flatnonzero(np.diff(code_C[order])) + 1
+    begins, ends = np.append(0, begins), np.append(begins, len(order))
+    return [order[begin:end] for begin, end in zip(begins, ends, strict=True) if end - begin > 1]
+
+
+def _packed(least_HC: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return four bits of each cell's hashes, sixteen of them to a word [W, C]."""
+    nibble_HC = (least_HC & np.uint64(15)) << (
+        np.arange(HASHES, dtype=np.uint64)[:, None] % np.uint64(16) * np.uint64(4)
+    )
+    return np.stack([np.bitwise_or.reduce(nibble_HC[first : first + 16], axis=0) for first in range(0, HASHES, 16)])
+
+
+def _candidates(
+    groups: list[NDArray[np.int64]], packed_WC: NDArray[np.uint64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return the pairs of cells of a group, each once, that share ``ALIKE`` hashes; None where there are too many."""
+    if sum(len(group) ** 2 for group in groups) > 2 * COMPARED:
+        return None
+    n_cells, n_found, codes = packed_WC.shape[1], 0, [np.empty(0, np.int64)]
+    for group in groups:
+        rows = max(1, AT_ONCE // len(group))
+        for first in range(0, len(group), rows):
+            one_R, other_O = group[first : first + rows], group[first:]
+            apart_RO = np.zeros((len(one_R), len(other_O)), np.uint8)
+            for packed_C in packed_WC:
+                bits = packed_C[one_R][:, None] ^ packed_C[other_O]
+                bits |= bits >> np.uint64(2)
+                bits |= bits >> np.uint64(1)
+                apart_RO += np.bitwise_count(bits & np.uint64(0x1111111111111111))
+            one, other = np.nonzero(np.triu(apart_RO <= HASHES - ALIKE, 1))
+            codes.append(one_R[one] * n_cells + other_O[other])
+            n_found += len(one)
+            if n_found > CANDIDATES:
+                return None
+    one_P, other_P = np.divmod(np.unique(np.concatenate(codes)), n_cells)
+    return one_P, other_P
+
+
+def _agree(
+    part: csr_matrix, pair_N: NDArray[np.uint64], one_P: NDArray[np.int64], other_P: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Say which pairs of rows agree to ``NEAR``, given a hash of each non-zero's feature and count."""
+    length_C, agree_P = np.diff(part.indptr), np.zeros(len(one_P), bool)
+    keys = csr_matrix(((pair_N >> np.uint64(1)).astype(np.int64) | 1, part.indices, part.indptr), shape=part.shape)
+    for first in range(0, len(one_P), 1024):
+        one, other = one_P[first : first + 1024], other_P[first : first + 1024]
+        here, there = keys[one], keys[other]
+        same = np.diff(here.maximum(there).indptr) - np.diff((here - there).indptr)  # features of either, less others
+        agree_P[first : first + 1024] = same >= NEAR * (length_C[one] + length_C[other] - same)
+    return agree_P
