@@ -178,7 +178,7 @@ sources = st.lists(
 
 
 @settings(deadline=None, max_examples=300)
-@given(made=sources, by_rows=st.booleans(), window=st.integers(1, 4), batch=st.integers(1, 90), steps=st.integers(1, 9))
+@given(made=sources, by_rows=st.booleans(), window=st.integers(1, 4), batch=st.integers(1, 900), steps=st.integers(1, 9))
 def test_steps_that_are_made_together_need_no_more_windows_of_a_source_than_there_is_room_for(
     made: list[tuple[int, int, int]], by_rows: bool, window: int, batch: int, steps: int
 ) -> None:
@@ -190,3 +190,12 @@ def test_steps_that_are_made_together_need_no_more_windows_of_a_source_than_ther
         for number, order in enumerate(orders):
             room = order.most_windows(plan.most_rows(number, steps))
             assert len(order.pieces(begun[number][0], ended[number][1])) <= room
+
+
+@pytest.mark.parametrize("shares", [(), (1, 3)])
+def test_a_batch_of_more_rows_than_there_are_needs_no_more_room_than_one_of_all(shares: tuple[int, ...]) -> None:
+    orders = (RowOrder(40, 0, 8, 1), RowOrder(60, 0, 8, 1, 1, 1))
+    one, many = (SamplePlan(orders, batch, 0, shares) for batch in (100, 10**6))
+    assert [many.most_rows(n, steps) for n in (0, 1) for steps in (1, 2)] == [
+        one.most_rows(n, steps) for n in (0, 1) for steps in (1, 2)
+    ]

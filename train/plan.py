@@ -225,7 +225,7 @@ class SamplePlan:
         That is its share of them and less than one more for each time that ``_taken`` rounds.
         """
         shares = self.shares or tuple(order.n_rows for order in self.orders)
-        n_rows = steps * self.global_batch
+        n_rows = steps * min(self.global_batch, self.n_rows)
         return min(n_rows, n_rows * shares[source] // sum(shares) + len(shares))
 
     def _taken(self, place: int) -> list[int]:
