@@ -68,6 +68,12 @@ def test_shares_hold_whatever_the_weights_within_the_snapshots(
         assert abs(int((cells.row < big.n_rows).sum()) - 90) <= 1
 
 
+def test_a_share_that_would_never_be_streamed_is_refused(big: Snapshot, small: Snapshot) -> None:
+    with pytest.raises(UsageError, match=r"small0: its share is below 1 in 2,147,483,648, and never streamed"):
+        Stream({big: 1.0, small: 1e-10}, batch=100)
+    assert Stream({big: 1.0, small: 1e-9}, batch=np.int64(100)).plan.shares[1] == 1
+
+
 def test_a_snapshot_that_no_weight_lets_in_is_named(big: Snapshot, small: Snapshot) -> None:
     numbers = np.concatenate([np.ones(big.n_rows), np.zeros(small.n_rows)])
     with pytest.raises(UsageError, match=r"small0: all its cells have weight 0; leave it out"):
@@ -168,6 +174,10 @@ def test_a_state_of_another_split_or_of_no_stream_is_refused(lake: str) -> None:
         ({"tokens": 64}, r"tokens = 64: say TokenSettings\(budget=...\)"),
         ({"measurements": []}, r"measurements = \[\]: name some, or leave it out"),
         ({"batch": 0}, "batch = 0: at least 1"),
+        ({"batch": 32.0}, r"batch = 32\.0: a whole number"),
+        ({"batch": True}, "batch = True: a whole number"),
+        ({"lanes": 1.0}, r"lanes = 1\.0: a whole number"),
+        ({"seed": "1"}, "seed = '1': a whole number"),
     ],
 )
 def test_words_of_another_kind_are_refused_with_what_to_say(big: Snapshot, words: dict[str, Any], said: str) -> None:

@@ -178,7 +178,7 @@ sources = st.lists(
 
 
 @settings(deadline=None, max_examples=300)
-@given(made=sources, by_rows=st.booleans(), window=st.integers(1, 4), batch=st.integers(1, 900), steps=st.integers(1, 9))
+@given(made=sources, by_rows=st.booleans(), window=st.integers(1, 4), batch=st.integers(1, 90), steps=st.integers(1, 9))
 def test_steps_that_are_made_together_need_no_more_windows_of_a_source_than_there_is_room_for(
     made: list[tuple[int, int, int]], by_rows: bool, window: int, batch: int, steps: int
 ) -> None:

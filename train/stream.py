@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -134,10 +134,11 @@ class Stream:
         controls: MatchedControls | None = None,
         sets: bool = False,
     ) -> None:
-        for name, value in {"batch": batch, "block": block, "window": window, "threads": threads}.items():
+        counts = {"batch": batch, "block": block, "window": window, "lanes": lanes, "threads": threads}
+        for name, value in counts.items():
             _at_least(name, value, 1)
         _at_least("seed", seed, 0)
-        if lanes < 1 or window % lanes:
+        if window % lanes:
             raise UsageError(f"lanes = {lanes} does not divide window = {window}")
         _refuse_other_kinds(tokens, balance, measurements)
         if tokens and controls:
@@ -172,12 +173,13 @@ class Stream:
         self._upper: list[NDArray[np.float64]] = []
         if weights is not None:
             portions = self._weigh(weights, split)
+        portions = portions / portions.sum()
         whole = len(shares) == 1 and weights is None
         self.plan = SamplePlan(
-            _orders(self.sources, portions / portions.sum(), seed, block, window, lanes),
+            _orders(self.sources, portions, seed, block, window, lanes),
             batch,
             seed,
-            () if whole else tuple(int(share) for share in np.rint(portions / portions.sum() * SHARES)),
+            () if whole else self._whole_shares(portions),
         )
         room = sum(order.window_rows for order in self.plan.orders)
         if min(batch, self.plan.n_rows) > room:
@@ -270,6 +272,15 @@ class Stream:
             parts.append(factor_G)
         return torch.from_numpy(np.concatenate(parts))
 
+    def _whole_shares(self, portions: NDArray[np.float64]) -> tuple[int, ...]:
+        """Return the sources' shares in whole numbers."""
+        wholes = np.rint(portions * SHARES).astype(np.int64)
+        of_snapshot = np.bincount([source.number for source in self.sources], wholes)
+        if not of_snapshot.all():
+            where = self.snapshots[int(np.argmin(of_snapshot))].uri
+            raise UsageError(f"{where}: its share is below 1 in {2 * SHARES:,}, and never streamed; leave it out")
+        return tuple(wholes.tolist())
+
     # ----------------------------------------------------------------------------------------------------- weights
     def _weigh(self, weights: Sequence[float] | NDArray[Any] | str, split: str) -> NDArray[np.float64]:
         """Note how often the cells up to each one should come together in an epoch; return each source's share."""
@@ -336,6 +347,7 @@ class Stream:
         """
         first = epoch * self.plan.steps_per_epoch
         start = self.start_of(epoch) if start is None else start
+        _at_least("start", start, 0)
         yield from self.steps(first + start, first + self.plan.steps_per_epoch, rank=rank, world=world)
 
     def start_of(self, epoch: int) -> int:
@@ -654,6 +666,8 @@ class Stream:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise UsageError(f"{name} = {value!r}: a whole number")
     if value < least:
         raise UsageError(f"{name} = {value}: at least {least}")
 
