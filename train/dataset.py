@@ -28,7 +28,7 @@ class EpochDataset(IterableDataset[Any]):
 
     Attributes:
         start: The step of the epoch with which it begins.
-        counted: An ``EpochLoader`` counts the batches that are taken.
+        counted: It goes to the workers of an ``EpochLoader``, which counts the batches that are taken.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class EpochDataset(IterableDataset[Any]):
     ) -> None:
         self.stream, self.epoch, self.rank, self.world = stream, epoch, rank, world
         self.start = stream.start_of(epoch) if start is None else start
+        if self.start < 0:
+            raise UsageError(f"start = {self.start}: at least 0")
         self.counted = False
         self._made_for = None if start is not None else stream.loaded
 
@@ -80,8 +82,14 @@ class EpochLoader(DataLoader[Any]):
     dataset: EpochDataset
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch promises a class of its own
-        first, self.dataset.counted = self.dataset.first_step, True
-        self.dataset.stream.uncounted = False
-        for number, batch in enumerate(super().__iter__()):
+        if self.batch_size is not None:
+            raise UsageError(f"batch_size = {self.batch_size}: say batch_size=None, the stream's batches are whole")
+        first, self.dataset.stream.uncounted = self.dataset.first_step, False
+        self.dataset.counted = True
+        try:
+            batches = super().__iter__()  # starts the workers
+        finally:
+            self.dataset.counted = False
+        for number, batch in enumerate(batches):
             self.dataset.stream.step = first + number + 1
             yield batch
