@@ -68,6 +68,23 @@ def test_shares_hold_whatever_the_weights_within_the_snapshots(
         assert abs(int((cells.row < big.n_rows).sum()) - 90) <= 1
 
 
+def test_cells_without_a_label_keep_their_share_and_values_come_equally_often(tmp_path: Path) -> None:
+    words = np.repeat(["unknown", "NaN", "T cell", "B cell"], [300, 100, 300, 100])
+    obs = pd.DataFrame({"cell_id": [str(cell) for cell in range(800)], "cell_type": words, "tissue": "unknown"})
+    with LakeWriter(str(tmp_path / "lake")) as writer:
+        reserved = writer.reserve(DatasetPlan("one", "homo_sapiens", "one", 800, {"RNA": numbered("RNA", 30)}))
+        writer.commit(reserved, obs, [write_counts(reserved, "RNA", 0, encoded_counts(0, 800, 30))])
+    snapshot = create_snapshot(str(tmp_path / "lake"), "s", SnapshotSettings(fractions=ALL))
+    of_row = np.array(snapshot.cells(["cell_type"])["cell_type"].to_pylist())
+    stream = Stream(snapshot, batch=100, weights="cell_type")
+    comes = of_row[np.concatenate([cells.row for cells in stream.epoch(0)])]
+    names, times = np.unique(comes, return_counts=True)
+    for name, n in {"unknown": 300, "NaN": 100, "T cell": 200, "B cell": 200}.items():
+        assert abs(times[names == name][0] - n) <= 1, name
+    plain = Stream(snapshot, batch=100, weights="tissue")  # nobody says any
+    assert sorted(np.concatenate([cells.row for cells in plain.epoch(0)])) == list(range(800))
+
+
 def test_a_share_that_would_never_be_streamed_is_refused(big: Snapshot, small: Snapshot) -> None:
     with pytest.raises(UsageError, match=r"small0: its share is below 1 in 2,147,483,648, and never streamed"):
         Stream({big: 1.0, small: 1e-10}, batch=100)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from store.errors import UsageError
 from store.part import Part
 from store.snapshot import Snapshot
+from train.labels import NOT_SAID
 from train.settings import DataSettings, RunSettings
 
 SCANNED_ROWS = 2**20
@@ -69,9 +70,17 @@ class Source:
         return self.first + positions + np.searchsorted(self.gone, positions, side="right")
 
     def label_weights(self, field: str, split: str) -> NDArray[np.float64]:
-        """Return for each cell the inverse of how many cells of the snapshot's split have its value of a field."""
-        counts = np.array([of.get(split, 0) for of in self.snapshot.label_values()[field].values()], dtype=np.float64)
+        """Return for each cell the inverse of how many cells of the snapshot's split have its value of a field.
+
+        Those of which none is said weigh as much together as is their part of the split's cells.
+        """
+        values = self.snapshot.label_values()[field]
+        counts = np.array([of.get(split, 0) for of in values.values()], dtype=np.float64)
         of_code = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+        said = np.array([value.lower() not in NOT_SAID for value in values])
+        n_said = counts[said].sum()
+        if n_said < counts.sum():
+            of_code[~said] = (counts[said] > 0).sum() / n_said if n_said else 1.0
         weights = np.empty(self.n_rows)
         for start in range(0, self.n_rows, SCANNED_ROWS):
             rows = self.rows(np.arange(start, min(start + SCANNED_ROWS, self.n_rows)))

@@ -90,7 +90,8 @@ class Stream:
             decoded.
         cache_bytes: What that folder may hold.
         weights: How often each cell of the split comes, relative to the others: numbers in row order, or a label (as
-            ``"cell_type"``) whose values then come equally often. An epoch has as many cells as the split has; a cell
+            ``"cell_type"``) whose values then come equally often, beside the cells of which none is said (as
+            ``"unknown"``), which come as if there were no weights. An epoch has as many cells as the split has; a cell
             comes as often as it should up to one, rare ones several times, common ones in some epochs. Of several
             snapshots each keeps its share: weights choose within it.
         balance: Deal a batch out so that ranks get about equally many non-zeros, not only equally many cells; not with
