@@ -55,7 +55,7 @@ def run(app: typer.Typer, prog: str) -> None:
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
             raise
-        console.print("stopped; the same command goes on from here")
+        console.print("stopped; the same command goes on, or begins again where nothing was kept")
         sys.exit(InterruptedRun.exit_code)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -9,7 +9,7 @@
     ├── StorageError    (OSError)      5  a lake, snapshot or file cannot be read or written
     │   └── MissingError (FileNotFoundError)  ... because it is not there
     ├── ConflictError   (RuntimeError) 6  somebody else holds or changed what this needs
-    ├── InterruptedRun  (RuntimeError) 7  stopped half-way; the same command resumes
+    ├── InterruptedRun  (RuntimeError) 7  stopped half-way; the same command resumes, or begins again
     └── VerificationError (ValueError) 8  what was read back differs from what was promised
 
 The number is the exit status of a command that ends with the error. Status 1 is kept for "finished, but some of the

@@ -168,7 +168,7 @@ def test_a_command_that_is_interrupted_or_asked_to_end_says_so_and_ends_with_7(
     with pytest.raises(SystemExit) as ended:
         command.run(long, "long")
     assert (ended.value.code, left) == (7, ["in order"])
-    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+    assert capsys.readouterr().err == "stopped; the same command goes on, or begins again where nothing was kept\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
