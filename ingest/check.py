@@ -13,6 +13,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from store.errors import InputRefused
+from store.hashes import stirred
 
 LARGEST_COUNT = 2**24
 
@@ -143,9 +144,7 @@ def cell_digests(counts_CG: scipy.sparse.csr_matrix, digest_G: NDArray[np.uint64
         digest_C; equal cells have equal digests, in whichever dataset they stand. An empty cell has 0.
     """
     value_N = np.ascontiguousarray(counts_CG.data, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    mixed_N = digest_G[counts_CG.indices] ^ (value_N * np.uint64(0x9E3779B97F4A7C15))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed_N = (mixed_N ^ (mixed_N >> np.uint64(shift))) * np.uint64(factor)
+    mixed_N = stirred(digest_G[counts_CG.indices] ^ (value_N * np.uint64(0x9E3779B97F4A7C15)))
     digest_C = np.zeros(counts_CG.shape[0], np.uint64)
     filled = np.flatnonzero(np.diff(counts_CG.indptr))
     if len(filled):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from store.errors import UsageError
+from store.hashes import hashed
 from store.part import LABELS
 from store.settings import Settings
 
@@ -133,15 +134,12 @@ def _draw(seed: int, label: str) -> float:
 
 
 def _cell_draws(cells: pa.Table, seed: int) -> NDArray[np.float64]:
-    """Hash joinids, salted by seed and organism, to [0, 1) (SplitMix's finaliser; Steele, Lea and Flood 2014)."""
+    """Hash joinids, salted by seed and organism, to [0, 1)."""
     organisms, code_C = coded(cells, "organism")
     salts = [int.from_bytes(hashlib.sha256(f"{seed}|{name}".encode()).digest()[:8], "big") for name in organisms]
     mixed = cells["soma_joinid"].to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed += np.array(salts, np.uint64)[code_C]
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return (mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+    return (hashed(mixed) >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
 def _assigned(

@@ -31,6 +31,7 @@ from store.catalog import Commit, Content, Plan
 from store.context import read_parts, storage
 from store.errors import ConflictError, InputRefused, MissingError, VerificationError
 from store.fragments import FragmentWriter, merge_footers, merge_small, take_back
+from store.hashes import hashed
 from store.lake import Lake, create_lake, ensure_measurement, layer_uris, open_lake, refuse_place, table_uris, utc_now
 from store.lock import WriterLock
 
@@ -95,10 +96,7 @@ def content_digest(rows: NDArray[np.int64], columns: NDArray[np.int64], values: 
     mixed ^= np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64) * np.uint64(
         0x165667B19E3779F9
     )
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return int(mixed.sum(dtype=np.uint64))
+    return int(hashed(mixed).sum(dtype=np.uint64))
 
 
 Rows = Callable[[int, int], scipy.sparse.csr_matrix]

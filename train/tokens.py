@@ -147,7 +147,7 @@ def drawn(key_C: NDArray[np.int64], salts: NDArray[np.uint64]) -> NDArray[np.uin
     """Hash integers with each salt to 64 bits, [S, C] (the finaliser of SplitMix; Steele, Lea and Flood 2014).
 
     Salts are [S, 1], or [S, C] where cells have their own. It is done on the host, whatever the device: cells are few
-    beside their counts, and so the draws are the same.
+    beside their counts, and so the draws are the same. ``store.hashes`` has the rounds too, and is not imported here.
     """
     mixed_SC = key_C.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + salts * np.uint64(0xC2B2AE3D27D4EB4F)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
