@@ -95,7 +95,7 @@ class Batcher(Generic[P, R]):
         queue_tokens: Bound of what waits; a job beyond it is refused unless nothing else waits.
         queue_s: Bound of the seconds until a job is done, at the speed of the last batches, with those that it waited
             before it came; as above. A batch that had room for twice as much and took all there was says nothing
-            about the speed, unless it was fast.
+            about the speed, unless it was fast, or a job was refused while it ran and no other had told.
         clock: Tells seconds.
     """
 
@@ -119,6 +119,7 @@ class Batcher(Generic[P, R]):
         self._done_pieces = 0
         self._done_tokens = 0
         self._speed_tokens, self._speed_s, self._tokens_per_s = 0.0, 0.0, 0.0
+        self._refused = False
         self._closed = False
         self._changed = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="model", daemon=True)
@@ -192,6 +193,7 @@ class Batcher(Generic[P, R]):
                 in_time = max(0.0, (self._queue_s - gone_s) * self._tokens_per_s)
             allowed = min(self._queue_tokens, in_time)
             if self._waiting_tokens and self._waiting_tokens + tokens > allowed:
+                self._refused = True
                 raise Overloaded(
                     f"{self._waiting_tokens:,} tokens wait already and this request adds {tokens:,}, beyond the "
                     f"{int(allowed):,} allowed now; try again later",
@@ -230,7 +232,7 @@ class Batcher(Generic[P, R]):
             started, tokens = self._clock(), sum(piece.tokens for _, _, piece in batch)
             with self._changed:
                 self._running_tokens, self._running_since = tokens, started
-                more_waits = bool(self._jobs)
+                all_there_was, self._refused = not self._jobs, False
             went_well = self._run_batch(batch)
             padded = sum(piece.rows for _, _, piece in batch) * max(piece.longest for _, _, piece in batch)
             took_s = max(1e-6, self._clock() - started)
@@ -240,7 +242,9 @@ class Batcher(Generic[P, R]):
                 self._done_pieces += len(batch)
                 self._done_tokens += padded
                 fast = 0 < self._tokens_per_s < tokens / took_s
-                if went_well and (more_waits or fast or 2 * padded >= self._budget_tokens):
+                unknown = self._refused and not self._tokens_per_s
+                little = all_there_was and 2 * padded < self._budget_tokens
+                if went_well and (fast or unknown or not little):
                     self._note_speed(tokens, took_s)
 
     def _note_speed(self, tokens: int, took_s: float) -> None:

@@ -271,6 +271,24 @@ def test_questions_of_one_cell_do_not_make_the_model_look_slow(full_first: bool)
     asyncio.run(scenario())
 
 
+def test_a_refusal_says_when_there_is_room_also_where_all_that_may_wait_is_little() -> None:
+    async def scenario() -> None:
+        model, now = Recorder(), Clock()
+        with running(model, budget=1_000, queue=50, clock=now) as batcher:
+            for known in (False, True):
+                first = await held(batcher, model)
+                waiting = [ask(batcher, number) for number in range(1, 6)]
+                await until(lambda: batcher.load().waiting_tokens == 50)
+                with pytest.raises(Overloaded) as refused:
+                    await ask(batcher, 6)
+                assert (refused.value.full_s > 0) == known
+                now.seconds += 2  # 10 tokens
+                model.go.set()
+                await asyncio.gather(first, *waiting)
+
+    asyncio.run(scenario())
+
+
 def test_small_questions_between_the_pieces_of_a_large_one_count_by_their_time() -> None:
     def model(payloads: list[int]) -> list[int]:
         began.set()

@@ -56,7 +56,8 @@ def _open(uri: str) -> Any:
     try:
         if is_census_name(uri):
             return cellxgene_census.open_soma(census_version=uri, tiledb_config=config)
-        context = cellxgene_census.get_default_soma_context(config).replace(timestamp=EVER)
+        context = cellxgene_census.get_default_soma_context()
+        context = context.replace(tiledb_config=config, timestamp=EVER)  # without a config it would forget its own
         return cellxgene_census.open_soma(uri=uri, context=context)
     except Exception as error:
         raise StorageError(f"{uri}: cannot be opened as a Census: {error}") from error
