@@ -188,11 +188,12 @@ def test_a_question_at_work_is_answered_when_the_server_ends(ray_cluster: None) 
     settings = ServeSettings(checkpoint="fake", port=free_port())
     try:
         with ThreadPoolExecutor(2) as askers:
-            with serving(settings, lambda _: FakePredictor(delay_s=3)) as url:
+            with serving(settings, lambda _: FakePredictor(delay_s=6)) as url:
+                load = ray.serve.get_deployment_handle("ModelReplica", app_name=APP).load
+                load.remote().result()  # to find the copy takes a while the first time
                 asked = [
                     askers.submit(httpx.post, f"{url}/v1/embed", json={"counts": COUNTS}, timeout=60) for _ in "ab"
                 ]
-                load = ray.serve.get_deployment_handle("ModelReplica", app_name=APP).load
                 wait_for(lambda: load.remote().result().waiting_jobs == 1)  # the model has the other
             assert [one.result().status_code for one in asked] == [200, 200]
     finally:
