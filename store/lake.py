@@ -100,13 +100,17 @@ def _create_collections(uri: str) -> None:
         root.add_new_collection("census_data")
         info = root.add_new_collection("census_info")
         for name, columns in schema.INFO_SCHEMAS.items():
-            info.add_new_dataframe(
-                name,
-                schema=columns,
-                index_column_names=["soma_joinid"],
-                domain=[(0, schema.CELL_CAPACITY - 1)],
-                platform_config=schema.table_options(columns),
-            )
+            _add_table(info, name, columns, schema.CELL_CAPACITY)
+
+
+def _add_table(group: Any, name: str, columns: pa.Schema, capacity: int) -> None:
+    group.add_new_dataframe(
+        name,
+        schema=columns,
+        index_column_names=["soma_joinid"],
+        domain=[(0, capacity - 1)],
+        platform_config=schema.table_options(columns),
+    )
 
 
 def ensure_measurement(uri: str, organism: str, measurement: str, layer: str, *, after_ms: int) -> int:
@@ -165,14 +169,8 @@ def _refuse_loss(uri: str, names: tuple[str, ...], group_uri: str) -> None:
 
 def _create_experiment(uri: str) -> None:
     with tiledbsoma.Experiment.create(uri, context=soma_context()) as experiment:
-        for name, columns in (("obs", schema.OBS_SCHEMA), ("obs_measurement_presence", schema.MEASUREMENT_PRESENCE)):
-            experiment.add_new_dataframe(
-                name,
-                schema=columns,
-                index_column_names=["soma_joinid"],
-                domain=[(0, schema.CELL_CAPACITY - 1)],
-                platform_config=schema.table_options(columns),
-            )
+        _add_table(experiment, "obs", schema.OBS_SCHEMA, schema.CELL_CAPACITY)
+        _add_table(experiment, "obs_measurement_presence", schema.MEASUREMENT_PRESENCE, schema.CELL_CAPACITY)
         experiment.add_new_collection("ms")
 
 
@@ -189,13 +187,7 @@ def _create_layer(uri: str, measurement: str) -> None:
 def _create_measurement(uri: str, measurement: str) -> None:
     capacity = schema.FEATURE_CAPACITY[measurement]
     with tiledbsoma.Measurement.create(uri, context=soma_context()) as member:
-        member.add_new_dataframe(
-            "var",
-            schema=schema.VAR_SCHEMA,
-            index_column_names=["soma_joinid"],
-            domain=[(0, capacity - 1)],
-            platform_config=schema.table_options(schema.VAR_SCHEMA),
-        )
+        _add_table(member, "var", schema.VAR_SCHEMA, capacity)
         member.add_new_collection("X")
         member.add_new_sparse_ndarray(
             "feature_dataset_presence_matrix",

@@ -171,9 +171,8 @@ class _Tiles:
 
     def columns(self, chrom: NDArray[np.object_], place: NDArray[np.int64]) -> Hits:
         codes, names = pd.factorize(chrom)
-        return np.arange(len(place)), np.array([self.first[name] for name in names], np.int64)[
-            codes
-        ] + place // self.width
+        first = np.array([self.first[name] for name in names], np.int64)
+        return np.arange(len(place)), first[codes] + place // self.width
 
 
 class _Peaks:
@@ -222,9 +221,8 @@ class _Pieces:
         self.begin = np.searchsorted(piece[order], np.arange(len(self.cuts) + 1))
 
     def peaks_at(self, place: NDArray[np.int64]) -> Hits:
-        piece = (
-            np.searchsorted(self.cuts, place, side="right") - 1
-        )  # before the first is none, behind the last an empty
+        # before the first cut is no piece, behind the last an empty one
+        piece = np.searchsorted(self.cuts, place, side="right") - 1
         begin = np.where(piece < 0, 0, self.begin[piece])
         which, slot = _spread(begin, np.where(piece < 0, 0, self.begin[piece + 1] - begin))
         return which, self.peak[slot]

@@ -68,13 +68,7 @@ def compared(
     logging.getLogger("cell_eval2").setLevel(logging.ERROR)  # it tells what is left out, which NaN says
     real, given = _table(true, chance), _table(told, {})
     nobody = resolve_target_genes(real, sorted(true), target_gene_map={"*": None})  # left out already
-    prepared = prepare_de(
-        given,
-        real,
-        control="",
-        p_adj_threshold=FALSE_DISCOVERIES,
-        target_resolution=nobody,
-    )
+    prepared = prepare_de(given, real, control="", p_adj_threshold=FALSE_DISCOVERIES, target_resolution=nobody)
     found = {
         FOLD_CHANGES: de_lfc_nmae(prepared, min_gate_size=FEWEST_CHANGED),
         DIRECTIONS: de_direction_match(prepared),

@@ -181,8 +181,9 @@ def _measured(
             where = " | ".join(filter(None, (unit, context)))
             undefined = alone and metric == TOLD_APART
             values.append(Value(method, metric, where, seed, math.nan if undefined else value))
-    told = {method: {name: one[name, context] for name in names} for method, one in answers.items()}
-    del told[REPLICATE]
+    told = {
+        method: {name: one[name, context] for name in names} for method, one in answers.items() if method != REPLICATE
+    }
     hit = {name: here_C & (perturbation_C == name) for name in names}
     for method, metric, unit, value in _changed(
         study.measured(measurement), told, hit, plain_C, truth_C, other_C, kept
