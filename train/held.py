@@ -90,6 +90,9 @@ class Room:
         self._blocks: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Room], tuple[()]]:
+        return Room, ()  # another process has its own
+
     def take(self, length: int, dtype: Any) -> NDArray[Any]:
         """Return an array of any content."""
         size = length * np.dtype(dtype).itemsize

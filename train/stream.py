@@ -1,15 +1,10 @@
 """This module streams the cells of snapshots, ragged or as tokens, in the order of the sample plan.
 
 Stages overlap: threads decode the windows to come, others make the batches to come, the consumer takes them in order.
-
-Shape letters used in this module:
-    B  rows of a batch      C  cells of a batch that a rank gets      S  controls of a cell
 """
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,22 +18,21 @@ import torch
 from numpy.typing import NDArray
 
 from store.errors import UsageError
-from store.part import CODED
-from store.part import NUMBERS as PART_NUMBERS
 from store.records import is_local
 from store.schema import measured_column
 from store.snapshot import Snapshot
+from train.batches import BatchMaker
 from train.cache import BlockCache
-from train.cells import CONTROL, NUMBERS, PROMPTS, Cells, Controls
-from train.controls import ControlGroups, MatchedControls, find_controls, group_controls
-from train.held import Held, Key, Room, fair_share, gathered
+from train.controls import MatchedControls
+from train.drawn import Draws, Weights
+from train.held import Key
 from train.labels import FIELDS, Labels, read_labels
-from train.plan import RowOrder, Rows, SamplePlan
+from train.plan import RowOrder, SamplePlan
 from train.plan import Window as WindowKey
 from train.reader import Budget, Reader, Slot, Window
 from train.sources import Source, find_sources, refuse_mixed_layers, vocabulary_sizes
 from train.telemetry import ShuffleTelemetry
-from train.tokens import TokenSettings, fast_tokens, first_numbers, make_tokens
+from train.tokens import TokenSettings, first_numbers
 
 MEMORY_BYTES = 512 * 2**20
 CACHE_BYTES = 50 * 2**30
@@ -51,8 +45,6 @@ REMOTE = 4
 KEPT_BYTES = 31 * 2**20
 """Freed once, a block of this size lets glibc keep what is freed from then on instead of giving its pages back: TileDB
 takes new buffers for whatever comes from a remote store, and new pages are slow."""
-EPOCHS_KEPT = 2
-"""Of so many epochs at a time is kept which cells come how often: at a border steps of both are made."""
 SHARES = 2**30
 """Shares of sources are told to the plan in whole numbers of this sum."""
 
@@ -129,7 +121,7 @@ class Stream:
         memory_bytes: int = MEMORY_BYTES,
         cache: str | Path | BlockCache | None = None,
         cache_bytes: int = CACHE_BYTES,
-        weights: Sequence[float] | NDArray[Any] | str | None = None,
+        weights: Weights | None = None,
         balance: bool = True,
         labels: Labels | None = None,
         controls: MatchedControls | None = None,
@@ -170,11 +162,8 @@ class Stream:
         self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
         self.labels = labels or read_labels(self.snapshots)
         self.balance = balance
-        portions = np.array([source.share for source in self.sources])
-        self._upper: list[NDArray[np.float64]] = []
-        if weights is not None:
-            portions = self._weigh(weights, split)
-        portions = portions / portions.sum()
+        self._draws = Draws(self.sources, seed, split, weights)
+        portions = self._draws.shares / self._draws.shares.sum()
         whole = len(shares) == 1 and weights is None
         self.plan = SamplePlan(
             _orders(self.sources, portions, seed, block, window, lanes),
@@ -191,21 +180,26 @@ class Stream:
             )
         expected = None if weights is not None or sets else _dataset_shares(self.sources, self.labels, split, portions)
         self.telemetry = ShuffleTelemetry(expected)
-        self._drawn_for: dict[int, dict[int, NDArray[np.int64]]] = {}
-        self._drawing = threading.Lock()
         self.step = self.loaded = 0
         self.uncounted = False
-        self._offsets = first_numbers({name: sizes[name] for name in self.measurements})
-        self._factors = self._divisors(factors, sizes) if factors is not None else None
-        self._room = Room()
+        self._maker = BatchMaker(
+            self.plan,
+            self.sources,
+            self._draws,
+            self.measurements,
+            self.fields,
+            self.labels,
+            first_numbers({name: sizes[name] for name in self.measurements}),
+            self.tokens,
+            self._divisors(factors, sizes) if factors is not None else None,
+            controls,
+            sets,
+            balance,
+        )
         self._slots: list[list[list[Slot]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_room", "_slots", "_drawn_for", "_drawing")
-        return {key: value for key, value in self.__dict__.items() if key not in own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _room=Room(), _slots=[], _drawn_for={}, _drawing=threading.Lock())
+        return self.__dict__ | {"_slots": []}
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: the next step and what its number means.
@@ -222,7 +216,6 @@ class Stream:
 
     def _standing(self) -> dict[str, Any]:
         plan = self.plan
-        weights = hashlib.sha256(b"".join(upper.tobytes() for upper in self._upper)).hexdigest()
         return {
             "step": self.step,
             "snapshot_id": "+".join(snapshot.id for snapshot in self.snapshots),
@@ -231,7 +224,7 @@ class Stream:
             "global_batch": plan.global_batch,
             "seed": plan.seed,
             "blocks": [[order.block, order.window, order.lanes] for order in plan.orders],
-            "weights": weights if self._upper else None,
+            "weights": self._draws.digest(),
             "shares": list(plan.shares),
         }
 
@@ -281,63 +274,6 @@ class Stream:
             where = self.snapshots[int(np.argmin(of_snapshot))].uri
             raise UsageError(f"{where}: its share is below 1 in {2 * SHARES:,}, and never streamed; leave it out")
         return tuple(wholes.tolist())
-
-    # ----------------------------------------------------------------------------------------------------- weights
-    def _weigh(self, weights: Sequence[float] | NDArray[Any] | str, split: str) -> NDArray[np.float64]:
-        """Note how often the cells up to each one should come together in an epoch; return each source's share."""
-        n_rows = sum(source.n_rows for source in self.sources)
-        if isinstance(weights, str):
-            if weights not in CODED:
-                raise UsageError(f"weights = {weights!r} is none of: {', '.join(CODED)}")
-            values = np.concatenate([source.label_weights(weights, split) for source in self.sources])
-        else:
-            values = np.asarray(weights, dtype=np.float64)
-        if values.shape != (n_rows,) or not np.isfinite(values).all() or values.min() < 0 or values.sum() <= 0:
-            raise UsageError(
-                f"weights are {n_rows:,} numbers, one for each cell of the split, not negative, not all zero"
-            )
-        first, sums = 0, np.empty(len(self.sources))
-        for number, source in enumerate(self.sources):
-            upper = np.cumsum(values[first : first + source.n_rows])
-            first += source.n_rows
-            sums[number] = upper[-1]
-            if sums[number] > 0:  # else none of its cells comes
-                upper *= source.n_rows / sums[number]
-            upper[-1] = source.n_rows
-            self._upper.append(upper)
-        which = np.array([source.number for source in self.sources])
-        total = np.bincount(which, sums)
-        if not total.all():
-            raise UsageError(f"{self.snapshots[int(np.argmin(total))].uri}: all its cells have weight 0; leave it out")
-        shares = np.bincount(which, [source.share for source in self.sources])
-        return np.asarray(shares[which] * sums / total[which])
-
-    def _rows(self, source: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of a source's part at these positions of an epoch's cells, which lie in row order.
-
-        Systematic sampling where there are weights: with one random offset an epoch, a cell comes its expected number
-        of times, rounded down or up, and all together exactly as often as there are cells (Madow 1949).
-        """
-        if self._upper:
-            positions = self._drawn(source, epoch)[positions]
-        return self.sources[source].rows(positions)
-
-    def _drawn(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """Return a source's cells of an epoch, each as often as it comes; two epochs are kept, which meet at a border.
-
-        Several threads ask, of one epoch and of the next: each is drawn once.
-        """
-        with self._drawing:
-            kept = self._drawn_for.setdefault(source, {})
-            copies = kept.pop(epoch, None)
-            if copies is None:
-                for longest_unused in list(kept)[: len(kept) + 1 - EPOCHS_KEPT]:
-                    del kept[longest_unused]
-                offset = np.random.default_rng([self.plan.seed, epoch, 0, *([source] if source else [])]).random()
-                ends = np.floor(self._upper[source] + offset).astype(np.int64)
-                copies = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
-            kept[epoch] = copies
-            return copies
 
     # ----------------------------------------------------------------------------------------------------- batches
     def epoch(self, epoch: int, *, rank: int = 0, world: int = 1, start: int | None = None) -> Iterator[Any]:
@@ -390,7 +326,7 @@ class Stream:
                 ask(key)
             for key in self._behind(needed) if group[-1] + every < stop else []:
                 ask(key)
-            made.append(makers.submit(self._make, {key: windows[key] for key in needed}, group, rank, world))
+            made.append(makers.submit(self._maker.make, {key: windows[key] for key in needed}, group, rank, world))
 
         try:
             for first in firsts[:GROUPS_AHEAD]:
@@ -498,172 +434,8 @@ class Stream:
         if self.sets:
             borders = self.sources[number].sets
             return blocks, list(zip(borders[starts].tolist(), borders[stops].tolist(), strict=True))
-        firsts, lasts = self._rows(number, window[0], starts), self._rows(number, window[0], stops - 1)
+        firsts, lasts = self._draws.rows(number, window[0], starts), self._draws.rows(number, window[0], stops - 1)
         return blocks, [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
-
-    def _make(
-        self, waiting: dict[Key, Future[Window]], steps: range, rank: int, world: int
-    ) -> list[tuple[Any, NDArray[Any]]]:
-        """Return a rank's batches of some steps, each with the datasets of its cells."""
-        windows = {key: future.result() for key, future in waiting.items()}
-        held, lengths = self._share(windows, steps, rank, world)
-        cells = self._cells(held)
-        ends = np.cumsum(lengths).tolist()
-        parts = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        datasets = [cells.panel[part] for part in parts]
-        if self.tokens:
-            spans = {name: held.spans(name) for name in self.measurements}
-            whole = all(part.counts.dtype.kind == "u" for some in spans.values() for part, _ in some)
-            if whole and not self.tokens.levels:
-                chance = (self.plan.seed, np.repeat(np.array(steps), lengths))
-                words = {"ends": ends, "empty": self._room.take, "factors": self._factors}
-                made = fast_tokens(spans, cells.measured, cells, self._offsets, self.tokens, chance, **words)
-                return list(zip(made, datasets, strict=True))
-        cells = self._with_counts(cells, held)
-        if self.controls:
-            cells = replace(cells, controls=self._find_controls(held, cells.row, (self.plan.seed, steps[0])))
-        batches = [cells.take(part) for part in parts]
-        if not self.tokens:
-            return list(zip(batches, datasets, strict=True))
-        return [
-            (
-                make_tokens(batch, self._offsets, self.tokens, chance=(self.plan.seed, step), factors=self._factors),
-                which,
-            )
-            for step, batch, which in zip(steps, batches, datasets, strict=True)
-        ]
-
-    def _share(self, windows: dict[Key, Window], steps: range, rank: int, world: int) -> tuple[Held, list[int]]:
-        """Find a rank's rows of some steps, one step's behind the other's, and how many they are of each step."""
-        balance = self.balance and not self.sets and world > 1 and all(order.lanes == 1 for order in self.plan.orders)
-        rows = [self.plan.batch(step) if balance else self.plan.share(step, rank, world) for step in steps]
-        held = self._find(windows, Rows.concatenate(rows))
-        if self.sets:  # one step; its sets have any number of cells
-            return held, [held.n_cells]
-        if balance:
-            ends = np.cumsum([len(part) for part in rows])[:-1]
-            chosen = [fair_share(sizes, rank, world) for sizes in np.split(held.sizes(), ends)]
-            held = held.take(np.concatenate([mine + first for mine, first in zip(chosen, [0, *ends], strict=True)]))
-            return held, [len(mine) for mine in chosen]
-        return held, [len(part) for part in rows]
-
-    def _find(self, windows: dict[Key, Window], rows: Rows) -> Held:
-        """Find a batch's rows, or all rows of its sets, in the windows."""
-        source, row, dealt, set_C = rows.source, np.empty(len(rows), np.int64), rows, None
-        if self.sets:
-            source, row, set_C = self._rows_of_sets(rows)
-            dealt = rows.take(set_C)
-        else:
-            for number, epoch in dict.fromkeys((key[0], key[1][0]) for key in windows):
-                mine = np.flatnonzero((source == number) & (rows.epoch == epoch))
-                row[mine] = self._rows(number, epoch, rows.row[mine])
-        pieces = []
-        n_found = 0
-        for key, window in windows.items():  # a cell may lie in several: of two epochs, or, drawn twice, of two blocks
-            number, (epoch, of_epoch) = key
-            order = self.plan.orders[number]
-            _, its = order.window_of(dealt.place)
-            mine = np.flatnonzero((source == number) & (dealt.epoch == epoch) & (its == of_epoch))
-            place = window.places(dealt.row[mine] // order.block, row[mine])
-            n_found += int((place >= 0).sum())
-            pieces.append((key, window, mine, place))
-        if n_found < len(row):
-            raise AssertionError(f"{len(row) - n_found} rows of a batch are in none of the windows {list(windows)}")
-        return Held(len(row), source, row, pieces, set_C)
-
-    def _rows_of_sets(self, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return source, row and number of the set of all cells of the sets of a batch."""
-        sources, found, numbers = [], [], []
-        for number, source in enumerate(self.sources):
-            mine = np.flatnonzero(rows.source == number)
-            row, place = source.rows_of_sets(rows.row[mine])
-            sources.append(np.full(len(row), number))
-            found.append(row)
-            numbers.append(mine[place])
-        order = np.argsort(np.concatenate(numbers), kind="stable")
-        return np.concatenate(sources)[order], np.concatenate(found)[order], np.concatenate(numbers)[order]
-
-    def _cells(self, held: Held) -> Cells:
-        """Return rows with what is said of them, and no counts."""
-        labels, n_cells = self.labels, held.n_cells
-        codes = np.empty((n_cells, len(self.fields)), np.int32)
-        numbers = np.empty((n_cells, len(PART_NUMBERS)), np.float32)
-        for _, window, mine, place in held.pieces:
-            codes[mine] = window.codes_RF.take(place, axis=0)
-            numbers[mine] = window.numbers_RF.take(place, axis=0)
-        of_field = dict(zip(self.fields, codes.T, strict=True))
-        prompts = {name: np.empty(n_cells, np.int32) for name in PROMPTS}
-        perturbation = np.empty((n_cells, labels.perturbation[0].shape[1]), np.int32)
-        panel, row = np.empty(n_cells, np.int32), np.empty(n_cells, np.int64)
-        measured = {name: of_field[measured_column(name)].astype(bool) for name in self.measurements}
-        for number, source in enumerate(self.sources):
-            its: Any = np.flatnonzero(held.source == number) if len(self.sources) > 1 else slice(None)
-            which = source.number
-            for name in PROMPTS:
-                prompts[name][its] = labels.prompts[which][name][of_field[name][its]]
-            perturbation[its] = labels.perturbation[which][of_field["perturbation"][its]]
-            panel[its] = labels.panel[which][of_field["dataset_id"][its]]
-            row[its] = source.first_row + held.row[its]
-            for name in self.measurements:
-                if name not in source.snapshot.measurements:  # the lake has it, this snapshot left it out
-                    measured[name][its] = False
-        return Cells(
-            n_cells=n_cells,
-            counts={},
-            measured=measured,
-            panel=panel,
-            prompts=prompts,
-            perturbation=perturbation,
-            numbers={name: np.ascontiguousarray(numbers[:, PART_NUMBERS.index(name)]) for name in NUMBERS},
-            row=row,
-            set_C=held.set_C,
-            place_CX=numbers[:, [PART_NUMBERS.index(name) for name in ("x", "y")]] if self.sets else None,
-        )
-
-    def _with_counts(self, cells: Cells, held: Held) -> Cells:
-        counts = {name: gathered(held.spans(name), held.n_cells, self._room) for name in self.measurements}
-        return replace(cells, counts=counts)
-
-    def _find_controls(self, held: Held, row: NDArray[np.int64], chance: tuple[int, int]) -> Controls:
-        """Return matched controls of a batch's cells, from the windows in which the cells lie."""
-        assert self.controls is not None
-        place_CS = np.full((held.n_cells, self.controls.size), -1, np.int64)
-        sources, rows, pieces, n_controls = [], [], [], 0
-        for key, window, mine, place in held.pieces:
-            own, groups = self._control_groups(key, window)
-            chosen = find_controls(self.controls, groups, place, row[mine], chance)
-            there, position = np.unique(chosen, return_inverse=True)
-            position = position.reshape(chosen.shape)
-            if len(there) and there[0] < 0:
-                there, position = there[1:], position - 1
-            place_CS[mine] = np.where(position < 0, -1, n_controls + position)
-            pieces.append((key, window, np.arange(n_controls, n_controls + len(there)), there))
-            sources.append(np.full(len(there), key[0]))
-            rows.append(own[there])
-            n_controls += len(there)
-        found = Held(n_controls, np.concatenate(sources), np.concatenate(rows), pieces)
-        return Controls(self._with_counts(self._cells(found), found), place_CS)
-
-    def _control_groups(self, key: Key, window: Window) -> tuple[NDArray[np.int64], ControlGroups]:
-        """Return the part's row of each of a window's rows, and its controls; the window remembers both."""
-        assert self.controls is not None
-        if "controls" not in window.notes:
-            source, own = self.sources[key[0]], window.rows()
-            names = source.snapshot.label_values()["perturbation"]
-            plain_V = np.array([value in ("", "control") for value in names])
-            hit_V: NDArray[np.bool_] = np.any(self.labels.perturbation[source.number] > CONTROL, axis=1)
-            code_R = window.codes_RF[:, self.fields.index("perturbation")]
-            unperturbed_R = plain_V[code_R] & ~np.isin(own, source.snapshot.dead - source.part.first_row)
-            lane_R = self._lanes(key, window)
-            groups = group_controls(self.controls, self.fields, window, lane_R, unperturbed_R, hit_V[code_R])
-            window.notes["controls"] = own, groups
-        found: tuple[NDArray[np.int64], ControlGroups] = window.notes["controls"]
-        return found
-
-    def _lanes(self, key: Key, window: Window) -> NDArray[np.int64]:
-        """Return the lane of each of a window's rows."""
-        lanes = self.plan.orders[key[0]].lanes_of_blocks(key[1], window.numbers)
-        return np.repeat(lanes, np.diff(window.offsets))
 
 
 def _at_least(name: str, value: int, least: int) -> None:
