@@ -224,7 +224,7 @@ class Stream:
             "global_batch": plan.global_batch,
             "seed": plan.seed,
             "blocks": [[order.block, order.window, order.lanes] for order in plan.orders],
-            "weights": self._draws.digest(),
+            "weights": self._draws.digest,
             "shares": list(plan.shares),
         }
 
