@@ -280,7 +280,7 @@ def _effects(reply: dict[str, Any], truth: dict[str, Any]) -> list[tuple[str, st
         rna = effect["effects"]["RNA"]
         predicted = np.array(rna["delta"])[columns]
         applied = np.array(truth["log_fold_change"][effect["perturbation"]])[shared]
-        top = ", ".join(f"{item['feature_name']} {item['delta']:+.2f}" for item in rna["top"][:3])
+        top = ", ".join(f"{item['feature_id']} {item['delta']:+.2f}" for item in rna["top"][:3])
         null = not np.any(applied)
         r = "no effect applied" if null else f"{np.corrcoef(predicted, applied)[0, 1]:.2f}"
         rows.append((effect["perturbation"], top, r, f"{np.sqrt(np.mean(predicted**2)):.3f}"))
@@ -299,13 +299,15 @@ def _draw(groups: dict[str, tuple[NDArray[np.float32], Any]], panels: list[tuple
     for axis, (name, column) in zip(axes, panels, strict=True):
         obs = groups[name][1]
         labels = obs[column].astype(str).replace("", "none").to_numpy()
-        known = sorted(set(labels))
+        plain = [label for label in ("none", "control") if label in labels]  # below the others, in grey
+        known = sorted(set(labels) - set(plain))
         colours = plt.get_cmap("tab10" if len(known) <= 10 else "tab20")
-        for number, label in enumerate(known):
+        shades = dict(zip(plain, ("#e3e3e3", "#bdbdbd"), strict=False)) | {
+            label: colours(number) for number, label in enumerate(known)
+        }
+        for label, colour in shades.items():
             mine = labels == label
-            axis.scatter(
-                *places[name][mine].T, s=5, color=colours(number), label=f"{label} ({mine.sum()})", linewidths=0
-            )
+            axis.scatter(*places[name][mine].T, s=5, color=colour, label=f"{label} ({mine.sum()})", linewidths=0)
         axis.set_title(f"{len(obs):,} {name} cells by {column.replace('_', ' ')}")
         axis.set(xticks=[], yticks=[], xlabel="UMAP 1 of the served embeddings", ylabel="UMAP 2")
         axis.legend(markerscale=3, fontsize=8, frameon=False, loc="best")

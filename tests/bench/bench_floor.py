@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import re
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -497,6 +498,18 @@ def judged(case: Case, seeds: range, ours: bool) -> dict[str, Any]:
     return {"scores": [json_values(asdict(one)) for one in scores], "lines": lines, "also": also, **about}
 
 
+def ages(commits: dict[str, str]) -> list[str]:
+    """Say of which commit, and of which day, each case is, the newest first."""
+    days = {}
+    for commit in set(commits.values()):
+        words = ["git", "-C", str(ROOT), "log", "-1", "--format=%cI", commit]
+        days[commit] = subprocess.run(words, check=False, capture_output=True, text=True).stdout.strip()
+    return [
+        f"- {commit[:8]}, {days[commit][:10]}: {'; '.join(name for name, one in commits.items() if one == commit)}."
+        for commit in sorted(days, key=days.__getitem__, reverse=True)
+    ]
+
+
 def write_page(kind: str, files: dict[str, Path], every: list[Case]) -> None:
     """Write the page of all cases that were run so far, now or before."""
     finished = {name: file for name, file in files.items() if file.exists()}
@@ -513,6 +526,7 @@ def write_page(kind: str, files: dict[str, Path], every: list[Case]) -> None:
     page += ["", "## Also measured of ours", "", *also] if also else []
     page += ["", "## What each dataset cannot carry", "", *caveats]
     page += ["", f"Not run for this page: {'; '.join(missing)}."] if missing else []
+    page += ["", "## Of which code", "", *ages({name: one["code_commit"] for name, one in made.items()})]
     (ROOT / f"docs/benchmarks/{kind}.md").write_text("\n".join([*page, ""]), encoding="utf-8")
 
 

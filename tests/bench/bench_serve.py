@@ -377,8 +377,8 @@ def page(answer: dict[str, Any], seconds: float) -> str:
         "",
         f"- The bare model embeds {answer['bare_cells_s']:,.0f} cells/s in one process; at saturation the whole way "
         f"over HTTP gives {answer['ours_over_bare']:.2f} of it.",
-        f"- At saturation {over_batch:.2f} times the cells/s of `@serve.batch`, {over_single:.2f} times those of one "
-        "request at a time.",
+        f"- At their best numbers of clients {over_batch:.2f} times the cells/s of `@serve.batch`, "
+        f"{over_single:.2f} times those of one request at a time.",
         f"- {OVERLOAD} times as many requests as can be answered, `batching.queue_s` = {answer['queue_s']:g}: "
         f"{statuses}. Accepted ones take {answer['overload_p50_ms']:,.0f} ms (p50) and "
         f"{answer['overload_p99_ms']:,.0f} ms (p99; {answer['p99_ms']:,.0f} ms for a client alone), refused ones "

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count
+from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,15 @@ def _stream(places: dict[str, str], *, tokens: bool, values: Any = "log1p", **wo
 
 def _ours(places: dict[str, str], *, tokens: bool = False, **words: Any) -> Callable[[int], Iterator[tuple[int, int]]]:
     stream = _stream(places, tokens=tokens, **words)
-    steps = stream.plan.steps_per_epoch
     epochs = count()
 
     def one_pass(n_epochs: int) -> Iterator[tuple[int, int]]:
-        first = next(epochs) * 1000 * steps
-        for batch in stream.steps(first, first + n_epochs * steps):
-            if tokens:
-                yield batch.feature_CL.shape[0], batch.feature_CL.numel()
-            else:
-                yield batch.n_cells, 0
+        for epoch in islice(epochs, n_epochs):  # each begins anew, as in a training script
+            for batch in stream.epoch(epoch, start=0):
+                if tokens:
+                    yield batch.feature_CL.shape[0], batch.feature_CL.numel()
+                else:
+                    yield batch.n_cells, 0
 
     return one_pass
 
@@ -108,8 +108,8 @@ def _memmap(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int, int]]
     return one_pass
 
 
-def _tiledbsoma_ml(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int, int]]]:
-    """tiledbsoma-ml from the lake's X, shuffled, sparse."""
+def _tiledbsoma_ml(places: dict[str, str], fetched: int) -> Callable[[int], Iterator[tuple[int, int]]]:
+    """tiledbsoma-ml from the lake's X, shuffled, sparse, so many rows a fetch (65,536 is its default)."""
     import tiledbsoma
     import tiledbsoma_ml
 
@@ -118,7 +118,7 @@ def _tiledbsoma_ml(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int
             with tiledbsoma.Experiment.open(f"{places['lake']}/census_data/homo_sapiens") as experiment:
                 query = experiment.axis_query("RNA", obs_query=tiledbsoma.AxisQuery())
                 data = tiledbsoma_ml.ExperimentDataset(
-                    query, layer_name="raw", batch_size=BATCH, io_batch_size=16384, shuffle=True, return_sparse_X=True
+                    query, layer_name="raw", batch_size=BATCH, io_batch_size=fetched, shuffle=True, return_sparse_X=True
                 )
                 for x, _ in tiledbsoma_ml.experiment_dataloader(data):
                     yield x.shape[0], 0
@@ -126,8 +126,8 @@ def _tiledbsoma_ml(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int
     return one_pass
 
 
-def _scdataset(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int, int]]]:
-    """scDataset from the uncompressed h5ad, blocks of 64, 64 batches a fetch."""
+def _scdataset(places: dict[str, str], block: int, fetched: int) -> Callable[[int], Iterator[tuple[int, int]]]:
+    """scDataset from the uncompressed h5ad, in blocks of so many rows, so many batches a fetch."""
     import anndata
     import h5py
     from scdataset import BlockShuffling, scDataset
@@ -143,9 +143,9 @@ def _scdataset(places: dict[str, str]) -> Callable[[int], Iterator[tuple[int, in
 
     data = scDataset(
         Rows(),
-        BlockShuffling(block_size=64),
+        BlockShuffling(block_size=block),
         batch_size=BATCH,
-        fetch_factor=64,
+        fetch_factor=fetched,
         fetch_callback=lambda rows, indices: rows.matrix[np.asarray(indices)],
     )
 
@@ -166,8 +166,10 @@ KINDS: dict[str, Callable[[dict[str, str]], Callable[[int], Iterator[tuple[int, 
     "warm tokenized": lambda places: _ours(places, tokens=True, cache=places["cache"]),
     "sequential_decode": _sequential,
     "memmap": _memmap,
-    "tiledbsoma_ml": _tiledbsoma_ml,
-    "scdataset": _scdataset,
+    "tiledbsoma_ml 16384": partial(_tiledbsoma_ml, fetched=16_384),
+    "tiledbsoma_ml 65536": partial(_tiledbsoma_ml, fetched=65_536),
+    "scdataset 64 64": partial(_scdataset, block=64, fetched=64),
+    "scdataset 256 32": partial(_scdataset, block=256, fetched=32),
 }
 
 
