@@ -147,6 +147,11 @@ PLANTED: dict[str, tuple[str, Plant, str]] = {
         lambda one: head(one["spec"])["spec"]["containers"][0].update(image="somaflow:latest"),
         "image somaflow:latest is not",
     ),
+    "pods without a profile of system calls": (
+        "RayCluster",
+        lambda one: head(one["spec"])["spec"]["securityContext"].pop("seccompProfile"),
+        "no seccompProfile RuntimeDefault",
+    ),
     "a volume that is not there": (
         "RayCluster",
         lambda one: head(one["spec"])["spec"]["volumes"].pop(0),

@@ -250,6 +250,8 @@ def _cluster(cluster: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: its pods lack the label {PART_OF}, by which network policy and monitor find them"
         if not spec.get("securityContext", {}).get("runAsNonRoot"):
             yield f"{name}: may run as root"
+        if spec.get("securityContext", {}).get("seccompProfile") != {"type": "RuntimeDefault"}:
+            yield f"{name}: no seccompProfile RuntimeDefault, which the Pod Security Standard 'restricted' asks for"
         volumes = {volume["name"] for volume in spec.get("volumes", [])}
         for container in spec["containers"]:
             image = container["image"]
