@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -15,6 +15,8 @@ import tiledbsoma
 
 from store.errors import StorageError, VerificationError, is_of_memory
 from store.records import s3_endpoint
+
+T = TypeVar("T")
 
 BUFFER_BYTES = 256 * 2**20
 ORDER_TILES = "sm.query.sparse_global_order.preprocess_tile_merge"
@@ -138,15 +140,31 @@ def reading(uri: str, remedy: str = INGEST_AGAIN) -> Iterator[None]:
         raise VerificationError(f"{uri}: cannot be read: {reason}; the stored bytes are damaged: {remedy}") from error
 
 
+def asked_again(ask: Callable[[], T]) -> T:
+    """Return what TileDB reads; what came otherwise than it was stored, such as a short answer, is asked for once more.
+
+    What a store refuses is not: TileDB has asked often enough.
+    """
+    try:
+        return ask()
+    except tiledb.TileDBError as error:
+        if "HTTP Response Code" in str(error):
+            raise
+        return ask()
+
+
 def is_of_store(error: Exception) -> bool:
-    """Say whether an error of TileDB or SOMA tells what a disk or an object store said, not what was read there."""
+    """Say whether an error of TileDB or SOMA tells what a disk or an object store said, not what was read there.
+
+    That a file on a disk is shorter than it was written is what was read.
+    """
     return any(_tells_of_store(line) for line in str(error).splitlines())
 
 
 def _tells_of_store(line: str) -> bool:
     # "S3: " and "VFS: " stand behind whatever part of TileDB passed the error on
     words = ("IO Error", "TileDB::IO", "TileDB::S3", "TileDB::VFS", "S3: ", "VFS: ", "HTTP Response Code")
-    return any(word in line for word in words)
+    return any(word in line for word in words) and "exceeds file size" not in line
 
 
 def reason_of(error: Exception) -> str:

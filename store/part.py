@@ -23,7 +23,7 @@ import tiledbsoma
 from numpy.typing import NDArray
 
 from store import records, schema
-from store.context import EVER, MAKE_AGAIN, new_tiledb_context, reading, soma_context
+from store.context import EVER, MAKE_AGAIN, asked_again, new_tiledb_context, reading, soma_context
 from store.errors import UsageError, VerificationError
 
 READING_THREADS = 1
@@ -111,7 +111,8 @@ class _Opened:
             mine = self._locks.setdefault(member, threading.Lock())
         with mine:  # several arrays may be opened at the same time: from afar that takes a while
             if member not in self._arrays:
-                opened = tiledb.open(records.join(self._uri, *member), timestamp=EVER, ctx=self.context)
+                uri = records.join(self._uri, *member)
+                opened = asked_again(lambda: tiledb.open(uri, timestamp=EVER, ctx=self.context))
                 self._refuse_lost(member, opened.nonempty_domain())  # known since it was opened: nothing is asked
                 self._arrays[member] = opened
             return self._arrays[member]
@@ -324,7 +325,8 @@ class Part:
         opened = self._renewed()
         array, context = opened.array(member), opened.context
         first, last = ranges[0]
-        try:
+
+        def ask() -> bool:
             query = tiledb.libtiledb.Query(context, tiledb.libtiledb.Array(context, array))
             query.layout = tiledb.libtiledb.LayoutType.ROW_MAJOR
             wanted = tiledb.Subarray(array, context)
@@ -334,9 +336,10 @@ class Part:
             query.set_subarray(wanted)
             query.set_data_buffer("soma_data", out, len(out))
             query._submit()
-            whole = query.query_status() == tiledb.libtiledb.QueryStatus.COMPLETE
-        except tiledb.TileDBError as error:
-            raise self._damaged("/".join(member), first, last + 1, str(error)) from error
+            return bool(query.query_status() == tiledb.libtiledb.QueryStatus.COMPLETE)
+
+        with reading(records.join(self.uri, *member), MAKE_AGAIN):
+            whole = asked_again(ask)
         if not whole:
             raise self._damaged("/".join(member), first, last + 1, "fewer values came than were asked")
 
@@ -387,11 +390,8 @@ class Part:
         check_manifest(self.uri, manifest)
         for name, of in manifest["measurements"].items():
             uri = records.join(self.uri, name, "var")
-            try:
-                with tiledbsoma.DataFrame.open(uri, context=soma_context(EVER)) as frame:
-                    var = frame.read().concat().sort_by("soma_joinid")
-            except (tiledb.TileDBError, tiledbsoma.SOMAError) as error:
-                raise self._damaged(f"{name}/var", 0, of["n_features"], str(error)) from error
+            with reading(uri, MAKE_AGAIN), tiledbsoma.DataFrame.open(uri, context=soma_context(EVER)) as frame:
+                var = frame.read().concat().sort_by("soma_joinid")
             check_vocabulary(self.uri, name, var, of["vocabulary_hash"])
         if n_sets := self.entry.get("n_sets", 0):
             digest = digest_of(self._set_starts())

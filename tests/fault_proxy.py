@@ -24,6 +24,8 @@ CODES = {"403": "AccessDenied", "409": "ConditionalRequestConflict", "500": "Int
 """Kinds of a reply that is an error, and what S3 calls it."""
 LATE_S = {"slow": 0.2, "stalled": 3.0}
 """Kinds of a reply that comes late, and how late."""
+SHORT = "short body"
+"""A kind that no client of S3 notices: half of what was asked for, which calls itself the whole."""
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -102,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         kept = {key: value for key, value in reply.headers.items() if key.lower() not in SKIPPED}
+        if kind == SHORT:
+            self._answer(reply.status_code, kept, reply.content[: len(reply.content) // 2])
+            return
         self._answer(
             reply.status_code, kept, reply.content, cut=kind == "half body", size=reply.headers.get("content-length")
         )

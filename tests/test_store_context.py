@@ -81,7 +81,13 @@ def test_what_a_store_said_is_no_damage_whatever_part_of_tiledb_passes_it_on(tex
     assert "Remote IP" not in str(caught.value)
 
 
-def test_damage_on_s3_is_damage() -> None:
-    text = "Query FAILED: [TileDB::Task] Error: Checksum mismatch in s3://lakes/S3/a0.tdb"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Query FAILED: [TileDB::Task] Error: Checksum mismatch in s3://lakes/S3/a0.tdb",
+        "[TileDB::Task] Error: IO Error: Cannot read from file; Read exceeds file size: nbytes 9, file_size 4",
+    ],
+)
+def test_damage_is_damage_on_s3_and_where_a_file_was_cut_off(text: str) -> None:
     with pytest.raises(VerificationError, match="the stored bytes are damaged"), reading("s3://lakes/S3"):
         raise tiledbsoma.SOMAError(text)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
 from encoded import add_dataset
+from fault_proxy import SHORT
 from local_s3 import failing, s3_bucket
 
 import store.__main__ as commands
@@ -56,6 +59,34 @@ def test_arrays_that_a_store_does_not_give_are_not_called_damaged(lake_uri: str)
             assert "Remote IP" not in str(caught.value)
     with failing("403", rf"GET .*{CELLS}/ms/RNA/X/raw/__fragments"), pytest.raises(StorageError, match="Code: 403"):
         lake.counts("homo_sapiens", "RNA", range(70, 80))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["403", SHORT])
+@pytest.mark.parametrize("array", ["RNA/counts", "RNA/indptr", "codes", "RNA/var"])
+def test_a_snapshots_values_that_a_store_does_not_give_are_not_called_damaged(
+    lake_uri: str, kind: str, array: str
+) -> None:
+    whole = rf"s/{array}: cannot be read: .*(403|correct number of bytes).*; check the place .* same command again$"
+    files = "d0" if array == "RNA/var" else "a0"
+    with failing(kind, rf"GET .*/snapshots/s/{array}/.*{files}.tdb"):
+        made = open_snapshot(lake_uri, "s")
+        reads: list[Callable[[], object]] = [made.verify]
+        if array != "RNA/var":
+            reads.append(lambda: next(Stream(made, batch=16).epoch(0)))
+        for read in reads:
+            with pytest.raises(StorageError, match=whole) as caught:
+                read()
+            assert "damaged" not in str(caught.value)
+            assert "Remote IP" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["a0", "__fragment_metadata"])
+def test_a_short_answer_is_asked_for_again(lake_uri: str, file: str) -> None:
+    whole = open_snapshot(lake_uri, "s").block("RNA", 0, 70)
+    with failing(SHORT, rf"GET .*/snapshots/s/RNA/counts/.*{file}.tdb", most=1) as proxy:
+        again = open_snapshot(lake_uri, "s").block("RNA", 0, 70)
+        assert httpx.get(f"{proxy}/faults").json() == {SHORT: 1}
+    assert np.array_equal(whole.counts, again.counts)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

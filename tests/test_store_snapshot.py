@@ -438,14 +438,15 @@ def test_two_arrays_that_are_read_side_by_side_say_the_same(all_cells: Snapshot)
     assert np.array_equal(counts, whole.counts)
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["a bit", "cut off"])
 @pytest.mark.parametrize("member", ["features", "counts"])
-def test_damage_is_an_error_that_names_the_array_never_a_wrong_batch(lake_uri: str, member: str) -> None:
+def test_damage_is_an_error_that_names_the_array_never_a_wrong_batch(lake_uri: str, member: str, cut: bool) -> None:
     snapshot = create_snapshot(lake_uri, "damaged", SnapshotSettings())
     data = next(Path(snapshot.uri, f"RNA/{member}/__fragments").glob("*/a0.tdb"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
-    data.write_bytes(content)
-    with pytest.raises(VerificationError, match=f"RNA/{member}"):
+    data.write_bytes(content[: len(content) // 2] if cut else content)
+    with pytest.raises(VerificationError, match=f"RNA/{member}: .*damaged"):
         open_snapshot(lake_uri, "damaged").block("RNA", 0, snapshot.n_cells)
     (part,), whole = snapshot.parts, snapshot.manifest["measurements"]["RNA"]["nnz"]
     room = [np.zeros(whole, part.dtype("RNA", name)) for name in ("features", "counts")]

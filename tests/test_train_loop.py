@@ -369,7 +369,7 @@ def test_a_cluster_without_room_is_said_and_ends_the_run(
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # ray, at its imports and stop
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # ray, announcing its next version
-def test_a_run_that_is_ended_says_where_it_goes_on_and_a_full_disk_is_no_bug(
+def test_a_run_that_is_ended_says_where_it_goes_on_and_a_full_disk_or_a_store_that_fails_is_no_bug(
     lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.train.torch import TorchTrainer
@@ -377,7 +377,7 @@ def test_a_run_that_is_ended_says_where_it_goes_on_and_a_full_disk_is_no_bug(
     from train.launch import launch
 
     class Failed(Exception):
-        worker_failures: ClassVar = {0: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))}
+        worker_failures: ClassVar[dict[int, OSError]] = {0: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))}
 
     def terminated(trainer: TorchTrainer) -> None:
         signal.signal(signal.SIGINT, lambda *_: sys.exit(1))  # as Ray Train does
@@ -396,6 +396,9 @@ def test_a_run_that_is_ended_says_where_it_goes_on_and_a_full_disk_is_no_bug(
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     monkeypatch.setattr(TorchTrainer, "fit", full)
     with pytest.raises(StorageError, match=r"run: .*No space left on device; free some space"):
+        launch(settings(lake, tmp_path))
+    Failed.worker_failures[0] = StorageError("s3://lake/snapshots/s/RNA/counts: cannot be read")
+    with pytest.raises(StorageError, match="counts: cannot be read; the same command goes on from step 8, the last"):
         launch(settings(lake, tmp_path))
 
 

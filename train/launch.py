@@ -288,6 +288,8 @@ def _cause(error: BaseException, folder: Path) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause = getattr(failure, "cause", None) or failure
+        if isinstance(cause, StorageError):
+            return type(cause)(f"{cause}; {_goes_on(folder)}")
         if isinstance(cause, SomaflowError):
             return cause
     for failure in failures.values():
