@@ -11,7 +11,7 @@ import pyarrow as pa
 import tiledbsoma
 
 from store import catalog, records, schema
-from store.context import EVER, read_parts, soma_context
+from store.context import EVER, is_of_store, read_parts, soma_context
 from store.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -325,7 +325,9 @@ def _read_at(path: str, before: Lake) -> pd.DataFrame:
         return pa.concat_tables(read_parts(uri, since, before.commit.timestamp_ms)).to_pandas()
     try:
         opened = tiledbsoma.DataFrame.open(uri, context=soma_context(before.commit.timestamp_ms))
-    except (tiledbsoma.DoesNotExistError, tiledbsoma.SOMAError):
+    except tiledbsoma.SOMAError as error:
+        if is_of_store(error):
+            raise
         opened = None
     if opened is None:
         with tiledbsoma.DataFrame.open(uri, context=soma_context(EVER)) as now:

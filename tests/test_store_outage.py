@@ -13,12 +13,14 @@ import pytest
 from encoded import add_dataset
 from fault_proxy import SHORT
 from local_s3 import failing, s3_bucket
+from tiledbsoma import SOMAError
 
 import store.__main__ as commands
 from store import command
 from store.errors import StorageError
 from store.lake import open_lake
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
+from store.tables import _read_at
 from store.upkeep import collect
 from store.validate import validate
 from store.writer import LakeWriter
@@ -87,6 +89,13 @@ def test_a_short_answer_is_asked_for_again(lake_uri: str, file: str) -> None:
         again = open_snapshot(lake_uri, "s").block("RNA", 0, 70)
         assert httpx.get(f"{proxy}/faults").json() == {SHORT: 1}
     assert np.array_equal(whole.counts, again.counts)
+
+
+def test_a_table_that_a_store_does_not_give_once_is_not_taken_for_one_that_was_made_later(lake_uri: str) -> None:
+    lake, path = open_lake(lake_uri), f"{CELLS}/obs_measurement_presence".removeprefix("/")
+    assert len(_read_at(path, lake)) > 0
+    with failing(SHORT, rf"GET .*{path}/.*__fragment_metadata.tdb", most=1), pytest.raises(SOMAError, match="of bytes"):
+        _read_at(path, lake)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
