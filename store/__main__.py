@@ -386,7 +386,7 @@ def snapshot_list(lake: LakeOption = "lake", json: JsonOption = False) -> None:
     )
     _say_damaged(damaged)
     for name in begun:
-        console.print(f"{name}: begun and not finished; give the same command again, or delete it", markup=False)
+        console.print(f"{name}: half-made or half-deleted; give the same command again, or delete it", markup=False)
 
 
 def _say_damaged(names: list[str]) -> None:
@@ -428,7 +428,7 @@ def snapshot_verify(name: NameArgument, lake: LakeOption = "lake", json: JsonOpt
 
 @snapshots.command("delete")
 def snapshot_delete(name: NameArgument, lake: LakeOption = "lake", json: JsonOption = False) -> None:
-    """Delete a snapshot, or what is there of a half-made one; the lake's cells stay."""
+    """Delete a snapshot, or what is there of a half-made or half-deleted one; the lake's cells stay."""
     snapshot.delete_snapshot(lake, name)
     if json:
         answer("store-snapshot-delete/v1", snapshot=name)

@@ -247,9 +247,11 @@ def read_manifests(lake_uri: str) -> tuple[dict[str, dict[str, Any]], list[str]]
 
 
 def begun_snapshots(lake_uri: str) -> list[str]:
-    """Name the snapshots whose building was begun and has not ended; what is left of one that is whole is none."""
-    begun = records.folders(records.join(records.absolute(lake_uri), records.FOLDER, "building"))
-    return [name for name in begun if not _has_manifest(snapshot_uri(lake_uri, name))]
+    """Name the snapshots whose building or deletion was begun and has not ended; what a whole one has left is none."""
+    lake_uri = records.absolute(lake_uri)
+    places = records.join(lake_uri, records.FOLDER, "building"), records.join(lake_uri, "snapshots")
+    begun = sorted({name for place in places for name in records.folders(place)})
+    return [name for name in begun if not _has_manifest(records.join(lake_uri, "snapshots", name))]
 
 
 def read_card(lake_uri: str, name: str) -> str:
@@ -262,7 +264,7 @@ def read_card(lake_uri: str, name: str) -> str:
 def delete_snapshot(lake_uri: str, name: str) -> None:
     """Remove a snapshot, the manifest first, so that nobody sees half of it; or what is there of one half-made.
 
-    One whose manifest is damaged can be removed too.
+    One whose manifest is damaged can be removed too, and what a deletion that was stopped has left.
 
     Raises:
         MissingError: There is none of this name.

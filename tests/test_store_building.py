@@ -26,7 +26,7 @@ from store import records, snapshot
 from store.__main__ import app
 from store.build import builder_lock
 from store.cluster import Tasks, in_this_process
-from store.errors import ConflictError, SettingsError, StorageError, UsageError, VerificationError
+from store.errors import ConflictError, MissingError, SettingsError, StorageError, UsageError, VerificationError
 from store.lake import Lake, open_lake
 from store.part import manifest_digest
 from store.schema import DatasetPlan
@@ -130,6 +130,39 @@ def test_a_delete_killed_at_any_file_leaves_nothing_that_another_build_takes_for
         with pytest.raises(Stopped):
             create_snapshot(uri, name, SnapshotSettings(seed=1), tasks=none_runs)
     assert asked == [2] * 5
+
+
+def test_a_deletion_that_was_stopped_is_told_and_the_same_again_ends_it(uri: str) -> None:
+    create_snapshot(uri, "s", SnapshotSettings())
+    folder = Path(uri, "snapshots/s")
+    n_files = sum(path.is_file() for path in folder.rglob("*"))
+    for step, killed in enumerate((1, n_files // 2)):  # the manifest alone, and then half of the others
+        with crumbling(killed, last_first=bool(step)), pytest.raises(Stopped):
+            delete_snapshot(uri, "s")
+        assert list_snapshots(uri) == []
+        assert begun_snapshots(uri) == ["s"]
+        shown = CliRunner().invoke(app, ["snapshot", "list", "--lake", uri], catch_exceptions=False)
+        assert "s: half-made or half-deleted" in shown.stderr
+    lock = builder_lock(uri, "s")
+    lock.acquire()
+    with pytest.raises(ConflictError, match="snapshot 's' is being written"):
+        delete_snapshot(uri, "s")
+    lock.release()
+    delete_snapshot(uri, "s")
+    assert not folder.exists()
+    assert begun_snapshots(uri) == []
+    with pytest.raises(MissingError, match="no snapshot 's'"):
+        delete_snapshot(uri, "s")
+
+
+def test_what_is_half_deleted_stands_in_the_way_of_no_other_and_can_be_made_again(uri: str) -> None:
+    for name in ("base", "s"):
+        create_snapshot(uri, name, SnapshotSettings())
+    with crumbling(9), pytest.raises(Stopped):
+        delete_snapshot(uri, "s")
+    delete_snapshot(uri, "base")
+    create_snapshot(uri, "s", SnapshotSettings(seed=1)).verify()
+    assert begun_snapshots(uri) == []
 
 
 def test_records_without_a_plan_are_not_a_builds(uri: str) -> None:

@@ -104,8 +104,11 @@ def test_snapshots_on_s3_come_and_go_whole(bucket: str) -> None:
     made.verify()
     assert list_snapshots(uri) == ["s"]
     assert len(open_snapshot(uri, "s").block("RNA", 10, 30).indptr) == 21
+    records.remove(f"{made.uri}/snapshot.json")  # where a deletion was stopped
+    assert (list_snapshots(uri), begun_snapshots(uri)) == ([], ["s"])
     delete_snapshot(uri, "s")
-    assert list_snapshots(uri) == []
+    assert (list_snapshots(uri), begun_snapshots(uri)) == ([], [])
+    assert not records.exists(made.uri)
     with pytest.raises(MissingError, match="no lake here"):
         open_lake(f"{bucket}/none")
 
