@@ -218,7 +218,7 @@ def remove(
 
 @app.command("gc")
 def collect_garbage(lake: LakeOption = "lake", json: JsonOption = False) -> None:
-    """Remove what dead drivers left: writes without a commit, fragments nobody reads, unfinished uploads.
+    """Remove what dead drivers left: writes without a commit, fragments nobody reads, unfinished uploads, spill files.
 
     Example: python -m store gc --lake ./lake
     """
@@ -226,7 +226,10 @@ def collect_garbage(lake: LakeOption = "lake", json: JsonOption = False) -> None
     if json:
         answer("store-gc/v1", **asdict(left))
         return
-    console.print(f"removed {left.writes} writes, {left.fragments} fragments, {left.uploads} unfinished uploads")
+    console.print(
+        f"removed {left.writes} writes, {left.fragments} fragments, {left.uploads} unfinished uploads, "
+        f"leavings of {left.builds} snapshots' building"
+    )
     if left.note:
         console.print(f"[yellow]note[/] {escape(left.note)}", soft_wrap=True)
 

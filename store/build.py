@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ from store.chosen import (
 )
 from store.cluster import Tasks
 from store.context import reading, storage
-from store.errors import ConflictError, SomaflowError, UsageError, VerificationError
+from store.errors import ConflictError, SomaflowError, StorageError, UsageError, VerificationError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.order import order_of, units_of
@@ -64,6 +65,8 @@ from store.splits import SnapshotSettings, coded, draw_splits
 
 if TYPE_CHECKING:
     from store.snapshot import Progress, Snapshot
+
+log = logging.getLogger("somaflow.store")
 
 PLAN = "plan.json"
 ELEMENTS = 2**24
@@ -176,12 +179,35 @@ def build(
                 records.create(records.join(work, PLAN), known)
             job.run(known["spill"], known["mark"])
             lock.check()
-            remove_work(lake.uri, name)
+            try:
+                remove_work(lake.uri, name)
+            except StorageError as error:  # as where one may write and not remove
+                log.warning("snapshot %r is whole; what its build left stays until `store gc`: %s", name, error)
         except SomaflowError:
             lock.check()  # a build that was taken over trips over what the other one has removed
             raise
         finally:
             lock.release()
+
+
+def remove_leavings(lake_uri: str) -> int:
+    """Remove what builds have left of which the snapshot is whole; return of how many. A living one removes its own."""
+    removed = 0
+    for name in records.folders(records.join(lake_uri, records.FOLDER, "building")):
+        uri = snapshot.snapshot_uri(lake_uri, name)
+        if not snapshot.has_manifest(uri):
+            continue
+        lock = builder_lock(lake_uri, name)
+        try:
+            lock.acquire()
+            if snapshot.has_manifest(uri):  # else it was deleted, and begun anew, meanwhile
+                remove_work(lake_uri, name)
+                removed += 1
+        except ConflictError:
+            continue
+        finally:
+            lock.release()
+    return removed
 
 
 def needed_snapshot(lake_uri: str, name: str) -> str:

@@ -16,11 +16,12 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from store import records
-from store.errors import ConflictError
+from store.errors import ConflictError, StorageError
 
 log = logging.getLogger("somaflow.store")
 
@@ -68,9 +69,10 @@ class WriterLock:
             raise ConflictError(f"{self.lake_uri}: another driver was first; wait and run the same command again")
         self.number = number + 1
         self.passed_elsewhere = left and not _is_here(holder)
-        for name in records.names(self.folder):
-            if (old := name.partition(".")[0]).isdigit() and int(old) < self.number:
-                records.remove(records.join(self.folder, name))
+        with suppress(StorageError):  # as where one may write and not remove
+            for name in records.names(self.folder):
+                if (old := name.partition(".")[0]).isdigit() and int(old) < self.number:
+                    records.remove(records.join(self.folder, name))
         self._thread = threading.Thread(target=self._beat, daemon=True, name="writer-lock")
         self._thread.start()
 

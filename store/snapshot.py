@@ -168,14 +168,14 @@ def refuse_taken(lake_uri: str, name: str) -> None:
         UsageError: It has one.
     """
     uri = snapshot_uri(lake_uri, name)
-    if _has_manifest(uri):
+    if has_manifest(uri):
         raise UsageError(
             f"{uri}: there is a snapshot {name!r}; snapshots never change: choose another name or delete it with "
             f"python -m store snapshot delete {name} --lake {lake_uri}"
         )
 
 
-def _has_manifest(uri: str) -> bool:
+def has_manifest(uri: str) -> bool:
     """Say whether a snapshot's manifest stands there, whole or damaged."""
     try:
         return records.read(records.join(uri, MANIFEST)) is not None
@@ -232,7 +232,7 @@ def read_manifest(lake_uri: str, name: str) -> dict[str, Any]:
 def list_snapshots(lake_uri: str) -> list[str]:
     """Name the lake's snapshots, also damaged ones, in alphabetical order; half-made ones do not exist."""
     folder = records.join(records.absolute(lake_uri), "snapshots")
-    return [name for name in records.folders(folder) if _has_manifest(records.join(folder, name))]
+    return [name for name in records.folders(folder) if has_manifest(records.join(folder, name))]
 
 
 def read_manifests(lake_uri: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -251,7 +251,7 @@ def begun_snapshots(lake_uri: str) -> list[str]:
     lake_uri = records.absolute(lake_uri)
     places = records.join(lake_uri, records.FOLDER, "building"), records.join(lake_uri, "snapshots")
     begun = sorted({name for place in places for name in records.folders(place)})
-    return [name for name in begun if not _has_manifest(records.join(lake_uri, "snapshots", name))]
+    return [name for name in begun if not has_manifest(records.join(lake_uri, "snapshots", name))]
 
 
 def read_card(lake_uri: str, name: str) -> str:
@@ -275,7 +275,7 @@ def delete_snapshot(lake_uri: str, name: str) -> None:
 
     lake_uri = records.absolute(lake_uri)
     uri = snapshot_uri(lake_uri, name)
-    if not _has_manifest(uri) and name not in begun_snapshots(lake_uri):
+    if not has_manifest(uri) and name not in begun_snapshots(lake_uri):
         read_manifest(lake_uri, name)  # which says that there is none
     lock = builder_lock(lake_uri, name)
     lock.acquire()

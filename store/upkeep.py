@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from store import catalog, records
+from store.build import remove_leavings
 from store.context import storage
 from store.errors import UsageError
 from store.fragments import consolidate as consolidate_array
@@ -28,6 +29,7 @@ class Leavings:
         fragments: Fragments of X that no commit names and no plan can still use.
         uploads: Unfinished S3 multipart uploads below the lake.
         plans: Datasets that were begun and never committed.
+        builds: Snapshots that are whole, of whose building something was left.
         note: Why unfinished uploads could not be removed; empty where they could.
     """
 
@@ -35,6 +37,7 @@ class Leavings:
     fragments: int
     uploads: int
     plans: tuple[str, ...]
+    builds: int = 0
     note: str = ""
 
 
@@ -51,7 +54,9 @@ def recover(lake_uri: str) -> Leavings:
 
 
 def collect(lake_uri: str) -> Leavings:
-    """Remove everything that no commit needs: also counts of datasets that were begun and never committed.
+    """Remove everything that no commit needs, also counts of datasets that were begun and never committed.
+
+    So with what the building of whole snapshots has left.
 
     The same ingest, run again, begins such a dataset anew.
     """
@@ -70,7 +75,7 @@ def collect(lake_uri: str) -> Leavings:
             uploads, note = _abort_uploads(lake.uri), ""
         except records.FAILURES as error:  # some roles may not list them
             uploads, note = 0, f"unfinished uploads stay, the store refuses to list or to abort them: {error}"
-        return Leavings(writer.undone, removed, uploads, pending, note)
+        return Leavings(writer.undone, removed, uploads, pending, remove_leavings(lake.uri), note)
 
 
 def _needed(writer: LakeWriter, since: int) -> set[str]:

@@ -41,6 +41,7 @@ from store.snapshot import (
     open_snapshot,
     refresh_snapshot,
 )
+from store.upkeep import collect
 from store.validate import validate
 from store.writer import LakeWriter, write_counts
 
@@ -199,6 +200,34 @@ def test_a_build_killed_while_it_cleans_up_has_made_a_whole_snapshot(uri: str) -
     assert begun_snapshots(uri) == []
     delete_snapshot(uri, "s")
     assert not Path(uri, "somaflow/building/s").exists()
+
+
+def test_what_a_build_could_not_remove_is_noted_and_is_garbage(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = records.remove
+
+    def refuse(uri: str) -> None:
+        if "/building/" in uri and Path(uri).exists():
+            raise StorageError(f"{uri}: cannot be removed: 403")
+        whole(uri)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(records, "remove", refuse)
+        create_snapshot(uri, "s", SnapshotSettings()).verify()
+    assert "snapshot 's' is whole; what its build left stays until `store gc`: " in caplog.text
+    with pytest.raises(Stopped):
+        create_snapshot(uri, "begun", SnapshotSettings(), tasks=stopping_before("gather"))
+    left = {name: Path(uri, "somaflow/building", name) for name in ("s", "begun")}
+    lock = builder_lock(uri, "s")
+    lock.acquire()
+    assert collect(uri).builds == 0
+    assert left["s"].exists()
+    lock.release()
+    assert collect(uri).builds == 1
+    assert not left["s"].exists()
+    assert left["begun"].exists()
+    assert collect(uri).builds == 0
 
 
 @pytest.mark.parametrize("stage", ["scatter", "gather"])

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,10 +17,11 @@ from local_s3 import failing, s3_bucket
 from tiledbsoma import SOMAError
 
 import store.__main__ as commands
-from store import command
-from store.errors import StorageError
+from store import command, records
+from store.cluster import in_this_process
+from store.errors import InterruptedRun, StorageError
 from store.lake import open_lake
-from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
+from store.snapshot import SnapshotSettings, create_snapshot, delete_snapshot, open_snapshot
 from store.tables import _read_at
 from store.upkeep import collect
 from store.validate import validate
@@ -125,6 +127,24 @@ def test_commands_tell_an_outage_by_exit_code_5_in_a_line(
     assert {problem["check"] for problem in problems} == {"counts", "snapshot"}
     assert all(problem["unread"] for problem in problems)
     assert [check for check in validate(open_lake(lake_uri)) if check.problem] == []
+
+
+def test_who_may_write_and_not_remove_makes_snapshots_also_after_a_stop(lake_uri: str) -> None:
+    def none_is_gathered(function: Any, common: Any, items: Any) -> Iterator[None]:
+        if function.__name__ == "gather":
+            raise InterruptedRun("killed")
+        yield from in_this_process(function, common, items)
+
+    with failing("403", r"(DELETE .*|POST .*\?delete)") as proxy:
+        with pytest.raises(InterruptedRun):
+            create_snapshot(lake_uri, "t", SnapshotSettings(), tasks=none_is_gathered)
+        create_snapshot(lake_uri, "t", SnapshotSettings()).verify()
+        assert httpx.get(f"{proxy}/faults").json()["403"] > 1
+        with pytest.raises(StorageError, match="cannot be removed: "):
+            delete_snapshot(lake_uri, "t")
+    assert collect(lake_uri).builds == 1
+    delete_snapshot(lake_uri, "t")
+    assert records.names(f"{lake_uri}/somaflow/building") == []
 
 
 def test_garbage_goes_though_the_store_does_not_list_unfinished_uploads(lake_uri: str) -> None:
