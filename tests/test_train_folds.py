@@ -137,6 +137,18 @@ def test_the_audit_finds_every_planted_leak(cells: Study) -> None:
     assert checks(cells, pretrained_C=fold.train_C) == set()
 
 
+def test_a_target_with_a_comma_in_its_name_is_no_other_target(cells: Study) -> None:
+    names = {"x": "IL2, high", "y": "IL2", "x+y": "both"}
+    label_C = np.array([names.get(one, one) for one in cells.label("perturbation")])
+    named = replace(cells, obs=cells.obs.assign(perturbation=label_C))
+    settings = FoldSettings(by="target", held=("IL2, high",))
+    (fold,) = make_folds(named, settings)
+    assert (fold.held, fold.name) == (("IL2, high",), "IL2, high")
+    assert audit(named, [fold], settings) == []
+    leaked = replace(fold, train_C=fold.train_C | fold.test_C)
+    assert "groups" in {finding.check for finding in audit(named, [leaked], settings)}
+
+
 def test_near_copies_are_found_also_among_very_many_cells_that_are_much_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     peaks = (random.random((1200, 150)) < random.beta(2, 1, 150)).astype(np.float32)

@@ -154,8 +154,7 @@ def _groups(study: Study, fold: Fold, settings: FoldSettings) -> list[Finding]:
     if settings.by in (TARGET, "perturbation"):
         judged, learned = judged - {*UNPERTURBED}, learned - {*UNPERTURBED}
     if settings.by == TARGET:
-        held = set(fold.name.split(", "))
-        shared = {name for name in learned if held & set(name.split("+"))}
+        shared = {name for name in learned if set(fold.held) & set(name.split("+"))}
     else:
         shared = judged & learned
     if shared:

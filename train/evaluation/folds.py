@@ -70,16 +70,23 @@ class Fold:
     """One way of holding out.
 
     Attributes:
-        name: The held groups.
+        held: The held groups.
         train_C: Cells that methods are fitted on.
         test_C: Cells that they are judged by.
         calibrate_C: Cells that intervals and sets are calibrated on.
+        group_C: All cells of the held groups, also those that ``where`` leaves in training.
     """
 
-    name: str
+    held: tuple[str, ...]
     train_C: NDArray[np.bool_]
     test_C: NDArray[np.bool_]
     calibrate_C: NDArray[np.bool_]
+    group_C: NDArray[np.bool_]
+
+    @property
+    def name(self) -> str:
+        """The held groups in words."""
+        return ", ".join(self.held)
 
 
 def make_folds(study: Study, settings: FoldSettings) -> list[Fold]:
@@ -118,7 +125,8 @@ def _fold(
     names: list[str],
     allowed_C: NDArray[np.bool_],
 ) -> Fold:
-    test_C = np.any([of[name] for name in names], axis=0) & allowed_C
+    group_C: NDArray[np.bool_] = np.any([of[name] for name in names], axis=0)
+    test_C = group_C & allowed_C
     others = sorted((name for name in of if name not in names), key=lambda name: drawn_place(settings.seed + 1, name))
     chosen = [name for name in settings.calibrate_on if name in others] or others[
         : round(settings.calibrate * len(others))
@@ -139,7 +147,7 @@ def _fold(
         what = "judge by" if not test_C.any() else "train on"
         beside = f", and {'+'.join(chosen)} to calibrate on," if chosen else ""
         raise UsageError(f"{settings.by} {'+'.join(names)} held out{beside} leaves no cell to {what}")
-    return Fold(", ".join(sorted(names)), train_C, test_C, calibrate_C)
+    return Fold(tuple(sorted(names)), train_C, test_C, calibrate_C, group_C)
 
 
 def _membership(study: Study, by: str) -> dict[str, NDArray[np.bool_]]:
