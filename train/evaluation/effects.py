@@ -163,14 +163,24 @@ def profile(counts_CG: csr_matrix) -> NDArray[np.float64]:
     return logs_G
 
 
-def halves(study: Study, columns: Sequence[str], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def halves(
+    study: Study, columns: Sequence[str], seed: int, apart_C: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Split the cells of every perturbation and context, controls too, into two disjoint random halves.
 
     One half predicting the other is what a replicate of the experiment would reach: the ceiling.
+
+    Args:
+        study: The cells.
+        columns: What makes a context.
+        seed: Of the draw.
+        apart_C: Cells that are halved apart from the others of their perturbation and context.
     """
     key_C = contexts(study, ["perturbation", *columns])
     draw_C = np.random.default_rng([seed, study.n_cells]).random(study.n_cells)
     _, code_C = np.unique(key_C.astype(str), return_inverse=True)
+    if apart_C is not None:
+        code_C = 2 * code_C + apart_C
     order = np.lexsort((draw_C, code_C))
     place_C = np.empty(study.n_cells, np.int64)
     starts = np.searchsorted(code_C[order], np.arange(code_C.max() + 1))

@@ -1,7 +1,10 @@
 """This module judges predicted effects of perturbations, with the metrics of cell-eval2.
 
-Half of the cells of every perturbation, and half of the controls, are the truth; the other half is the replicate, and
-gives the control cells that methods start from. Methods and replicate are compared with the same half.
+What judges are a fold's held-out perturbed cells, and the controls of its held groups in the same context: of a donor
+his own. Where these are too few (by target no control is held out), they are all controls of the context. Half of each
+are the truth; the other half is the replicate, and gives the control cells that methods start from. Methods and
+replicate are compared with the same half, of which no cell was learned from: where controls are learned from and judge,
+it is those of the other half that are learned from.
 
 Shape letters used in this module:
     C  cells      G  features
@@ -13,6 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import anndata
@@ -62,8 +66,9 @@ def perturb_suite(
 ) -> list[Value]:
     """Fit methods on each fold's training cells, ask for its held-out effects, and measure the answers.
 
-    A fold's effects are told apart among themselves only, so that one training set (and one training mean) answers for
-    all that is compared: means that leave out what they are scored on anticorrelate with it.
+    An effect of which folds hold out different cells, as of several donors, is a unit in each of them. A fold's effects
+    are told apart among themselves only, so that one training set (and one training mean) answers for all that
+    is compared: means that leave out what they are scored on anticorrelate with it.
 
     Args:
         study: The cells.
@@ -75,25 +80,28 @@ def perturb_suite(
 
     Returns:
         One value for each method (and the replicate), metric, effect and seed, and the size of each effect; of methods
-        that say how sure they are, also the coverage of their intervals, of effects as all cells show them.
+        that say how sure they are, also the coverage of their intervals, of effects as all held-out cells show them.
 
     Raises:
         InputRefused: No held-out effect has enough cells, or none has a control in its context.
     """
     values: list[Value] = []
+    several = _in_several(study, folds, columns)
     for seed in seeds:
-        truth_C, other_C = halves(study, columns, seed)
         for fold in folds:
-            questions = _questions(study, fold, truth_C, columns)
-            if not questions:
+            judging = _judged(study, fold, columns, seed)
+            if not judging.hit:
                 continue
             answers: dict[str, dict[Question, Profile]] = {name: {} for name in (*methods, REPLICATE)}
-            train = study.take(fold.train_C)
+            train = study.take(fold.train_C & ~judging.true_controls())
             fitted = {name: make(seed).fit(train) for name, make in methods.items()}
-            for question, control_C in questions.items():
-                control = study.take(control_C & other_C)
-                truth_G = _effect(study, question, control_C, measurement, columns)
-                unit = " | ".join(filter(None, question))
+            units = {
+                question: " | ".join(filter(None, (*question, fold.name if question in several else "")))
+                for question in judging.hit
+            }
+            for question, unit in units.items():
+                control = study.take(judging.control[question[1]] & judging.other_C)
+                truth_G = _effect(study, question, judging, measurement)
                 values.append(Value(REPLICATE, SIZE, unit, seed, _size(truth_G)))
                 for name, method in fitted.items():
                     delta_G = method.predict(control, *question)
@@ -106,9 +114,11 @@ def perturb_suite(
                         values.append(Value(name, f"coverage of {LEVEL:.0%} intervals", unit, seed, inside))
                         width = float(np.median((high_G - low_G)[seen_G]))
                         values.append(Value(name, f"width of {LEVEL:.0%} intervals", unit, seed, width))
-                answers[REPLICATE][question] = np.empty(0)  # its own cells stand for it
-            for context in sorted({where for _, where in questions}):
-                values += _measured(study, answers, context, truth_C, other_C, measurement, columns, seed)
+            for context in sorted({where for _, where in judging.hit}):
+                values += [
+                    Value(method, metric, units[name, context], seed, value)
+                    for method, metric, name, value in _measured(study, answers, context, judging, measurement)
+                ]
     if not values:
         raise InputRefused(
             f"no held-out perturbation has {2 * MIN_CELLS} cells beside controls of the same context; hold out others"
@@ -116,51 +126,86 @@ def perturb_suite(
     return values
 
 
-def _questions(
-    study: Study, fold: Fold, truth_C: NDArray[np.bool_], columns: Sequence[str]
-) -> dict[Question, NDArray[np.bool_]]:
-    """Return the fold's held-out effects with enough cells in both halves, and the control cells of their contexts."""
+def _in_several(study: Study, folds: Sequence[Fold], columns: Sequence[str]) -> set[Question]:
+    """Return the effects of which folds hold out different cells; the same ones come again with another target."""
+    question_C = list(zip(study.label("perturbation"), contexts(study, columns), strict=True))
+    first: dict[Question, set[int]] = {}
+    for fold in folds:
+        rows = np.flatnonzero(fold.test_C).tolist()
+        for question, row in {question_C[row]: row for row in reversed(rows)}.items():
+            first.setdefault(question, set()).add(row)
+    return {question for question, rows in first.items() if len(rows) > 1}
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """What judges in a fold.
+
+    Attributes:
+        hit: Held-out effects with enough cells in both halves, to their cells.
+        control: Context to the controls that they are measured against.
+        truth_C, other_C: The halves of all cells.
+    """
+
+    hit: dict[Question, NDArray[np.bool_]]
+    control: dict[str, NDArray[np.bool_]]
+    truth_C: NDArray[np.bool_]
+    other_C: NDArray[np.bool_]
+
+    def true_controls(self) -> NDArray[np.bool_]:
+        """Return which controls are of the half that is the truth: no method learns from them."""
+        judging_C: NDArray[np.bool_] = np.any([self.control[where] for _, where in self.hit], axis=0)
+        return judging_C & self.truth_C
+
+
+def _judged(study: Study, fold: Fold, columns: Sequence[str], seed: int) -> _Judging:
+    """Choose the cells that judge in a fold, and halve them."""
     perturbation_C, context_C = study.label("perturbation"), contexts(study, columns)
     unperturbed_C = np.isin(perturbation_C, UNPERTURBED)
     held_C = fold.test_C & ~unperturbed_C
-    found: dict[Question, NDArray[np.bool_]] = {}
-    for name, context in sorted(set(zip(perturbation_C[held_C], context_C[held_C], strict=True))):
-        chosen_C = held_C & (perturbation_C == name) & (context_C == context)
-        control_C = unperturbed_C & (context_C == context)
-        enough = all((chosen_C & half).sum() >= MIN_CELLS for half in (truth_C, ~truth_C))
-        if enough and all((control_C & half).sum() >= MIN_CELLS for half in (truth_C, ~truth_C)):
-            found[name, context] = control_C
-    return found
+    truth_C, other_C = halves(study, columns, seed, np.where(unperturbed_C, fold.group_C, fold.test_C))
+
+    def enough(chosen_C: NDArray[np.bool_]) -> bool:
+        return all((chosen_C & half_C).sum() >= MIN_CELLS for half_C in (truth_C, other_C))
+
+    control = {}
+    for context in set(context_C[held_C]):
+        here_C = unperturbed_C & (context_C == context)
+        own_C = here_C & fold.group_C
+        control[context] = own_C if enough(own_C) else here_C
+    hit = {
+        (name, context): held_C & (perturbation_C == name) & (context_C == context)
+        for name, context in sorted(set(zip(perturbation_C[held_C], context_C[held_C], strict=True)))
+    }
+    asked = {question: hit_C for question, hit_C in hit.items() if enough(hit_C) and enough(control[question[1]])}
+    return _Judging(asked, control, truth_C, other_C)
 
 
 def _size(delta_G: Profile) -> float:
     return float(np.sqrt((delta_G**2).mean()))
 
 
-def _effect(
-    study: Study, question: Question, control_C: NDArray[np.bool_], measurement: str, columns: Sequence[str]
-) -> Profile:
-    """Return the effect as all cells of it show it."""
+def _effect(study: Study, question: Question, judging: _Judging, measurement: str) -> Profile:
+    """Return the effect as all of its held-out cells show it, beside controls that nobody learned from."""
     counts_CG = study.measured(measurement)
-    hit_C = (study.label("perturbation") == question[0]) & (contexts(study, columns) == question[1])
-    return profile(counts_CG[hit_C]) - profile(counts_CG[control_C])
+    true_control_C = judging.control[question[1]] & judging.truth_C
+    return profile(counts_CG[judging.hit[question]]) - profile(counts_CG[true_control_C])
 
 
 def _measured(
     study: Study,
     answers: Mapping[str, Mapping[Question, Profile]],
     context: str,
-    truth_C: NDArray[np.bool_],
-    other_C: NDArray[np.bool_],
+    judging: _Judging,
     measurement: str,
-    columns: Sequence[str],
-    seed: int,
-) -> list[Value]:
-    """Compare the answers in one context with the truth; features that any of its perturbations hits do not count."""
-    names = sorted(name for name, where in answers[REPLICATE] if where == context)
-    perturbation_C, here_C = study.label("perturbation"), contexts(study, columns) == context
-    plain_C = here_C & np.isin(perturbation_C, UNPERTURBED)
-    asked_C = here_C & np.isin(perturbation_C, names)
+) -> list[tuple[str, str, str, float]]:
+    """Return method, metric, perturbation and value: how the answers in one context compare with the truth.
+
+    Features that any of its perturbations hits do not count.
+    """
+    hit = {name: hit_C for (name, where), hit_C in judging.hit.items() if where == context}
+    names, plain_C, truth_C, other_C = sorted(hit), judging.control[context], judging.truth_C, judging.other_C
+    asked_C = np.any(list(hit.values()), axis=0)
     features = study.features[measurement]
     places, kept = study.places(measurement), np.ones(len(features), dtype=bool)
     kept[[places[target] for name in names for target in name.split("+") if target in places]] = False
@@ -177,19 +222,13 @@ def _measured(
             told = _anndata(csr_matrix(np.repeat(shares * depth, 2, axis=0)), np.repeat(names, 2), features)
             predicted = anndata.concat([control, told], index_unique="-", keys=["control", "told"])
         alone = len(names) == 1  # nothing to be told apart from
-        for metric, unit, value in _compared(predicted[:, kept], truth[:, kept], alone=alone):
-            where = " | ".join(filter(None, (unit, context)))
+        for metric, name, value in _compared(predicted[:, kept], truth[:, kept], alone=alone):
             undefined = alone and metric == TOLD_APART
-            values.append(Value(method, metric, where, seed, math.nan if undefined else value))
+            values.append((method, metric, name, math.nan if undefined else value))
     told = {
         method: {name: one[name, context] for name in names} for method, one in answers.items() if method != REPLICATE
     }
-    hit = {name: here_C & (perturbation_C == name) for name in names}
-    for method, metric, unit, value in _changed(
-        study.measured(measurement), told, hit, plain_C, truth_C, other_C, kept
-    ):
-        values.append(Value(method, metric, " | ".join(filter(None, (unit, context))), seed, value))
-    return values
+    return values + _changed(study.measured(measurement), told, hit, plain_C, truth_C, other_C, kept)
 
 
 def _changed(
