@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp, ttest_rel
 from studies import FEATURES, perturbed, study
 
 from store.errors import InputRefused
@@ -33,7 +34,7 @@ from train.evaluation.floor import (
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.gated import TargetVectors
 from train.evaluation.perturb import CAPPED, METRICS, TOLD_APART, perturb_suite
-from train.evaluation.score import REPLICATE, Value, holm, score
+from train.evaluation.score import REPLICATE, Value, fieller, holm, score
 from train.evaluation.study import Study
 
 
@@ -224,6 +225,61 @@ def test_a_method_that_answers_nowhere_is_not_taken_for_nobody() -> None:
     assert (one.verdict, one.n_units, one.b, math.isnan(one.u)) == ("no answer", 4, 1.0, True)
     (nobody,) = score(found, {"m": "higher"})
     assert nobody.verdict == "floor only"
+
+
+def test_few_units_are_told_apart_no_more_often_than_chance_allows() -> None:
+    for n_units in (3, 6):
+        told = 0
+        for number in range(300):
+            b, noise, more = np.random.default_rng([n_units, number]).normal(0, 1, (3, n_units))
+            found = values(base=list(b), ours=list(b + noise), replicate=list(b + 10 + more))
+            told += score(found, {"m": "higher"}, "ours")[0].verdict != "not told apart"
+        assert told <= 0.05 * 300 + 3 * math.sqrt(300 * 0.05 * 0.95)
+
+
+def test_p_is_that_of_a_paired_t_test_and_an_interval_without_0_goes_with_it() -> None:
+    random = np.random.default_rng(0)
+    for shift in (-1.0, 0.0, 0.4, 2.0):
+        base = random.normal(0, 3, 7)
+        ours = base + shift + random.normal(0, 1, 7)
+        found = values(base=list(base), ours=list(ours), replicate=list(base + 3 + random.normal(0, 1, 7)))
+        (one,) = score(found, {"m": "higher"}, "ours")
+        assert one.p == pytest.approx(ttest_rel(ours, base).pvalue)
+        assert (one.low > 0, one.high < 0) == (one.verdict == "above", one.verdict == "below")
+        assert one.low < one.s < one.high
+    same = values(base=[1, 2, 3, 4], ours=[1, 2, 3, 4], replicate=[6, 8, 9, 9])
+    (one,) = score(same, {"m": "higher"}, "ours")
+    assert (one.s, one.low, one.high, one.p, one.verdict) == (0, 0, 0, 1, "not told apart")
+
+
+@pytest.mark.parametrize("n_units", [3, 5, 20])
+def test_an_interval_of_s_holds_the_truth_as_often_as_it_says(n_units: int) -> None:
+    random = np.random.default_rng(n_units)
+    inside = 0
+    for _ in range(3000):
+        base, one, other = random.normal(0, 1, (3, n_units))
+        gain_U, lead_U = 1.2 + one - base, 2 + other - base
+        low, high = fieller(gain_U, lead_U) if lead_U.mean() > 0 else (-math.inf, math.inf)
+        inside += low <= 0.6 <= high
+    assert 0.938 < inside / 3000 < (0.985 if n_units == 3 else 0.962), "of three units many intervals have no end"
+
+
+def test_an_interval_of_s_is_what_a_t_test_does_not_refuse() -> None:
+    random = np.random.default_rng(1)
+    gain_U, lead_U = 1 + random.normal(0, 0.5, 6), 3 + random.normal(0, 1, 6)
+    low, high = fieller(gain_U, lead_U)
+
+    def chance(s: float) -> float:
+        return float(ttest_1samp(gain_U - s * lead_U, 0).pvalue)
+
+    assert [chance(low), chance(high)] == pytest.approx([0.05, 0.05])
+    assert chance((low + high) / 2) > 0.05 > max(chance(low - 0.01), chance(high + 0.01))
+    unsure_U = np.array([0.1, 0.3, 9.0])
+    low, high = fieller(np.array([1.0, 1.1, 0.9]), unsure_U)
+    assert (low > 0, high) == (True, math.inf), "better, but of nobody knows how much"
+    assert ttest_1samp(np.array([1.0, 1.1, 0.9]) - low * unsure_U, 0).pvalue == pytest.approx(0.05)
+    assert fieller(-np.array([1.0, 1.1, 0.9]), unsure_U) == (-math.inf, -low)
+    assert fieller(np.array([1.0, -1.1, 0.9]), unsure_U) == (-math.inf, math.inf)
 
 
 def test_holm_is_that_of_the_textbook() -> None:

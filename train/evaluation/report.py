@@ -34,7 +34,8 @@ dt { font-weight: 600; } dd { margin: 0 0 .5rem 1.5rem; }
 <h1>{{ title }}</h1>
 <p>s = (u - b) / (r - b): 0 is the strongest baseline (chosen with hindsight, which favours it), 1 is a replicate of the
 experiment. A metric whose replicate is not better than the strongest baseline by two standard errors over units says
-nothing here, and gets no score. Intervals are 95 % of a paired bootstrap over units; p is Holm-adjusted.</p>
+nothing here, and gets no score. Intervals are 95 % (Fieller's, of the ratio of paired differences over units), p is
+that of a paired t-test over units, Holm-adjusted.</p>
 <table>
 <tr><th>metric</th><th>units</th><th>u (ours)</th><th>b (strongest baseline)</th><th>r (replicate)</th>
 <th>gate (SE)</th>
