@@ -19,7 +19,7 @@ from train.evaluation.cellfloor import (
     forecast_floor,
     translation_floor,
 )
-from train.evaluation.effects import effects, profile
+from train.evaluation.effects import Effects, effects, profile
 from train.evaluation.floor import (
     Additive,
     BilinearRidge,
@@ -52,7 +52,7 @@ def test_an_effect_is_the_difference_of_pseudobulk_profiles(cells: Study) -> Non
     total = counts[here & (cells.label("perturbation") == "x")].sum(0)
     np.testing.assert_allclose(found.treated_EG[line], np.log1p(1e4 * total / total.sum()))
     assert found.n_cells[line] == 60
-    with pytest.raises(InputRefused, match="no perturbation has 8 with RNA beside controls"):
+    with pytest.raises(InputRefused, match="no perturbation has 8 with RNA beside as many controls"):
         effects(cells.take(cells.label("perturbation") != "control"), "RNA")
 
 
@@ -86,18 +86,75 @@ def test_a_mean_is_trusted_as_far_as_effects_agree_and_a_target_as_far_as_its_ce
         known,
         treated_EG=known.control_EG + one.delta_EG,
         noise_E=np.zeros(known.n_effects),
+        control_noise_E=np.zeros(known.n_effects),
     )
     np.testing.assert_allclose(Shrunken("RNA").learn(same).predict(train, "q", "a"), one.delta_EG[0], atol=1e-12)
     opposed_EG = np.resize([[1.0], [-1.0]], (known.n_effects, 1)) * np.random.default_rng(0).normal(size=len(FEATURES))
-    opposed = replace(known, treated_EG=known.control_EG + opposed_EG, noise_E=np.zeros(known.n_effects))
+    opposed = replace(same, treated_EG=known.control_EG + opposed_EG)
     nothing = Shrunken("RNA").learn(opposed)
     assert not nothing.predict(train, "q", "a").any()
     delta = dict(zip(zip(opposed.perturbation, opposed.context, strict=True), opposed_EG, strict=True))
     np.testing.assert_allclose(nothing.predict(train, "x+z", "a"), delta["x", "a"] + delta["z", "a"], rtol=1e-9)
     noisy = replace(opposed, noise_E=np.full(known.n_effects, 1e9))
     assert not Shrunken("RNA").learn(noisy).predict(train, "x+z", "a").any()
-    alone = Shrunken("RNA").learn(replace(one, noise_E=np.array([0.25 * float((one.delta_EG**2).mean())])))
-    np.testing.assert_allclose(alone.predict(train, "q", "a"), 0.75 * one.delta_EG[0])
+    quarter, tenth = (np.array([share * float((one.delta_EG**2).mean())]) for share in (0.25, 0.1))
+    alone = Shrunken("RNA").learn(replace(one, noise_E=quarter, control_noise_E=tenth))
+    np.testing.assert_allclose(alone.predict(train, "q", "a"), 0.65 * one.delta_EG[0])
+
+
+def made_effects(
+    common: float, apart: float, noise: float, of_controls: float, contexts: int, seed: int
+) -> tuple[Effects, np.ndarray]:
+    """Twelve effects in each context, whose controls' noise is in all of them; treated_EG less that is the truth."""
+    random, n_features = np.random.default_rng(seed), 2000
+    mean_G = random.normal(0, common, n_features)
+    true_EG = mean_G + random.normal(0, apart, (12 * contexts, n_features))
+    where = np.repeat(np.arange(contexts), 12)
+    control_EG = random.normal(0, of_controls, (contexts, n_features))[where]
+    made = Effects(
+        tuple(f"t{number}" for number in range(len(where))),
+        tuple(f"c{one}" for one in where),
+        control_EG,
+        true_EG + random.normal(0, noise, true_EG.shape),
+        np.full(len(where), 50),
+        np.full(len(where), noise**2),
+        np.full(len(where), of_controls**2),
+        tuple(f"g{number}" for number in range(n_features)),
+    )
+    return made, true_EG
+
+
+@pytest.mark.parametrize("contexts", [1, 2, 12])
+@pytest.mark.parametrize(("common", "apart"), [(0.0, 0.1), (0.3, 0.1), (1.0, 0.3)])
+def test_the_noise_of_controls_is_no_effect(common: float, apart: float, contexts: int) -> None:
+    """Shares that are kept are those that make the error least, of an unseen target and of those that were seen."""
+    known, true_EG = made_effects(common, apart, 0.2, 0.4, contexts, 0)
+    method = Shrunken("RNA").learn(known)
+    mean_G, measured_G = np.asarray(method.predict(None, "q", "c0")), known.delta_EG.mean(axis=0)
+    best = max(0.0, float((measured_G @ true_EG.mean(axis=0)) / (measured_G @ measured_G)))
+    assert float((mean_G @ measured_G) / (measured_G @ measured_G)) == pytest.approx(best, abs=0.07)
+    if not common:
+        assert (mean_G**2).mean() < 0.1 * (measured_G**2).mean()
+    told, ideal = [], []
+    for line, name in enumerate(known.perturbation):
+        beyond_G, wanted_G = known.delta_EG[line] - mean_G, true_EG[line] - mean_G
+        told.append(((np.asarray(method.predict(None, name, "c0")) - true_EG[line]) ** 2).mean())
+        weight = max(0.0, float((beyond_G @ wanted_G) / (beyond_G @ beyond_G)))
+        ideal.append(((weight * beyond_G - wanted_G) ** 2).mean())
+    assert np.mean(told) < 1.03 * np.mean(ideal)
+
+
+def test_a_mean_of_perturbations_that_do_nothing_is_not_kept() -> None:
+    for n_controls in (20, 200):
+        counts = study(
+            pd.DataFrame({"perturbation": ["control"] * n_controls + [f"t{n // 40}" for n in range(800)]}),
+            np.full((n_controls + 800, 60), 5.0) * np.random.default_rng(1).uniform(0.2, 2, 60),
+        )
+        method = Shrunken("RNA").fit(counts)
+        assert (method.mean_G**2).sum() < 0.1 * (method.training_mean**2).sum()
+    few = counts.take(np.arange(n_controls - 7, counts.n_cells))
+    with pytest.raises(InputRefused, match="no perturbation has 8 with RNA beside as many controls"):
+        effects(few, "RNA")
 
 
 def test_targets_are_found_by_what_people_call_features_as_by_their_ids() -> None:
@@ -139,6 +196,11 @@ def test_noise_of_an_effect_is_the_sampling_variance_of_its_profile() -> None:
     found = effects(Study(made.counts, made.features, made.obs.assign(perturbation=label)), "RNA")
     assert found.n_effects == 40
     assert found.noise_E.mean() == pytest.approx(found.treated_EG.var(axis=0, ddof=1).mean(), rel=0.1)
+    alike = perturbed(["control"], tuple("a"), n_cells=1000)
+    again = alike.obs.assign(perturbation=np.where(np.arange(2000) % 2, "x", "control"), cell_type="a")
+    dealt = again.assign(cell_type=[f"c{number // 2 % 25}" for number in range(2000)])
+    told = effects(Study(alike.counts, alike.features, dealt), "RNA")
+    assert told.control_noise_E.mean() == pytest.approx(told.control_EG.var(axis=0, ddof=1).mean(), rel=0.15)
 
 
 def test_bilinear_ridge_recovers_effects_that_follow_vectors_given_for_targets() -> None:

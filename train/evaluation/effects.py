@@ -35,6 +35,7 @@ class Effects:
         n_cells: E numbers of perturbed cells.
         noise_E: Sampling variance of ``treated_EG``, on average over features: a quarter of the mean squared difference
             between the profiles of every other perturbed cell and of the rest.
+        control_noise_E: The same of ``control_EG``, which all effects of a context share.
         features: The names of G.
         called: What people call them, where that is something else.
     """
@@ -45,6 +46,7 @@ class Effects:
     treated_EG: NDArray[np.float64]
     n_cells: NDArray[np.int64]
     noise_E: NDArray[np.float64]
+    control_noise_E: NDArray[np.float64]
     features: tuple[str, ...]
     called: tuple[str, ...] = ()
 
@@ -72,6 +74,7 @@ class Effects:
             self.treated_EG[chosen_E],
             self.n_cells[chosen_E],
             self.noise_E[chosen_E],
+            self.control_noise_E[chosen_E],
             self.features,
             self.called,
         )
@@ -117,7 +120,7 @@ def contexts(study: Study, columns: Sequence[str]) -> NDArray[np.object_]:
 def effects(study: Study, measurement: str, columns: Sequence[str] = ("cell_type",)) -> Effects:
     """Sum up the cells of each perturbation and context, beside the unperturbed cells of the same context.
 
-    Contexts without a control, and effects with fewer than ``MIN_CELLS`` cells, are left out.
+    Contexts with fewer than ``MIN_CELLS`` controls, and effects with fewer such cells, are left out.
 
     Raises:
         InputRefused: No effect is left.
@@ -128,32 +131,39 @@ def effects(study: Study, measurement: str, columns: Sequence[str] = ("cell_type
     lines = []
     for context in sorted(set(context_C)):
         here_C = context_C == context
-        if not (here_C & unperturbed_C).any():
+        plain = np.flatnonzero(here_C & unperturbed_C)
+        if len(plain) < MIN_CELLS:
             continue
-        control_G = profile(counts_CG[here_C & unperturbed_C])
+        control_G, control_noise = profile(counts_CG[plain]), _noise(counts_CG[plain])
         for name in sorted(set(perturbation_C[here_C & ~unperturbed_C])):
             chosen_C = here_C & (perturbation_C == name)
             if chosen_C.sum() >= MIN_CELLS:
                 rows = np.flatnonzero(chosen_C)
-                noise = float(((profile(counts_CG[rows[::2]]) - profile(counts_CG[rows[1::2]])) ** 2).mean()) / 4
-                lines.append((name, context, control_G, profile(counts_CG[rows]), len(rows), noise))
+                treated = counts_CG[rows]
+                lines.append((name, context, control_G, profile(treated), len(rows), _noise(treated), control_noise))
     if not lines:
         raise InputRefused(
-            f"of the {study.n_cells:,} cells to learn from no perturbation has {MIN_CELLS} with {measurement} beside "
-            f"controls of the same {', '.join(columns) or 'study'}; hold out less, or say other contexts; controls "
-            f"have the perturbation {' or '.join(map(repr, UNPERTURBED))}"
+            f"of the {study.n_cells:,} cells to learn from no perturbation has {MIN_CELLS} with {measurement} "
+            f"beside as many controls of the same {', '.join(columns) or 'study'}; hold out less, or say other "
+            f"contexts; controls have the perturbation {' or '.join(map(repr, UNPERTURBED))}"
         )
-    names, where, control, treated, n_cells, noises = zip(*lines, strict=True)
+    names, where, control, treated_G, n_cells, noises, control_noises = zip(*lines, strict=True)
     return Effects(
         names,
         where,
         np.stack(control),
-        np.stack(treated),
+        np.stack(treated_G),
         np.array(n_cells),
         np.array(noises),
+        np.array(control_noises),
         tuple(study.features[measurement]),
         tuple(study.called.get(measurement, ())),
     )
+
+
+def _noise(counts_CG: csr_matrix) -> float:
+    """Return the sampling variance of a profile, on average over features."""
+    return float(((profile(counts_CG[::2]) - profile(counts_CG[1::2])) ** 2).mean()) / 4
 
 
 def profile(counts_CG: csr_matrix) -> NDArray[np.float64]:

@@ -120,9 +120,10 @@ class Additive(Baseline):
 class Shrunken(Baseline):
     """Means that are trusted as far as their noise allows (James and Stein 1961, the positive part).
 
-    The mean over training effects is drawn towards nothing, the more the less they have in common. What a known target
-    does is drawn towards that mean by how much of its distance is noise between its cells; of a combination, what sets
-    its targets apart from the mean is added up. A target that was never hit adds nothing.
+    The mean over training effects is drawn towards nothing, the more the less they have in common beyond the noise of
+    the controls that they share. What a known target does is drawn towards that mean by how much of its distance is
+    noise, between its cells or of controls; of a combination, what sets its targets apart from the mean is added up. A
+    target that was never hit adds nothing.
     """
 
     name = "shrunken mean"
@@ -131,10 +132,23 @@ class Shrunken(Baseline):
         """Shrink the mean."""
         super().learn(train)
         delta_EG, mean_G = self.train.delta_EG, self.training_mean
-        apart = ((delta_EG - mean_G) ** 2).mean(axis=1).sum() / (len(delta_EG) - 1) if len(delta_EG) > 1 else np.nan
-        noise = float(self.train.noise_E[0]) if np.isnan(apart) else apart / len(delta_EG)
-        self.mean_G = _kept(mean_G, noise) * mean_G
+        _, self.context_E = np.unique(self.train.context, return_inverse=True)
+        n, (weight_E, shared) = len(delta_EG), self._weights(np.arange(len(delta_EG)))
+        if n > 1:
+            apart = float(((delta_EG - mean_G) ** 2).mean(axis=1).sum()) / (n - 1)
+            of_controls = (float(self.train.control_noise_E.mean()) - shared) * n / (n - 1)  # of several contexts'
+            noise = max(0.0, apart - of_controls) / n + shared
+        else:
+            noise = float(self.train.noise_E[0]) + shared
+        kept = _kept(mean_G, noise)
+        self.mean_G, self.weight_E = kept * mean_G, kept * weight_E
         return self
+
+    def _weights(self, lines: NDArray[np.int64]) -> tuple[Vector, float]:
+        """Return weight_E of each effect's controls in a mean of some effects, and the variance that they give it."""
+        share = np.bincount(self.context_E[lines], minlength=self.context_E.max() + 1) / len(lines)
+        weight_E: Vector = share[self.context_E]
+        return weight_E, float((weight_E * self.train.control_noise_E)[lines].mean())
 
     def predict(self, control: Study, perturbation: str, context: str) -> Vector:
         """Return the shrunken mean, and what is known to set the targets apart from it."""
@@ -143,8 +157,17 @@ class Shrunken(Baseline):
             lines = self.lines(target, context)
             if len(lines):
                 beyond_G = self.train.delta_EG[lines].mean(axis=0) - self.mean_G
-                total_G += _kept(beyond_G, float(self.train.noise_E[lines].mean()) / len(lines)) * beyond_G
+                total_G += _kept(beyond_G, self._noise(lines)) * beyond_G
         return total_G
+
+    def _noise(self, lines: NDArray[np.int64]) -> float:
+        """Return how much of what sets some effects apart from the mean is noise.
+
+        So far as the mean has the noise of the same controls in it, it is no part of what sets them apart.
+        """
+        weight_E, _ = self._weights(lines)
+        of_controls = ((weight_E - self.weight_E) * self.train.control_noise_E)[lines].mean()
+        return max(0.0, float(self.train.noise_E[lines].mean()) / len(lines) + float(of_controls))
 
 
 def _kept(estimate_G: Vector, noise: float) -> float:

@@ -110,6 +110,7 @@ def save_head(folder: Path, head: GatedEffects, members: dict[str, tuple[str, ..
         "treated_EG": table.treated_EG,
         "n_cells": table.n_cells,
         "noise_E": table.noise_E,
+        "control_noise_E": table.control_noise_E,
         "chosen": space.pca.features.chosen,
         "components": space.pca.pca.components_,
         "mean": space.pca.pca.mean_,
@@ -184,6 +185,7 @@ def _made(arrays: dict[str, NDArray[Any]], words: dict[str, Any]) -> GatedEffect
         arrays["treated_EG"],
         arrays["n_cells"],
         arrays["noise_E"],
+        arrays.get("control_noise_E", np.zeros_like(arrays["noise_E"])),  # heads of before did not reckon with it
         tuple(words["features"]),
         tuple(words.get("called", ())),
     )
