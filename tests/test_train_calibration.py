@@ -138,6 +138,49 @@ class Knowing(Garbage):
         return logs.mean(axis=0) + 2 * (logs - logs.mean(axis=0))
 
 
+class Zero(Garbage):
+    """Says that nothing is there."""
+
+    def predict(self, cells: Study) -> np.ndarray:
+        return np.zeros((cells.n_cells, 4))
+
+
+class Up(Zero):
+    """Says that all is higher by one."""
+
+    def predict(self, cells: Study) -> np.ndarray:
+        return np.ones((cells.n_cells, 4))
+
+
+@pytest.mark.parametrize(
+    ("higher", "opens"),
+    [
+        ([1.0, 0.9], False),
+        ([1.0, 0.9, -0.1], False),
+        ([1.0, 0.9, 0.8, 0.2], False),
+        ([1.0, 0.99, 0.98], True),
+        ([1.0, 0.95, 0.9, 0.85], True),
+    ],
+)
+def test_few_donors_open_the_gate_only_if_they_gain_alike_however_many_cells_they_have(
+    higher: list[float], opens: bool
+) -> None:
+    donor_C = np.repeat(np.arange(len(higher)), 200)
+
+    class Cells:
+        n_cells = len(donor_C)
+
+        def logs(self, measurement: str) -> csr_matrix:
+            return csr_matrix(np.random.default_rng(0).normal(np.array(higher)[donor_C, None], 0.1, (self.n_cells, 4)))
+
+        def label(self, column: str) -> np.ndarray:
+            return donor_C.astype(str).astype(object)
+
+    method = GatedTranslator(Up(), [Zero()], "protein")
+    method.calibrate(Cells())
+    assert (method.gate.g > 0) == opens
+
+
 def test_translations_open_the_gate_only_if_they_add_to_the_best_baseline() -> None:
     cells = donors(n_donors=12, n_cells=30)
     rng = np.random.default_rng(1)

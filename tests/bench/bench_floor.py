@@ -292,10 +292,12 @@ def cases(data: Path, ours: bool) -> list[Case]:
         Case(
             "citeseq, RNA → protein",
             "200 cells, 14 antibodies, no types: a smoke test",
-            translation_case(cite, "protein", ours),
+            translation_case(cite, "protein", ours, unit="cell"),
         ),
         Case(
-            "multiome, RNA → ATAC", "45 genes, 174 peaks, no types: a smoke test", translation_case(multi, "ATAC", ours)
+            "multiome, RNA → ATAC",
+            "45 genes, 174 peaks, no types: a smoke test",
+            translation_case(multi, "ATAC", ours, unit="cell"),
         ),
         Case(
             "worm embryo, unseen time",
@@ -354,6 +356,7 @@ def simulated() -> list[Case]:
                 True,
                 FoldSettings(by="donor_id", folds=3, calibrate=0.25),
                 replace(SCRATCH, steps=600),
+                unit="cell",
             ),
         ),
         Case(
@@ -442,23 +445,26 @@ def translation_case(
     ours: bool,
     settings: FoldSettings = DEALT,
     scratch: ScratchSettings = SCRATCH,
+    unit: str = "donor_id",
 ) -> Any:
     """Return what runs the translation suite from RNA; donors (or cells dealt to five folds) are held out.
 
-    Ours is the best baseline plus g times what the model would change of it; another donor chooses both.
+    Ours is the best baseline plus g times what the model would change of it; another donor chooses both. Where cells
+    were dealt to donors that do not differ, each of them is a unit ("cell").
     """
+    study = replace(study, obs=study.obs.assign(cell=np.arange(study.n_cells)))
     folds = make_folds(study, settings)
     column = "cell_type" if len(set(study.label("cell_type"))) > 1 else ""
     make = by_seed(lambda seed: translation_floor("RNA", target, column, seed))
     if ours:
-        make[OURS] = lambda seed: Fresh(partial(gated, target, column, seed), seed, scratch)
+        make[OURS] = lambda seed: Fresh(partial(gated, target, column, unit, seed), seed, scratch)
     return lambda seeds: (translate_suite(study, folds, make, "RNA", target, seeds=seeds), TRANSLATE)
 
 
-def gated(target: str, column: str, seed: int, model: Predictor) -> GatedTranslator:
+def gated(target: str, column: str, unit: str, seed: int, model: Predictor) -> GatedTranslator:
     """Return a model's translations behind the gate."""
     floor, ours = translation_floor("RNA", target, column, seed), ModelTranslator(model, "RNA", target)
-    return GatedTranslator(ours, floor, target, found=say)
+    return GatedTranslator(ours, floor, target, unit, found=say)
 
 
 def say(gate: Gate) -> None:

@@ -1,7 +1,8 @@
 """This module is a gate before translation: the best baseline plus g times what the model would change of it.
 
 Baseline and g are chosen on calibration groups, which neither were fitted on. g is zero, and the answer the baseline's,
-unless those cells gain beyond what chance gives once in 200 times (:mod:`train.evaluation.gated`).
+unless those groups gain beyond what chance gives once in 200 times (:mod:`train.evaluation.gated`): the fewer they are,
+the more alike they have to gain, and fewer than three never open it.
 
 Shape letters used in this module:
     C  cells      H  features of the measurement that is predicted
@@ -21,7 +22,6 @@ from train.evaluation.score import standard_errors
 from train.evaluation.study import Study
 
 Matrix = NDArray[np.float64]
-FEWEST_GROUPS = 5
 
 
 class Translates(Protocol):
@@ -55,7 +55,7 @@ class GatedTranslator:
             ours: What may add something.
             floor: Baselines; the one with the smallest error on the calibration cells is stood on.
             target: The measurement that is predicted.
-            unit: The column of groups over which a gain must hold; with fewer than five groups, cells.
+            unit: The column of groups over which a gain must hold.
             found: Is told what calibration found.
         """
         self.ours, self.floor, self.target, self.unit, self.found = ours, list(floor), target, unit, found
@@ -78,11 +78,8 @@ class GatedTranslator:
         added_CH, missing_CH = self.ours.predict(cells) - told[best], truth_CH - told[best]
         along_C, size_C = (missing_CH * added_CH).mean(axis=1), (added_CH**2).mean(axis=1)
         g = best_weight(along_C, size_C)
-        group_C = cells.label(self.unit)
-        if len(set(group_C)) < FEWEST_GROUPS:
-            group_C = np.arange(cells.n_cells).astype(object)
         gain_C = 2 * g * along_C - g**2 * size_C
-        _, code_C = np.unique(group_C.astype(str), return_inverse=True)
+        _, code_C = np.unique(cells.label(self.unit).astype(str), return_inverse=True)
         gain_U = np.bincount(code_C, gain_C) / np.bincount(code_C)
         gain = standard_errors(gain_U)
         names = dict(zip((one.name for one in self.floor), errors, strict=True))
