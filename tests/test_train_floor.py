@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix, random_array
 from scipy.stats import ttest_1samp, ttest_rel
 from studies import FEATURES, perturbed, study
 
-from store.errors import InputRefused
+from store.errors import InputRefused, UsageError
 from train.evaluation.cellfloor import (
     Forecaster,
     PrincipalComponents,
@@ -33,9 +35,11 @@ from train.evaluation.floor import (
 )
 from train.evaluation.folds import FoldSettings, make_folds
 from train.evaluation.gated import TargetVectors
+from train.evaluation.judge import by_seed
 from train.evaluation.perturb import CAPPED, METRICS, TOLD_APART, perturb_suite
 from train.evaluation.score import REPLICATE, Value, fieller, holm, score
 from train.evaluation.study import Study
+from train.evaluation.suites import forecast_suite
 
 
 @pytest.fixture(scope="module")
@@ -440,6 +444,60 @@ def test_transport_lands_between_the_times_where_copies_do_not() -> None:
     assert beyond.shape[0] == 80  # nothing after: the last time as it was
     with pytest.raises(InputRefused, match="way='backwards'"):
         Forecaster("RNA", "backwards")
+
+
+def test_components_are_as_many_as_were_asked_for_or_as_the_cells_have() -> None:
+    rng = np.random.default_rng(0)
+    for n_cells, n_features, asked, given in ((100, 60, 20, 20), (100, 12, 20, 11), (9, 60, 20, 8)):
+        counts = csr_matrix(rng.poisson(3, (n_cells, n_features)).astype(np.float32))
+        cells = Study({"RNA": counts}, {"RNA": [*map(str, range(n_features))]}, pd.DataFrame(index=range(n_cells)))
+        assert PrincipalComponents("RNA", components=asked).fit(cells).embed(cells).shape == (n_cells, given)
+
+
+def test_both_times_stay_sparse() -> None:
+    counts = random_array((600, 20_000), density=0.01, format="csr", dtype=np.float32, rng=np.random.default_rng(0))
+    counts.data[:] = 1
+    obs = pd.DataFrame({"time": np.repeat([0.0, 2.0], [200, 400])})
+    method = Forecaster("RNA", "union").fit(
+        Study({"RNA": csr_matrix(counts)}, {"RNA": [*map(str, range(20_000))]}, obs)
+    )
+    tracemalloc.start()
+    both = method.predict(1.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 600 * 20_000 * 4 / 10
+    assert both.shape == (600, 20_000)
+    assert (both[:200] != method.logs[0.0]).nnz == (both[200:] != method.logs[2.0]).nnz == 0
+
+
+def test_forecasts_are_judged_by_a_fair_part_of_the_cells_of_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_cells = 400
+    one, other = np.zeros((2, 30)), np.zeros((2, 30))
+    one[0, :15] = other[1, 15:] = 20
+    rates = np.repeat(np.concatenate([one[:1], other[1:]]), n_cells, axis=0) + 1  # all of one kind, then of the other
+    obs = pd.DataFrame({"time": [0.0, 1.0] * n_cells})
+    cells = Study(
+        {"RNA": csr_matrix(np.random.default_rng(0).poisson(rates).astype(np.float32))},
+        {"RNA": [*map(str, range(30))]},
+        obs,
+    )
+    seen = []
+    monkeypatch.setattr("train.evaluation.suites.MOST_CELLS", 40)
+    monkeypatch.setattr("train.evaluation.suites.energy_distance", lambda *pair: seen.append(pair) or 0.0)
+    folds = make_folds(cells, FoldSettings(by="time", held=("1.0",)))
+    forecast_suite(cells, folds, by_seed(lambda seed: forecast_floor("RNA", seed)), seeds=range(1))
+    assert len(seen) == len(Forecaster.WAYS) + 1
+    for told, truth in seen:
+        assert len(told) == len(truth) == 40
+        assert 8 <= (truth[:, 0] > 0).sum() <= 32
+
+
+def test_a_forecast_of_the_only_time_is_refused() -> None:
+    cells = study(pd.DataFrame({"time": np.zeros(80), "donor_id": ["a", "b"] * 40}), np.full((80, len(FEATURES)), 3.0))
+    folds = make_folds(cells, FoldSettings(by="donor_id", held=("a",)))
+    with pytest.raises(UsageError, match="0 is the only time of the training cells"):
+        forecast_suite(cells, folds, by_seed(lambda seed: forecast_floor("RNA", seed)), seeds=range(1))
+    assert Forecaster("RNA", "union").fit(cells).predict(1.0).shape[0] == 80
 
 
 def test_papalexi_shows_why_metrics_are_gated(shared_data: object) -> None:

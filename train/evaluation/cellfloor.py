@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import ot
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-from store.errors import InputRefused
+from store.errors import InputRefused, UsageError
 from train.evaluation.study import Study
 
 Matrix = NDArray[np.float64]
@@ -75,7 +75,7 @@ class PrincipalComponents:
     def fit(self, train: Study) -> Self:
         """Fit features and components on training cells."""
         values_CG = self.features.fit(train).embed(train)
-        self.pca = PCA(max(1, min(self.components, *values_CG.shape) - 1), random_state=self.seed).fit(values_CG)
+        self.pca = PCA(max(1, min(self.components, min(values_CG.shape) - 1)), random_state=self.seed).fit(values_CG)
         return self
 
     def embed(self, cells: Study) -> Matrix:
@@ -300,19 +300,28 @@ class Forecaster:
         return self
 
     def _sides(self, time: float) -> tuple[float, float]:
+        if not self.logs.keys() - {time}:
+            raise UsageError(
+                f"{time:g} is the only time of the training cells: a forecast is from one time to another; take cells "
+                "of several times, and hold out one of them (by=time)"
+            )
         before = [known for known in self.logs if known < time]
         after = [known for known in self.logs if known > time]
         return (max(before) if before else min(after)), (min(after) if after else max(before))
 
     def predict(self, time: float) -> csr_matrix:
-        """Return a sample of cells at a time, log shares_CG."""
+        """Return a sample of cells at a time, log shares_CG.
+
+        Raises:
+            UsageError: No training cell has another time.
+        """
         before, after = self._sides(time)
         if self.way == "earlier":
             return self.logs[before]
         if self.way == "later":
             return self.logs[after]
         if self.way == "union" or before == after:
-            return csr_matrix(np.concatenate([self.logs[side].toarray() for side in dict.fromkeys((before, after))]))
+            return csr_matrix(vstack([self.logs[side] for side in dict.fromkeys((before, after))]))
         return self._transported(before, after, (time - before) / (after - before))
 
     def _transported(self, before: float, after: float, how_far: float) -> csr_matrix:
