@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ingest.duplicates import Shared
 from store.lake import Lake
 
 mpl.rcParams["svg.fonttype"] = "none"
+mpl.rcParams["text.parse_math"] = False  # a name may hold dollars
 
 MOST_BARS = 40
 COLOURS = ("#3b6ea5", "#c0653b", "#6a994e", "#8a5a9e")
@@ -40,14 +42,15 @@ def page(lake: Lake, shared: list[Shared]) -> str:
     """Return the page as HTML."""
     rows = table(lake)
     counted = [row for row in rows if row["measurement"] == "RNA" and row["layer"] == "raw" and row["sum"]]
+    limit = _limit(len(counted))
     counted = sorted(counted, key=lambda row: -row["cells"])[:MOST_BARS]
     plots = []
     if counted:
-        limit = f"; the {MOST_BARS} largest datasets" if len(counted) == MOST_BARS else ""
         plots.append(("Depth", f"counts of a cell (RNA): 5, 25, 50, 75 and 95 %{limit}", _boxes(counted, "sum")))
         plots.append(("Genes", f"genes detected in a cell: 5, 25, 50, 75 and 95 %{limit}", _boxes(counted, "detected")))
     if rows:
-        plots.append(("What was measured", "cells of each dataset with a measurement", _measured(rows)))
+        limit = _limit(len({row["dataset"] for row in rows}))
+        plots.append(("What was measured", f"cells of each dataset with a measurement{limit}", _measured(rows)))
     return TEMPLATE.render(
         lake=lake.uri.rstrip("/").rsplit("/", 1)[-1],
         commit=lake.commit.number,
@@ -57,6 +60,10 @@ def page(lake: Lake, shared: list[Shared]) -> str:
         plots=plots,
         shared=shared,
     )
+
+
+def _limit(n_datasets: int) -> str:
+    return f"; the {MOST_BARS} largest of {n_datasets:,} datasets" if n_datasets > MOST_BARS else ""
 
 
 def _boxes(rows: list[dict[str, Any]], key: str) -> str:
@@ -81,7 +88,10 @@ def _boxes(rows: list[dict[str, Any]], key: str) -> str:
 
 
 def _measured(rows: list[dict[str, Any]]) -> str:
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))[:MOST_BARS]
+    size = Counter[str]()
+    for row in rows:
+        size[row["dataset"]] += row["cells"]
+    datasets = [name for name, _ in size.most_common(MOST_BARS)]
     measurements = list(dict.fromkeys(row["measurement"] for row in rows))
     figure = Figure(figsize=(9, 0.9 + 0.32 * len(datasets)), layout="constrained")
     axes = figure.subplots()
@@ -89,8 +99,10 @@ def _measured(rows: list[dict[str, Any]]) -> str:
     for number, measurement in enumerate(measurements):
         of = {row["dataset"]: row["cells"] for row in rows if row["measurement"] == measurement}
         cells = np.array([of.get(name, 0) for name in datasets], float)
-        axes.barh([_short(name) for name in datasets], cells, left=left, label=measurement, color=COLOURS[number % 4])
+        axes.barh(range(len(datasets)), cells, left=left, label=measurement, color=COLOURS[number % 4])
         left += cells
+    axes.set_yticks(range(len(datasets)), [_short(name) for name in datasets])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("cells x measurements")
     axes.legend(loc="lower right", frameon=False)
@@ -100,7 +112,7 @@ def _measured(rows: list[dict[str, Any]]) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 32 else f"{name[:30]}…"
+    return name if len(name) <= 32 else f"{name[:15]}…{name[-15:]}"  # what tells files apart is often at the end
 
 
 def _svg(figure: Figure) -> str:

@@ -76,15 +76,43 @@ def test_the_quality_table_holds_what_the_counts_say(lake: Lake) -> None:
     assert (third["cells"], third["empty_cells"], third["mapped"]) == (15, 5, 1.0)
 
 
-def test_the_page_stands_alone_and_escapes_names(lake: Lake) -> None:
+def test_the_page_stands_alone_and_escapes_names(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     html = page.page(lake, duplicates.find(lake))
     assert html.count("<svg") == 3
+    assert "largest" not in html
     assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )
     assert "<script" not in html
     assert "<b>" not in html
     assert "37.5" in html
+    monkeypatch.setattr(page, "MOST_BARS", 2)
+    assert page.page(lake, []).count("the 2 largest of 3 datasets") == 3
+
+
+def test_each_dataset_has_a_bar_of_its_own_and_the_largest_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    alike = "2024_bonemarrow_10x_v3_donor_batch_"
+    sizes = {f"{alike}{letter}": 1000 * number for number, letter in enumerate("ABC", start=1)}
+    sizes |= {f"d{number:02d}": number for number in range(1, 60)} | {"x$\\foo$y": 900}
+    rows = [
+        {"dataset": name, "measurement": kind, "layer": "raw", "cells": cells * times}
+        for name, cells in sizes.items()
+        for kind, times in (("RNA", 1), ("protein", 2))
+    ]
+    assert "x$\\foo$y" in page._measured(rows)
+    monkeypatch.setattr(page, "_svg", lambda figure: figure)
+    (axes,) = page._measured(rows).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(names)) == 40
+    end = dict.fromkeys(names, 0.0)
+    for bar in axes.patches:
+        name = names[round(bar.get_y() + bar.get_height() / 2)]
+        assert bar.get_x() == end[name]
+        end[name] += bar.get_width()
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:40]
+    assert list(end.values()) == [3 * sizes[name] for name in largest]
+    assert [name[-1] for name in names[:3]] == ["C", "B", "A"]
+    assert names[3:] == largest[3:]
 
 
 def test_a_running_ingest_tells_rows_speed_and_what_is_left(lake: Lake) -> None:
