@@ -97,8 +97,8 @@ class Ask:
 
     @property
     def n_weights(self) -> float:
-        """Weights: 12 width² for each block, and two tables of features."""
-        return self.weights or 12 * self.layers * self.width**2 + 2 * self.genes * self.width
+        """Weights: 10 width² for each block, the query decoder's too, 7 beside them, and three tables of features."""
+        return self.weights or (10 * (self.layers + 1) + 7) * self.width**2 + 3 * self.genes * self.width
 
     @property
     def n_read(self) -> float:
@@ -107,9 +107,13 @@ class Ask:
 
     @property
     def n_operations(self) -> float:
-        """Operations for a cell, forward and backward: 6 for each weight and token, 12 for width and pair of tokens."""
-        blocks = 6 * 12 * self.layers * self.width**2 * self.n_read
-        return self.operations or blocks + 12 * self.width * self.layers * self.n_read**2
+        """Operations for a cell, forward and backward: 6 for each weight and token, 12 for width and pair of tokens.
+
+        Of the query decoder are counted keys and values of what is read; two tables of features serve as decoders.
+        """
+        blocks = 6 * (10 * self.layers + 2) * self.width**2 * self.n_read
+        pairs = 12 * self.width * self.layers * self.n_read**2
+        return self.operations or blocks + pairs + 6 * 2 * self.genes * self.width
 
 
 @dataclass(frozen=True)
@@ -395,7 +399,7 @@ def report(asks: Sequence[Ask], costs: Mapping[str, Cost], warnings: Sequence[st
 
 
 def _taken_for_granted(ask: Ask) -> list[str]:
-    how = "as the plan counts them" if ask.operations else "those of the encoder's blocks (--plan counts all)"
+    how = "as the plan counts them" if ask.operations else "those of blocks and decoders (--plan counts all)"
     return [
         f"{ask.nonzeros:,.0f} non-zeros a cell, {ask.genes:,} features, raw counts; time and bytes in proportion to "
         "non-zeros; the columns of obs are not counted",

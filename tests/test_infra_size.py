@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra import size
-from train.arithmetic import DEVICES
+from train.arithmetic import DEVICES, Seen, operations
+from train.cells import PROMPTS
+from train.config import ModelConfig
 from train.estimate import MFU, Plan
+from train.model import CellModel
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,13 +63,29 @@ def test_the_arithmetic_is_that_of_a_hand() -> None:
     assert found.ingest.work_hours == pytest.approx(100_000 / 3600)
     assert found.ingest.hours == pytest.approx((0.1 + 20_000 / 6) / 3600)
     assert found.ingest.money == pytest.approx(2.0 * 6 * found.ingest.hours)
-    # 500 tokens: 6 x 2,400 weights x 500, and 12 x 10 x 2 x 500 x 500 for pairs
-    assert ask.n_operations == 7_200_000 + 60_000_000
-    assert ask.n_weights == 2_400 + 1_000
-    assert found.train.work_hours == pytest.approx(1_000_000 * 67.2e6 / 0.5e9 / 3600)
-    assert found.copies == math.ceil(10 / (0.5 * 9.1e7 / 22.4e6))
+    # 500 tokens: 6 x 2,200 weights x 500, 12 x 10 x 2 x 500 x 500 for pairs, and 6 x 1,000 weights of decoders
+    assert ask.n_operations == 6_600_000 + 60_000_000 + 6_000
+    assert ask.n_weights == 3_700 + 1_500
+    assert found.train.work_hours == pytest.approx(1_000_000 * 66.606e6 / 0.5e9 / 3600)
+    assert found.copies == math.ceil(10 / (0.5 * 9.1e7 / 22.202e6))
     assert found.lake_bytes == 2e9
-    assert found.checkpoint_bytes == 3_400 * (4 + 24)
+    assert found.checkpoint_bytes == 5_200 * (4 + 24)
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "genes", "tokens"),
+    [(64, 2, 2_000, 500), (128, 4, 36_000, 2_000), (512, 12, 36_000, 2_000), (1_024, 24, 60_000, 2_048)],
+)
+def test_weights_and_operations_are_about_those_of_the_model(width: int, layers: int, genes: int, tokens: int) -> None:
+    fields = dict.fromkeys(PROMPTS, 2)
+    with torch.device("meta"):
+        model = CellModel(ModelConfig({"RNA": genes}, fields, 2, width=width, layers=layers, heads=8))
+    ask = size.Ask(cells=1, nonzeros=tokens, genes=genes, width=width, layers=layers, tokens=tokens)
+    assert ask.n_weights == pytest.approx(sum(part.numel() for part in model.parameters()), rel=0.03)
+    head, queries = 1 + model.config.prompt_tokens, 16
+    places = head + tokens
+    seen = Seen(1, tokens, places, head, places**2, places**2, head**2, queries, queries * places)
+    assert 0.92 < ask.n_operations / operations(model, seen) <= 1
 
 
 def test_commits_of_one_driver_are_not_shortened_by_nodes() -> None:
