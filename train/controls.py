@@ -38,7 +38,8 @@ class MatchedControls:
         share: Chance that a perturbed cell gets its controls at all.
         match: Fields in which a control is the same: coded labels, "time" and "dose".
         earlier: Chance that an unperturbed cell comes with unperturbed cells of earlier times, which are the same in
-            ``match`` but for time and cell type: what is learned from is what became of them.
+            ``match`` but for time and cell type: what is learned from is what became of them. A cell whose time nobody
+            knows has none.
     """
 
     size: int = 1
@@ -160,7 +161,7 @@ def find_controls(
         itself = bool(groups.unperturbed_R[place])
         if drawn_SC[0, cell] >= (controls.earlier if itself else controls.share):
             continue
-        if itself:
+        if itself and not np.isnan(groups.time_R[place]):
             candidates = groups.courses.get(groups.course_R[place], np.empty(0, np.int64))
             candidates = candidates[: np.searchsorted(groups.time_R[candidates], groups.time_R[place])]
         elif groups.perturbed_R[place]:
