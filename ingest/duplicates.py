@@ -33,7 +33,7 @@ class Shared:
         organism: Of both.
         first: A dataset.
         second: Another, or the same one.
-        cells: Cells of ``first`` that ``second`` holds too (of one dataset: cells beyond the first of their kind).
+        cells: Cells that both hold, each as often as both do (of one dataset: cells beyond the first of their kind).
         share: The part of the smaller dataset that this is.
         both_primary: Cells of them that both datasets call primary data: they are counted twice.
     """
@@ -97,7 +97,6 @@ def _shared(lake: Lake, organism: str, again: pd.DataFrame, sizes: Mapping[str, 
     pairs = kinds.merge(kinds, on="digest", suffixes=("", "_other"))
     pairs = pairs[pairs["dataset"] < pairs["dataset_other"]]
     for (first, second), rows in pairs.groupby(["dataset", "dataset_other"]):
-        cells = int(rows["cells"].sum())
-        both = int(((rows["primary"] > 0) & (rows["primary_other"] > 0)).sum())
+        cells, both = (int(np.minimum(rows[name], rows[f"{name}_other"]).sum()) for name in ("cells", "primary"))
         smaller = min(sizes[str(first)], sizes[str(second)])
         yield Shared(organism, str(first), str(second), cells, round(cells / smaller, 4), both)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -62,6 +63,27 @@ def test_cells_that_two_datasets_share_are_found_by_their_counts(
     (found,) = duplicates.find(lake)
     assert (found.first, found.second, found.cells, found.share) == ("first", "second", 30, 0.375)
     assert found.both_primary == 20
+
+
+@pytest.mark.parametrize(("large", "small"), [("a", "b"), ("b", "a")])
+def test_cells_that_a_dataset_repeats_are_shared_as_often_as_both_hold_them(
+    large: str, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cell stands 90 times in the large dataset and once in the small one, another 3 and 2 times."""
+
+    class Made:
+        """A lake that holds nothing but who calls which cell primary."""
+
+        def experiment(self, organism: str) -> Any:
+            frame = pd.DataFrame({"soma_joinid": range(96), "is_primary_data": np.arange(96) < 94})
+            read = SimpleNamespace(concat=lambda: SimpleNamespace(to_pandas=lambda: frame))
+            return SimpleNamespace(obs=SimpleNamespace(read=lambda *_, **__: read))
+
+    digests, datasets = [7] * 91 + [8] * 5, [large] * 90 + [small] + [large] * 3 + [small] * 2
+    again = pd.DataFrame({"digest": digests, "joinid": range(96), "dataset": datasets})
+    found = duplicates._shared(Made(), "homo_sapiens", again, {large: 200, small: 50})
+    (between,) = [one for one in found if one.first != one.second]
+    assert (between.cells, between.share, between.both_primary) == (3, 0.06, 1)
 
 
 def test_the_quality_table_holds_what_the_counts_say(lake: Lake) -> None:
