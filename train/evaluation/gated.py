@@ -36,6 +36,8 @@ HEAD = "transition"
 FOLDS = 5
 CHANCE = 0.005
 MOST_CELLS = 256
+COMPONENTS = 19
+"""Dimensions in which flows move cells: so many had the heads that ``docs/benchmarks/model.md`` tells of."""
 
 
 class EffectBaseline(Protocol):
@@ -380,7 +382,7 @@ class Space:
     each feature, fitted to training effects and drawn towards what all features have in common.
     """
 
-    def __init__(self, measurement: str, seed: int = 0, components: int = 20) -> None:
+    def __init__(self, measurement: str, seed: int = 0, components: int = COMPONENTS) -> None:
         """Say of what, and how many dimensions."""
         self.measurement = measurement
         self.pca = PrincipalComponents(measurement, components=components, seed=seed)

@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from train.evaluation.cellfloor import Forecaster, PrincipalComponents, forecast_floor
 from train.evaluation.flow import Flow, FlowSettings, Passage, fit_flow
-from train.evaluation.gated import FOLDS, HEAD, Gate, needed
+from train.evaluation.gated import COMPONENTS, FOLDS, HEAD, Gate, needed
 from train.evaluation.score import standard_errors
 from train.evaluation.study import Study
 from train.evaluation.suites import energy_distance
@@ -55,7 +55,7 @@ class GatedForecast:
         """Choose the baseline, teach the flows, and find g, holding out the inner times of these cells in turn."""
         time_C = train.obs["time"].to_numpy(dtype=np.float64)
         self.times = np.unique(time_C[~np.isnan(time_C)])
-        self.pca = PrincipalComponents(self.measurement, components=20, seed=self.seed).fit(train)
+        self.pca = PrincipalComponents(self.measurement, components=COMPONENTS, seed=self.seed).fit(train)
         latent_CK = self.pca.embed(train)
         self.cells = {float(time): latent_CK[time_C == time] for time in self.times}
         inner = [float(time) for time in self.times[1:-1]]
