@@ -165,11 +165,12 @@ class Decoder:
             counts: Measurement to counts in one of the two forms.
             prompts: One value for all cells, or one per cell.
             min_coverage: Raises the server's own limit; cannot lower it. A measurement below it is refused; one below
-                the server's alone is left out, with a warning, where others are understood.
+                the server's alone is left out, with a warning, where others are understood. One in which nothing was
+                counted is below neither: it was measured, whatever cells are beside it.
 
         Raises:
             FieldRefused: A field is wrong; the error names it.
-            CoverageTooLow: Too small a share of the counts belongs to known features, in all measurements.
+            CoverageTooLow: Too small a share of the counts belongs to known features, wherever there are counts.
         """
         counts, warnings = self._known_of(counts)
         n_cells = self._n_cells(counts)
@@ -179,27 +180,27 @@ class Decoder:
         matrices: dict[str, csr_matrix] = {}
         coverage: dict[str, Coverage] = {}
         left_out: list[CoverageTooLow] = []
-        silent: dict[str, csr_matrix] = {}
+        understood = False
         for name, part in counts.items():
             where, levels = f"counts.{name}", name in self._levels
             entries = _entries(_known_best(part, self._indices[name]), where, self._limits, levels=levels)
-            fractional, has_any = _fractional(entries.data_N), bool(levels or entries.data_N.any())
+            fractional = _fractional(entries.data_N)
+            has_any = bool(len(entries.data_N) if levels else entries.data_N.any())
             matrix, coverage[name] = _map(entries, self._indices[name], organism_C, where, levels=levels)
             share = coverage[name].share_of_counts
-            if share < least:
+            silent = not has_any and (coverage[name].mapped or not entries.given.features)
+            understood |= not silent and share >= least
+            if share < least and not silent:
                 left_out.append(_too_little(coverage[name], least, where, has_any=has_any))
-                if not has_any and coverage[name].mapped:
-                    silent[name] = matrix
                 if has_any and share < (min_coverage or 0.0):
                     raise left_out[-1]
                 continue
             matrices[name] = matrix
             warnings += _warn(name, 0.0 if levels else fractional, matrix, levels=levels)
-        if not matrices:
+        if left_out and not understood:
             raise left_out[0]
-        matrices |= silent  # measured, and nothing found, which a cell among others may be too
         lacking = {why.field.removeprefix("counts."): why.message for why in left_out}
-        warnings += [f"{name} is taken as not measured: {why}" for name, why in lacking.items() if name not in silent]
+        warnings += [f"{name} is taken as not measured: {why}" for name, why in lacking.items()]
         return Decoded(Cells(matrices, full_prompts, n_cells, self._model_sha256), coverage, warnings)
 
     def said(self, prompts: Mapping[str, Said], n_cells: int) -> Cells:
@@ -451,7 +452,7 @@ def _named(features: list[str], chosen_F: NDArray[np.bool_]) -> list[str]:
 def _too_little(coverage: Coverage, least: float, where: str, *, has_any: bool) -> CoverageTooLow:
     """Return why a measurement cannot be used."""
     if not has_any:
-        return CoverageTooLow(where, "the cells have no counts; send cells of which something was counted")
+        return CoverageTooLow(where, "the model knows none of the features; use ids from GET /v1/features")
     lost = ", ".join([*coverage.unmapped, *coverage.ambiguous][:3])
     return CoverageTooLow(
         where,

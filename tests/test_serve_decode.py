@@ -236,14 +236,31 @@ def test_a_level_that_is_no_number_was_not_measured() -> None:
     assert (np.diff(found.indptr).tolist(), found.data.tolist()) == ([1, 1], [2, 0])
 
 
-def test_a_measurement_in_which_nothing_was_found_is_measured_beside_others() -> None:
-    empty = CsrCounts(features=["CD4", "CD8"], indptr=[0, 0], indices=[], data=[])
-    decoded = decode({"RNA": [{"G1": 3}], "protein": empty})
-    assert decoded.cells.counts["protein"].shape[0] == 1
-    assert not [warning for warning in decoded.warnings if "protein" in warning]
-    unnamed = decode({"RNA": [{"G1": 3}], "protein": [{}]})
-    assert "protein" not in unnamed.cells.counts
-    assert any("protein is taken as not measured" in warning for warning in unnamed.warnings)
+EMPTY = CsrCounts(features=["CD4", "CD8"], indptr=[0, 0], indices=[], data=[])
+
+
+@pytest.mark.parametrize(
+    ("decoding", "empty", "kind"),
+    [
+        (decode, [{}], "counts"),
+        (decode, [{"CD4": 0}], "counts"),
+        (decode, EMPTY, "counts"),
+        (levels, [{}], "levels"),
+        (levels, [{"CD4": None}], "levels"),
+        (levels, EMPTY, "levels"),
+    ],
+)
+def test_a_cell_in_which_nothing_was_found_is_measured_whatever_is_beside_it(
+    decoding: Any, empty: Any, kind: str
+) -> None:
+    told = [f"protein: 1 cells have no {kind} that the model knows"]
+    for beside in ({}, {"RNA": [{"G1": 3}]}):
+        decoded = decoding(beside | {"protein": empty})
+        assert decoded.cells.counts["protein"].shape == (1, 3)
+        assert decoded.warnings == told
+    if empty is not EMPTY:
+        beside = decoding({"RNA": [{"G1": 3}, {"G2": 1}], "protein": [*empty, {"CD8": 1}]})
+        assert (beside.cells.counts["protein"].toarray().tolist(), beside.warnings) == ([[0, 0, 0], [0, 0, 1]], told)
 
 
 def test_a_count_of_zero_is_as_one_that_is_not_sent_and_null_is_no_count() -> None:
@@ -275,8 +292,7 @@ def test_a_number_that_float32_cannot_hold_is_no_prompt() -> None:
     ("name", "cell", "warning"),
     [
         ("protein", {"CD3_TotalSeqB": 4}, "protein is taken as not measured: only 0.0% of the counts .*CD3_TotalSeqB"),
-        ("protein", {}, "protein is taken as not measured: the cells have no counts"),
-        ("protein", {"CD3_TotalSeqB": 0}, "protein is taken as not measured: the cells have no counts"),
+        ("protein", {"CD3_TotalSeqB": 0}, "protein is taken as not measured: the model knows none of the features"),
         ("peaks", {"chr1:1-2": 1}, "peaks is left out: the model does not know this"),
     ],
 )
@@ -290,9 +306,11 @@ def test_what_is_not_understood_beside_what_is_counts_as_not_measured(name: str,
 def test_where_no_measurement_is_understood_all_are_refused() -> None:
     with pytest.raises(CoverageTooLow, match=r"counts\.RNA: only 0\.0%"):
         decode({"RNA": [{"NOPE": 4}], "protein": [{"NADA": 1}]})
-    with pytest.raises(CoverageTooLow, match="the cells have no counts") as refused:
-        decode({"RNA": [{"G1": 0}]})
-    assert "use ids" not in str(refused.value)
+    with pytest.raises(CoverageTooLow, match=r"counts\.RNA: only 0\.0%"):
+        decode({"RNA": [{"NOPE": 4}], "protein": [{}]})
+    with pytest.raises(CoverageTooLow, match="the model knows none of the features") as refused:
+        decode({"RNA": [{"NOPE": 0}]})
+    assert "use ids from" in str(refused.value)
 
 
 def test_a_share_that_the_request_asks_for_is_asked_of_every_measurement() -> None:
@@ -300,4 +318,4 @@ def test_a_share_that_the_request_asks_for_is_asked_of_every_measurement() -> No
     assert list(decode(counts, min_coverage=0.0).cells.counts) == ["RNA"]
     with pytest.raises(CoverageTooLow, match=r"counts\.protein"):
         decode(counts, min_coverage=0.5)
-    assert list(decode({"RNA": [{"G1": 4}], "protein": [{}]}, min_coverage=0.5).cells.counts) == ["RNA"]
+    assert list(decode({"RNA": [{"G1": 4}], "protein": [{}]}, min_coverage=0.5).cells.counts) == ["RNA", "protein"]
