@@ -455,10 +455,12 @@ class Client:
         def ask(piece: Piece) -> _Answered:
             try:
                 return [(piece, self._ask("POST", path, body_of(piece, prompts, asked, media)))]
-            except TooLarge:
-                if len(piece.rows) == 1:
+            except InputRefused as error:
+                if isinstance(error, TooLarge) and len(piece.rows) > 1:
+                    return [one for half in piece.dealt(2) for one in ask(half)]
+                if len(piece.rows) == given.n_cells:
                     raise
-                return [one for half in piece.halves() for one in ask(half)]
+                raise InputRefused(f"{error}; so of the part with your {piece.named()}") from None
 
         most_cells, most_counts = self._model.room(values)
         pieces = cut_into_pieces(given, min(CHUNK_CELLS, most_cells), min(CHUNK_COUNTS, most_counts))

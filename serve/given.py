@@ -346,15 +346,3 @@ def _positions(name: str, own: list[str], order: list[str]) -> NDArray[np.int64]
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:EXAMPLES])) + (", ..." if len(names) > EXAMPLES else "")
-
-
-def chunks(measurements: Measurements, most_cells: int, most_counts: int) -> Iterator[slice]:
-    """Cut cells into runs of at most ``most_cells`` cells and about ``most_counts`` counts."""
-    n_cells = next(iter(measurements.values()))[0].shape[0]
-    before = np.sum([counts.indptr.astype(np.int64) for counts, _ in measurements.values()], axis=0)
-    start = 0
-    while start < n_cells:
-        fits = int(np.searchsorted(before, before[start] + most_counts, side="right")) - 1
-        stop = min(n_cells, start + most_cells, max(start + 1, fits))
-        yield slice(start, stop)
-        start = stop

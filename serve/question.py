@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from serve.arrow import ARROW, write_request
-from serve.given import Given, Measurements, Model, chunks, read_cells
+from serve.given import EXAMPLES, Given, Measurements, Model, read_cells
 from serve.h5ad import FORM
 from serve.npz import NPZ, REQUEST, write_npz
 from store.errors import InputRefused, MissingError
@@ -22,6 +22,9 @@ from store.errors import InputRefused, MissingError
 Said = str | float | np.generic | Sequence[str] | Sequence[float] | NDArray[Any]
 ONE = (str, int, float, np.generic)
 """One value of a prompt, for all cells."""
+
+NAMED = 10_000
+"""Most features that are named of cells that have no counts of any: the server looks whether it knows some."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,34 @@ class Piece:
     rows: NDArray[np.int64]
     measurements: Measurements
 
-    def part(self, span: slice) -> Piece:
-        """Return some of them."""
-        parts = {name: (counts_CF[span], features) for name, (counts_CF, features) in self.measurements.items()}
-        return Piece(self.rows[span], parts)
+    @property
+    def n_counts(self) -> int:
+        """Stored counts of all measurements."""
+        return sum(int(counts_CF.indptr[-1]) for counts_CF, _ in self.measurements.values())
 
-    def halves(self) -> tuple[Piece, Piece]:
-        """Return the first half and the rest."""
-        middle = len(self.rows) // 2
-        return self.part(slice(0, middle)), self.part(slice(middle, None))
+    def dealt(self, n: int) -> Iterator[Piece]:
+        """Deal the cells to ``n`` pieces like cards, so that each is like all of them, however they are sorted.
+
+        The server judges how much it understands of a request as a whole.
+        """
+        for first in range(n):
+            parts = {name: (counts_CF[first::n], features) for name, (counts_CF, features) in self.measurements.items()}
+            yield Piece(self.rows[first::n], parts)
+
+    def cut(self, most_cells: int, most_counts: int) -> Iterator[Piece]:
+        """Deal the cells to pieces of so many cells and counts at most; a single cell may have more."""
+        n_cells = len(self.rows)
+        n = min(n_cells, max(-(-n_cells // most_cells), -(-self.n_counts // most_counts)))
+        if n <= 1:
+            yield self
+            return
+        for piece in self.dealt(n):
+            yield from piece.cut(most_cells, most_counts)
+
+    def named(self) -> str:
+        """Say which cells these are."""
+        first = ", ".join(f"{row:,}" for row in self.rows[:EXAMPLES])
+        return f"{len(self.rows):,} cells at positions {first}{', ...' if len(self.rows) > EXAMPLES else ''}"
 
 
 def as_request(body: dict[str, Any] | Body | None) -> tuple[dict[str, str], dict[str, Any]]:
@@ -96,9 +118,7 @@ def whole_body(cells: Any, prompts: Mapping[str, Said] | None, asked: Mapping[st
 def cut_into_pieces(given: Given, most_cells: int, most_counts: int) -> Iterator[Piece]:
     """Cut cells into pieces of which the same was measured."""
     for rows, measurements in given.groups():
-        whole = Piece(rows, measurements)
-        for span in chunks(measurements, most_cells, most_counts):
-            yield whole.part(span)
+        yield from Piece(rows, measurements).cut(most_cells, most_counts)
 
 
 def body_of(piece: Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str, Any], media: str = NPZ) -> Body:
@@ -108,7 +128,7 @@ def body_of(piece: Piece, prompts: Mapping[str, Said] | None, asked: Mapping[str
     arrays: dict[str, NDArray[Any] | bytes] = {REQUEST: message}
     for name, (part, features) in piece.measurements.items():
         used, indices = np.unique(part.indices, return_inverse=True)
-        names = [features[column] for column in used] or features[:1]
+        names = [features[column] for column in used] or features[:NAMED]
         parts[name] = csr_matrix((part.data, indices, part.indptr), shape=(part.shape[0], len(names))), names
         arrays |= {
             f"{name}/features": np.array([one.encode() for one in names]),

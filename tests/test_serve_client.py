@@ -26,8 +26,9 @@ from serve.app import make_app
 from serve.arrow import ARROW
 from serve.client import Client, Report
 from serve.errors import Overloaded, Unavailable
-from serve.given import chunks, read_cells
+from serve.given import Given, read_cells
 from serve.npz import NPZ, REQUEST
+from serve.question import cut_into_pieces
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
@@ -555,12 +556,55 @@ def test_prompts_of_more_or_fewer_cells_than_there_are_are_refused_with_both_num
             client.generate(2, prompts=tissue)
 
 
-def test_chunks_hold_every_cell_once_and_stay_small() -> None:
+def test_pieces_hold_every_cell_once_stay_small_and_are_like_all_cells() -> None:
     counts = csr_matrix(np.tril(np.ones((12, 12))))
-    parts = list(chunks({"RNA": (counts, [])}, 1_000, 10))
-    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(12))
+    parts = list(cut_into_pieces(Given(12, {"RNA": (counts, [])}), 1_000, 10))
+    assert sorted(row for part in parts for row in part.rows) == list(range(12))
     for part in parts:
-        assert counts[part].nnz <= 10 or part.stop - part.start == 1
+        assert (part.measurements["RNA"][0] != counts[part.rows]).nnz == 0
+        assert part.n_counts <= 10 or len(part.rows) == 1
+    sorted_cells = csr_matrix(np.repeat([[1.0], [0.0]], [6, 4], axis=0))
+    thirds = cut_into_pieces(Given(10, {"RNA": (sorted_cells, ["G0"])}), 4, 1_000)
+    assert [(len(part.rows), part.n_counts) for part in thirds] == [(4, 2), (3, 2), (3, 2)]
+
+
+def foreign_and_empty(at: int) -> anndata.AnnData:
+    """Ten cells of G0: the one at a place has only counts of a gene that the model does not know, the next one none."""
+    counts = np.tile([1.0, 0.0], (10, 1))
+    counts[at], counts[(at + 1) % 10] = [0, 9], 0
+    return anndata.AnnData(csr_matrix(counts), var=pd.DataFrame(index=["G0", "NOPE"]))
+
+
+def test_a_cell_gets_the_same_answer_wherever_it_stands(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, transport = served
+    monkeypatch.setattr(client_module, "CHUNK_CELLS", 3)
+    for at in range(10):
+        transport.bodies.clear()
+        told = client.embed(foreign_and_empty(at))
+        assert len(transport.bodies) == 4
+        assert told.values[:, 0].tolist() == [0 if cell in (at, (at + 1) % 10) else 1 for cell in range(10)]
+
+
+def test_a_cell_that_alone_lacks_a_measurement_may_be_empty_and_is_named_where_nothing_of_it_is_known(
+    served: Any,
+) -> None:
+    client, _ = served
+    rna = foreign_and_empty(3)
+    proteins = anndata.AnnData(csr_matrix(np.ones((9, 1))), var=pd.DataFrame(index=["CD4"]))
+    proteins.obs_names = [name for name in rna.obs_names if name != "4"]
+    told = client.embed(mudata.MuData({"rna": rna, "prot": proteins}))
+    assert told.values[:, :2].tolist() == [[1, 1]] * 3 + [[0, 1], [0, 0]] + [[1, 1]] * 5
+    proteins.obs_names = [name for name in rna.obs_names if name != "3"]
+    with pytest.raises(InputRefused, match=r"only 0\.0% of the counts .*; so of the part with your 1 cells at positions 3$"):
+        client.embed(mudata.MuData({"rna": rna, "prot": proteins}))
+
+
+@pytest.mark.parametrize("unknown", [0, 1])
+def test_of_cells_without_counts_the_server_is_told_more_than_one_feature(served: Any, unknown: int) -> None:
+    client, _ = served
+    names = ["G0", "G1"]
+    names[unknown] = "NOPE"
+    assert client.embed({"RNA": (csr_matrix((2, 2)), names)}).values[:, 0].tolist() == [0, 0]
 
 
 def test_a_list_of_dictionaries_is_rna() -> None:
