@@ -338,6 +338,24 @@ def test_every_field_has_a_name_and_nothing_is_wider_than_a_phone(tab: Tab) -> N
 
 @needs_browser
 @pytest.mark.browser
+def test_who_comes_back_to_the_page_finds_the_cells_and_may_ask_about_them(tab: Tab, url: str) -> None:
+    tab.choose("#dataset", "twelve")
+    tab.wait("window.somaflow.state.view && window.somaflow.state.view.n === 12")
+    tab.run("addEventListener('pageshow', (event) => { window.kept = event.persisted; })")
+    session = tab.run("window.somaflow.state.session")
+    tab.go(url + "/v1/health/live")
+    history = tab.call("Page.getNavigationHistory")
+    tab.call("Page.navigateToHistoryEntry", entryId=history["entries"][history["currentIndex"] - 1]["id"])
+    tab.wait("window.kept")
+    assert tab.run("window.somaflow.state.session") == session
+    tab.choose("#colour", "annotation")
+    tab.click("#legend button")
+    tab.wait("document.querySelector('#annotation .bars')")
+    assert tab.run("document.querySelector('#alert').hidden")
+
+
+@needs_browser
+@pytest.mark.browser
 def test_the_browser_has_nothing_against_the_page(tab: Tab, url: str) -> None:
     # before the token was typed, the file that was no file, cells that were let go, those chosen too fast
     expected = ("401", "422", "404", "429")

@@ -570,8 +570,8 @@ window.addEventListener("drop", (event) => {
   $("stage").classList.remove("target");
   openFile(event.dataTransfer.files[0]);
 });
-window.addEventListener("pagehide", () => {
-  if (state.session) ask("DELETE", `/v1/explore/${state.session}`).catch(() => {});
+window.addEventListener("pagehide", (event) => { // a page that is kept may come back, and asks about its cells then
+  if (state.session && !event.persisted) ask("DELETE", `/v1/explore/${state.session}`).catch(() => {});
 });
 onTheme(paint);
 document.documentElement.dataset.theme = theme();
