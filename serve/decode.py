@@ -158,6 +158,7 @@ class Decoder:
         prompts: Mapping[str, Said],
         *,
         min_coverage: float | None = None,
+        measured: Mapping[str, NDArray[np.bool_]] | None = None,
     ) -> Decoded:
         """Check a request and write its counts in vocabulary order.
 
@@ -167,6 +168,7 @@ class Decoder:
             min_coverage: Raises the server's own limit; cannot lower it. A measurement below it is refused; one below
                 the server's alone is left out, with a warning, where others are understood. One in which nothing was
                 counted is below neither: it was measured, whatever cells are beside it.
+            measured: Measurement to [C], which cells have it; of one that is not named here, all.
 
         Raises:
             FieldRefused: A field is wrong; the error names it.
@@ -196,7 +198,8 @@ class Decoder:
                     raise left_out[-1]
                 continue
             matrices[name] = matrix
-            warnings += _warn(name, 0.0 if levels else fractional, matrix, levels=levels)
+            there_C = (measured or {}).get(name)
+            warnings += _warn(name, 0.0 if levels else fractional, matrix, there_C, levels=levels)
         if left_out and not understood:
             raise left_out[0]
         lacking = {why.field.removeprefix("counts."): why.message for why in left_out}
@@ -466,11 +469,17 @@ def _fractional(data_N: NDArray[np.float32]) -> float:
     return float(np.mean(data_N != np.floor(data_N))) if len(data_N) else 0.0
 
 
-def _warn(name: str, fractional: float, counts_CG: csr_matrix, *, levels: bool) -> list[str]:
+def _warn(
+    name: str, fractional: float, counts_CG: csr_matrix, there_C: NDArray[np.bool_] | None, *, levels: bool
+) -> list[str]:
     warnings = []
     if fractional:
         warnings.append(f"{name}: {fractional:.1%} of the values are no whole numbers; the model expects raw counts")
-    empty = int((np.diff(counts_CG.indptr) == 0).sum())
+    empty_C = np.diff(counts_CG.indptr) == 0
+    empty = int((empty_C if there_C is None else empty_C & there_C).sum())
     if empty:
         warnings.append(f"{name}: {empty:,} cells have no {'levels' if levels else 'counts'} that the model knows")
+    lacking = 0 if there_C is None else int((~there_C).sum())
+    if lacking:
+        warnings.append(f"{lacking:,} cells were not measured for {name}")
     return warnings

@@ -290,7 +290,7 @@ class Sessions:
             explored(self._desk.limits, self._settings),
             description.levels,
         )
-        decoded = await asyncio.to_thread(decoder.decode, found.counts, prompts)
+        decoded = await asyncio.to_thread(decoder.decode, found.counts, prompts, measured=found.measured)
         session.description, session.cells, session.obs = description, decoded.cells, found.obs
         session.coverage, session.measured = decoded.coverage, found.measured
         session.notes += [*found.notes, *decoded.warnings]

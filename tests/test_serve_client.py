@@ -595,7 +595,7 @@ def test_a_cell_that_alone_lacks_a_measurement_may_be_empty_and_is_named_where_n
     told = client.embed(mudata.MuData({"rna": rna, "prot": proteins}))
     assert told.values[:, :2].tolist() == [[1, 1]] * 3 + [[0, 1], [0, 0]] + [[1, 1]] * 5
     proteins.obs_names = [name for name in rna.obs_names if name != "3"]
-    with pytest.raises(InputRefused, match=r"only 0\.0% of the counts .*; so of the part with your 1 cells at positions 3$"):
+    with pytest.raises(InputRefused, match=r"only 0\.0% of .*; so of the part with your 1 cells at positions 3$"):
         client.embed(mudata.MuData({"rna": rna, "prot": proteins}))
 
 

@@ -263,6 +263,16 @@ def test_a_cell_in_which_nothing_was_found_is_measured_whatever_is_beside_it(
         assert (beside.cells.counts["protein"].toarray().tolist(), beside.warnings) == ([[0, 0, 0], [0, 0, 1]], told)
 
 
+def test_cells_that_were_not_measured_are_told_apart_from_those_in_which_nothing_was_found() -> None:
+    counts = PARSE.validate_python({"RNA": [{"G1": 1}] * 4, "protein": [{"CD4": 1}, {}, {}, {}]})
+    decoder = Decoder(FAKE.vocabulary, FAKE.prompts, "b" * 64, Limits())
+    decoded = decoder.decode(counts, {}, measured={"protein": np.array([True, True, False, False])})
+    assert decoded.warnings == [
+        "protein: 1 cells have no counts that the model knows",
+        "2 cells were not measured for protein",
+    ]
+
+
 def test_a_count_of_zero_is_as_one_that_is_not_sent_and_null_is_no_count() -> None:
     assert levels({"RNA": [{"G1": 0, "G2": 1}]}).cells.counts["RNA"].nnz == 1
     with pytest.raises(FieldRefused, match=r"counts\.RNA\.1\.G1: null is no count"):

@@ -571,6 +571,8 @@ def test_cells_of_a_snapshot_are_asked_about_with_what_was_measured_of_each(
     model = replica_of(Seeing())
     with TestClient(make_app(model, Limits(), offer=Offer(snapshots={"mixed": uri}))) as client:
         session = until_ready(client, client.post("/v1/explore/dataset", json={"dataset": "mixed"}).json())
+        told = [note for note in session["notes"] if "protein" in note]
+        assert told == ["20 cells were not measured for protein"]
         (embedding_CD,) = laid
         assert ((embedding_CD[:, 1] >= 0) == has_C).all()
         counts = {name: scipy.sparse.csr_matrix((p.data, p.indices, p.indptr)) for name, p in whole.counts.items()}
