@@ -23,6 +23,8 @@ ROUTES = "/-/routes"
 """What Ray's proxy says, with 404, where it has no application to ask: not yet, or no longer."""
 FEWER = "send fewer"
 """What the server says, besides its status, of a request that is too large."""
+DIGITS = 9
+"""Of a Retry-After; what has more is beyond all patience."""
 SAID = 200
 """Characters of an answer that is no report, in errors."""
 
@@ -232,7 +234,8 @@ def error_of(response: httpx.Response) -> SomaflowError:
     status = response.status_code
     if status in RETRIED and "retry-after" in response.headers:
         asked = response.headers["retry-after"]
-        return Overloaded(where, int(asked) if asked.isdigit() else 1)
+        retry_after_s = int(asked[:DIGITS]) if asked.isdecimal() else 1
+        return Overloaded(f"{where}; it asks to be asked again in {retry_after_s:,} s", retry_after_s)
     if is_asked_again(response) or status == 504:
         return Unavailable(where)
     if status == 413 or (status == 422 and FEWER in detail):

@@ -62,6 +62,8 @@ PAGE = 10_000
 """Most features that the server lists at a time."""
 HUNG = 2
 """How often a server that takes a request and does not answer in time is asked."""
+LONGEST_WAIT_S = 60
+"""A busy server that asks to be left alone for longer is not waited for, where one answer may not take as long."""
 AGAIN = 2
 """How often parts are asked about again, of which another model told than of the others."""
 
@@ -79,7 +81,8 @@ class Client:
         token: What lets in; where it is left out, that of the environment's ``SOMAFLOW_TOKEN``.
         adapter: The adapter that is to answer, by its name at the server; empty is none.
         timeout_s: Longest wait for one answer.
-        tries: How often a request is sent before a busy or absent server becomes an error.
+        tries: How often a request is sent before a busy or absent server becomes an error. One that asks to be left
+            alone for longer than ``timeout_s``, and a minute, becomes one at once.
         transport: For tests.
         sleep: For tests.
 
@@ -501,7 +504,8 @@ class Client:
             if response.is_success:
                 return read(response)
             last = error_of(response)
-            if not is_asked_again(response):
+            too_long = _asked_to_wait_s(last) > max(LONGEST_WAIT_S, self._http.timeout.read or 0)
+            if too_long or not is_asked_again(response):
                 break
         raise last
 
@@ -575,8 +579,11 @@ class _Model:
 
 def _pause_s(attempt: int, last: SomaflowError) -> float:
     """Wait at least as long as the server asks, plus a random share that doubles each time."""
-    asked = last.retry_after_s if isinstance(last, Overloaded) else 0
-    return asked + random.uniform(0, min(8.0, 0.25 * 2**attempt))
+    return _asked_to_wait_s(last) + random.uniform(0, min(8.0, 0.25 * 2**attempt))
+
+
+def _asked_to_wait_s(last: SomaflowError) -> int:
+    return last.retry_after_s if isinstance(last, Overloaded) else 0
 
 
 def _of_one_model(

@@ -125,6 +125,36 @@ def test_a_busy_server_is_asked_again_no_sooner_than_it_says() -> None:
     assert pauses[1] >= 5
 
 
+@pytest.mark.parametrize(
+    ("retry_after", "timeout_s", "asked_s"),
+    [("86400", 120.0, 86_400), ("121", 120.0, 121), ("61", 1.0, 61), ("9" * 5_000, 120.0, 999_999_999)],
+)
+def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(
+    retry_after: str, timeout_s: float, asked_s: int
+) -> None:
+    pauses: list[float] = []
+    transport = httpx.MockTransport(lambda _: busy(retry_after))
+    client = Client("http://test", transport=transport, timeout_s=timeout_s, sleep=pauses.append)
+    with client, pytest.raises(Overloaded, match=f"asked again in {asked_s:,} s") as refused:
+        client.models()
+    assert (refused.value.retry_after_s, pauses) == (asked_s, [])
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "timeout_s", "least_s"),
+    [("120", 120.0, 120), ("60", 1.0, 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 120.0, 1), ("\xb2", 120.0, 1)],
+)
+def test_a_server_that_asks_for_a_wait_that_one_may_have_patience_for_is_waited_for(
+    retry_after: str, timeout_s: float, least_s: int
+) -> None:
+    pauses: list[float] = []
+    answers = [httpx.Response(429, headers=[(b"Retry-After", retry_after.encode("latin-1"))])]
+    transport = httpx.MockTransport(lambda _: answers.pop() if answers else httpx.Response(200, json=MODELS))
+    with Client("http://test", transport=transport, timeout_s=timeout_s, sleep=pauses.append) as client:
+        assert client.models() == MODELS["models"]
+    assert least_s <= pauses[0] <= least_s + 8
+
+
 def test_a_server_that_starts_late_is_waited_for() -> None:
     with client_of(httpx.ConnectError("refused"), httpx.Response(200, json=MODELS)) as client:
         assert client.models() == MODELS["models"]
