@@ -28,6 +28,8 @@ from serve.settings import Limits
 from train.cells import NUMBERS
 
 EXAMPLES = 20
+LEAST_SAID = 0.0005
+"""Smallest share that is warned of."""
 LARGEST_COUNT = 2**24
 """Largest count, as the lake has it: float32 holds every whole number up to here, and sums of them stay finite."""
 _UNKNOWN, _AMBIGUOUS = -1, -2
@@ -69,28 +71,32 @@ class FeatureIndex:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.size = len(vocabulary.feature_id)
-        self._organism = list(vocabulary.organism)
-        self._by_id = {name: position for position, name in enumerate(vocabulary.feature_id)}
+        self.organism_G = np.array(vocabulary.organism, dtype=object)
+        self._by_id: dict[str, list[int]] = {}
         self._by_name: dict[str, list[int]] = {}
-        for position, name in enumerate(vocabulary.feature_name):
-            self._by_name.setdefault(name, []).append(position)
+        for position, (name, symbol) in enumerate(zip(vocabulary.feature_id, vocabulary.feature_name, strict=True)):
+            self._by_id.setdefault(name, []).append(position)
+            self._by_name.setdefault(symbol, []).append(position)
 
     def positions(self, names: Sequence[str], organism: str = "") -> NDArray[np.int64]:
-        """Return each name's column, -1 for an unknown name and -2 for a symbol that several features carry.
+        """Return each name's column, -1 for an unknown name and -2 for one that several features carry.
 
-        ``organism`` (empty: any) decides between features of the same symbol.
+        ``organism`` (empty: any) decides between features of the same name.
         """
         return np.fromiter((self._position(name, organism) for name in names), dtype=np.int64, count=len(names))
 
+    def strange(self, position_F: NDArray[np.integer], organism: str) -> NDArray[np.bool_]:
+        """Say which features are another organism's; none where nobody says of which organism a cell is."""
+        its_F = self.organism_G[position_F]
+        return (position_F >= 0) & (its_F != organism) & (its_F != "") & bool(organism)
+
     def _position(self, name: str, organism: str) -> int:
-        found = self._by_id.get(name)
-        if found is None and name.startswith("ENS"):
-            found = self._by_id.get(name.partition(".")[0])
-        if found is not None:
-            return found
-        named = self._by_name.get(name, [])
+        named = self._by_id.get(name, [])
+        if not named and name.startswith("ENS"):
+            named = self._by_id.get(name.partition(".")[0], [])
+        named = named or self._by_name.get(name, [])
         if organism and len(named) > 1:
-            named = [position for position in named if self._organism[position] == organism]
+            named = [position for position in named if self.organism_G[position] == organism]
         if len(named) == 1:
             return named[0]
         return _AMBIGUOUS if named else _UNKNOWN
@@ -114,6 +120,17 @@ class Cells:
     model_sha256: str
     adapter: tuple[str, str] = ("", "")
     waited_s: float = 0.0
+
+    @property
+    def organism(self) -> str:
+        """The one that all cells are said to be of; empty where there is none."""
+        return organism_of(self.prompts.get("organism", [""]))
+
+
+def organism_of(organism_C: Sequence[str]) -> str:
+    """Return the organism that all cells are said to be of, empty where there is no such."""
+    said = set(organism_C)
+    return said.pop() if len(said) == 1 else ""
 
 
 @dataclass(frozen=True)
@@ -185,10 +202,11 @@ class Decoder:
         understood = False
         for name, part in counts.items():
             where, levels = f"counts.{name}", name in self._levels
-            entries = _entries(_known_best(part, self._indices[name]), where, self._limits, levels=levels)
+            named = _known_best(part, self._indices[name], organism_of(organism_C))
+            entries = _entries(named, where, self._limits, levels=levels)
             fractional = _fractional(entries.data_N)
             has_any = bool(len(entries.data_N) if levels else entries.data_N.any())
-            matrix, coverage[name] = _map(entries, self._indices[name], organism_C, where, levels=levels)
+            matrix, coverage[name], strange = _map(entries, self._indices[name], organism_C, where, levels=levels)
             share = coverage[name].share_of_counts
             silent = not has_any and (coverage[name].mapped or not entries.given.features)
             understood |= not silent and share >= least
@@ -199,7 +217,7 @@ class Decoder:
                 continue
             matrices[name] = matrix
             there_C = (measured or {}).get(name)
-            warnings += _warn(name, 0.0 if levels else fractional, matrix, there_C, levels=levels)
+            warnings += _warn(name, 0.0 if levels else fractional, strange, matrix, there_C, levels=levels)
         if left_out and not understood:
             raise left_out[0]
         lacking = {why.field.removeprefix("counts."): why.message for why in left_out}
@@ -217,17 +235,20 @@ class Decoder:
         full = {"organism": [""] * n_cells} | self._decode_prompts(prompts, n_cells)
         return Cells({}, full, n_cells, self._model_sha256)
 
-    def columns(self, measurement: str, names: Sequence[str], where: str) -> tuple[int, ...]:
-        """Return the positions of features of a measurement.
+    def columns(self, measurement: str, names: Sequence[str], where: str, organism: str = "") -> tuple[int, ...]:
+        """Return the positions of features of a measurement; ``organism`` decides between those of the same symbol.
 
         Raises:
             FieldRefused: One is not known, or several features carry the symbol.
         """
-        found = self._indices[measurement].positions(names)
+        found = self._indices[measurement].positions(names, organism)
         if (found < 0).any():
             first = int(np.argmax(found < 0))
             why = "several features carry this symbol" if found[first] == _AMBIGUOUS else "this model does not know it"
-            raise FieldRefused(f"{where}.{first}", f"{names[first]!r}: {why}; use ids from GET /v1/features")
+            remedy = "use ids from GET /v1/features"
+            if found[first] == _AMBIGUOUS and not organism:
+                remedy += ", or say one organism of all cells"
+            raise FieldRefused(f"{where}.{first}", f"{names[first]!r}: {why}; {remedy}")
         return tuple(found.tolist())
 
     def check_prompt(self, field: str, value: str, where: str) -> None:
@@ -326,11 +347,11 @@ class _Entries:
     data_N: NDArray[np.float32]
 
 
-def _known_best(part: CsrCounts | ByCell, index: FeatureIndex) -> CsrCounts | ByCell:
+def _known_best(part: CsrCounts | ByCell, index: FeatureIndex, organism: str) -> CsrCounts | ByCell:
     """Return counts whose features have those of a file's names that the model knows most of."""
     if isinstance(part, list) or not part.others:
         return part
-    names = max([part.features, *part.others], key=lambda names: int((index.positions(names) >= 0).sum()))
+    names = max([part.features, *part.others], key=lambda names: int((index.positions(names, organism) >= 0).sum()))
     return part.model_copy(update={"features": names})
 
 
@@ -412,26 +433,30 @@ def _values(values: Any, given: _Given, path: Callable[[int], str], *, levels: b
 
 def _map(
     entries: _Entries, index: FeatureIndex, organism_C: Sequence[str], where: str, *, levels: bool
-) -> tuple[csr_matrix, Coverage]:
-    """Return counts_CG and what became of them; the entries' values are used up.
+) -> tuple[csr_matrix, Coverage, float]:
+    """Return counts_CG, what became of them, and the share that is of features of other organisms than the cells'.
 
-    A symbol that several organisms have is the feature of each cell's own.
+    The entries' values are used up. A symbol that several organisms have is the feature of each cell's own.
     """
     given, data_N = entries.given, entries.data_N
     organisms = {organism: number for number, organism in enumerate(dict.fromkeys(organism_C))}
     position_OF = np.stack([index.positions(given.features, organism) for organism in organisms]).astype(np.int32)
-    column_N = position_OF[0][given.indices_N]
+    strange_OF = np.stack([index.strange(*pair) for pair in zip(position_OF, organisms, strict=True)])
+    which_N: Any = 0
     if len(organisms) > 1:
         number_C = np.array([organisms[organism] for organism in organism_C], np.int16)
-        column_N = position_OF[np.repeat(number_C, np.diff(given.indptr)), given.indices_N]
+        which_N = np.repeat(number_C, np.diff(given.indptr))
+    column_N = position_OF[which_N, given.indices_N]
+    strange_N = strange_OF[which_N, given.indices_N] if strange_OF.any() else np.zeros(0, bool)
     kept_N = column_N >= 0
     indptr: NDArray[np.integer] = given.indptr
-    total = kept = len(data_N) if levels else float(data_N.sum(dtype=np.float64))
+    total = kept = _amount(data_N, levels=levels)
+    strange = _amount(data_N[strange_N], levels=levels) / total if total and strange_N.any() else 0.0
     if not kept_N.all():
         before = np.zeros(len(kept_N) + 1, dtype=np.int32 if len(kept_N) < 2**31 else np.int64)
         np.cumsum(kept_N, out=before[1:])
         indptr, data_N, column_N = before[indptr], data_N[kept_N], column_N[kept_N]
-        kept = len(data_N) if levels else float(data_N.sum(dtype=np.float64))
+        kept = _amount(data_N, levels=levels)
     n_kept = len(data_N)
     counts_CG = csr_matrix((data_N, column_N, indptr), shape=(len(given.indptr) - 1, index.size))
     counts_CG.sum_duplicates()
@@ -439,13 +464,22 @@ def _map(
         raise FieldRefused(where, "several names of one feature have levels in the same cell; send each level once")
     if not levels:
         counts_CG.eliminate_zeros()
-    return counts_CG, Coverage(
-        features=len(given.features),
-        mapped=int((position_OF >= 0).any(axis=0).sum()),
-        share_of_counts=round(float(kept / total), 6) if total else 0.0,
-        unmapped=_named(given.features, (position_OF == _UNKNOWN).all(axis=0)),
-        ambiguous=_named(given.features, (position_OF == _AMBIGUOUS).any(axis=0)),
+    return (
+        counts_CG,
+        Coverage(
+            features=len(given.features),
+            mapped=int((position_OF >= 0).any(axis=0).sum()),
+            share_of_counts=round(float(kept / total), 6) if total else 0.0,
+            unmapped=_named(given.features, (position_OF == _UNKNOWN).all(axis=0)),
+            ambiguous=_named(given.features, (position_OF == _AMBIGUOUS).any(axis=0)),
+        ),
+        strange,
     )
+
+
+def _amount(data_N: NDArray[np.float32], *, levels: bool) -> float:
+    """Return the sum of counts, or the number of levels."""
+    return float(len(data_N) if levels else data_N.sum(dtype=np.float64))
 
 
 def _named(features: list[str], chosen_F: NDArray[np.bool_]) -> list[str]:
@@ -470,15 +504,24 @@ def _fractional(data_N: NDArray[np.float32]) -> float:
 
 
 def _warn(
-    name: str, fractional: float, counts_CG: csr_matrix, there_C: NDArray[np.bool_] | None, *, levels: bool
+    name: str,
+    fractional: float,
+    strange: float,
+    counts_CG: csr_matrix,
+    there_C: NDArray[np.bool_] | None,
+    *,
+    levels: bool,
 ) -> list[str]:
-    warnings = []
+    kind, warnings = "levels" if levels else "counts", []
     if fractional:
         warnings.append(f"{name}: {fractional:.1%} of the values are no whole numbers; the model expects raw counts")
+    if strange >= LEAST_SAID:
+        said = f"{strange:.1%} of the {kind} are of features of another organism than the prompts say"
+        warnings.append(f"{name}: {said}; they count as they are")
     empty_C = np.diff(counts_CG.indptr) == 0
     empty = int((empty_C if there_C is None else empty_C & there_C).sum())
     if empty:
-        warnings.append(f"{name}: {empty:,} cells have no {'levels' if levels else 'counts'} that the model knows")
+        warnings.append(f"{name}: {empty:,} cells have no {kind} that the model knows")
     lacking = 0 if there_C is None else int((~there_C).sum())
     if lacking:
         warnings.append(f"{lacking:,} cells were not measured for {name}")

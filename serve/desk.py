@@ -177,8 +177,8 @@ class Desk:
 
     async def embed(self, request: EmbedRequest) -> EmbedReply:
         """Answer an embedding request."""
-        columns = self._features(await self.loaded(), request)
         loaded, decoded = await self._read(request)
+        columns = self._features(loaded, request, decoded.cells.organism)
         embedding_CD = await self.model.ask(decoded.cells, Embed())
         features = None
         if columns:
@@ -188,7 +188,7 @@ class Desk:
         reply = partial(encode.embed_reply, embedding_CD, features, request.options, decoded, told)
         return await asyncio.to_thread(reply)
 
-    def _features(self, loaded: Loaded, request: EmbedRequest) -> Columns:
+    def _features(self, loaded: Loaded, request: EmbedRequest, organism: str) -> Columns:
         """Return where the features are whose own vectors are asked for."""
         asked, where = request.options.feature_embeddings or {}, "options.feature_embeddings"
         n_values = sum(map(len, asked.values())) * loaded.description.embedding_size
@@ -198,7 +198,7 @@ class Desk:
             if name not in loaded.description.vocabulary:
                 known = ", ".join(sorted(loaded.description.vocabulary))
                 raise FieldRefused(f"{where}.{name}", f"this model does not know this measurement; it knows {known}")
-        return {name: loaded.decoder.columns(name, names, f"{where}.{name}") for name, names in asked.items()}
+        return {name: loaded.decoder.columns(name, names, f"{where}.{name}", organism) for name, names in asked.items()}
 
     async def annotate(self, request: AnnotateRequest) -> AnnotateReply:
         """Answer which types cells are."""
@@ -213,7 +213,9 @@ class Desk:
         loaded, decoded = await self._read(request)
         name, wanted = request.measurement, request.options.features
         vocabulary = self.measurement(loaded, name)
-        columns = None if wanted is None else loaded.decoder.columns(name, wanted, "options.features")
+        columns = None
+        if wanted is not None:
+            columns = loaded.decoder.columns(name, wanted, "options.features", decoded.cells.organism)
         n_values = decoded.cells.n_cells * (len(vocabulary.feature_id) if columns is None else len(columns))
         if n_values > self.limits.values:
             raise FieldRefused(

@@ -142,6 +142,32 @@ def test_more_values_than_a_reply_may_hold_are_refused(replica: Replica) -> None
         assert "too many" in check_problem(client.post("/v1/generate", json={"cells": 20}), 422)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("organism", "feature"),
+    [
+        ("homo_sapiens", "ENSG00000000099"),
+        (["mus_musculus"] * 2, "ENSMUSG00000000099"),
+        ("", ""),
+        (["mus_musculus", "homo_sapiens"], ""),
+    ],
+)
+def test_a_shared_symbol_that_is_asked_for_is_the_gene_of_the_organism_that_all_cells_are_of(
+    client: TestClient, organism: Any, feature: str
+) -> None:
+    about = {"counts": CELLS, "prompts": {"organism": organism}}
+    named = {"options": {"features": ["TWIN"]}, "measurement": "RNA"}
+    vectors = {"options": {"feature_embeddings": {"RNA": ["TWIN"]}}}
+    replies = [client.post("/v1/translate", json=about | named), client.post("/v1/embed", json=about | vectors)]
+    if feature:
+        assert replies[0].json()["features"] == [feature]
+        assert replies[1].json()["feature_embeddings"]["RNA"]["features"] == [feature]
+        return
+    for reply in replies:
+        assert reply.status_code == 422
+        assert "'TWIN': several features carry this symbol" in reply.json()["detail"]
+        assert "or say one organism of all cells" in reply.json()["detail"]
+
+
 def test_effects_with_more_vectors_than_a_reply_may_hold_are_refused(replica: Replica) -> None:
     """The model knows 10 genes and 3 proteins: 39 values for each perturbation, and now and later."""
     with TestClient(make_app(replica, Limits(values=78))) as client:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_predictor import FakePredictor
+from fake_predictor import FakePredictor, FakeVocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -75,6 +75,30 @@ def test_a_shared_symbol_is_the_gene_of_each_cells_own_organism(counts: Any) -> 
     assert unsaid.cells.counts["RNA"].toarray()[:, [1, 8, 9]].tolist() == [[0, 0, 0], [3, 2, 0], [0, 0, 0], [0, 0, 4]]
     report = unsaid.coverage["RNA"]
     assert (report.share_of_counts, report.ambiguous, report.unmapped) == (0.9, ["TWIN"], [])
+
+
+def test_counts_of_another_organisms_features_are_said_to_be_by_their_share() -> None:
+    counts = {"RNA": [{"G1": 6}, {"G2": 2, "ENSMUSG00000000099": 1, "NOPE": 1}], "protein": [{"CD4": 3}, {"CD4": 1}]}
+    for organism, rna in {"mus_musculus": "80.0%", "homo_sapiens": "10.0%"}.items():
+        told = [one for one in decode(counts, {"organism": organism}).warnings if one.startswith("RNA")]
+        assert [one[: one.index(";")] for one in told] == [
+            f"RNA: {rna} of the counts are of features of another organism than the prompts say"
+        ]
+    said = decode(counts, {"organism": ["", "mus_musculus"]}).warnings
+    assert [one[:12] for one in said] == ["RNA: 20.0% o", "protein: 25."]
+    assert decode(counts).warnings == []
+    strange = levels({"protein": [{"CD4": -2, "NOPE": 1}]}, {"organism": "mus_musculus"}).warnings
+    assert strange[0].startswith("protein: 50.0% of the levels are of features of another organism")
+
+
+def test_an_id_that_two_organisms_have_is_each_ones_own() -> None:
+    twice = FakeVocabulary(["CD4", "CD4"], ["CD4", "Cd4"], ["homo_sapiens", "mus_musculus"])
+    decoder = Decoder({"protein": twice}, FAKE.prompts, "b", Limits())
+    counts = PARSE.validate_python({"protein": [{"CD4": 1}, {"CD4": 2}]})
+    decoded = decoder.decode(counts, {"organism": ["mus_musculus", "homo_sapiens"]})
+    assert (decoded.cells.counts["protein"].toarray().tolist(), decoded.warnings) == ([[0, 1], [2, 0]], [])
+    with pytest.raises(CoverageTooLow, match="not known: CD4"):
+        decoder.decode(counts, {})
 
 
 def test_coverage_counts_what_was_lost_and_names_it() -> None:
@@ -197,10 +221,10 @@ def test_no_known_count_is_lost_moved_or_invented(cells: list[dict[str, int]]) -
 
 
 # ------------------------------------------------------------------ levels
-def levels(counts: Any, **limits: Any) -> Decoded:
+def levels(counts: Any, prompts: Any = None) -> Decoded:
     """Decode where proteins are levels."""
-    decoder = Decoder(FAKE.vocabulary, FAKE.prompts, "b" * 64, Limits(**limits), levels={"protein"})
-    return decoder.decode(PARSE.validate_python(counts), {})
+    decoder = Decoder(FAKE.vocabulary, FAKE.prompts, "b" * 64, Limits(), levels={"protein"})
+    return decoder.decode(PARSE.validate_python(counts), prompts or {})
 
 
 def test_a_level_of_zero_is_measured_and_one_that_is_not_sent_is_missing() -> None:
