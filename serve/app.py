@@ -165,6 +165,14 @@ def _answers(app: FastAPI, scope: Scope) -> bool:
     return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
 
+def _methods(app: FastAPI, scope: Scope) -> list[str]:
+    """List the methods that an address takes, over all routes that are there for it."""
+    found = [
+        method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if _answers(app, {**scope, "method": method})
+    ]
+    return sorted([*found, "HEAD"] if "GET" in found else found)
+
+
 def _as_served(description: dict[str, Any], guarded: bool) -> dict[str, Any]:
     """Say in the API's description that errors come as problem details, and which paths need a token."""
     if guarded:
@@ -411,7 +419,10 @@ def _add_problems(app: FastAPI, desk: Desk) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, str(error.detail), headers=error.headers)
+        headers = error.headers
+        if error.status_code == 405:  # the first route of several at the address has told its own
+            headers = {"Allow": ", ".join(_methods(app, request.scope))}
+        return problem(error.status_code, str(error.detail), headers=headers)
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:

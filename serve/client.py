@@ -351,7 +351,9 @@ class Client:
         depth: float = 5_000.0,
         seed: int = 0,
     ) -> tuple[csr_matrix, list[str]]:
-        """Draw cells of which nothing is known but what is said; return their counts and the features' ids.
+        """Draw cells of which nothing is known but what is said; return counts_CF and the ids of its F features.
+
+        These are the features that some cell has; where nothing was drawn, as of a tiny ``depth``, there are none.
 
         Args:
             n_cells: How many.

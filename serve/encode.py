@@ -20,7 +20,7 @@ from serve.messages import (
     AnnotateOptions,
     AnnotateReply,
     Annotation,
-    CsrCounts,
+    DrawnCounts,
     Effect,
     EmbedOptions,
     EmbedReply,
@@ -234,7 +234,7 @@ def generate_reply(counts_CG: csr_matrix, measurement: str, description: Descrip
     """Write drawn counts, with the features that have any."""
     used, indices = np.unique(counts_CG.indices, return_inverse=True)
     ids = description.vocabulary[measurement].feature_id
-    counts = CsrCounts.model_construct(
+    counts = DrawnCounts.model_construct(
         features=[ids[column] for column in used],
         indptr=counts_CG.indptr.tolist(),
         indices=indices.tolist(),

@@ -430,11 +430,20 @@ class ForecastReply(Reply):
     provenance: Provenance
 
 
+class DrawnCounts(Reply):
+    """Counts as a compressed sparse row matrix, as requests have them."""
+
+    features: list[str] = Field(description="Ids of those that were drawn in some cell; none where nothing was.")
+    indptr: list[int]
+    indices: list[int]
+    data: list[float]
+
+
 class GenerateReply(Reply):
-    """Drawn counts as a compressed sparse row matrix, as requests have them."""
+    """Drawn counts."""
 
     measurement: str
-    counts: CsrCounts
+    counts: DrawnCounts
     provenance: Provenance
 
 

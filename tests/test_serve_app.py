@@ -386,6 +386,32 @@ def test_head_is_answered_as_get_without_the_body(client: TestClient, path: str)
     assert told.headers["content-length"] == whole.headers["content-length"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v1/jobs", "GET, HEAD, POST"),
+        ("PUT", "/v1/jobs/one", "DELETE, GET, HEAD"),
+        ("POST", "/v1/explore/one", "DELETE, GET, HEAD"),
+        ("GET", "/v1/embed", "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+    ],
+)
+def test_who_uses_a_wrong_method_is_told_all_that_the_address_takes(
+    client: TestClient, method: str, path: str, allowed: str
+) -> None:
+    reply = client.request(method, path)
+    check_problem(reply, 405)
+    assert reply.headers["Allow"] == allowed
+
+
+def test_what_was_not_drawn_is_an_answer_without_features_as_the_description_says(client: TestClient) -> None:
+    reply = client.post("/v1/generate", json={"cells": 2, "depth": 1e-50}).json()
+    assert reply["counts"] == {"features": [], "indptr": [0, 0, 0], "indices": [], "data": []}
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    drawn = schemas[schemas["GenerateReply"]["properties"]["counts"]["$ref"].rpartition("/")[2]]["properties"]
+    assert "minItems" not in drawn["features"]
+
+
 def test_openapi_names_every_form_that_cells_come_in(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     for path in ("/v1/embed", "/v1/explore"):

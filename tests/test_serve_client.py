@@ -402,6 +402,8 @@ def test_types_other_measurements_futures_and_drawn_cells_come_back_in_the_order
     counts, features = client.generate(3, prompts={"tissue": ["lung", "", "blood"]}, depth=10, seed=4)
     assert features == ["ENSG00000000001", "ENSG00000000002"]
     assert counts.toarray().tolist() == [[14, 2], [14, 0], [14, 1]]
+    nothing, features = client.generate(3, depth=1e-50)
+    assert (nothing.shape, features) == ((3, 0), [])
 
 
 @pytest.mark.parametrize(
