@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import httpx
@@ -158,34 +159,61 @@ class TooLarge(InputRefused):
     """The server takes no request of this size; it may take a smaller one."""
 
 
-def read(response: httpx.Response) -> dict[str, Any]:
-    """Return an answer as a message, its arrays in it."""
-    if response.headers.get("content-type", "") == ARROW:
-        return read_reply(response.content)
-    if response.headers.get("content-type", "") != NPZ:
+class Message(dict[str, Any]):
+    """What a server answers: who looks for what is not in it is told that no somaflow server has said it."""
+
+    def __init__(self, said: Mapping[str, Any], url: object) -> None:
+        super().__init__(said)
+        self._url = url
+
+    def __missing__(self, name: str) -> Any:
+        raise _strange(self._url, f"its answer holds no {name!r}")
+
+
+def read(response: httpx.Response) -> Message:
+    """Return an answer as a message, its arrays in it.
+
+    Raises:
+        UsageError: It is something else, as a page of a proxy is that asks people to log in.
+        Unavailable: It is damaged.
+    """
+    media, url = response.headers.get("content-type", ""), response.request.url
+    if media not in (ARROW, NPZ):
         return _message(response)
-    with np.load(io.BytesIO(response.content), allow_pickle=False) as arrays:
+    try:
+        return Message(read_reply(response.content) if media == ARROW else _arrays(response.content), url)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged bytes make parsers raise anything
+        raise Unavailable(f"{url}: the answer is damaged ({type(error).__name__}); ask again") from None
+
+
+def _arrays(content: bytes) -> dict[str, Any]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         reply: dict[str, Any] = json.loads(arrays[REPLY].tobytes())
         return reply | {name: arrays[name] for name in arrays.files if name != REPLY}
 
 
-def _message(response: httpx.Response) -> dict[str, Any]:
-    """Return an answer that is JSON.
-
-    Raises:
-        UsageError: It is something else, as a page of a proxy is that asks people to log in.
-    """
+def _message(response: httpx.Response) -> Message:
     try:
         message = response.json()
     except ValueError:
         message = None
     if isinstance(message, dict):
-        return message
-    said = " ".join(response.text.split())[:SAID]
-    raise UsageError(
-        f"{response.request.url}: what answers there is no somaflow server, or a proxy answers in its place"
+        return Message(message, response.request.url)
+    raise _strange(response.request.url, " ".join(response.text.split())[:SAID])
+
+
+def _strange(url: object, said: str) -> UsageError:
+    return UsageError(
+        f"{url}: what answers there is no somaflow server, or a proxy answers in its place"
         f"{f': {said}' if said else ''}; look at the address"
     )
+
+
+def job_of(message: Mapping[str, Any]) -> Job:
+    """Return a job as a message has it."""
+    return Job(**{part.name: message[part.name] for part in fields(Job)})
 
 
 def vectors_of(reply: dict[str, Any], name: str) -> NDArray[np.floating]:

@@ -11,8 +11,8 @@ import random
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -25,6 +25,7 @@ from serve.answer import (
     Effect,
     Embeddings,
     Job,
+    Message,
     Neighbors,
     Predicted,
     Report,
@@ -32,12 +33,13 @@ from serve.answer import (
     effect_of,
     error_of,
     is_asked_again,
+    job_of,
     read,
     vectors_of,
 )
 from serve.arrow import ARROW
 from serve.errors import Overloaded, Unavailable
-from serve.given import read_cells
+from serve.given import listed, read_cells
 from serve.npz import NPZ
 from serve.question import (
     Body,
@@ -74,7 +76,7 @@ P = TypeVar("P")
 
 
 class Client:
-    """A connection to one server; close it, or use it in a ``with`` block.
+    """A connection to one server; close it, or use it in a ``with`` block. Pickled, it is a new one to the same server.
 
     Args:
         url: Where the server listens, as in ``http://127.0.0.1:8000``.
@@ -108,6 +110,7 @@ class Client:
     ) -> None:
         if not url.lower().startswith(("http://", "https://")):
             raise UsageError(f"{url!r} is no address of a server; begin it with http:// or https://")
+        said = token
         token = (os.environ.get("SOMAFLOW_TOKEN", "") if token is None else token).strip()
         if not (token.isascii() and token.isprintable()):
             raise UsageError("the token holds what no token may, letters beyond ASCII or line breaks; copy it anew")
@@ -118,6 +121,9 @@ class Client:
             )
         except httpx.InvalidURL as error:
             raise UsageError(f"{url!r} is no address of a server: {error}") from None
+        self._anew = partial(
+            Client, url, token=said, adapter=adapter, timeout_s=timeout_s, tries=tries, transport=transport, sleep=sleep
+        )
         self._adapter = {"adapter": adapter} if adapter else {}
         self._model = _Model(self)
         self.last = Report()
@@ -126,6 +132,9 @@ class Client:
 
     def __enter__(self) -> Client:
         return self
+
+    def __reduce__(self) -> tuple[Callable[[], Client], tuple[()]]:
+        return self._anew, ()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -148,7 +157,7 @@ class Client:
 
     def features(self, measurement: str = "", at_most: int | None = None) -> tuple[str, list[str]]:
         """List the feature ids of one measurement (empty: the model's first), which is named beside them."""
-        name = measurement or next(iter(self.models()[0]["measurements"]))
+        name = measurement or _Model(self).measurements[0]
         return name, [feature["feature_id"] for feature in self._features(name, at_most)]
 
     def _features(self, measurement: str, at_most: int | None = None) -> list[dict[str, Any]]:
@@ -166,8 +175,8 @@ class Client:
     def ready(self) -> bool:
         """Say whether a model answers now; never raises, never retries."""
         try:
-            return self._http.get("/v1/health/ready").status_code == 200
-        except httpx.TransportError:
+            return not self._http.is_closed and self._http.get("/v1/health/ready").status_code == 200
+        except httpx.RequestError:
             return False
 
     def embed(
@@ -205,7 +214,9 @@ class Client:
             raise InputRefused(f"encoding: {encoding!r} is not known; bodies are sent as npz or arrow")
         options: dict[str, Any] = {"normalize": normalize, "dtype": dtype}
         if features:
-            options["feature_embeddings"] = {name: list(names) for name, names in features.items()}
+            options["feature_embeddings"] = {
+                name: listed(names, f"features.{name}") for name, names in features.items()
+            }
         media = ARROW if encoding == "arrow" else NPZ
         answers = self._in_chunks("/v1/embed", cells, prompts, {"options": options}, media)
         replies = answers.replies
@@ -230,7 +241,7 @@ class Client:
 
         Args:
             cells: As for :meth:`embed`.
-            perturbations: Targets; several targets in a list are hit together.
+            perturbations: Targets; several targets in a list are hit together. A text is one target.
             prompts: What is known about the cells.
             top: Features with the largest change to list.
             head: The head that is to answer, with intervals; empty is the model. It predicts one measurement.
@@ -252,7 +263,7 @@ class Client:
             body = whole_body(cells, prompts, asked | {"perturbations": some}, self._model)
             return [(some, self._ask("POST", "/v1/perturb", body))]
 
-        targets: _Targets = [item if isinstance(item, str) else list(item) for item in perturbations]
+        targets = _targets(perturbations)
         at_once = self._model.effects(head=bool(head)) if len(targets) > 1 else 1
         parts = [targets[first : first + at_once] for first in range(0, len(targets), at_once)]
         answered = _of_one_model(ask, [one for some in parts or [[]] for one in ask(some)])
@@ -309,13 +320,13 @@ class Client:
         Args:
             cells: As for :meth:`embed`.
             measurement: What is predicted.
-            features: Ids or symbols that are wanted; all when left out.
+            features: Ids or symbols that are wanted, or one of them; all when left out.
             prompts: What is known about the cells.
 
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        options: dict[str, Any] = {} if features is None else {"features": list(features)}
+        options: dict[str, Any] = {} if features is None else {"features": listed(features, "features")}
         asked: dict[str, Any] = {"measurement": measurement, "options": options}
         values = self._model.size(measurement) if features is None else len(asked["options"]["features"])
         answers = self._in_chunks("/v1/translate", cells, prompts, asked, values=values)
@@ -398,7 +409,7 @@ class Client:
         """
         if self._adapter:
             raise UsageError("an index holds where the checkpoint itself puts cells; ask with a client without adapter")
-        options = {} if columns is None else {"columns": list(columns)}
+        options = {} if columns is None else {"columns": listed(columns, "columns")}
         answers = self._in_chunks("/v1/neighbors", cells, prompts, {"k": k, "index": index, "options": options})
         found = answers.cells()
         rows = [cell["neighbors"] for cell in found]
@@ -427,19 +438,19 @@ class Client:
             ConflictError: Somebody else embeds the lake now, or the name is another model's.
         """
         body = {"lake": lake, "where": where, "organism": organism, "name": name, "replace": replace}
-        return Job(**self._ask("POST", "/v1/jobs", body))
+        return job_of(self._ask("POST", "/v1/jobs", body))
 
     def jobs(self) -> list[Job]:
         """List all jobs."""
-        return [Job(**job) for job in self._ask("GET", "/v1/jobs")["jobs"]]
+        return [job_of(job) for job in self._ask("GET", "/v1/jobs")["jobs"]]
 
     def job_state(self, job: str) -> Job:
         """Say how far a job is."""
-        return Job(**self._ask("GET", f"/v1/jobs/{job}"))
+        return job_of(self._ask("GET", f"/v1/jobs/{quote(job, safe='')}"))
 
     def cancel_job(self, job: str) -> Job:
         """End a job; what is done stays done."""
-        return Job(**self._ask("DELETE", f"/v1/jobs/{job}"))
+        return job_of(self._ask("DELETE", f"/v1/jobs/{quote(job, safe='')}"))
 
     def _in_chunks(
         self,
@@ -487,6 +498,8 @@ class Client:
     def _ask(self, method: str, path: str, body: dict[str, Any] | Body | None = None) -> dict[str, Any]:
         """Send a message, as JSON or in the form that it has; return the reply, with its array if there is one."""
         last: SomaflowError = Unavailable(f"{self._http.base_url}: not asked")
+        if self._http.is_closed:
+            raise UsageError("this client is closed; make another one")
         headers, sent = as_request(body)
         hung = 0
         for attempt in range(self._tries):
@@ -531,8 +544,9 @@ class _Model:
         self._names: dict[str, frozenset[str]] = {}
 
     @cached_property
-    def _card(self) -> dict[str, Any]:
-        return self._client.models()[0]
+    def _card(self) -> Message:
+        card: Any = next(iter(self._client.models()), None)
+        return Message(card if isinstance(card, dict) else {}, self._client._http.base_url)
 
     def is_another(self, provenance: Mapping[str, Any]) -> bool:
         """Say whether a reply is of another model than what was told."""
@@ -577,6 +591,17 @@ class _Model:
         if values:
             most_cells = min(most_cells, int(limits.get("values", values * most_cells)) // values)
         return max(1, most_cells), max(1, int(limits.get("nonzeros", CHUNK_COUNTS)))
+
+
+def _targets(perturbations: Any) -> _Targets:
+    """Return perturbations as a list of texts and lists of texts; a text is one.
+
+    Raises:
+        InputRefused: They are no list.
+    """
+    if isinstance(perturbations, str) or not isinstance(perturbations, Iterable):
+        return [*listed(perturbations, "perturbations")]
+    return [item if isinstance(item, str) else listed(item, "perturbations") for item in perturbations]
 
 
 def _pause_s(attempt: int, last: SomaflowError) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -118,6 +118,19 @@ def _parts(cells: Any, model: Model) -> dict[str, Part]:
     raise _unreadable(cells)
 
 
+def listed(names: Any, where: str) -> list[str]:
+    """Return names as texts; a text is one of them.
+
+    Raises:
+        InputRefused: It is no list.
+    """
+    if isinstance(names, str):
+        return [names]
+    if not isinstance(names, Iterable):
+        raise InputRefused(f"{where}: cannot use {type(names).__name__} as names; give a list of texts")
+    return [str(name) for name in names]
+
+
 def _unreadable(cells: Any) -> InputRefused:
     kind = f"a list of {type(cells[0]).__name__}" if isinstance(cells, list) else type(cells).__name__
     return InputRefused(
@@ -163,7 +176,7 @@ def _of_part(part: Any, name: str, model: Model) -> Part:
         return _of_table(part, name, model)
     if not isinstance(part, tuple) or len(part) != 2:
         raise _unreadable(part)
-    counts_CF, features = _stored(part[0], name, model), list(part[1])
+    counts_CF, features = _stored(part[0], name, model), listed(part[1], f"counts.{name}")
     if len(features) != counts_CF.shape[1]:
         raise InputRefused(f"counts.{name}: {len(features):,} features for {counts_CF.shape[1]:,} columns; name each")
     return Part(counts_CF, features)
@@ -226,7 +239,7 @@ def _of_dicts(cells: list[dict[str, float]], measurement: str, model: Model) -> 
     except (TypeError, ValueError) as error:
         raise InputRefused(f"counts.{measurement}: {error}; give {{feature: count}} with numbers") from None
     counts_CF = csr_matrix((data, indices, indptr), shape=(len(cells), len(column)))
-    return Part(_stored(counts_CF, measurement, model), list(column))
+    return Part(_stored(counts_CF, measurement, model), [str(name) for name in column])
 
 
 def _numbers(values: Any, measurement: str) -> NDArray[Any]:
