@@ -23,7 +23,7 @@ from ingest.harmonize import FeatureMap
 from ingest.job import FILES, SourceSettings, Values
 from ingest.obs import map_obs
 from ingest.sources import kind_of, open_dataset
-from ingest.sources.form import SourceDataset, content_digest, fingerprint, lasting, read_obs_table
+from ingest.sources.form import SourceDataset, content_digest, fingerprint, lasting, read_obs_table, tags
 from store.errors import InputRefused
 from store.records import absolute
 from store.schema import DatasetPlan, measured_column
@@ -85,12 +85,17 @@ class Checked:
     digest_C: NDArray[np.uint64] = field(repr=False)
 
 
+def fingerprint_of(source: SourceSettings) -> str:
+    """Return what changes when a source is written to; empty for what is no file."""
+    return "" if kind_of(source) in ("census", "simulated") else fingerprint(source.uri)
+
+
 class OpenDataset:
     """A source's dataset seen in the lake's names."""
 
     def __init__(self, source: SourceSettings, name: str) -> None:
         self.source = source
-        self.opened_as = self.fingerprint()
+        self.opened_as = fingerprint_of(source)
         self.form: SourceDataset = open_dataset(source, name)
 
     @cached_property
@@ -119,9 +124,9 @@ class OpenDataset:
         applies = measurement == self.source.measurement or given in ("lognorm", "value")
         return given if applies else "counts"
 
-    def fingerprint(self) -> str:
-        """Return what changes when the source is written to; empty for what is no file."""
-        return "" if kind_of(self.source) in ("census", "simulated") else fingerprint(self.source.uri)
+    def seems_unchanged(self) -> bool:
+        """Say whether the source's sizes, times and tags are those with which it was opened."""
+        return not self.opened_as or self.opened_as.startswith(tags(self.source.uri))
 
     def block(self, measurement: str, start: int, stop: int) -> scipy.sparse.csr_matrix:
         """Read rows as counts_CG in the plan's order of features, not checked."""

@@ -25,7 +25,7 @@ from ingest.gauges import Gauges
 from ingest.job import JobSettings, SourceSettings
 from ingest.progress import Progress
 from ingest.sources import SEVERAL, kind_of
-from ingest.sources.form import dataset_name
+from ingest.sources.form import dataset_name, is_tagged
 from ingest.tasks import Limits
 from store import catalog, records
 from store.cluster import ray_cluster, refuse_fleeting
@@ -361,6 +361,8 @@ def _ingest(writer: LakeWriter, dataset: _Dataset, limits: Limits, progress: Pro
             return
         reservation = writer.reserve(plan, replaces=dataset.source.replaces)
         blocks = _write_spans(dataset, reservation, limits, progress)
+        if not is_tagged(dataset.values["fingerprint"]):  # others are looked at for each block
+            ray.get(tasks.unchanged.remote(dataset.source, dataset.values["fingerprint"], limits))
         for name, frame in dataset.frames.items():
             if name.startswith("side "):
                 writer.side_table(reservation, name.removeprefix("side "), frame)

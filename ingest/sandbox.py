@@ -123,6 +123,11 @@ class Reader:
         values, _ = self._ask("names")
         return [str(name) for name in values["names"]]
 
+    def fingerprint(self) -> str:
+        """Return what changes when the source is written to, as it is now."""
+        values, _ = self._ask("fingerprint")
+        return str(values["fingerprint"])
+
     def inspect(self) -> tuple[dict[str, Any], DatasetPlan, dict[str, pa.Table]]:
         """Return what is known of a dataset before its values are read.
 
@@ -254,7 +259,7 @@ class Reader:
 
 
 def _serve(request: int, answer: int) -> None:
-    from ingest.dataset import OpenDataset  # slow, and only the child needs it
+    from ingest.dataset import OpenDataset, fingerprint_of  # slow, and only the child needs it
 
     opened: OpenDataset | None = None
     with os.fdopen(request, "rb", 0) as incoming, os.fdopen(answer, "wb") as outgoing:
@@ -264,6 +269,8 @@ def _serve(request: int, answer: int) -> None:
             try:
                 if words["do"] == "names":
                     values, tables = _names(source)
+                elif words["do"] == "fingerprint":
+                    values, tables = {"fingerprint": fingerprint_of(source)}, {}
                 else:
                     opened = opened or OpenDataset(source, words["name"])
                     values, tables = ANSWERS[words["do"]](opened, words)
@@ -354,7 +361,7 @@ def _text(value: Any) -> str | None:
 
 
 def _unchanged(opened: Any, fingerprint: str) -> None:
-    if not fingerprint == opened.opened_as == opened.fingerprint():
+    if fingerprint != opened.opened_as or not opened.seems_unchanged():
         raise changed(opened.source.uri)
 
 

@@ -15,6 +15,7 @@ import ray
 
 from ingest.job import JobSettings, SourceSettings
 from ingest.sandbox import Reader
+from ingest.sources.form import changed
 from store.errors import StorageError
 from store.schema import DatasetPlan
 from store.writer import BlockStats, Reservation, Rows, write_rows
@@ -67,6 +68,18 @@ def names(source: SourceSettings, limits: Limits) -> list[str]:
     """Name the datasets in a source."""
     with Reader(source, "", memory_mb=limits.memory_mb, timeout_s=limits.timeout_s) as reader:
         return reader.names()
+
+
+@ray.remote(num_cpus=1, max_retries=5)
+def unchanged(source: SourceSettings, fingerprint: str, limits: Limits) -> None:
+    """Look whether a source that only its content tells from another is still what was read.
+
+    Raises:
+        InputRefused: It has changed.
+    """
+    with Reader(source, "", memory_mb=limits.memory_mb, timeout_s=limits.timeout_s) as reader:
+        if reader.fingerprint() != fingerprint:
+            raise changed(source.uri)
 
 
 Checked = dict[tuple[str, int], dict[str, Any]]

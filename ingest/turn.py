@@ -35,7 +35,7 @@ Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floatin
 
 SPILL = np.dtype([("row", "<i8"), ("column", "<i4"), ("value", "<f8")])
 PART = 2**20
-FORM = 2
+FORM = 3
 """Raised when other things are made of the same, so that what lies there from before is not taken."""
 OURS = re.compile("[0-9a-f]{32}")
 """What ``scratch_of`` calls folders."""

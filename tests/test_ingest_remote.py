@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import anndata
 import fsspec
+import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse
 from local_server import local_server
 
+import ingest.run
 from ingest.dataset import OpenDataset
 from ingest.expand import expand
-from ingest.job import SourceSettings
+from ingest.job import JobSettings, SourceSettings
+from ingest.run import run
 from ingest.sources.form import lasting
 from store.errors import MissingError
+from store.lake import open_lake
 
+CHANGED = "changed while it was being read; run the same command again"
 BUCKET = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1", "--default-bucket=atlas"]
 WEB = """
 import sys, uvicorn
@@ -24,6 +34,30 @@ app = Starlette()
 app.mount("/", StaticFiles(directory=sys.argv[1]))
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]))
 """
+FEW_TAGS = """
+import email.utils, http.server, os, re, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = sys.argv[1] + self.path.split("?")[0]
+        if not os.path.isfile(path):
+            return self.send_error(404)
+        with open(path, "rb") as file:
+            content = file.read()
+        wanted = re.match(r"bytes=(\\d+)-(\\d+)", self.headers.get("Range") or "")
+        part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(len(part)))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{len(content)}")
+        if sys.argv[3] == "dated":
+            self.send_header("Last-Modified", email.utils.formatdate(os.stat(path).st_mtime, usegmt=True))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else part)
+    do_HEAD = do_GET
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_forever()
+"""
+"""Sends a file's content and length, and of what tells one version from another at most its date."""
 pytestmark = [
     pytest.mark.s3,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # aiohttp, sockets left at exit
@@ -78,3 +112,59 @@ def test_a_web_address_is_read(shared_data: Path) -> None:
             assert [plan.info["source_uri"], plan.origin] == [source.uri] * 2
         with pytest.raises(MissingError, match="no such file"):
             OpenDataset(SourceSettings(uri=f"{url}/missing.h5ad"), "x")
+
+
+def _by_column(path: Path, count: int, second: int) -> None:
+    """Write a file of one length, whatever the count, whose matrix is turned before it is read."""
+    counts = scipy.sparse.csc_matrix(np.array([[count, 0, 2], [3, 4, 0], [0, 5, 6]], np.float32))
+    var = pd.DataFrame(index=["TP53", "CD4", "GAPDH"])
+    anndata.AnnData(counts, obs=pd.DataFrame(index=["a", "b", "c"]), var=var).write_h5ad(path)
+    os.utime(path, (second, second))
+
+
+@pytest.mark.parametrize("sent", ["dated", "bare"])
+def test_a_changed_file_of_the_same_length_has_its_new_counts_whatever_tags_a_server_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: str
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    path = tmp_path / "cells.h5ad"
+    with local_server(lambda port: [sys.executable, "-c", FEW_TAGS, str(tmp_path), port, sent]) as url:
+        source, lengths, keys = SourceSettings(uri=f"{url}/cells.h5ad"), set(), set()
+        for second, count in enumerate((1, 9), 1_700_000_000):
+            _by_column(path, count, second)
+            opened = OpenDataset(source, "x")
+            assert opened.block("RNA", 0, 3).toarray().tolist() == [[count, 0, 2], [3, 4, 0], [0, 5, 6]]
+            lengths.add(path.stat().st_size)
+            keys.add(opened.inspect().plan.key)
+        assert (len(lengths), len(keys)) == (1, 2)
+
+
+@pytest.mark.parametrize("sent", ["dated", "bare"])
+@pytest.mark.ray
+def test_a_file_on_the_web_that_changes_while_it_is_read_is_refused_whatever_tags_a_server_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None, sent: str
+) -> None:
+    path, second, written = tmp_path / "cells.h5ad", 1_700_000_000, ingest.run._write_spans
+    _by_column(path, 1, second)
+
+    def changed_before(*given: Any) -> Any:
+        _by_column(path, 9, second + 1)
+        return written(*given)
+
+    def changed_after(*given: Any) -> Any:
+        blocks = written(*given)
+        _by_column(path, 9, second + 1)
+        return blocks
+
+    with local_server(lambda port: [sys.executable, "-c", FEW_TAGS, str(tmp_path), port, sent]) as url:
+        given = (SourceSettings(uri=f"{url}/cells.h5ad"),)
+        job = JobSettings(lake=str(tmp_path / "lake"), schemes=("http",), source=given)
+        with monkeypatch.context() as context:
+            context.setattr(ingest.run, "_write_spans", changed_before if sent == "dated" else changed_after)
+            (outcome,) = run(job)
+        assert (outcome.state, outcome.error) == ("refused", f"{url}/cells.h5ad: {CHANGED}")
+        (outcome,) = run(job)
+        assert (outcome.state, outcome.nnz) == ("committed", {"RNA": 6})
+        lake = open_lake(job.lake)
+        cells = lake.obs("homo_sapiens", columns=["soma_joinid"])["soma_joinid"].to_numpy()
+        assert lake.counts("homo_sapiens", "RNA", cells).sum() == 9 + 2 + 3 + 4 + 5 + 6

@@ -30,6 +30,9 @@ SIGNED = re.compile(
     re.I,
 )
 """Names of what lets whoever holds an address read what is there."""
+TAGS = ("mtime", "ETag", "etag", "LastModified", "Last-Modified", "last_modified", "Content-MD5", "Digest")
+"""What file systems and stores call the time of a file, and tags that change with its content."""
+UNTAGGED = "untagged:"
 NAMELESS = re.compile(
     r"((filtered|raw)_(feature|gene|peak|probe)_bc_matri(x|ces)(_h5|_mex)?|10x|outs|matrix|(atac_)?fragments|"
     r"square_\d+um|binned_outputs)"
@@ -189,20 +192,31 @@ def content_digest(*uris: str) -> str:
 
 
 def fingerprint(uri: str) -> str:
-    """Return what changes when a file or folder is written to: sizes, times and the store's own tags of its files."""
+    """Return what changes when a file or folder is written to: sizes, times and the store's own tags of its files.
+
+    Of a file that has neither times nor tags (a server on the web may send none) the content is read, which costs
+    time: ``tags`` alone do not say that it is the same.
+    """
+    found = tags(uri)
+    return found if is_tagged(found) else found + content_digest(uri)
+
+
+def is_tagged(tagged: str) -> bool:
+    """Say whether every file has a time or a tag, by its ``tags`` or ``fingerprint``."""
+    return not tagged.startswith(UNTAGGED)
+
+
+def tags(uri: str) -> str:
+    """Return a file's or folder's sizes, times and tags (hex), the beginning of its fingerprint; it asks, not reads."""
     filesystem, path = fsspec.core.url_to_fs(uri)
     try:
         found = filesystem.find(path, detail=True) if filesystem.isdir(path) else {path: filesystem.info(path)}
     except FileNotFoundError:
         raise MissingError(f"{uri}: no such file or folder") from None
-    tags = [
-        [
-            name.removeprefix(path),
-            *(str(info.get(key)) for key in ("size", "mtime", "ino", "ETag", "etag", "LastModified")),
-        ]
-        for name, info in sorted(found.items())
-    ]
-    return hashlib.sha256(repr(tags).encode()).hexdigest()
+    files = sorted(found.items())
+    told = [[name.removeprefix(path), *(str(info.get(key)) for key in ("size", "ino", *TAGS))] for name, info in files]
+    untagged = any(all(info.get(key) is None for key in TAGS) for _, info in files)
+    return UNTAGGED * untagged + hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def changed(uri: str) -> InputRefused:
