@@ -28,7 +28,7 @@ from store.errors import InputRefused
 from store.records import absolute
 from store.schema import DatasetPlan, measured_column
 
-TRANSFORM_VERSION = 8
+TRANSFORM_VERSION = 9
 """Raised when the same source and settings would be written differently."""
 
 SPAN_CELLS = (2**12, 2**14)

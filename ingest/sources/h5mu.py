@@ -60,9 +60,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         else:
             rows = _placed(rows, position, len(var))
         parts[measurement] = Part(var, rows, there)
-        fresh = [column for column in own if column not in obs and f"{key}:{column}" not in obs]
-        obs = obs.join(own[fresh])
-    obs.columns = pd.Index([_plain(column, set(obs.columns), list(file["mod"])) for column in obs.columns])
+    obs, said = _joined(obs, cells_of, [str(key) for key in file["mod"]])
     return SourceDataset(
         dataset_id=name,
         organism=source.organism,
@@ -71,7 +69,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts=parts,
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
-        notes=(*_left_out(file["mod"], measurement_of), *([x_instead] if x_instead else [])),
+        notes=(*_left_out(file["mod"], measurement_of), *([x_instead] if x_instead else []), *said),
         matrices=tuple(name for name in known if name != source.layer),
     )
 
@@ -105,11 +103,44 @@ def _left_out(modalities: Any, taken: Mapping[str, str]) -> tuple[str, ...]:
     return (f"modalities left out: {', '.join(left)}; one that measures proteins comes with modalities.NAME=protein",)
 
 
-def _plain(column: str, taken: set[str], modalities: list[str]) -> str:
-    """Return ``rna:bio_rep`` as ``bio_rep``, unless that is another column or two modalities have it."""
-    modality, colon, rest = column.partition(":")
-    twins = sum(f"{other}:{rest}" in taken for other in modalities)
-    return rest if colon and modality in modalities and rest not in taken and twins == 1 else column
+def _joined(
+    obs: pd.DataFrame, cells_of: Mapping[str, pd.DataFrame], modalities: list[str]
+) -> tuple[pd.DataFrame, list[str]]:
+    """Join the file's obs with the modalities' own; columns of one name (``rna:donor`` is ``donor``) become one.
+
+    The first that has a column says what it holds, and others fill in cells of which it says nothing, unless they speak
+    of another thing: most of what both say differs. What says otherwise of a cell also stays, as ``rna:donor``.
+
+    Returns:
+        One row for each of the file's cells, and what people should know.
+    """
+    found: dict[str, list[tuple[str, pd.Series]]] = {}
+    for column in map(str, obs.columns):
+        modality, colon, rest = column.partition(":")
+        owner, plain = (modality, rest) if colon and modality in modalities else ("", column)
+        found.setdefault(plain, []).append((owner, obs[column]))
+    for key, own in cells_of.items():
+        for column in own:
+            found.setdefault(str(column), []).append((key, own[column].reindex(obs.index)))
+    joined: dict[str, pd.Series] = {}
+    otherwise: dict[str, int] = {}
+    for name, several in found.items():
+        first = joined[name] = max(several, key=lambda one: one[0] == "")[1]  # the file's own speaks first
+        for owner, values in several:
+            if values is first:
+                continue
+            both = (joined[name].notna() & values.notna()).to_numpy()
+            told, other = (column.astype(object).to_numpy() for column in (joined[name], values))
+            differ = int((told[both] != other[both]).sum())
+            if 2 * differ <= both.sum() and (joined[name].isna() & values.notna()).any():
+                filled = pd.Series(np.where(joined[name].isna(), other, told), index=obs.index)
+                joined[name] = filled.astype("category") if values.dtype == "category" else filled.infer_objects()
+            if differ:
+                joined[f"{owner}:{name}"] = values
+                otherwise[f"{owner}:{name}"] = differ
+    shown = ", ".join(f"{column} ({many:,} cells)" for column, many in otherwise.items())
+    notes = [f"columns that say otherwise than another modality, kept apart: {shown}"] if otherwise else []
+    return pd.DataFrame(joined, index=obs.index), notes
 
 
 def _moved(rows: Rows, position: NDArray[np.intp], n_features: int) -> Iterator[Coordinates]:

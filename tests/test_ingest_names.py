@@ -1,0 +1,44 @@
+"""What features, cells, their columns and files are called, as people and tools write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import mudata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+
+from ingest.dataset import OpenDataset
+from ingest.job import SourceSettings
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:mudata"),  # mudata, on its own coming defaults
+]
+
+
+@pytest.mark.parametrize("pulled", [True, False])
+def test_labels_of_modalities_fill_each_other_in_and_what_differs_is_kept_apart(tmp_path: Path, pulled: bool) -> None:
+    def modality(cells: list[str], n_features: int, **obs: list[str]) -> anndata.AnnData:
+        return anndata.AnnData(
+            scipy.sparse.csr_matrix(np.ones((len(cells), n_features), np.float32)),
+            obs=pd.DataFrame({name: pd.Categorical(values) for name, values in obs.items()}, index=cells),
+            var=pd.DataFrame(index=[f"f{n_features}{number}" for number in range(n_features)]),
+        )
+
+    # those of fewer cells come first by name, and clusters of one are not those of the other
+    atac = modality(list("bcdx"), 2, donor_id=["B", "C", "!", "X"], leiden=["1", "2", "3", "4"])
+    rna = modality(list("abcde"), 3, donor_id=list("ABCDE"), leiden=["7", "8", "9", "7", "8"])
+    both = mudata.MuData({"rna": rna, "atac": atac})
+    if not pulled:  # as other tools write it, and MuData from 0.4 on
+        both.obs = both.obs.drop(columns=list(both.obs))
+    both.write(tmp_path / "a.h5mu")
+    found = OpenDataset(SourceSettings(uri=str(tmp_path / "a.h5mu")), "x").inspect()
+    assert found.obs.set_index("cell_id")["donor_id"].to_dict() == {cell: cell.upper() for cell in "abcex"} | {"d": "!"}
+    side = found.sides["obs"].set_index(found.obs["cell_id"].to_numpy())
+    assert side["rna:donor_id"].dropna().to_dict() == dict(zip("abcde", "ABCDE", strict=True))
+    assert side["leiden"].dropna().to_dict() == dict(zip("bcdx", "1234", strict=True))
+    assert side["rna:leiden"].dropna().to_dict() == dict(zip("abcde", "78978", strict=True))
+    assert "kept apart: rna:donor_id (1 cells), rna:leiden (3 cells)" in " ".join(found.notes)
