@@ -13,6 +13,8 @@ import scipy.sparse
 
 from ingest.dataset import OpenDataset
 from ingest.job import SourceSettings
+from store.errors import InputRefused
+from store.schema import ORGANISMS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:mudata"),  # mudata, on its own coming defaults
@@ -42,3 +44,46 @@ def test_labels_of_modalities_fill_each_other_in_and_what_differs_is_kept_apart(
     assert side["leiden"].dropna().to_dict() == dict(zip("bcdx", "1234", strict=True))
     assert side["rna:leiden"].dropna().to_dict() == dict(zip("abcde", "78978", strict=True))
     assert "kept apart: rna:donor_id (1 cells), rna:leiden (3 cells)" in " ".join(found.notes)
+
+
+def _study(folder: Path, *organisms: str) -> SourceSettings:
+    """Write an ISA-Tab study of one metabolite, and of a sample of each organism."""
+    folder.mkdir()
+    samples = [f"s{number}" for number in range(len(organisms))]
+    said = [f"{sample}\t{organism}" for sample, organism in zip(samples, organisms, strict=True)]
+    assay = [f"{sample}\tm_x_maf.tsv" for sample in samples]
+    levels = ["\t".join(["metabolite_identification", *samples]), "\t".join(["m0", *("1.5" for _ in samples)])]
+    for name, lines in (
+        ("i_Investigation.txt", ["ONTOLOGY SOURCE REFERENCE"]),
+        ("s_x.txt", ["Sample Name\tCharacteristics[Organism]", *said]),
+        ("a_x.txt", ["Sample Name\tMetabolite Assignment File", *assay]),
+        ("m_x_maf.tsv", levels),
+    ):
+        (folder / name).write_text("\n".join(lines))
+    return SourceSettings(uri=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("organisms", "organism"),
+    [
+        (("Mus musculus", "Mus musculus"), "mus_musculus"),
+        (("mus musculus ", "blank", "", "Pooled QC", "experimental blank", "N/A", "quality control"), "mus_musculus"),
+        (("blank", ""), "homo_sapiens"),
+        (("", ""), "homo_sapiens"),
+        (("Homo sapiens", "Mus musculus"), "'Homo sapiens', 'Mus musculus'"),
+        (("Homo sapiens", "Arabidopsis thaliana", "blank"), "'Arabidopsis thaliana', 'Homo sapiens'"),
+        (("Escherichia coli", "Escherichia coli"), "'Escherichia coli'"),
+        (("Plasmodium falciparum",), "'Plasmodium falciparum'"),
+    ],
+)
+def test_a_study_is_of_the_organism_that_its_samples_name_or_refused(
+    tmp_path: Path, organisms: tuple[str, ...], organism: str
+) -> None:
+    source = _study(tmp_path / "a", *organisms)
+    if organism in ORGANISMS:
+        assert OpenDataset(source, "x").inspect().plan.organism == organism
+        return
+    with pytest.raises(InputRefused, match=f"its samples are of {organism}, not of one organism that a lake"):
+        OpenDataset(source, "x")
+    named = source.model_copy(update={"organism": "rattus_norvegicus"})
+    assert OpenDataset(named, "x").inspect().plan.organism == "rattus_norvegicus"

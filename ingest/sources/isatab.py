@@ -23,6 +23,12 @@ from store.schema import ORGANISMS
 LINKS = ("Sample Name", "MS Assay Name", "NMR Assay Name", "Extract Name", "Labeled Extract Name")
 """Columns of an assay whose values name the MAF's columns."""
 
+NOBODY = re.compile(
+    r"\W*|(.*\W)?(blank|qc|quality control|solvent|standard|reference|pool(ed)?|not applicable|n/?a|none|unknown)s?"
+    r"(\W.*)?",
+    re.IGNORECASE,
+)
+"""What stands for the organism of samples that are of none."""
 PLACES = ("chemical_shift", "mass_to_charge", "retention_time")
 
 
@@ -173,6 +179,14 @@ def _unique(maf: pd.DataFrame, identity: pd.Series) -> list[str]:
 def _organism(obs: pd.DataFrame, source: SourceSettings) -> str:
     if "organism" in source.model_fields_set or "organism" not in obs:
         return source.organism
-    known = {label: name for name, (_, label) in ORGANISMS.items()}
-    said = [known[name] for name in obs["organism"].dropna().unique() if name in known]
-    return said[0] if len(said) == 1 else source.organism
+    words = sorted({" ".join(str(word).split()) for word in obs["organism"].dropna()})
+    said = {word.casefold(): word for word in words if not NOBODY.fullmatch(word)}
+    if not said:
+        return source.organism
+    known = {label.casefold(): name for name, (_, label) in ORGANISMS.items()}
+    if len(said) > 1 or not said.keys() <= known.keys():
+        raise InputRefused(
+            f"{source.uri}: its samples are of {', '.join(map(repr, said.values()))}, not of one organism that a lake "
+            f"can hold ({', '.join(ORGANISMS)}); organism=NAME says as which one all of them come in"
+        )
+    return known[next(iter(said))]
