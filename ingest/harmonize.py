@@ -21,6 +21,8 @@ from store.schema import Features
 GENOME = re.compile(r"^(hg(?:18|19|38)|GRCh3[678]|mm(?:9|10|39)|GRCm3[89]|rn[4-7])_+(?=.)")
 """What Cell Ranger writes before genes of a reference of several genomes: ``hg19_TP53``, ``mm10___Xkr4``."""
 ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{11})(\.\d+)?(_PAR_Y)?$|^(WBGene\d{8}|FBgn\d{7})$")
+NO_NAME = ("", "nan", "NaN", "None", "<NA>")
+"""What becomes of a name that is missing on its way through pandas; ``NA`` and ``NULL`` may be features."""
 ID_COLUMNS = ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl_gene_id", "Accession")
 NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_short_name", "symbol", "Gene")
 
@@ -108,7 +110,7 @@ def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = No
     (``sums`` false) keep them apart as ``ID#2``.
 
     Raises:
-        InputRefused: Genes are numbered and nothing names them.
+        InputRefused: Genes are numbered and nothing names them, or some have no name.
     """
     ids, notes = _ids(var), list[str]()
     names, standing = _names(var, notes)
@@ -120,7 +122,7 @@ def map_genes(var: pd.DataFrame, genes: str | None = None, hgnc: str | None = No
     unmapped = [name for name, found in zip(names, ids, strict=True) if not found]
     if unmapped:
         notes.append(_unmapped_note(unmapped, len(names), table, genes, named=standing == names))
-    id_list = [found or name for found, name in zip(ids, standing, strict=True)]
+    id_list = _named([found or name for found, name in zip(ids, standing, strict=True)], names)
     made = _unique(id_list, names, _known(id_list, table, var), notes, sums)
     features = replace(made.features, feature_name=_without_version(made.features))
     return replace(made, features=features, mapped=1 - len(unmapped) / max(1, len(names)))
@@ -168,7 +170,7 @@ def _names(var: pd.DataFrame, notes: list[str]) -> tuple[list[str], list[str]]:
         names = _without_genome(index.tolist())
         return names, names
     given = var[column].astype(object)
-    missing = (given.isna() | (given.astype(str).str.strip() == "")).to_numpy()
+    missing = (given.isna() | given.astype(str).str.strip().isin(NO_NAME)).to_numpy()
     names = _without_genome(np.where(missing, index.to_numpy(object), given.astype(str).to_numpy(object)).tolist())
     if not numbered:
         return names, index.tolist()
@@ -306,10 +308,33 @@ def _known(ids: list[str], table: pd.DataFrame | None, var: pd.DataFrame) -> tup
 
 
 def map_plain(var: pd.DataFrame, kind: str, *, sums: bool = True) -> FeatureMap:
-    """Take features by the names that the source gives them (antibodies, peaks, guides)."""
+    """Take features by the names that the source gives them (antibodies, peaks, guides).
+
+    Raises:
+        InputRefused: Some have no name.
+    """
     ids = [str(name) for name in var.index]
     names = var["gene_symbols"].astype(str).tolist() if "gene_symbols" in var else ids
+    ids = _named(ids, names)
     return _unique(ids, names, ([kind] * len(ids), [0] * len(ids)), [], sums)
+
+
+def _named(ids: list[str], names: list[str]) -> list[str]:
+    """Return ids, names in the place of those that only say that there is none.
+
+    Raises:
+        InputRefused: Features have no name either: of several nobody knows that they are one. (A single ``nan`` may be
+            called so: nanchung of Drosophila.)
+    """
+    found = [name if known.strip() in NO_NAME else known for known, name in zip(ids, names, strict=True)]
+    none = [number for number, name in enumerate(found, 1) if name.strip() in NO_NAME]
+    if not none or (len(none) == 1 and found[none[0] - 1].strip()):
+        return found
+    shown = ", ".join(str(number) for number in none[:5]) + (", ..." if len(none) > 5 else "")
+    raise InputRefused(
+        f"{len(none):,} of {len(found):,} features have no name (number {shown}, called {found[none[0] - 1]!r}); give "
+        "each one of its own, or take them out"
+    )
 
 
 def _unique(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import anndata
+import h5py
 import mudata
 import numpy as np
 import pandas as pd
@@ -87,3 +88,46 @@ def test_a_study_is_of_the_organism_that_its_samples_name_or_refused(
         OpenDataset(source, "x")
     named = source.model_copy(update={"organism": "rattus_norvegicus"})
     assert OpenDataset(named, "x").inspect().plan.organism == "rattus_norvegicus"
+
+
+def _columns(path: Path, names: list[str], **var: list[str]) -> SourceSettings:
+    """Write a cell with one count in the first feature, two in the second, four in the third, ..."""
+    counts = np.array([[2**number for number in range(len(names))]], np.float32)
+    table = anndata.AnnData(scipy.sparse.csr_matrix(counts), pd.DataFrame(index=["a"]), pd.DataFrame(var, index=names))
+    table.write_h5ad(path)
+    return SourceSettings(uri=str(path))
+
+
+def _found(source: SourceSettings) -> dict[str, float]:
+    opened = OpenDataset(source, "x")
+    ((measurement, features),) = opened.inspect().plan.features.items()
+    return dict(zip(features.feature_id, opened.block(measurement, 0, 1).toarray()[0].tolist(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+@pytest.mark.parametrize("measurement", ["RNA", "protein"])
+def test_features_without_an_id_go_by_their_names_and_without_either_are_refused(
+    tmp_path: Path, measurement: str
+) -> None:
+    def found(names: list[str], **var: list[str]) -> dict[str, float]:
+        return _found(_columns(tmp_path / "a.h5ad", names, **var).model_copy(update={"measurement": measurement}))
+
+    assert found(["nan", "", "x", "C"], gene_symbols=["A", "B", "nan", "D"]) == {"A": 1, "B": 2, "x": 4, "C": 8}
+    assert found(["nan", "NA", "NULL"]) == {"nan": 1, "NA": 2, "NULL": 4}  # nanchung of Drosophila
+    with pytest.raises(InputRefused, match=r"2 of 4 features have no name \(number 2, 4, called 'nan'\)"):
+        found(["A", "nan", "C", "nan"])
+    with pytest.raises(InputRefused, match=r"2 of 3 features have no name \(number 1, 3, called '(None|nan)'\)"):
+        found(["nan", "B", ""], gene_symbols=["None", "B", ""])
+    with pytest.raises(InputRefused, match=r"1 of 2 features have no name \(number 2, called ''\)"):
+        found(["A", ""])
+
+
+@pytest.mark.parametrize("measurement", ["RNA", "ATAC"])
+def test_an_empty_accession_of_a_loom_is_filled_in_by_the_genes_name(tmp_path: Path, measurement: str) -> None:
+    with h5py.File(tmp_path / "a.loom", "w") as file:
+        file["matrix"] = np.array([[1], [2], [4]], np.float32)
+        file["col_attrs/CellID"] = [b"a"]
+        file["row_attrs/Accession"] = [b"", b"P1", b"nan"]
+        file["row_attrs/Gene"] = [b"A", b"B", b"C"]
+    source = SourceSettings(uri=str(tmp_path / "a.loom"), measurement=measurement)
+    assert _found(source) == {"A": 1, "P1": 2, "C": 4}

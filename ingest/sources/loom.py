@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from ingest.harmonize import NO_NAME
 from ingest.job import SourceSettings
 from ingest.sources.form import Part, SourceDataset, are_levels, content_digest, fingerprint
 from ingest.sources.h5ad import open_group
@@ -92,10 +93,14 @@ def _text(value: object) -> str:
 
 
 def _names(table: pd.DataFrame, known: tuple[str, ...], kind: str) -> pd.Index:
-    found = next((name for name in known if name in table), None)
-    if found is None:
+    """Return what the first known attribute says; where that is empty, what the next says."""
+    there = [table[name].astype(str) for name in known if name in table]
+    if not there:
         return pd.Index([f"{kind}{number}" for number in range(len(table))])
-    return pd.Index(table[found].astype(str))
+    names = there[0]
+    for others in there[1:]:
+        names = names.where(~names.str.strip().isin(NO_NAME), others)
+    return pd.Index(names)
 
 
 def _parts(matrix: h5py.Dataset, levels: bool) -> Iterator[Coordinates]:
