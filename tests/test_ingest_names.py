@@ -131,3 +131,49 @@ def test_an_empty_accession_of_a_loom_is_filled_in_by_the_genes_name(tmp_path: P
         file["row_attrs/Gene"] = [b"A", b"B", b"C"]
     source = SourceSettings(uri=str(tmp_path / "a.loom"), measurement=measurement)
     assert _found(source) == {"A": 1, "P1": 2, "C": 4}
+
+
+def _table(path: Path, text: str, **settings: object) -> OpenDataset:
+    path.write_text(text, encoding="utf-8")
+    told = {"uri": str(path), "kind": "table", "measurement": "protein", **settings}
+    return OpenDataset(SourceSettings.model_validate(told), "x")
+
+
+def _counts(opened: OpenDataset) -> dict[str, list[float]]:
+    plan = opened.inspect().plan
+    counts = opened.block("protein", 0, plan.n_obs).toarray()
+    return dict(zip(plan.features["protein"].feature_id, counts.T.tolist(), strict=True))
+
+
+def test_columns_of_one_name_of_a_table_are_summed_and_those_of_levels_kept_apart(tmp_path: Path) -> None:
+    text = "cell,A,B,A,site,site\nc0,1,2,4,x,p\nc1,8,16,32,y,q\n"
+    opened = _table(tmp_path / "a.csv", text)
+    assert opened.form.obs.to_dict("list") == {"site": ["x", "y"], "site#2": ["p", "q"]}
+    assert "their counts are summed: A (A)" in " ".join(opened.inspect().notes)
+    assert _counts(opened) == {"A": [5, 40], "B": [2, 16]}
+    assert _counts(_table(tmp_path / "a.csv", text, values="value")) == {"A": [1, 8], "B": [2, 16], "A#2": [4, 32]}
+    lying = "gene\tc0\tc1\nA\t1\t8\nB\t2\t16\nA\t4\t32\n"
+    assert _counts(_table(tmp_path / "a.tsv", lying, transposed=True)) == {"A": [5, 40], "B": [2, 16]}
+    with pytest.raises(InputRefused, match=r"1 fields among numbers are none, such as 'q' \(cell 'c1', column 'A'\)"):
+        _table(tmp_path / "a.csv", text.replace("32", "q").replace("c0", "c2,1,1,1,x,p\nc0"))
+
+
+def test_features_and_cells_of_a_table_may_be_called_na_and_values_that_are_missing_too(tmp_path: Path) -> None:
+    lines = "gene\tNA\tc1\nNA\t1\t8\nNULL\t2\tnull\nnan\t4\tNA\n"
+    opened = _table(tmp_path / "a.tsv", lines, transposed=True, values="value")
+    assert list(opened.form.obs.index) == ["NA", "c1"]
+    assert list(opened.form.parts["protein"].var.index) == ["NA", "NULL", "nan"]
+    assert opened.form.parts["protein"].rows(0, 2).toarray().tolist() == [[1, 2, 4], [8, 0, 0]]
+    assert opened.form.parts["protein"].rows(0, 2).nnz == 4
+    for text in ("c0 1 NA\nc1 3 4\n", "c0 NA 1\nc1 3 4\n"):  # no names, of which NA would be one
+        assert list(_table(tmp_path / "a.txt", text, values="value").form.obs.index) == ["c0", "c1"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_semicolons_part_the_fields_of_a_table(tmp_path: Path, name: str) -> None:
+    assert _counts(_table(tmp_path / name, "cell;A;B\nc0;1;2\nc1;4;8\n")) == {
+        "A": [1, 4],
+        "B": [2, 8],
+    }
+    with pytest.raises(InputRefused, match=r"such as '1,5' .* write numbers with a decimal point"):
+        _table(tmp_path / name, "cell;A\nc0;1,5\nc1;4\nc2;3\n", values="value")

@@ -1,6 +1,7 @@
 """This module reads a delimited text table of cells x features, as proteomics, methylation and bulk studies have them.
 
-Fields are parted by commas (.csv), tabs (.tsv), or what the first line has: tabs, else commas, else blanks; .gz or not.
+Fields are parted by commas or semicolons (.csv), tabs (.tsv), or what the first line has: tabs, else commas, else
+semicolons, else blanks; .gz or not.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ CORNER = re.compile(
     re.IGNORECASE,
 )
 """What stands over a column of names, and before a line of them: nothing (pandas, R) or a word for what they name."""
+MISSING = ("#N/A", "#NA", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "-nan", "-NaN")
+"""Words for a value that is missing; cells and features may be called so."""
 OF_CELLS = {"age", "plate", "well", "day", "cluster", "passage", "n_counts", "total_counts", "n_genes", *OBS_DEFAULTS}
 OF_CELLS |= {alias for aliases in OBS_ALIASES.values() for alias in aliases}
 """Names of columns that say something of cells more often than they are features."""
@@ -50,30 +53,32 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         table = table.T
     table.index, table.columns = table.index.astype(str), table.columns.astype(str)
     numbers = table.apply(pd.to_numeric, errors="coerce")
-    given, understood = table.notna().sum(), numbers.notna().sum()
-    named = set(source.obs.values())
-    texts = [str(column) for column in table if column in named or given[str(column)] > 2 * understood[str(column)]]
-    features = [str(column) for column in table if column not in set(texts)]
+    given, understood = table.notna().sum().to_numpy(), numbers.notna().sum().to_numpy()
+    is_text = table.columns.isin(list(source.obs.values())) | (given > 2 * understood)
+    texts, table, numbers = table.loc[:, is_text], table.loc[:, ~is_text], numbers.loc[:, ~is_text]
+    again = pd.Series(texts.columns).groupby(texts.columns).cumcount()
+    texts.columns = pd.Index([f"{name}#{n + 1}" if n else name for name, n in zip(texts.columns, again, strict=True)])
+    features = list(table.columns)  # one name may stand over several
     if not features:
         raise InputRefused(f"{source.uri}: has no column of numbers; are cells in columns? then set transposed=true")
-    _refuse_words(source.uri, table[features], numbers[features])
+    _refuse_words(source.uri, table, numbers)
     if np.mean([bool(BARCODE.match(name)) for name in features]) > 0.5:
         turned = str(not source.transposed).lower()
         raise InputRefused(
             f"{source.uri}: its features are called as cells are ({features[0]!r}, ...); set transposed={turned}"
         )
-    doubtful = [name for name in features if name in OF_CELLS]
+    doubtful = [name for name in dict.fromkeys(features) if name in OF_CELLS]
     if doubtful:
         notes.append(
             f"taken for features: {', '.join(doubtful)}; a column that describes cells comes to obs with "
             f"obs.COLUMN={doubtful[0]}"
         )
-    matrix = numbers[features].to_numpy(np.float64)
+    matrix = numbers.to_numpy(np.float64)
     rows = level_rows(matrix) if are_levels(source, source.measurement) else memory_rows(matrix)
     return SourceDataset(
         dataset_id=name,
         organism=source.organism,
-        read_obs=lambda: table[texts].copy(),
+        read_obs=lambda: texts.copy(),
         n_obs=len(table),
         parts={source.measurement: Part(pd.DataFrame(index=pd.Index(features)), rows)},
         content=lambda: content_digest(source.uri),
@@ -89,7 +94,15 @@ def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
         separator = _separator(uri, text)
         if _lacks_corner(uri, text, separator):
             text = f'""{separator if len(separator) == 1 else " "}{text}'
-        table = pd.read_csv(StringIO(text), sep=separator, header=None, dtype=str, skipinitialspace=separator == ",")
+        table = pd.read_csv(
+            StringIO(text),
+            sep=separator,
+            header=None,
+            dtype=str,
+            skipinitialspace=separator == ",",
+            keep_default_na=False,
+            na_values=[""],
+        )
     except (ValueError, OSError, csv.Error) as error:
         if isinstance(error, InputRefused):
             raise
@@ -107,11 +120,11 @@ def _read(uri: str) -> tuple[pd.DataFrame, list[str]]:
     else:
         of_names = False
         table.columns = pd.Index([f"feature{number}" for number in range(table.shape[1])])
-    first = table.iloc[:, 0]
+    first, table = table.iloc[:, 0], table.mask(table.isin(MISSING))
     if pd.to_numeric(first, errors="coerce").notna().sum() == 0 or (
         of_names and first.notna().all() and first.is_unique
     ):
-        table = table.set_index(table.columns[0])
+        table = table.iloc[:, 1:].set_axis(pd.Index(first))
     else:
         table.index = pd.Index([f"cell{number}" for number in range(len(table))])
         notes.append(f"no column names the lines: they are called 'cell0' to {table.index[-1]!r}")
@@ -136,9 +149,10 @@ def _refuse_words(uri: str, table: pd.DataFrame, numbers: pd.DataFrame) -> None:
 def _separator(uri: str, text: str) -> str:
     """Return what parts the fields: what the ending of the name says, or the first line has."""
     name = without_query(uri).lower().removesuffix(".gz")
-    known = {".csv": ",", ".tsv": "\t"}.get(name[-4:])
+    known = {".csv": (",", ";"), ".tsv": ("\t",)}.get(name[-4:])
     line = text.split("\n", 1)[0]
-    return known or next((sign for sign in ("\t", ",") if sign in line), r"\s+")
+    found = next((sign for sign in known or ("\t", ",", ";") if sign in line), "")
+    return found or (known[0] if known else r"\s+")
 
 
 def _lacks_corner(uri: str, text: str, separator: str) -> bool:
@@ -165,7 +179,8 @@ def _lacks_corner(uri: str, text: str, separator: str) -> bool:
 
 def _names_features(table: pd.DataFrame, of_names: bool) -> bool:
     """Say whether the first line is one of names: words, words over numbers, or whatever follows a corner for names."""
-    line, below = table.iloc[0, 1:], table.iloc[1:, 1:]
+    values = table.mask(table.isin(MISSING))
+    line, below = values.iloc[0, 1:], values.iloc[1:, 1:]
     words = line.notna() & pd.to_numeric(line, errors="coerce").isna()
     numbers = below.apply(pd.to_numeric, errors="coerce").notna().sum()
     over_numbers = words & (numbers > 0) & (numbers == below.notna().sum())
