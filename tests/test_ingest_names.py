@@ -177,3 +177,17 @@ def test_semicolons_part_the_fields_of_a_table(tmp_path: Path, name: str) -> Non
     }
     with pytest.raises(InputRefused, match=r"such as '1,5' .* write numbers with a decimal point"):
         _table(tmp_path / name, "cell;A\nc0;1,5\nc1;4\nc2;3\n", values="value")
+
+
+@pytest.mark.parametrize("kind", ["S", "O"])
+def test_words_of_an_old_h5ad_are_words_also_where_they_are_no_categories(tmp_path: Path, kind: str) -> None:
+    text = "S9" if kind == "S" else h5py.string_dtype()
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        obs = [("a", "donör" if kind == "O" else b"donor", "x", 1), ("b", "", "y", 2)]
+        file["obs"] = np.array(obs, [("index", text), ("donor", text), ("else", text), ("n", "i4")])
+        file["var"] = np.array([("A", "ENSG00000141510")], [("index", "S2"), ("gene_ids", h5py.string_dtype())])
+        file["X"] = np.array([[1], [2]], np.float32)
+    found = OpenDataset(SourceSettings(uri=str(tmp_path / "a.h5ad")), "x").inspect()
+    assert found.obs["donor_id"].tolist() == ["donör" if kind == "O" else "donor", ""]
+    assert found.sides["obs"].to_dict("list") == {"else": ["x", "y"], "n": [1, 2]}
+    assert found.plan.features["RNA"].feature_id == ["ENSG00000141510"]

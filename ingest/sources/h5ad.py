@@ -194,6 +194,8 @@ def read_table(group: Any, key: str, where: str) -> pd.DataFrame:
             if f"uns/{column}_categories" in group:
                 names = [_text(name) for name in np.atleast_1d(group[f"uns/{column}_categories"][()])]
                 table[column] = np.array([*names, ""], dtype=object)[table[column].to_numpy(dtype=int)]
+            elif table[column].dtype.kind in "OS":
+                table[column] = [_text(value) for value in table[column]]
     else:
         table = read(element)
     table.index = table.index.astype(str)
