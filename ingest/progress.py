@@ -133,8 +133,9 @@ class Progress:
 
     def status(self) -> dict[str, Any]:
         """Return states, rows, speed, and seconds to go for what is in sight."""
-        done = sum(row["done"] for row in self.rows.values())
-        seen = sum(row["rows"] for row in self.rows.values() if row["state"] not in ("present", "refused", "planned"))
+        left_out = ("present", "refused", "planned")
+        coming = [row for row in self.rows.values() if row["state"] not in left_out]
+        done, seen = (sum(row[key] for row in coming) for key in ("done", "rows"))
         speed = self._speed()
         return {
             "pid": os.getpid(),

@@ -105,13 +105,18 @@ _Held = dict[str, tuple[dict[str, str], str]]
 """Name of a dataset in the lake, or planned, to its organism, key and origin, and what brings it in."""
 
 
+_Brought = dict[str, dict[str, str]]
+"""Name of a dataset to organism, key, origin and address of what a source of this job brings in under it."""
+
+
 def plan(job: JobSettings) -> list[Outcome]:
     """Inspect and check all sources, and look what the lake has of them already, if there is one; write nothing."""
     _refuse_nothing(job)
     held = _held(job.lake)
     with _cluster(job), Progress(None) as progress:
-        outcomes = []
+        outcomes, brought = [], _Brought()
         for dataset in _examined(job, progress):
+            _refuse_second(dataset, brought)
             if dataset.plan and not dataset.outcome.problems:
                 _foresee(dataset, dataset.plan, held)
             progress.done(dataset.label, dataset.outcome.state)
@@ -144,6 +149,26 @@ def _foresee(dataset: _Dataset, plan: DatasetPlan, held: _Held) -> None:
     held[plan.dataset_id] = (mine, "this plan")
 
 
+def _refuse_second(dataset: _Dataset, brought: _Brought) -> None:
+    """Refuse what would take the place of a dataset of the same job: the next run would bring both in anew.
+
+    What two sources bring in alike is there already when the second one comes.
+    """
+    plan = dataset.plan
+    if plan is None or dataset.outcome.problems:
+        return
+    mine = {"organism": plan.organism, "key": plan.key, "origin": plan.origin, "uri": plan.info["source_uri"]}
+    other = brought.setdefault(plan.dataset_id, mine)
+    alike = [name for name in mine if mine[name] == other[name]]
+    if "organism" in alike and "key" not in alike and ("origin" in alike or dataset.source.replaces):
+        dataset.outcome.refuse(
+            f"{dataset.outcome.source}: would take the place of dataset {plan.dataset_id!r}, which the same job brings "
+            f"in from {other['uri']}; set dataset_id=NAME on one of the two",
+            exit_code=UsageError.exit_code,
+        )
+        dataset.frames, dataset.checked = {}, {}
+
+
 def run(job: JobSettings) -> list[Outcome]:
     """Ingest all sources; a dataset that is refused does not stop the others.
 
@@ -162,8 +187,10 @@ def run(job: JobSettings) -> list[Outcome]:
         Progress(writer.uri, gauges) as progress,
     ):
         try:
+            brought = _Brought()
             for dataset in _examined(job, progress):
                 outcomes.append(dataset.outcome)
+                _refuse_second(dataset, brought)
                 if not dataset.outcome.problems:
                     _ingest(writer, dataset, Limits.of(job), progress)
                 dataset.outcome.seconds = round(time.monotonic() - dataset.begun, 3)

@@ -147,6 +147,8 @@ def test_a_running_ingest_tells_rows_speed_and_what_is_left(lake: Lake) -> None:
         assert (said["rows_done"], said["rows_seen"], said["pid"]) == (250, 1000, os.getpid())
         assert said["eta_s"] is not None
         assert said["datasets"] == [{"dataset": "large", "state": "writing", "rows": 1000, "done": 250}]
+        progress.done("large", "refused")  # in the middle of it
+        assert (progress.status()["rows_done"], progress.status()["rows_seen"], progress.status()["eta_s"]) == (0, 0, 0)
     assert records.read_all(f"{lake.uri}/somaflow/running") == []
 
 

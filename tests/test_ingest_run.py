@@ -275,15 +275,30 @@ def test_a_plan_says_what_the_lake_would_do_with_each_dataset(
     foreseen = both(
         source(given["a"], dataset_id="cells"),
         source(given["b"], dataset_id="cells"),
-        source(given["c"], dataset_id="cells", replaces=True),
         source(given["d"], dataset_id="other"),
         source(given["b"], dataset_id="other"),
     )
-    assert [one.state for one in foreseen] == ["present", "refused", "planned", "planned", "refused"]
+    assert [one.state for one in foreseen] == ["present", "refused", "planned", "refused"]
     assert "comes from" in foreseen[1].error
     assert "(commit 1)" in foreseen[1].error
-    assert any("takes the place of the one of commit 1" in note for note in foreseen[2].notes)
-    assert "(this plan)" in foreseen[4].error
+    assert "(this plan)" in foreseen[3].error
+    foreseen = both(source(given["c"], dataset_id="cells", replaces=True))
+    assert foreseen[0].state == "planned"
+    assert any("takes the place of the one of commit 1" in note for note in foreseen[0].notes)
+    asked = (
+        source(given["c"], dataset_id="cells"),
+        source(given["c"], dataset_id="cells", obs={"tissue": "=blood"}),
+        source(given["c"], dataset_id="cells", title="the same cells"),
+        source(given["d"], dataset_id="cells", replaces=True),
+    )
+    foreseen = both(*asked)
+    assert [one.state for one in foreseen] == ["present", "refused", "present", "refused"]
+    for number, name in ((1, "c"), (3, "d")):
+        assert foreseen[number].exit_code == UsageError.exit_code
+        assert foreseen[number].error == (
+            f"{given[name]}: would take the place of dataset 'cells', which the same job brings in from "
+            f"{given['c']}; set dataset_id=NAME on one of the two"
+        )
 
 
 @pytest.mark.ray
