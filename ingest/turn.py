@@ -23,12 +23,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from ingest.sources.form import Rows
+from ingest.sources.form import Rows, fingerprint, without_query
 from store.errors import InputRefused, SomaflowError, StorageError
+from store.records import is_local
 
 Coordinates = tuple[NDArray[np.integer], NDArray[np.integer], NDArray[np.floating]]
 """rows_N, columns_N, values_N of a part of a matrix; a coordinate may come again, its values are added."""
@@ -54,6 +56,37 @@ def scratch_folder() -> Path:
 def scratch_of(*identity: object) -> Path:
     """Return the folder of what is made of something: the same identity, the same folder."""
     return scratch_folder() / hashlib.sha256(json.dumps([FORM, *identity]).encode()).hexdigest()[:32]
+
+
+def downloaded(uri: str) -> Path:
+    """Return a local copy of a file that lies elsewhere, made once on this machine; a local one is its own copy.
+
+    Raises:
+        InputRefused: It cannot be read.
+        StorageError: The scratch folder is full or cannot be written.
+    """
+    if is_local(uri):
+        return Path(uri.removeprefix("file://"))
+    folder = scratch_of(uri, fingerprint(uri), "download")
+    copy = folder / without_query(uri).rsplit("/", 1)[-1].lower()
+    with scratch_errors(folder):
+        made_once(folder, lambda: _fetch(uri, copy))
+    return copy
+
+
+def _fetch(uri: str, copy: Path) -> None:
+    with copy.open("wb") as file:
+        for part in _content(uri):
+            file.write(part)
+
+
+def _content(uri: str) -> Iterator[bytes]:
+    try:
+        with fsspec.open(uri, "rb") as file:
+            while part := file.read(2**22):
+                yield part
+    except OSError as error:
+        raise InputRefused(f"{uri}: cannot be read: {error}") from error
 
 
 def turned(identity: list[str], shape: tuple[int, int], parts: Callable[[], Iterator[Coordinates]]) -> Rows:

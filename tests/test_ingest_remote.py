@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 import scipy.sparse
 from local_server import local_server
 
@@ -168,3 +171,36 @@ def test_a_file_on_the_web_that_changes_while_it_is_read_is_refused_whatever_tag
         lake = open_lake(job.lake)
         cells = lake.obs("homo_sapiens", columns=["soma_joinid"])["soma_joinid"].to_numpy()
         assert lake.counts("homo_sapiens", "RNA", cells).sum() == 9 + 2 + 3 + 4 + 5 + 6
+
+
+def _packed(folder: Path) -> None:
+    """Write the same three cells as a zipped zarr and as an archive of 10x."""
+    counts = scipy.sparse.csr_matrix(np.array([[1, 0, 2], [3, 4, 0], [0, 5, 6]], np.float32))
+    genes, cells = ["TP53", "CD4", "GAPDH"], ["a", "b", "c"]
+    anndata.AnnData(counts, pd.DataFrame(index=cells), pd.DataFrame(index=genes)).write_zarr(folder / "unpacked.zarr")
+    shutil.make_archive(str(folder / "a.zarr"), "zip", folder / "unpacked.zarr")
+    (folder / "10x").mkdir()
+    scipy.io.mmwrite(folder / "10x/matrix.mtx", counts.T, field="integer")
+    for name, lines in (("genes.tsv", genes), ("barcodes.tsv", cells)):
+        (folder / "10x" / name).write_text("\n".join(lines))
+    shutil.make_archive(str(folder / "a"), "gztar", folder / "10x")
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2:UserWarning")  # anndata, on the format it writes by itself
+@pytest.mark.parametrize("name", ["a.zarr.zip", "a.tar.gz"])
+def test_what_is_downloaded_lies_in_the_scratch_folder_once_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    served, scratch, temporary = (tmp_path / part for part in ("served", "scratch", "temporary"))
+    for folder in (served, scratch, temporary):
+        folder.mkdir()
+    _packed(served)
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with local_server(lambda port: [sys.executable, "-c", FEW_TAGS, str(served), port, "dated"]) as url:
+        for _ in range(2):
+            opened = OpenDataset(SourceSettings(uri=f"{url}/{name}"), "x")
+            assert opened.block("RNA", 0, 3).toarray().tolist() == [[1, 0, 2], [3, 4, 0], [0, 5, 6]]
+    assert list(temporary.rglob("*")) == []
+    (copy,) = scratch.rglob(name)
+    assert copy.read_bytes() == (served / name).read_bytes()

@@ -31,7 +31,7 @@ from ingest.sources.form import (
     types_left_out,
     without_query,
 )
-from ingest.turn import PART, Coordinates, turned
+from ingest.turn import PART, Coordinates, downloaded, turned
 from store.errors import InputRefused
 from store.hdf5 import check_hdf5
 from store.records import is_local
@@ -123,13 +123,11 @@ def _open_zarr(uri: str) -> Any:
     import zarr
 
     root: Any
+    zipped = downloaded(uri) if without_query(uri).endswith(".zip") else None
     try:
         # consolidated metadata is read whole: one strange member of uns would make the file unreadable
-        if without_query(uri).endswith(".zip"):
-            path = uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}")
-            root = zarr.open_group(zarr.storage.ZipStore(path, mode="r"), mode="r", use_consolidated=False)
-        else:
-            root = zarr.open_group(uri.removeprefix("file://"), mode="r", use_consolidated=False)
+        store = zarr.storage.ZipStore(zipped, mode="r") if zipped else uri.removeprefix("file://")
+        root = zarr.open_group(store, mode="r", use_consolidated=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputRefused(f"{uri}: not a readable zarr group: {error}") from error
     if "obs" not in root:

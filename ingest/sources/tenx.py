@@ -30,9 +30,8 @@ from ingest.sources.form import (
     without_query,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
-from ingest.turn import Coordinates, made_once, scratch_of, turned
+from ingest.turn import Coordinates, downloaded, made_once, scratch_of, turned
 from store.errors import InputRefused
-from store.records import is_local
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
 ROLES = {
@@ -163,9 +162,8 @@ def _archive(uri: str) -> dict[str, str]:
 
 def _unpacked(uri: str, folder: Path) -> dict[str, str]:
     folder.mkdir()
-    path = Path(uri.removeprefix("file://") if is_local(uri) else fsspec.open_local(f"simplecache::{uri}"))
     found: dict[str, str] = {}
-    for member, placed in members(path, folder):
+    for member, placed in members(downloaded(uri), folder):
         for role, known in ROLES.items():
             if member.rsplit("/", 1)[-1] in known:
                 if role in found:
