@@ -14,6 +14,8 @@ from train.stream import Stream
 class EpochDataset(IterableDataset[Any]):
     """One rank's batches of one epoch of a stream, in order, for ``DataLoader(..., batch_size=None)``.
 
+    A DataLoader that is not told ``batch_size=None`` would put batches of cells into batches.
+
     The stream's own threads do the work, so ``num_workers=0`` is fastest. Workers (``multiprocessing_context="spawn"``)
     take turns: of n of them each makes every n-th batch, and reads everything. They do not tell the stream here which
     batches were taken: whoever wants its ``state_dict`` then takes an ``EpochLoader``.
@@ -23,11 +25,10 @@ class EpochDataset(IterableDataset[Any]):
         epoch: The epoch.
         rank: This process of the training.
         world: All of them.
-        start: Step of the epoch to begin with; left out, the step at which the stream stands now if that is in this
-            epoch, else the first.
+        start: Step of the epoch to begin with; left out, that with which ``stream.epoch`` would begin now.
 
     Attributes:
-        start: The step of the epoch with which it begins.
+        start: The step of the epoch with which it begins; as many as the epoch has where none is left of it.
         counted: It goes to the workers of an ``EpochLoader``, which counts the batches that are taken.
     """
 
@@ -35,9 +36,7 @@ class EpochDataset(IterableDataset[Any]):
         self, stream: Stream, epoch: int = 0, *, rank: int = 0, world: int = 1, start: int | None = None
     ) -> None:
         self.stream, self.epoch, self.rank, self.world = stream, epoch, rank, world
-        self.start = stream.start_of(epoch) if start is None else start
-        if self.start < 0:
-            raise UsageError(f"start = {self.start}: at least 0")
+        self.start = stream.start_of(epoch, start)
         self.counted = False
         self._made_for = None if start is not None else stream.loaded
 

@@ -59,7 +59,7 @@ class Stream:
             ...
 
     The only state is the number of the next step: ``state_dict()`` and ``load_state_dict()`` carry it, and any number
-    of ranks goes on where any other stopped.
+    of ranks goes on where any other stopped: the same loop over all epochs finds nothing left of those that are over.
 
     Args:
         snapshot: What is streamed; or several snapshots, each with its share of every batch. Their vocabularies must
@@ -180,7 +180,7 @@ class Stream:
             )
         expected = None if weights is not None or sets else _dataset_shares(self.sources, self.labels, split, portions)
         self.telemetry = ShuffleTelemetry(expected)
-        self.step = self.loaded = 0
+        self.step = self.loaded = self._loaded_epoch = 0
         self.uncounted = False
         self._maker = BatchMaker(
             self.plan,
@@ -246,7 +246,7 @@ class Stream:
         for key, mine in standing.items():
             if key != "step" and state.get(key, mine) != mine:  # states once had no split
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
-        self.step = step
+        self.step, self._loaded_epoch = step, self.plan.epoch_of(step)[0]
         self.loaded += 1
         self.uncounted = False
 
@@ -280,16 +280,29 @@ class Stream:
         """Yield one rank's share of every step of an epoch: Cells, or Tokens where the stream has settings for them.
 
         It begins with step ``start`` of the epoch; left out, with the step at which the stream stands if that is in
-        this epoch, else with the first.
-        """
-        first = epoch * self.plan.steps_per_epoch
-        start = self.start_of(epoch) if start is None else start
-        _at_least("start", start, 0)
-        yield from self.steps(first + start, first + self.plan.steps_per_epoch, rank=rank, world=world)
+        this epoch, else with the first. As long as the stream stands in the epoch to which a loaded state brought it,
+        nothing is left of those before.
 
-    def start_of(self, epoch: int) -> int:
-        """Return the step of an epoch at which the stream stands, counted from the epoch's first; 0 outside of it."""
+        Raises:
+            UsageError: The epoch has no such start.
+        """
+        start = self.start_of(epoch, start)
+        first = epoch * self.plan.steps_per_epoch
+        if start < self.plan.steps_per_epoch:
+            yield from self.steps(first + start, first + self.plan.steps_per_epoch, rank=rank, world=world)
+
+    def start_of(self, epoch: int, start: int | None = None) -> int:
+        """Return with which of an epoch's steps :meth:`epoch` begins; as many as it has: none is left."""
+        _at_least("epoch", epoch, 0)
+        steps = self.plan.steps_per_epoch
+        if start is not None:
+            _at_least("start", start, 0)
+            if start > steps:
+                raise UsageError(f"start = {start}: an epoch has {steps:,} steps")
+            return start
         now, step = self.plan.epoch_of(self.step)
+        if epoch < now == self._loaded_epoch:
+            return steps
         return step if now == epoch else 0
 
     def steps(self, start: int, stop: int, *, rank: int = 0, world: int = 1, every: int = 1) -> Iterator[Any]:
