@@ -177,9 +177,14 @@ def test_a_state_of_another_split_or_of_no_stream_is_refused(lake: str) -> None:
         Stream(halves, batch=10, split="test").load_state_dict(state)
     with pytest.raises(UsageError, match="no state of a stream: it has no 'blocks'"):
         Stream(halves, batch=10).load_state_dict({})
-    for odd in ("x", 1.5, None):
-        with pytest.raises(UsageError, match=r"step = .*: at least 0, and a whole number"):
+    for odd in ("x", 1.5, None, True):
+        with pytest.raises(UsageError, match=r"step = .*: a whole number"):
             Stream(halves, batch=10).load_state_dict(state | {"step": odd})
+    with pytest.raises(UsageError, match="step = 2000000000000: no stream has come so far"):
+        Stream(halves, batch=10).load_state_dict(state | {"step": 2 * 10**12})
+    for none in (None, [], "state"):
+        with pytest.raises(UsageError, match="is no state of a stream: say what state_dict returned"):
+            Stream(halves, batch=10).load_state_dict(none)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="step = -1: at least 0"):
         Stream(halves, batch=10).load_state_dict(state | {"step": -1})
 
@@ -195,6 +200,8 @@ def test_a_state_of_another_split_or_of_no_stream_is_refused(lake: str) -> None:
         ({"batch": True}, "batch = True: a whole number"),
         ({"lanes": 1.0}, r"lanes = 1\.0: a whole number"),
         ({"seed": "1"}, "seed = '1': a whole number"),
+        ({"weights": ["a"] * 700}, "weights are .* numbers, one for each cell of the split"),
+        ({"weights": [1j] * 700}, "weights are .* numbers, one for each cell of the split"),
     ],
 )
 def test_words_of_another_kind_are_refused_with_what_to_say(big: Snapshot, words: dict[str, Any], said: str) -> None:
@@ -206,5 +213,7 @@ def test_what_is_no_snapshot_and_an_epoch_before_the_first_are_refused(big: Snap
     for snapshot in ("blood", [big, big]):
         with pytest.raises(UsageError, match="is no snapshot: say open_snapshot"):
             Stream(snapshot, batch=10)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"start = -.*: at least 0"):
+    with pytest.raises(UsageError, match="its share is 'a'; shares are positive numbers"):
+        Stream({big: "a"}, batch=10)  # type: ignore[dict-item]
+    with pytest.raises(UsageError, match="epoch = -1: at least 0"):
         next(Stream(big, batch=10, tokens=TokenSettings(budget=8)).epoch(-1))

@@ -14,6 +14,7 @@ from store.snapshot import Snapshot, SnapshotSettings, create_snapshot
 from store.writer import LakeWriter
 from train.dataset import EpochDataset, EpochLoader
 from train.stream import Stream
+from train.tokens import TokenSettings
 
 EPOCHS, STEPS, BATCH = 3, 10, 20
 
@@ -98,3 +99,21 @@ def test_a_start_that_an_epoch_does_not_have_is_refused(snapshot: Snapshot, star
     assert list(stream.epoch(1, start=STEPS)) == []
     with pytest.raises(UsageError, match="epoch = -1: at least 0"):
         EpochDataset(stream, -1)
+
+
+def test_a_state_of_other_measurements_or_values_is_refused_as_numbers_of_features_mean_others(
+    snapshot: Snapshot,
+) -> None:
+    counts, ranks = TokenSettings(budget=8), TokenSettings(values="rank", budget=8)
+    state = json.loads(json.dumps(made(snapshot, tokens=counts).state_dict()))
+    with pytest.raises(UsageError, match=r"measurements = \['protein'\] and the saved one had \['RNA', 'protein'\]"):
+        made(snapshot, tokens=counts, measurements=["protein"]).load_state_dict(state)
+    with pytest.raises(UsageError, match=r"measurements = \['protein', 'RNA'\] and the saved one had"):
+        made(snapshot, tokens=counts, measurements=["protein", "RNA"]).load_state_dict(state)
+    with pytest.raises(UsageError, match="values = 'rank' and the saved one had 'log1p'"):
+        made(snapshot, tokens=ranks).load_state_dict(state)
+    made(snapshot, tokens=TokenSettings(budget=16), measurements=["RNA", "protein"]).load_state_dict(state)
+    made(snapshot).load_state_dict(state)  # ragged: what is made of them is not the stream's
+    made(snapshot, tokens=ranks).load_state_dict(made(snapshot).state_dict())
+    of_before = {key: value for key, value in state.items() if key not in ("measurements", "values")}
+    made(snapshot, tokens=ranks, measurements=["protein"]).load_state_dict(of_before)

@@ -79,7 +79,11 @@ class Draws:
                 raise UsageError(f"weights = {weights!r} is none of: {', '.join(CODED)}")
             yield from (source.label_weights(weights, split) for source in self._sources)
             return
-        values, n_rows = np.asarray(weights, dtype=np.float64), sum(source.n_rows for source in self._sources)
+        n_rows = sum(source.n_rows for source in self._sources)
+        try:
+            values = np.asarray(weights, dtype=np.float64)
+        except (TypeError, ValueError):  # words
+            values = np.empty(0)
         if values.shape != (n_rows,) or not np.isfinite(values).all() or values.min() < 0 or values.sum() <= 0:
             raise UsageError(
                 f"weights are {n_rows:,} numbers, one for each cell of the split, not negative, not all zero"

@@ -98,7 +98,7 @@ def find_sources(shares: Mapping[Snapshot, float], split: str, *, sets: bool = F
     sources: list[Source] = []
     first_row = 0
     for number, (snapshot, share) in enumerate(shares.items()):
-        if not (np.isfinite(share) and share > 0):
+        if not (isinstance(share, int | float | np.number) and np.isfinite(share) and share > 0):
             raise UsageError(f"{snapshot.uri}: its share is {share!r}; shares are positive numbers")
         n_cells = snapshot.splits.get(split, 0)
         if n_cells == 0:

@@ -45,6 +45,10 @@ REMOTE = 4
 KEPT_BYTES = 31 * 2**20
 """Freed once, a block of this size lets glibc keep what is freed from then on instead of giving its pages back: TileDB
 takes new buffers for whatever comes from a remote store, and new pages are slow."""
+NOT_SAID_ONCE = {"split", "measurements", "values"}
+"""What states of before do not say; what they mean by numbers of features is taken for the same."""
+MOST_CELLS = 2**44
+"""A state that has passed more cells is none."""
 SHARES = 2**30
 """Shares of sources are told to the plan in whole numbers of this sum."""
 
@@ -226,25 +230,29 @@ class Stream:
             "blocks": [[order.block, order.window, order.lanes] for order in plan.orders],
             "weights": self._draws.digest,
             "shares": list(plan.shares),
+            "measurements": list(self.measurements),
+            **({"values": self.tokens.values} if self.tokens else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another stream stood, at any number of ranks.
 
         Raises:
-            UsageError: It streamed other cells or in another order; the message says what differs.
+            UsageError: It streamed other cells or measurements, in another order or as other values; the message says
+                what differs.
         """
+        if not isinstance(state, Mapping):
+            raise UsageError(f"{state!r} is no state of a stream: say what state_dict returned")
         standing = self._standing()
-        if missing := sorted(standing.keys() - state.keys() - {"split"}):
+        if missing := sorted(standing.keys() - state.keys() - NOT_SAID_ONCE):
             raise UsageError(f"this is no state of a stream: it has no {missing[0]!r}")
-        try:
-            step = index(state["step"])
-        except TypeError:
-            step = -1
-        if step < 0:
-            raise UsageError(f"step = {state['step']!r}: at least 0, and a whole number")
+        step = state["step"]
+        _at_least("step", step, 0)
+        step = index(step)
+        if step * self.plan.global_batch > MOST_CELLS:
+            raise UsageError(f"step = {step}: no stream has come so far")
         for key, mine in standing.items():
-            if key != "step" and state.get(key, mine) != mine:  # states once had no split
+            if key != "step" and state.get(key, mine) != mine:
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
         self.step, self._loaded_epoch = step, self.plan.epoch_of(step)[0]
         self.loaded += 1
