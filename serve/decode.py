@@ -81,7 +81,7 @@ class FeatureIndex:
     def positions(self, names: Sequence[str], organism: str = "") -> NDArray[np.int64]:
         """Return each name's column, -1 for an unknown name and -2 for one that several features carry.
 
-        ``organism`` (empty: any) decides between features of the same name.
+        ``organism`` (empty: any) decides between features of the same id or symbol.
         """
         return np.fromiter((self._position(name, organism) for name in names), dtype=np.int64, count=len(names))
 
@@ -239,12 +239,12 @@ class Decoder:
         """Return the positions of features of a measurement; ``organism`` decides between those of the same symbol.
 
         Raises:
-            FieldRefused: One is not known, or several features carry the symbol.
+            FieldRefused: One is not known, or several features carry the name.
         """
         found = self._indices[measurement].positions(names, organism)
         if (found < 0).any():
             first = int(np.argmax(found < 0))
-            why = "several features carry this symbol" if found[first] == _AMBIGUOUS else "this model does not know it"
+            why = "several features carry this name" if found[first] == _AMBIGUOUS else "this model does not know it"
             remedy = "use ids from GET /v1/features"
             if found[first] == _AMBIGUOUS and not organism:
                 remedy += ", or say one organism of all cells"
@@ -351,7 +351,8 @@ def _known_best(part: CsrCounts | ByCell, index: FeatureIndex, organism: str) ->
     """Return counts whose features have those of a file's names that the model knows most of."""
     if isinstance(part, list) or not part.others:
         return part
-    names = max([part.features, *part.others], key=lambda names: int((index.positions(names, organism) >= 0).sum()))
+    every = [part.features, *part.others]
+    names = max(every, key=lambda names: int((index.positions(names, organism) != _UNKNOWN).sum()))
     return part.model_copy(update={"features": names})
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from scipy.sparse import csr_matrix
 
-from serve.decode import Decoded, Decoder
+from serve.decode import Decoded, Decoder, FeatureIndex, Features
 from serve.errors import CoverageTooLow, FieldRefused
 from serve.messages import Counts, CsrCounts
 from serve.settings import Limits
@@ -99,6 +99,14 @@ def test_an_id_that_two_organisms_have_is_each_ones_own() -> None:
     assert (decoded.cells.counts["protein"].toarray().tolist(), decoded.warnings) == ([[0, 1], [2, 0]], [])
     with pytest.raises(CoverageTooLow, match="not known: CD4"):
         decoder.decode(counts, {})
+
+
+def test_a_shared_id_is_the_feature_of_each_cells_own_organism() -> None:
+    index = FeatureIndex(
+        Features(["GFP", "ENSG1", "GFP"], ["gfp"] * 3, ["homo_sapiens", "mus_musculus", "mus_musculus"])
+    )
+    for organism, found in (("homo_sapiens", [0, 1]), ("mus_musculus", [2, 1]), ("", [-2, 1])):
+        assert index.positions(["GFP", "ENSG1.4"], organism).tolist() == found
 
 
 def test_coverage_counts_what_was_lost_and_names_it() -> None:

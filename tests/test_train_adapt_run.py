@@ -176,6 +176,15 @@ def test_features_behind_those_of_the_base_change_nothing(lake: str, base: str, 
     assert not any("come after" in one for one in plan(adapting(lake, tmp_path, base, snapshot="narrow")).warnings)
 
 
+def test_another_organisms_features_of_the_same_ids_are_refused(base: str, tmp_path: Path) -> None:
+    uri, known = str(tmp_path / "lake"), load(base).vocabulary["RNA"].feature_id
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "mice", 80, {"RNA": len(known)}, organism="mus_musculus")
+    assert create_snapshot(uri, "mice", SnapshotSettings()).vocabulary("RNA")["feature_id"].to_pylist() == known
+    with pytest.raises(UsageError, match=r"its RNA features are not those of"):
+        Run(adapting(uri, tmp_path, base, snapshot="mice"), 1)
+
+
 def test_other_features_and_settings_of_a_model_are_refused(lake: str, base: str, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(UsageError, match=r"features are not those of .*make the snapshot with --set like=s"):
         Run(adapting(lake, tmp_path, base, snapshot="other"), 1)

@@ -65,6 +65,33 @@ def test_a_protein_inherits_from_its_gene(loaded: checkpoint.Checkpoint) -> None
         grow(loaded, {"lipids": []})
 
 
+def test_a_feature_is_its_id_and_its_organism(loaded: checkpoint.Checkpoint) -> None:
+    mouse, human = "mus_musculus", "homo_sapiens"
+    more = [(GENES[3], "G3", mouse), ("DUP", "D", human), ("DUP", "d", mouse), (GENES[4], "G4", human)]
+    grown = grow(loaded, {"RNA": more}, {"DUP": GENES[3]})
+    part = grown.vocabulary["RNA"]
+    assert part.feature_id[40:] == [GENES[3], "DUP", "DUP"]
+    assert part.feature_name[40:] == ["G3", "D", "d"]
+    assert part.organism[40:] == [mouse, human, mouse]
+    both = grow(grown, {"protein": [("P9", "CD9", mouse), ("P9", "CD9", human)]}, {"P9": GENES[3]})
+    own, first = both.model.identity.own.weight, both.model.config.offsets
+    assert not torch.equal(own[first["RNA"] + 3], own[first["RNA"] + 40])
+    assert torch.equal(own[first["protein"] + 5], own[first["RNA"] + 40])  # of the mouse
+    assert torch.equal(own[first["protein"] + 6], own[first["RNA"] + 3])
+    with pytest.raises(InputRefused, match=r"of rattus cannot inherit from .*RNA of homo_sapiens, RNA of mus_musculus"):
+        grow(grown, {"protein": [("P9", "CD9", "rattus")]}, {"P9": GENES[3]})
+
+
+def test_an_heir_of_an_id_of_several_measurements_takes_that_of_its_own(loaded: checkpoint.Checkpoint) -> None:
+    named = grow(loaded, {"RNA": [("P1", "P1", "homo_sapiens")]})  # a gene that is called as a protein is
+    first = named.model.config.offsets
+    for name, place in (("RNA", 40), ("protein", 1)):
+        heir = grow(named, {name: [("NEW", "NEW", "homo_sapiens")]}, {"NEW": "P1"})
+        last = heir.model.config.offsets[name] + len(heir.vocabulary[name].feature_id) - 1
+        assert torch.equal(heir.model.identity.own.weight[last], named.model.identity.own.weight[first[name] + place])
+    grow(loaded, {"RNA": [("NEW", "NEW", "mus_musculus")]}, {"NEW": GENES[3]})  # another organism's, the only one
+
+
 def test_training_teaches_the_shared_vectors_and_evaluation_uses_none(loaded: checkpoint.Checkpoint) -> None:
     model, predictor = loaded.model, Predictor(loaded)
     protein = csr_matrix(np.random.default_rng(1).poisson(9, (4, 5)).astype(np.float32))

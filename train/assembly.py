@@ -118,8 +118,8 @@ def adapted_parts(settings: RunSettings, snapshot: Snapshot, base: Checkpoint) -
             f"data.tokens = {settings.data.tokens}: an adapter learns with the tokens with which it answers, up to "
             f"{budget} of a cell as {settings.adapter.base} has them; leave it out"
         )
-    own = {name: part.feature_id for name, part in vocabulary_of(snapshot).items()}
-    known = {name: part.feature_id for name, part in base.vocabulary.items()}
+    own = {name: _identities(part) for name, part in vocabulary_of(snapshot).items()}
+    known = {name: _identities(part) for name, part in base.vocabulary.items()}
     differs = next((name for name in own if name not in known or own[name][: len(known[name])] != known[name]), None)
     if differs is not None:
         trained_on = base.manifest["snapshot"].get("name", "NAME")
@@ -207,6 +207,13 @@ def coverage_of(snapshot: Snapshot, vocabulary: dict[str, Vocabulary]) -> dict[s
     found = {}
     for name, coverage in COVERAGE.items():
         if name in vocabulary and coverage in snapshot.measurements:
-            place = {one: number for number, one in enumerate(snapshot.vocabulary(coverage)["feature_id"].to_pylist())}
-            found[name] = np.array([place.get(one, -1) for one in vocabulary[name].feature_id], np.int64)
+            table = snapshot.vocabulary(coverage)
+            ones = zip(table["feature_id"].to_pylist(), table["organism"].to_pylist(), strict=True)
+            place = {one: number for number, one in enumerate(ones)}
+            found[name] = np.array([place.get(one, -1) for one in _identities(vocabulary[name])], np.int64)
     return found
+
+
+def _identities(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """Return what makes each feature itself: two organisms may share an id."""
+    return list(zip(vocabulary.feature_id, vocabulary.organism, strict=True))

@@ -30,20 +30,18 @@ def grow(
 
     Args:
         loaded: Stays as it is.
-        more: Measurement to id, name and organism of features.
-        inherit: A new feature's id to the id of a known one, of any measurement.
+        more: Measurement to id, name and organism of features; id and organism together say which one it is.
+        inherit: A new feature's id to the id of a known one, of any measurement. Where several have that id, it is the
+            one of the same organism, and of these that of the same measurement.
 
     Raises:
         InputRefused: A measurement that the model does not have, an heir that is no feature, or one of what nobody
-            knows.
+            knows, or of what may be one of several.
     """
     old, inherit = loaded.model.config, dict(inherit or {})
     vocabulary: dict[str, Vocabulary] = {}
-    place: dict[str, int] = {}
     n_features: dict[str, int] = {}
-    for name, part in loaded.vocabulary.items():
-        first = old.offsets[name]
-        place |= {feature: first + number for number, feature in enumerate(part.feature_id)}
+    place = _places(loaded)
     for name in set(more) - set(loaded.vocabulary):
         raise InputRefused(f"no measurement {name!r} in this model; it has {', '.join(loaded.vocabulary)}")
     for name in set(more) & set(old.levels):
@@ -58,24 +56,48 @@ def grow(
             raise InputRefused(f"{heir!r} cannot inherit from {of!r}: the model does not know it")
     source: list[int] = [0]
     for name, part in loaded.vocabulary.items():
-        known, fresh = set(part.feature_id), {}
-        for feature, called, organism in more.get(name, ()):
-            if feature not in known:
-                fresh[feature] = (called, organism)
+        known = set(zip(part.feature_id, part.organism, strict=True))
+        fresh = {(feature, organism): called for feature, called, organism in more.get(name, ())}
+        fresh = {key: called for key, called in fresh.items() if key not in known}
         vocabulary[name] = Vocabulary(
-            [*part.feature_id, *fresh],
-            [*part.feature_name, *(called for called, _ in fresh.values())],
-            [*part.organism, *(organism for _, organism in fresh.values())],
+            [*part.feature_id, *(feature for feature, _ in fresh)],
+            [*part.feature_name, *fresh.values()],
+            [*part.organism, *(organism for _, organism in fresh)],
         )
         n_features[name] = len(vocabulary[name].feature_id)
         source += [old.offsets[name] + number for number in range(len(part.feature_id))]
-        source += [place[inherit[feature]] if feature in inherit else -1 for feature in fresh]
+        source += [
+            _inherited(place[inherit[feature]], inherit[feature], feature, organism, name) if feature in inherit else -1
+            for feature, organism in fresh
+        ]
     source_F = torch.tensor(source)
     degree_F, set_E = _memberships(loaded.model, source_F)
     model = CellModel(replace(old, n_features=n_features, n_memberships=len(set_E)))
     ids = ["", *(feature for part in vocabulary.values() for feature in part.feature_id)]
     model.load_state_dict(_state(loaded.model, model, source_F, ids, degree_F, set_E))
     return replace(loaded, model=model.eval(), vocabulary=vocabulary)
+
+
+def _places(loaded: Checkpoint) -> dict[str, dict[tuple[str, str], int]]:
+    """Return each known id's features: their organism and measurement, and their number among all features."""
+    place: dict[str, dict[tuple[str, str], int]] = {}
+    for name, part in loaded.vocabulary.items():
+        for number, (feature, organism) in enumerate(zip(part.feature_id, part.organism, strict=True)):
+            place.setdefault(feature, {})[organism, name] = loaded.model.config.offsets[name] + number
+    return place
+
+
+def _inherited(known: Mapping[tuple[str, str], int], of: str, heir: str, organism: str, measurement: str) -> int:
+    """Return which of the features with an id an heir inherits from: its own organism's, its own measurement's."""
+    nearest = {key: number for key, number in known.items() if key[0] == organism} or known
+    nearest = {key: number for key, number in nearest.items() if key[1] == measurement} or nearest
+    if len(nearest) > 1:
+        these = ", ".join(f"{name} of {whose or 'no organism'}" for whose, name in sorted(known))
+        raise InputRefused(
+            f"{heir!r} of {organism or 'no organism'} cannot inherit from {of!r}, which is {these}; none or several "
+            "are of its organism"
+        )
+    return next(iter(nearest.values()))
 
 
 def _memberships(model: CellModel, source_F: Tensor) -> tuple[Tensor, Tensor]:
