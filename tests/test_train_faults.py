@@ -179,6 +179,23 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
+def test_ctrl_c_in_a_terminal_loses_no_step_that_was_taken(lake: str, tmp_path: Path) -> None:  # noqa: F811
+    path, log = recipe(lake, tmp_path / "ended"), tmp_path / "log"
+    words = ("--set", "steps=1000000", "--set", "checkpoint_every=1000000")
+    with command(path, log, *words) as driver:
+        wait_for_step(tmp_path / "ended", 8, driver, log)
+        os.killpg(driver.pid, signal.SIGINT)
+        assert driver.wait(LIMIT_S) == 7, log.read_text()[-3000:]
+    rows = read_metrics(tmp_path / "ended/run/metrics.jsonl")
+    (state,) = valid_states(tmp_path / "ended/run/state")
+    assert json.loads((state / "manifest.json").read_text())["global_step"] == rows[-1]["step"] >= 8
+    said = " ".join(log.read_text().split())
+    assert "waiting: for the workers to save their state" in said
+    assert f"goes on from step {rows[-1]['step']:,}, the last saved" in said
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")  # ray, of its own sockets and processes
 def test_two_nodes_whose_calls_are_late_and_fail_train_together_and_one_that_dies_is_replaced(
     lake: str,  # noqa: F811

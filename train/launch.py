@@ -24,6 +24,7 @@ from store.errors import InterruptedRun, SomaflowError, StorageError, UsageError
 from store.lock import WriterLock
 from store.snapshot import open_snapshot
 from train import checkpoint
+from train.ending import Ending
 from train.folder import (
     begun_otherwise,
     exported,
@@ -45,6 +46,8 @@ START_S = "60"
 """Seconds after which Ray Train gives up one attempt to start the workers, unless the environment says otherwise."""
 STALLED_S = 60.0
 """Seconds without a step after which is said whether nodes are missing, and again after as many."""
+ENDS_S = 20.0
+"""Seconds that workers have to save their state when the run is to end: Kubernetes and Slurm give 30 for all."""
 FULL = os.strerror(errno.ENOSPC)
 """What errors of a full disk say, whichever library tells of them."""
 Progress = Callable[[int, float], None]
@@ -58,17 +61,53 @@ def _worker(config: dict[str, Any]) -> None:
     settings = RunSettings.model_validate(config)
     context = ray.train.get_context()
     run = Run(settings, context.get_world_size())
-    if context.get_world_rank() == 0:
-        with Gauges(settings, kept_metrics(run.folder / "metrics.jsonl", run.step)) as gauges:
-            summary = run.train(gauges.show, _leaving)
-    else:
-        summary = run.train(warned=_leaving)
+    try:
+        if context.get_world_rank() == 0:
+            with Gauges(settings, kept_metrics(run.folder / "metrics.jsonl", run.step)) as gauges:
+                summary = run.train(gauges.show, _leaving, Ending(run.folder))
+        else:
+            summary = run.train(warned=_leaving)
+    except InterruptedRun:  # as the driver asked; an error would have it started again
+        return
     ray.train.report({"loss": summary.loss_last})
 
 
 def _leaving() -> bool:
     """Say whether a machine of this run will be taken away; all workers ask at the same step, and hear the same."""
     return ray.train.get_preemption_info() is not None
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Ends in order on Ctrl-C: where steps are taken the workers save first, the second time or after a while not."""
+
+    def __init__(self, ending: Ending, tell: Callable[[str], object], **words: Any) -> None:
+        super().__init__(_worker, **words)
+        self._ending, self._tell, self._timer = ending, tell, threading.Timer(ENDS_S, _interrupt)
+
+    def fit(self) -> ray.train.Result:
+        """Train; what was asked is not asked again later."""
+        try:
+            return super().fit()
+        finally:
+            self._timer.cancel()
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        at_once: Any = signal.getsignal(signal.SIGINT)
+
+        def ask(number: int, frame: Any) -> None:
+            if self._ending.asked or not self._ending.ask():
+                at_once(number, frame)
+                return
+            self._timer.daemon = True
+            self._timer.start()
+            self._tell("for the workers to save their state; another Ctrl-C or SIGTERM ends them at once")
+
+        signal.signal(signal.SIGINT, ask)
+
+
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def launch(
@@ -134,8 +173,11 @@ def launch(
             tell("the cluster has no GPU now: training on CPUs; device = 'cuda' would wait for nodes that have some")
         if settings.device == "cuda" and (words := _missing(settings, use_gpu)):
             tell(words)
-        trainer = ray.train.torch.TorchTrainer(
-            _worker,
+        ending = Ending(folder)
+        ending.forget()  # of a driver that was killed
+        trainer = _Trainer(
+            ending,
+            tell,
             train_loop_config=settings.model_dump(mode="json"),
             torch_config=ray.train.torch.TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=settings.collective_timeout_s
@@ -159,6 +201,8 @@ def launch(
         try:
             with _stoppable():
                 trainer.fit()
+            if ending.asked:
+                raise SystemExit
         except SystemExit:
             raise InterruptedRun(f"{folder}: stopped; {_goes_on(folder)}") from None
         except ray.train.v2.api.exceptions.ControllerError as error:

@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from store.errors import InputRefused, UsageError, VerificationError
+from store.errors import InputRefused, InterruptedRun, UsageError, VerificationError
 from store.snapshot import Snapshot, open_snapshot
 from train import checkpoint
 from train.adapter import AdapterSettings, save_adapter
@@ -36,6 +36,7 @@ from train.card import describe, write_card
 from train.cells import PROMPTS, Cells, with_absent, with_known
 from train.checkpoint import Checkpoint
 from train.controls import MatchedControls
+from train.ending import Ending
 from train.folder import begun_otherwise, exported, fingerprint, knowledge_hashes, refuse_shorter, run_folder
 from train.labels import Labels, read_labels
 from train.model import CellModel
@@ -140,6 +141,8 @@ class Run:
             keep_best=settings.keep_best,
         )
         self.loss_test, self.blocked_s = math.nan, 0.0
+        self.ending: Ending | None = None
+        self.ends = False
         self.cache_read = (0, 0)
         self.step = self._resume()
         self.resumed_from = self.step
@@ -256,13 +259,19 @@ class Run:
         }
 
     # ------------------------------------------------------------------------------------------------------- steps
-    def train(self, each: Observer = unobserved, warned: Callable[[], bool] = never) -> Summary:
+    def train(
+        self, each: Observer = unobserved, warned: Callable[[], bool] = never, ending: Ending | None = None
+    ) -> Summary:
         """Train to the last step, evaluate, export; return what came of it.
 
         Args:
             each: Told of every step's figures, on every rank.
             warned: Says that this process will be taken away; asked every ``WARNED_EVERY`` steps, by all ranks at the
                 same step. The state is saved at once then, once for each warning.
+            ending: Where the run is asked to end; the first rank listens, and all save and end after the same step.
+
+        Raises:
+            InterruptedRun: It was asked to end, and its state is saved.
         """
         settings = self.settings
         if self.rank == 0:
@@ -273,15 +282,19 @@ class Run:
             if self.rank == 0:
                 write_json(self.folder / "start.json", {"loss_test": at_start})
         first_step = self.step
-        with Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
-            try:
-                self._steps(metrics, each, warned)
-            except BaseException:
-                self.states.settle()
-                raise
-        if self.step > first_step:
-            self.save()
-        self.states.finish()
+        self.ending = ending if self.rank == 0 else None
+        with self.ending.listening() if self.ending else nullcontext():
+            with Metrics(self.folder / "metrics.jsonl", self.rank, self.step) as metrics:
+                try:
+                    self._steps(metrics, each, warned)
+                except BaseException:
+                    self.states.settle()
+                    raise
+            if self.step > first_step:
+                self.save()
+            self.states.finish()
+        if self.ends:
+            raise InterruptedRun(f"{self.folder}: asked to end after step {self.step:,}, with its state saved")
         self.loss_test = self.evaluate()
         for tracker in self.accelerator.trackers:  # end_training() would also end the launcher's process group
             tracker.finish()
@@ -294,7 +307,7 @@ class Run:
         return read_summary(self.folder)
 
     def _steps(self, metrics: Metrics, each: Observer, warned: Callable[[], bool]) -> None:
-        """Take the steps that are left."""
+        """Take the steps that are left, or those until the run is asked to end."""
         settings, leaving = self.settings, False
         batches = self.stream.steps(self.step, settings.steps, rank=self.rank, world=self.world)
         for batch, waited in _timed(batches):
@@ -324,6 +337,8 @@ class Run:
                 self.save()
             if urgent:
                 self.states.finish()
+            if self.ends:
+                return
 
     def _of_the_model(self, cells: Cells) -> Cells:
         """Return cells with the measurements and features that the model has."""
@@ -344,7 +359,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         guess = float(self.settings.data.global_batch)  # of pairs, so that small gradients do not vanish on the way
-        totals, moved_s = torch.zeros(6, dtype=torch.float64, device=self.device), 0.0
+        totals, moved_s = torch.zeros(7, dtype=torch.float64, device=self.device), 0.0
         parts = split(cells, n_parts(self.settings.data.micro_batch, self.settings.data.global_batch, self.world))
         for number, part in enumerate(parts):
             start = time.monotonic()
@@ -354,8 +369,10 @@ class Run:
                 loss = self.objective.loss(self.model, self.plain, batch)
                 self.accelerator.backward(loss.total / guess)
             done = operations(self.plain, batch.seen)
-            totals += self._together(loss.rebuilt, loss.pairs, part.n_cells, batch.seen.tokens, loss.asked, done)
-        rebuilt, pairs, n_cells, n_tokens, asked, done = self._sum(totals)
+            totals += self._together(loss.rebuilt, loss.pairs, part.n_cells, batch.seen.tokens, loss.asked, done, 0.0)
+        totals[-1] = self.ending is not None and self.ending.heard()
+        rebuilt, pairs, n_cells, n_tokens, asked, done, ends = self._sum(totals)
+        self.ends = ends > 0  # of all ranks after the same step
         mean = rebuilt / pairs if pairs else math.nan
         these = f"rows {cells.row[:8].tolist()}... of snapshot {self.snapshot.name!r}; lower optim.lr or look at them"
         if not math.isfinite(mean):
