@@ -20,6 +20,7 @@ from store.settings import parse_settings
 from store.snapshot import SnapshotSettings, create_snapshot, open_snapshot
 from store.writer import LakeWriter
 from train.__main__ import app
+from train.assembly import vocabulary_of
 from train.cells import PROMPTS, Cells
 from train.config import ModelConfig
 from train.estimate import Sample, activations, count_parameters, look_at, made_up, operations, plan, sample_cells
@@ -243,6 +244,10 @@ def test_what_does_not_fit_is_a_warning_with_a_remedy(settings: RunSettings) -> 
     assert plan(changed(many, data={"micro_batch": 64})).warnings == ()
     (said,) = plan(changed(settings, run={"precision": "no"})).warnings
     assert "set precision = 'bf16'" in said
+    most = sum(len(part.feature_id) for part in vocabulary_of(open_snapshot(settings.lake, settings.snapshot)).values())
+    assert plan(changed(settings, data={"tokens": most})).warnings == ()
+    (said,) = plan(changed(settings, data={"tokens": 10**8})).warnings
+    assert said == f"data.tokens = 100,000,000: a cell has {most:,} features at most, and takes no more tokens"
 
 
 def test_what_cannot_be_planned_is_refused(settings: RunSettings) -> None:

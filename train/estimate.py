@@ -236,7 +236,11 @@ def plan(settings: RunSettings, device: str = "h100", *, mfu: float | None = Non
         state_bytes=_state_bytes(model),
         states_kept=settings.keep_last + settings.keep_best,
         assumptions=(*_assumptions(settings, sample, share), *how),
-        warnings=(*_warnings(settings, device, memory, share, timed=timed), *_unseen(settings, parts)),
+        warnings=(
+            *_warnings(settings, device, memory, share, timed=timed),
+            *_unseen(settings, parts),
+            *_unused(settings, most_M),
+        ),
     )
 
 
@@ -248,6 +252,14 @@ def _unseen(settings: RunSettings, parts: Parts | AdaptedParts) -> list[str]:
         "none of them: an adapter learns without; train.grow.grow makes a base that knows them"
         for name, n in unseen.items()
     ]
+
+
+def _unused(settings: RunSettings, features_M: NDArray[np.int64]) -> list[str]:
+    """Say that a cell has no use for all the tokens that were asked for; the usual number is none that was."""
+    asked, most = settings.data.tokens, int(features_M.sum())
+    if "tokens" not in settings.data.model_fields_set or asked <= most:
+        return []
+    return [f"data.tokens = {asked:,}: a cell has {most:,} features at most, and takes no more tokens"]
 
 
 @dataclass(frozen=True)
