@@ -46,13 +46,13 @@ def expand(source: SourceSettings, schemes: Sequence[str], listed_in: tuple[str,
         MissingError: Nothing is there.
         InputRefused: A manifest that is none, or that lists itself.
     """
-    allow(source, schemes)
     source = _placed(source)
+    allow(source, schemes)
     uri = source.uri
     if source.kind is not None or uri.startswith("simulated:") or (is_local(uri) and is_census_name(uri)):
         return Expanded([source])
     if _is_pattern(uri):
-        return _each(source, *_matching(uri))
+        return _each(source, schemes, *_matching(uri))
     if without_query(uri).lower().endswith(MANIFESTS) and (rows := _manifest(uri)) is not None:
         found, chain = Expanded([]), (*listed_in, uri)
         if uri in listed_in or len(listed_in) == DEEPEST:
@@ -73,7 +73,7 @@ def expand(source: SourceSettings, schemes: Sequence[str], listed_in: tuple[str,
         below, passed = _below(uri, DEEPEST)
         if not below:
             raise MissingError(f"{uri}: holds nothing that can be ingested; a source is {KNOWN}")
-        return _each(source, below, passed)
+        return _each(source, schemes, below, passed)
     return Expanded([source])
 
 
@@ -88,10 +88,15 @@ def allow(source: SourceSettings, schemes: Sequence[str]) -> None:
     """Refuse addresses of other kinds than ``schemes``.
 
     Raises:
-        UsageError: The address is of another kind, or carries a password.
+        UsageError: The address is of another kind, is a chain of them, or carries a password.
     """
     addresses = [source.uri, *(getattr(source, key) for key in FILES)]
     for address in filter(None, addresses):
+        if "::" in address:
+            raise UsageError(
+                f"{_bare(address)}: '::' is read as a chain of places, which is not allowed; rename a file or folder "
+                "that has it in its name, and write %3A%3A in an address on the web"
+            )
         scheme = _scheme(address)
         if scheme not in schemes:
             raise UsageError(
@@ -107,7 +112,7 @@ def _scheme(address: str) -> str:
         return "simulated"
     if "://" not in address:
         return "census" if is_census_name(address) else "file"
-    return address.split("://", 1)[0].split("::")[-1].lower()
+    return address.split("://", 1)[0].lower()
 
 
 def _bare(address: str) -> str:
@@ -116,10 +121,13 @@ def _bare(address: str) -> str:
     return f"{head}://{rest.rpartition('@')[2]}" if sign else address
 
 
-def _each(source: SourceSettings, uris: list[str], passed: list[str]) -> Expanded:
+def _each(source: SourceSettings, schemes: Sequence[str], uris: list[str], passed: list[str]) -> Expanded:
     if source.dataset_id and len(uris) > 1:
         raise UsageError(f"{source.uri}: holds {len(uris)} sources, so dataset_id={source.dataset_id!r} fits none")
-    return Expanded([source.model_copy(update={"uri": uri}) for uri in uris], passed)
+    sources = [source.model_copy(update={"uri": uri}) for uri in uris]
+    for one in sources:
+        allow(one, schemes)
+    return Expanded(sources, passed)
 
 
 def _is_pattern(uri: str) -> bool:
