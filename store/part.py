@@ -338,7 +338,8 @@ class Part:
             query._submit()
             return bool(query.query_status() == tiledb.libtiledb.QueryStatus.COMPLETE)
 
-        with reading(records.join(self.uri, *member), MAKE_AGAIN):
+        remedy = f"{MAKE_AGAIN} (elements {first} to {last + 1} could not be read)"
+        with reading(records.join(self.uri, *member), remedy):
             whole = asked_again(ask)
         if not whole:
             raise self._damaged("/".join(member), first, last + 1, "fewer values came than were asked")

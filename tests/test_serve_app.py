@@ -164,7 +164,7 @@ def test_a_shared_symbol_that_is_asked_for_is_the_gene_of_the_organism_that_all_
         return
     for reply in replies:
         assert reply.status_code == 422
-        assert "'TWIN': several features carry this symbol" in reply.json()["detail"]
+        assert "'TWIN': several features carry this name" in reply.json()["detail"]
         assert "or say one organism of all cells" in reply.json()["detail"]
 
 
