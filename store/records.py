@@ -103,8 +103,24 @@ def _reached(uri: str, what: str = "read") -> Iterator[tuple[Any, str]]:
         remedy = "check the place and your rights to it"
         if not is_local(uri):
             remedy += ", its server (AWS_ENDPOINT_URL) and the credentials of the environment"
-        reason = str(error) or type(error).__name__
+        reason = told(error)
         raise StorageError(f"{uri}: cannot be {what}: {reason}; {remedy}, and run the same command again") from error
+
+
+def told(error: BaseException) -> str:
+    """Return what a disk or store says of its failure, with the HTTP status and S3's name for it where it has some."""
+    answer = _answer(error)
+    if not answer:
+        return str(error) or type(error).__name__
+    status, name = str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", "")), answer["Error"].get("Code", "")
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # its errno is a guess
+    return f"HTTP {' '.join(dict.fromkeys(filter(None, (status, name))))}: {words}"
+
+
+def _answer(error: BaseException) -> dict[str, Any]:
+    """Return what S3 answered, of an error of its client or of s3fs, which turns some of them into another's; or {}."""
+    found = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    return found if isinstance(found, dict) and "Error" in found else {}
 
 
 def _split(uri: str) -> tuple[Any, str]:
@@ -138,7 +154,8 @@ def create(uri: str, values: dict[str, Any]) -> bool:
         with suppress(StorageError):
             if (standing := _read(uri)) is not None:
                 return standing.get(MARK) == mark
-        raise StorageError(f"{uri}: cannot write: {error}; check that the place exists and may be written") from error
+        reason = told(error)
+        raise StorageError(f"{uri}: cannot write: {reason}; check that the place exists and may be written") from error
     return True
 
 
@@ -157,8 +174,7 @@ def _create_far(uri: str, data: bytes) -> None:
 
 def _met_another(error: OSError) -> bool:
     """Say whether s3fs tells of HTTP 409; its errno of that stands for 503 too, which was tried often enough."""
-    answer = getattr(error.__cause__, "response", {})
-    return bool(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 409)
+    return bool(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode") == 409)
 
 
 def _create_local(path: Path, data: bytes) -> bool:

@@ -74,7 +74,8 @@ def collect(lake_uri: str) -> Leavings:
         try:
             uploads, note = _abort_uploads(lake.uri), ""
         except records.FAILURES as error:  # some roles may not list them
-            uploads, note = 0, f"unfinished uploads stay, the store refuses to list or to abort them: {error}"
+            reason = records.told(error)
+            uploads, note = 0, f"unfinished uploads stay, the store refuses to list or to abort them: {reason}"
         return Leavings(writer.undone, removed, uploads, pending, remove_leavings(lake.uri), note)
 
 

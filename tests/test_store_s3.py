@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import s3fs
 import tiledbsoma
+from botocore.exceptions import ClientError
 from encoded import add_dataset, encoded_counts
 from fault_proxy import fault_proxy
 from known_cells import add_cells, make_lake, open_index
@@ -335,9 +336,22 @@ def test_two_that_create_one_record_at_the_same_moment_try_again(bucket: str) ->
 
 def test_a_store_that_is_busy_is_asked_as_often_as_its_client_asks_and_no_more(bucket: str) -> None:
     with failing("503", "PUT .*/r/busy.json") as proxy:
-        with pytest.raises(StorageError, match=r"busy\.json: cannot write"):
+        with pytest.raises(StorageError, match=r"busy\.json: cannot write: HTTP 503 SlowDown: "):
             records.create(f"{bucket}/r/busy.json", {})
         assert httpx.get(f"{proxy}/faults").json() == {"503": s3fs.S3FileSystem.retries}
+
+
+def test_what_a_store_says_is_told_by_its_status_and_name_not_by_an_errno(bucket: str) -> None:
+    records.create(f"{bucket}/r/told.json", {})
+    for kind, name in (("503", "503 SlowDown"), ("403", "403 AccessDenied")):
+        with (
+            failing(kind, r"POST .*\?delete"),
+            pytest.raises(StorageError, match=f"cannot be removed: HTTP {name}: ") as caught,
+        ):
+            records.remove(f"{bucket}/r/told.json")
+        assert "Errno" not in str(caught.value)
+    bare = {"Error": {"Code": "403", "Message": "Forbidden"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+    assert records.told(ClientError(bare, "HeadObject")).startswith("HTTP 403: An error occurred")  # type: ignore[arg-type]
 
 
 def test_a_record_is_made_though_no_answer_says_so(bucket: str) -> None:
