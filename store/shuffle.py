@@ -294,8 +294,13 @@ def _collected(bucket: Bucket) -> Iterator[pa.Table]:
         on_error="return",
     )
     for (file, at, size, crc), content in zip(bucket.shares, contents, strict=True):
+        if isinstance(content, FileNotFoundError):
+            raise StorageError(f"{file}: is gone; delete the half-made snapshot and make it again")
         if isinstance(content, Exception):
-            raise StorageError(f"{file}: cannot be read ({content}); delete the half-made snapshot and make it again")
+            raise StorageError(
+                f"{file}: cannot be read: {records.told(content)}; check the place and your rights to it, and run the "
+                "same command again: what was done stays done"
+            ) from content
         if len(content) != size or zlib.crc32(content) != crc:
             raise VerificationError(
                 f"{file}: bytes {at:,} to {at + size:,} are not what was written; delete the half-made snapshot and "

@@ -129,12 +129,14 @@ def test_commands_tell_an_outage_by_exit_code_5_in_a_line(
     assert [check for check in validate(open_lake(lake_uri)) if check.problem] == []
 
 
-def test_who_may_write_and_not_remove_makes_snapshots_also_after_a_stop(lake_uri: str) -> None:
-    def none_is_gathered(function: Any, common: Any, items: Any) -> Iterator[None]:
-        if function.__name__ == "gather":
-            raise InterruptedRun("killed")
-        yield from in_this_process(function, common, items)
+def none_is_gathered(function: Any, common: Any, items: Any) -> Iterator[None]:
+    """Run tasks here, and stop before the second pass."""
+    if function.__name__ == "gather":
+        raise InterruptedRun("killed")
+    yield from in_this_process(function, common, items)
 
+
+def test_who_may_write_and_not_remove_makes_snapshots_also_after_a_stop(lake_uri: str) -> None:
     with failing("403", r"(DELETE .*|POST .*\?delete)") as proxy:
         with pytest.raises(InterruptedRun):
             create_snapshot(lake_uri, "t", SnapshotSettings(), tasks=none_is_gathered)
@@ -145,6 +147,22 @@ def test_who_may_write_and_not_remove_makes_snapshots_also_after_a_stop(lake_uri
     assert collect(lake_uri).builds == 1
     delete_snapshot(lake_uri, "t")
     assert records.names(f"{lake_uri}/somaflow/building") == []
+
+
+def test_a_spill_file_that_a_store_does_not_give_drops_nothing_that_was_done(lake_uri: str) -> None:
+    with pytest.raises(InterruptedRun):
+        create_snapshot(lake_uri, "t", SnapshotSettings(), tasks=none_is_gathered)
+    with failing("403", r"GET .*/spill/"), pytest.raises(StorageError, match=r"arrows: .* read: HTTP 403 ") as ill:
+        create_snapshot(lake_uri, "t", SnapshotSettings())
+    assert str(ill.value).endswith("run the same command again: what was done stays done")
+    create_snapshot(lake_uri, "t", SnapshotSettings()).verify()
+    delete_snapshot(lake_uri, "t")
+    with pytest.raises(InterruptedRun):
+        create_snapshot(lake_uri, "t", SnapshotSettings(), tasks=none_is_gathered)
+    records.remove(f"{lake_uri}/somaflow/building/t/spill")
+    with pytest.raises(StorageError, match="arrows: is gone; delete the half-made snapshot and make it again"):
+        create_snapshot(lake_uri, "t", SnapshotSettings())
+    delete_snapshot(lake_uri, "t")
 
 
 def test_garbage_goes_though_the_store_does_not_list_unfinished_uploads(lake_uri: str) -> None:
