@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,12 +27,12 @@ from train.evaluation.flow import FlowSettings
 from train.evaluation.folds import FoldSettings
 from train.evaluation.head import HeadSettings, fit_head, load_head
 from train.evaluation.judge import Question, judge, look_for_leaks
-from train.evaluation.nulls import dealt_labels, dealt_members
+from train.evaluation.nulls import Nulled, dealt_labels, dealt_members
 from train.evaluation.ours import NAME, ModelEmbedder, cells_of, expected_logs, pretrained
 from train.evaluation.report import write_report
 from train.evaluation.score import FEWEST_UNITS, REPLICATE
 from train.evaluation.scratch import ScratchSettings, adapt_on
-from train.evaluation.study import only_measured, read_study
+from train.evaluation.study import Study, only_measured, read_study
 from train.loop import Run
 from train.predictor import Predictor
 from train.settings import RunSettings
@@ -179,6 +180,35 @@ def test_labels_and_memberships_are_dealt_within_bounds(lake: str) -> None:
     again = dealt_members(members, 1)
     assert {name: len(inside) for name, inside in again.items()} in ({"a": 3, "b": 2}, {"a": 2, "b": 2})
     assert set().union(*again.values()) == {"x", "y", "z", "w"}
+
+
+def test_prompts_are_dealt_at_random_and_none_is_its_own() -> None:
+    class Echo:
+        name = "echo"
+
+        def fit(self, train: Study) -> Echo:
+            return self
+
+        def predict(self, control: object, perturbation: str, context: str) -> str:
+            return perturbation
+
+    names = [f"t{number:02d}" for number in range(40)]
+    train = Study(
+        {"RNA": csr_matrix((41, 1), dtype=np.float32)},
+        {"RNA": ["g"]},
+        pd.DataFrame({"perturbation": ["control", *names]}),
+    )
+    asked = [(name, context) for name in [*names, "never seen"] for context in ("a", "b")]
+    dealt = {}
+    for seed in range(3):
+        method = Nulled(Echo(), "prompts", "perturbation", (), seed).fit(train)
+        dealt[seed] = [method.predict(None, *question) for question in asked]
+        assert [method.predict(None, *question) for question in reversed(asked)] == dealt[seed][::-1]
+        assert all(told != name and told in names for told, (name, _) in zip(dealt[seed], asked, strict=True))
+        assert max(Counter(dealt[seed]).values()) <= 9, "of 82 questions 2 for each name"
+        assert len(set(dealt[seed])) >= 25
+    assert np.mean([one == other for one, other in zip(dealt[0], dealt[1], strict=True)]) < 0.2
+    assert np.mean([one == other for one, other in zip(dealt[0][::2], dealt[0][1::2], strict=True)]) < 0.25
 
 
 def test_the_floor_is_judged_without_a_model(lake: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.evaluation.effects import contexts
-from train.evaluation.folds import UNPERTURBED
+from train.evaluation.folds import UNPERTURBED, drawn_place
 from train.evaluation.study import Study
 
 SALT = 19
@@ -90,12 +90,17 @@ class Nulled:
         return probability
 
     def predict(self, first: Any, *rest: Any) -> Any:
-        """Return what the method answers: of another perturbation (prompts), of other cells (pairs)."""
-        random = np.random.default_rng([self.seed, SALT])
+        """Return what the method answers: of another perturbation (prompts), of other cells (pairs).
+
+        Which perturbation is drawn for each question by itself, the same whenever it is asked.
+        """
         if self.arm == "prompts":
             perturbation, *others = rest
             different = [name for name in self.names if name != perturbation] or [perturbation]
-            return self.method.predict(first, different[random.integers(len(different))], *others)
+            asked = " | ".join(rest)
+            dealt = min(different, key=lambda name: drawn_place(self.seed + SALT, f"{asked} | {name}"))
+            return self.method.predict(first, dealt, *others)
         if self.arm == "pairs":
+            random = np.random.default_rng([self.seed, SALT])
             return self.method.predict(first.take(random.permutation(first.n_cells)))
         return self.method.predict(first, *rest)
