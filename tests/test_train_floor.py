@@ -500,6 +500,18 @@ def test_a_forecast_of_the_only_time_is_refused() -> None:
     assert Forecaster("RNA", "union").fit(cells).predict(1.0).shape[0] == 80
 
 
+def test_a_time_that_donors_hold_out_in_turn_is_a_unit_in_each() -> None:
+    random = np.random.default_rng(0)
+    obs = pd.DataFrame({"time": np.repeat([0.0, 1.0, 2.0], 80), "donor_id": np.tile(["d0", "d1"], 120)})
+    cells = study(obs, random.uniform(1, 6, (240, 60)))
+    methods = {"both": lambda seed: Forecaster("RNA", "union")}
+    donors = make_folds(cells, FoldSettings(by="donor_id", where={"time": ("1.0",)}))
+    found = forecast_suite(cells, donors, methods, seeds=[0])
+    assert {value.unit for value in found} == {"1 | d0", "1 | d1"}
+    times = make_folds(cells, FoldSettings(by="time", held=("1.0",)))
+    assert {value.unit for value in forecast_suite(cells, times, methods, seeds=[0])} == {"1"}
+
+
 def test_papalexi_shows_why_metrics_are_gated(shared_data: object) -> None:
     """On 21 targets of which few respond, most metrics cannot tell a replicate from a constant."""
     import mudata
