@@ -37,6 +37,35 @@ def test_features_are_found_by_id_name_and_alias_whatever_the_version() -> None:
         gather_knowledge(NAMES, {}, {"text": {"Q": np.ones(2, np.float32)}})
 
 
+def test_a_protein_inherits_from_each_of_its_genes(tmp_path: Path) -> None:
+    table = tmp_path / "a.tsv"
+    table.write_text("P1\tA\nP2\tB\nP1\tC\n")
+    aliases = read_aliases(table)
+    assert aliases == {"P1": ("A", "C"), "P2": ("B",)}
+    sets = {"one": ["A", "B"], "two": ["C", "B"]}
+    vectors = {"A": np.array([4, 0], np.float32), "C": np.array([0, 2], np.float32)}
+    known = gather_knowledge(NAMES, sets, {"text": vectors}, aliases)
+    assert known.set_E[known.feature_E == 4].tolist() == [0, 1]
+    assert known.vectors["text"].tolist() == [[0, 0], [4, 0], [0, 0], [0, 2], [2, 1]]
+
+
+def test_sets_of_one_name_are_told_apart_however_many_files_have_it(tmp_path: Path) -> None:
+    files = [tmp_path / folder / name for name in ("sets.gmt", "more.gmt") for folder in "abc"]
+    for number, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"S\tabout\tG{number}\tH{number}\n" * (1 + (number == 5)))
+    found = read_sets(files, 2, 5)
+    assert {name: members[0] for name, members in found.items()} == {
+        "S": "G0",
+        "sets: S": "G1",
+        "sets 2: S": "G2",
+        "more: S": "G3",
+        "more 2: S": "G4",
+        "more 3: S": "G5",
+        "more 4: S": "G5",
+    }
+
+
 def test_permuted_memberships_keep_every_degree() -> None:
     names = [(f"g{number}", "") for number in range(50)]
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ def read_sets(
     """Read gene sets from GMT files: a line is a name, a description and the members, separated by tabs.
 
     Args:
-        paths: The files; sets of the same name in several files are told apart by the file's name.
+        paths: The files; sets of the same name are told apart by the file's name, and where that is the same too by a
+            number.
         smallest: Members of a set at least.
         largest: Members of a set at most.
 
@@ -53,7 +55,8 @@ def read_sets(
             if not name or len(rest) < 2:
                 raise InputRefused(f"{path}, line {number}: a set is a name, a description and members, between tabs")
             if smallest <= len(members) <= largest:
-                found[f"{path.stem}: {name}" if name in found else name] = members
+                names = (f"{path.stem}{f' {n}' * (n > 1)}: {name}" for n in itertools.count(1))
+                found[next(one for one in names if one not in found) if name in found else name] = members
     if paths and not found:
         raise InputRefused(f"{', '.join(map(str, paths))}: no set has {smallest} to {largest} members")
     return found
@@ -108,7 +111,8 @@ def gather_knowledge(
     Args:
         names: Id and name of each feature, measurement by measurement: what a model numbers from 1.
         sets: Set to members; those that match no feature are left out, and sets of fewer than two matched features.
-        vectors: Kind to id or name to a vector.
+        vectors: Kind to id or name to a vector; a feature that has several (those of the genes that it inherits from)
+            gets their mean.
         aliases: Id or name to the genes that it inherits from: a protein from its gene, a peak from those it overlaps.
         permute: A seed: memberships are dealt anew, each feature and each set keeping how many it has; the null arm.
 
@@ -137,10 +141,12 @@ def gather_knowledge(
     found = {}
     for kind, known in vectors.items():
         width = len(next(iter(known.values())))
-        table = np.zeros((1 + len(names), width), np.float32)
+        table, n_F = np.zeros((1 + len(names), width), np.float32), np.zeros(1 + len(names), np.float32)
         for word, vector in known.items():
             for number in places.get(word, ()):
-                table[number] = vector
+                table[number] += vector
+                n_F[number] += 1
+        table /= np.maximum(n_F, 1)[:, None]
         if not table.any():
             raise InputRefused(f"knowledge.{kind}: none of {len(known):,} vectors is of a feature; ids or symbols?")
         found[kind] = table
@@ -169,7 +175,9 @@ def read_vectors(path: str | Path) -> dict[str, NDArray[np.float32]]:
 
 
 def read_aliases(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Read a table of two columns between tabs: a feature (a protein, say), and the gene that it inherits from.
+    """Read a table of two columns between tabs: a feature (a protein, say), and a gene that it inherits from.
+
+    A feature that has several lines inherits from all of their genes.
 
     Raises:
         MissingError: No such file.
@@ -183,4 +191,7 @@ def read_aliases(path: str | Path) -> dict[str, tuple[str, ...]]:
     for number, pair in enumerate(pairs, start=1):
         if len(pair) != 2:
             raise InputRefused(f"{path}, line {number}: {len(pair)} columns; two are needed, between tabs")
-    return {feature.strip(): (gene.strip(),) for feature, gene in pairs}
+    found: dict[str, tuple[str, ...]] = {}
+    for feature, gene in pairs:
+        found[feature.strip()] = (*found.get(feature.strip(), ()), gene.strip())
+    return found
