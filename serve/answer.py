@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,6 +27,8 @@ FEWER = "send fewer"
 """What the server says, besides its status, of a request that is too large."""
 DIGITS = 9
 """Of a Retry-After; what has more is beyond all patience."""
+NUMBERED = re.compile(r"((?:.*?: )?)([\d,]+|[\d.]+)((?: cells |% of ).*)")
+"""A warning that counts cells, or says a share: all but the number is the same of every part."""
 SAID = 200
 """Characters of an answer that is no report, in errors."""
 
@@ -36,7 +39,7 @@ class Report:
 
     Attributes:
         coverage: Measurement to how much of it was understood, of the part of the cells in which that was least.
-        warnings: Of all parts, each once.
+        warnings: Of all parts, each once: cells that they count are added, of shares the largest is told.
         provenance: Which model answered, and what it learned from.
     """
 
@@ -70,8 +73,9 @@ class Answers:
         for reply in self.replies:
             for name, part in reply.get("coverage", {}).items():
                 coverage[name] = min(coverage.get(name, part), part, key=lambda one: one["share_of_counts"])
-        told = dict.fromkeys(warning for reply in self.replies for warning in reply.get("warnings", ()))
-        return Report(coverage, list(told), self.replies[-1]["provenance"])
+        told = [warning for reply in self.replies for warning in reply.get("warnings", ())]
+        told = list(dict.fromkeys(told)) if self.rows is None else _of_all_parts(told)
+        return Report(coverage, told, self.replies[-1]["provenance"])
 
     def array(self, field: str) -> NDArray[Any]:
         """Return an array of the replies, a row for each cell."""
@@ -82,6 +86,23 @@ class Answers:
         """Return what the replies say of each cell."""
         told = [cell for reply in self.replies for cell in reply["cells"]]
         return told if self.rows is None else [told[place] for place in np.argsort(self.rows)]
+
+
+def _of_all_parts(told: Sequence[str]) -> list[str]:
+    """Return what is told of parts of the cells as it is to be told of all."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for warning in told:
+        found = NUMBERED.fullmatch(warning)
+        before, number, after = found.groups() if found else (warning, "", "")
+        numbers.setdefault((before, after), []).append(number)
+    return [f"{before}{_number(parts, after)}{after}" for (before, after), parts in numbers.items()]
+
+
+def _number(parts: list[str], after: str) -> str:
+    """Add numbers of cells; of shares take the largest."""
+    if after.startswith(" cells "):
+        return f"{sum(int(part.replace(',', '')) for part in parts):,}"
+    return max(parts, key=lambda part: float(part or 0))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import anndata
 import httpx
@@ -26,11 +24,10 @@ from starlette.testclient import TestClient
 from serve import client as client_module
 from serve.app import make_app
 from serve.arrow import ARROW
-from serve.client import Client, Job, Report
+from serve.client import Client, Report
 from serve.errors import Overloaded, Unavailable
-from serve.given import Given, read_cells
+from serve.given import read_cells
 from serve.npz import NPZ, REQUEST
-from serve.question import cut_into_pieces
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
 from store.errors import ConflictError, InputRefused, MissingError, SomaflowError, UsageError
@@ -125,36 +122,6 @@ def test_a_busy_server_is_asked_again_no_sooner_than_it_says() -> None:
         assert client.models() == MODELS["models"]
     assert pauses[0] >= 3
     assert pauses[1] >= 5
-
-
-@pytest.mark.parametrize(
-    ("retry_after", "timeout_s", "asked_s"),
-    [("86400", 120.0, 86_400), ("121", 120.0, 121), ("61", 1.0, 61), ("9" * 5_000, 120.0, 999_999_999)],
-)
-def test_a_server_that_asks_for_too_long_a_wait_is_not_waited_for(
-    retry_after: str, timeout_s: float, asked_s: int
-) -> None:
-    pauses: list[float] = []
-    transport = httpx.MockTransport(lambda _: busy(retry_after))
-    client = Client("http://test", transport=transport, timeout_s=timeout_s, sleep=pauses.append)
-    with client, pytest.raises(Overloaded, match=f"asked again in {asked_s:,} s") as refused:
-        client.models()
-    assert (refused.value.retry_after_s, pauses) == (asked_s, [])
-
-
-@pytest.mark.parametrize(
-    ("retry_after", "timeout_s", "least_s"),
-    [("120", 120.0, 120), ("60", 1.0, 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 120.0, 1), ("\xb2", 120.0, 1)],
-)
-def test_a_server_that_asks_for_a_wait_that_one_may_have_patience_for_is_waited_for(
-    retry_after: str, timeout_s: float, least_s: int
-) -> None:
-    pauses: list[float] = []
-    answers = [httpx.Response(429, headers=[(b"Retry-After", retry_after.encode("latin-1"))])]
-    transport = httpx.MockTransport(lambda _: answers.pop() if answers else httpx.Response(200, json=MODELS))
-    with Client("http://test", transport=transport, timeout_s=timeout_s, sleep=pauses.append) as client:
-        assert client.models() == MODELS["models"]
-    assert least_s <= pauses[0] <= least_s + 8
 
 
 def test_a_server_that_starts_late_is_waited_for() -> None:
@@ -451,42 +418,6 @@ def test_all_cells_are_answered_by_one_model_though_it_is_changed_meanwhile(
     assert len(asked) == len(models)
 
 
-@pytest.mark.parametrize(
-    "limits",
-    [{"cells": 4}, {"nonzeros": 8}, {"values": 30}, {"values": 3}, {"body_bytes": 1_600}, {"unpacked_bytes": 1_400}],
-)
-def test_calls_of_any_size_work_within_the_limits_of_the_server(limits: dict[str, int]) -> None:
-    cells = [{"G0": number, "G1": 1} for number in range(1, 101)]
-    with serving(Limits(**limits)) as (client, _):
-        assert client.translate(cells, "protein").values[:, 0].tolist() == list(range(1, 101))
-        assert client.embed(cells).values[:, 3].tolist() == list(range(1, 101))
-
-
-@pytest.mark.parametrize("limits", [{"cells": 4}, {"nonzeros": 8}, {"values": 12}])
-def test_limits_that_the_server_tells_are_kept_from_the_first_request(limits: dict[str, int]) -> None:
-    with serving(Limits(**limits)) as (client, transport):
-        client.translate([{"G0": 1, "G1": 1}] * 100, "protein")
-        assert len(transport.bodies) == 25
-
-
-@pytest.mark.parametrize("encoding", ["npz", "arrow"])
-def test_counts_in_any_order_stay_those_of_their_features_when_a_part_is_sent_again(encoding: str) -> None:
-    """A part that the server finds too large is sent once more, in halves."""
-    rng, n_cells = np.random.default_rng(0), 400
-    orders = np.concatenate([rng.permutation(8)[:4] for _ in range(n_cells)])
-    data = rng.integers(1, 100, 4 * n_cells).astype(np.float32)
-    counts_CF = csr_matrix((data, orders, np.arange(0, 4 * n_cells + 1, 4)), shape=(n_cells, 8))
-    assert not counts_CF.has_sorted_indices
-    with serving(Limits(body_bytes=12_000)) as (client, _):
-        found = client.embed({"RNA": (counts_CF, [f"G{i}" for i in range(8)])}, encoding=encoding)
-    assert found.values[:, 3].tolist() == counts_CF[:, [0]].toarray().ravel().tolist()
-
-
-def test_one_cell_that_is_too_large_is_refused_as_the_server_does() -> None:
-    with serving(Limits(nonzeros=1)) as (client, _), pytest.raises(InputRefused, match="send fewer cells"):
-        client.embed([{"G0": 1, "G1": 1}])
-
-
 def test_numbers_of_numpy_are_numbers(served: Any) -> None:
     client, transport = served
     cells = [{"G0": np.int64(1)}, {"G0": np.float32(2)}]
@@ -590,57 +521,6 @@ def test_prompts_of_more_or_fewer_cells_than_there_are_are_refused_with_both_num
             client.generate(2, prompts=tissue)
 
 
-def test_pieces_hold_every_cell_once_stay_small_and_are_like_all_cells() -> None:
-    counts = csr_matrix(np.tril(np.ones((12, 12))))
-    parts = list(cut_into_pieces(Given(12, {"RNA": (counts, [])}), 1_000, 10))
-    assert sorted(row for part in parts for row in part.rows) == list(range(12))
-    for part in parts:
-        assert (part.measurements["RNA"][0] != counts[part.rows]).nnz == 0
-        assert part.n_counts <= 10 or len(part.rows) == 1
-    sorted_cells = csr_matrix(np.repeat([[1.0], [0.0]], [6, 4], axis=0))
-    thirds = cut_into_pieces(Given(10, {"RNA": (sorted_cells, ["G0"])}), 4, 1_000)
-    assert [(len(part.rows), part.n_counts) for part in thirds] == [(4, 2), (3, 2), (3, 2)]
-
-
-def foreign_and_empty(at: int) -> anndata.AnnData:
-    """Ten cells of G0: the one at a place has only counts of a gene that the model does not know, the next one none."""
-    counts = np.tile([1.0, 0.0], (10, 1))
-    counts[at], counts[(at + 1) % 10] = [0, 9], 0
-    return anndata.AnnData(csr_matrix(counts), var=pd.DataFrame(index=["G0", "NOPE"]))
-
-
-def test_a_cell_gets_the_same_answer_wherever_it_stands(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    client, transport = served
-    monkeypatch.setattr(client_module, "CHUNK_CELLS", 3)
-    for at in range(10):
-        transport.bodies.clear()
-        told = client.embed(foreign_and_empty(at))
-        assert len(transport.bodies) == 4
-        assert told.values[:, 0].tolist() == [0 if cell in (at, (at + 1) % 10) else 1 for cell in range(10)]
-
-
-def test_a_cell_that_alone_lacks_a_measurement_may_be_empty_and_is_named_where_nothing_of_it_is_known(
-    served: Any,
-) -> None:
-    client, _ = served
-    rna = foreign_and_empty(3)
-    proteins = anndata.AnnData(csr_matrix(np.ones((9, 1))), var=pd.DataFrame(index=["CD4"]))
-    proteins.obs_names = [name for name in rna.obs_names if name != "4"]
-    told = client.embed(mudata.MuData({"rna": rna, "prot": proteins}))
-    assert told.values[:, :2].tolist() == [[1, 1]] * 3 + [[0, 1], [0, 0]] + [[1, 1]] * 5
-    proteins.obs_names = [name for name in rna.obs_names if name != "3"]
-    with pytest.raises(InputRefused, match=r"only 0\.0% of .*; so of the part with your 1 cells at positions 3$"):
-        client.embed(mudata.MuData({"rna": rna, "prot": proteins}))
-
-
-@pytest.mark.parametrize("unknown", [0, 1])
-def test_of_cells_without_counts_the_server_is_told_more_than_one_feature(served: Any, unknown: int) -> None:
-    client, _ = served
-    names = ["G0", "G1"]
-    names[unknown] = "NOPE"
-    assert client.embed({"RNA": (csr_matrix((2, 2)), names)}).values[:, 0].tolist() == [0, 0]
-
-
 def test_a_list_of_dictionaries_is_rna() -> None:
     matrix, features = read_cells([{"G1": 1}, {"G2": 2, "G1": 3}], Knows()).measurements["RNA"]
     assert features == ["G1", "G2"]
@@ -691,110 +571,6 @@ def test_what_can_never_be_sent_is_not_tried_again(error: Exception) -> None:
 def test_an_answer_that_is_no_message_is_not_of_somaflow(answer: httpx.Response) -> None:
     with client_of(answer) as client, pytest.raises(UsageError, match=r"no somaflow server, .*log in.*the address"):
         client.models()
-
-
-@pytest.mark.parametrize(
-    "said", [{"ok": True}, {"object": "list", "data": []}, {"models": []}, {"models": ["a"]}, {"models": [{"id": "a"}]}]
-)
-def test_another_service_that_answers_with_json_is_not_of_somaflow(said: Any) -> None:
-    asks: list[Callable[[Client], Any]] = [
-        lambda client: client.embed([{"G0": 1}]),
-        lambda client: client.translate([{"G0": 1}], "protein"),
-        lambda client: client.perturb([{"G0": 1}], ["G1"]),
-        lambda client: client.features(),
-        lambda client: client.generate(1),
-        lambda client: client.jobs(),
-        lambda client: client.job_state("one"),
-    ]
-    with Client("http://test", transport=httpx.MockTransport(lambda _: httpx.Response(200, json=said))) as client:
-        for ask in asks:
-            with pytest.raises(UsageError, match=r"no somaflow server, .* holds no '\w+'; look at the address"):
-                ask(client)
-
-
-@pytest.mark.parametrize("media", [NPZ, ARROW])
-@pytest.mark.parametrize("content", [b"", b"PK garbage", b"garbage", "cut"])
-def test_a_damaged_answer_is_said_to_be_damaged(served: Any, media: str, content: Any) -> None:
-    client, transport = served
-    encoding = "arrow" if media == ARROW else "npz"
-    whole = transport.handle_request
-
-    def damage(request: httpx.Request) -> httpx.Response:
-        answer = whole(request)
-        if request.method == "GET":
-            return answer
-        sent = answer.content[: len(answer.content) // 2] if content == "cut" else content
-        return httpx.Response(200, content=sent, headers={"Content-Type": media})
-
-    transport.handle_request = damage
-    with pytest.raises(Unavailable, match="http://test/v1/embed: the answer is damaged"):
-        client.embed([{"G0": 1}], encoding=encoding)
-
-
-@pytest.mark.parametrize("job", ["../models", "a?b=c", "one/two", "#"])
-def test_a_job_has_the_address_of_its_id_whatever_that_holds(job: str) -> None:
-    asked: list[tuple[str, str]] = []
-
-    def handle(request: httpx.Request) -> httpx.Response:
-        asked.append((request.method, unquote(request.url.raw_path.decode().removeprefix("/v1/jobs/"))))
-        assert request.url.raw_path.count(b"/") == 3
-        return httpx.Response(404, json={"detail": "no such job"})
-
-    with Client("http://test", transport=httpx.MockTransport(handle)) as client:
-        for ask in (client.job_state, client.cancel_job):
-            with pytest.raises(MissingError, match="no such job"):
-                ask(job)
-    assert asked == [("GET", job), ("DELETE", job)]
-
-
-def test_a_job_of_a_newer_server_is_one() -> None:
-    said = {part.name: 3 if part.type == "int" else part.name for part in fields(Job)}
-    with client_of(httpx.Response(200, json=said | {"colour": "red"})) as client:
-        assert client.job_state("one") == Job(**said)
-
-
-def test_a_client_that_is_closed_says_so() -> None:
-    client = client_of()
-    client.close()
-    assert not client.ready()
-    with pytest.raises(UsageError, match="is closed"):
-        client.models()
-
-
-def test_a_client_that_is_pickled_is_a_new_one_to_the_same_server() -> None:
-    client = Client("http://test", token="t", adapter="lung", timeout_s=7, tries=2)
-    client.close()
-    again = pickle.loads(pickle.dumps(client))
-    assert again._http.base_url == client._http.base_url
-    assert again._http.headers["authorization"] == "Bearer t"
-    assert (again._adapter, again._http.timeout.read, again._tries) == ({"adapter": "lung"}, 7, 2)
-    assert not again._http.is_closed
-    again.close()
-
-
-def test_names_are_texts_and_a_text_is_one_name(served: Any) -> None:
-    client, transport = served
-    cells = [{"G0": 2, "G1": 4}]
-    assert [effect.perturbation for effect in client.perturb(cells, "G1")] == ["G1"]
-    assert client.translate(cells, "protein", features="CD4").feature_id == ["P1"]
-    assert client.embed(cells, features={"RNA": "G3"}).features["RNA"][0] == ["ENSG00000000003"]
-    assert client.embed({"RNA": (csr_matrix([[5.0]]), "G0")}).values[0, 3] == 5
-    for numbered in ({"RNA": (csr_matrix(np.ones((2, 3))), [0, 1, 2])}, [{0: 1, 1: 1, 2: 1}]):
-        with pytest.raises(InputRefused, match="not known: 0, 1, 2"):
-            client.embed(numbered)
-    asks: list[Callable[[], Any]] = [
-        lambda: client.perturb(cells, 3),
-        lambda: client.perturb(cells, [3]),
-        lambda: client.translate(cells, "protein", features=3),
-        lambda: client.neighbors(cells, columns=3),
-        lambda: client.embed(cells, features={"RNA": 3}),
-        lambda: client.embed({"RNA": (csr_matrix([[1]]), 3)}),
-    ]
-    transport.bodies.clear()
-    for ask in asks:
-        with pytest.raises(InputRefused, match="cannot use int as names"):
-            ask()
-    assert transport.bodies == []
 
 
 def test_every_question_says_who_answered_and_how_much_was_understood(
