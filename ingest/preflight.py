@@ -54,7 +54,7 @@ def members(
 
 
 def _files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    if archive.name.endswith(".zip"):
+    if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():
                 link = (info.external_attr >> 16) & 0o170000 == 0o120000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
 from pathlib import Path
 
 import anndata
@@ -13,6 +15,7 @@ import pytest
 import scipy.sparse
 
 from ingest.dataset import OpenDataset
+from ingest.expand import expand
 from ingest.job import SourceSettings
 from store.errors import InputRefused
 from store.schema import ORGANISMS
@@ -191,3 +194,51 @@ def test_words_of_an_old_h5ad_are_words_also_where_they_are_no_categories(tmp_pa
     assert found.obs["donor_id"].tolist() == ["donör" if kind == "O" else "donor", ""]
     assert found.sides["obs"].to_dict("list") == {"else": ["x", "y"], "n": [1, 2]}
     assert found.plan.features["RNA"].feature_id == ["ENSG00000141510"]
+
+
+TENX = {"matrix.mtx": "%%MatrixMarket matrix coordinate integer general\n2 1 2\n1 1 1\n2 1 2\n"}
+TENX |= {"genes.tsv": "A\tA\nB\tB\n", "barcodes.tsv": "a\n"}
+
+
+def _folder(path: Path, **changed: str) -> SourceSettings:
+    """Write a 10x folder of one cell with 1 of A and 2 of B, and other texts in the place of some of its files."""
+    path.mkdir(parents=True)
+    for name, text in (
+        TENX | {f"{stem}.{'mtx' if stem == 'matrix' else 'tsv'}": changed[stem] for stem in changed}
+    ).items():
+        (path / name).write_text(text, encoding="utf-8")
+    return SourceSettings(uri=str(path))
+
+
+def _tenx_h5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        texts = {"features/id": [b"A", b"B"], "features/name": [b"A", b"B"], "barcodes": [b"a"]}
+        for name, values in (texts | {"data": [1, 2], "indices": [0, 1], "indptr": [0, 2], "shape": [2, 1]}).items():
+            file[f"matrix/{name}"] = values
+
+
+def _zarr(path: Path) -> None:
+    counts = scipy.sparse.csr_matrix(np.array([[1, 2]], np.float32))
+    anndata.AnnData(counts, pd.DataFrame(index=["a"]), pd.DataFrame(index=["A", "B"])).write_zarr(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*zarr v2:UserWarning")  # anndata, on the format it writes by itself
+@pytest.mark.parametrize("name", ["M.H5", "A.TAR.GZ", "A.TGZ", "Z.ZARR", "B.Zarr.ZIP", "S1_FRAGMENTS.TSV.GZ"])
+def test_endings_of_names_are_read_in_capitals_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path / "scratch"))
+    path, made = tmp_path / name, {"A": 1.0, "B": 2.0}
+    if name == "M.H5":
+        _tenx_h5(path)
+    elif name in ("A.TAR.GZ", "A.TGZ"):
+        _folder(tmp_path / "10x")
+        shutil.move(shutil.make_archive(str(tmp_path / "packed"), "gztar", tmp_path / "10x"), path)
+    elif name == "Z.ZARR":
+        _zarr(path)
+    elif name == "B.Zarr.ZIP":
+        _zarr(tmp_path / "z.zarr")
+        shutil.move(shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "z.zarr"), path)
+    else:
+        path.write_bytes(gzip.compress(b"chr1\t0\t9\ta\t1\n"))
+        made = {"chr1:0-5000": 2.0}
+    (source,) = expand(SourceSettings(uri=str(path)), ("file",)).sources
+    assert _found(source) == made

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 
 from ingest.job import SourceSettings
-from ingest.sources.form import SourceDataset, dataset_name, without_query
+from ingest.sources.form import SourceDataset, dataset_name, has_ending, without_query
 from store.errors import InputRefused, MissingError, StorageError, UsageError
 from store.records import is_local
 
@@ -100,7 +100,7 @@ def folder_kind(uri: str) -> str:
 
 def is_dataset_folder(uri: str) -> bool:
     """Say whether a folder is one source, not a folder of sources."""
-    return bool(re.search(r"\.zarr/?$", uri)) or bool(folder_kind(uri))
+    return has_ending(uri, ".zarr") or bool(folder_kind(uri))
 
 
 def is_census_name(text: str) -> bool:

@@ -150,6 +150,11 @@ def without_query(uri: str) -> str:
     return uri.split("?", 1)[0] if uri.startswith(("http://", "https://")) else uri
 
 
+def has_ending(uri: str, *endings: str) -> bool:
+    """Say whether the name of a file or folder ends so, in capitals too."""
+    return without_query(uri).rstrip("/").lower().endswith(endings)
+
+
 def lasting(uri: str) -> str:
     """Return an address on the web as a lake may keep it: without a password, and without a query that signs it.
 

@@ -22,7 +22,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
-from ingest.sources.form import Part, SourceDataset, content_digest, fingerprint, without_query
+from ingest.sources.form import Part, SourceDataset, content_digest, fingerprint, has_ending
 from ingest.turn import Coordinates, turned
 from store.errors import InputRefused, MissingError
 
@@ -78,7 +78,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 def _open(uri: str) -> BinaryIO:
     opened = fsspec.open(uri, "rb").open()
     # bgzip is gzip in many members, which the standard library reads on through
-    return gzip.open(opened) if without_query(uri).endswith("gz") else opened  # type: ignore[return-value]
+    return gzip.open(opened) if has_ending(uri, "gz") else opened  # type: ignore[return-value]
 
 
 def _batches(uri: str) -> Iterator[pd.DataFrame]:

@@ -25,6 +25,7 @@ from ingest.sources.form import (
     dataset_name,
     feature_types_to_measurements,
     fingerprint,
+    has_ending,
     level_rows,
     memory_rows,
     single,
@@ -105,7 +106,7 @@ def open_group(uri: str) -> Any:
     Raises:
         InputRefused: It cannot be read, reaches outside itself, or holds matrices that are none.
     """
-    if without_query(uri).rstrip("/").endswith((".zarr", ".zarr.zip")):
+    if has_ending(uri, ".zarr", ".zarr.zip"):
         return _open_zarr(uri)
     try:
         # no lock: whoever owns the file may write to it at any time, and a change is noticed by its fingerprint
@@ -123,7 +124,7 @@ def _open_zarr(uri: str) -> Any:
     import zarr
 
     root: Any
-    zipped = downloaded(uri) if without_query(uri).endswith(".zip") else None
+    zipped = downloaded(uri) if has_ending(uri, ".zip") else None
     try:
         # consolidated metadata is read whole: one strange member of uns would make the file unreadable
         store = zarr.storage.ZipStore(zipped, mode="r") if zipped else uri.removeprefix("file://")

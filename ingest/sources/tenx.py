@@ -25,9 +25,9 @@ from ingest.sources.form import (
     dataset_name,
     feature_types_to_measurements,
     fingerprint,
+    has_ending,
     read_obs_table,
     types_left_out,
-    without_query,
 )
 from ingest.sources.h5ad import compressed_rows, open_group
 from ingest.turn import Coordinates, downloaded, made_once, scratch_of, turned
@@ -55,7 +55,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     Raises:
         InputRefused: Not a 10x matrix, or one of several genomes is wanted.
     """
-    if without_query(source.uri).endswith(".h5"):
+    if has_ending(source.uri, ".h5"):
         features, barcodes, rows = _open_h5(source)
         obs, notes = pd.DataFrame(index=pd.Index(barcodes)), list[str]()
     else:
@@ -117,7 +117,7 @@ def _texts(element: Any) -> list[str]:
 
 
 def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Rows, list[str]]:
-    paths = _archive(source.uri) if without_query(source.uri).endswith(ARCHIVES) else _folder(source.uri)
+    paths = _archive(source.uri) if has_ending(source.uri, *ARCHIVES) else _folder(source.uri)
     missing = [role for role in ("matrix", "features", "barcodes") if role not in paths]
     if missing:
         raise InputRefused(
@@ -174,7 +174,7 @@ def _unpacked(uri: str, folder: Path) -> dict[str, str]:
 
 def _open(uri: str) -> BinaryIO:
     opened = fsspec.open(uri, "rb").open()
-    return gzip.open(opened) if uri.endswith(".gz") else opened  # type: ignore[return-value]
+    return gzip.open(opened) if has_ending(uri, ".gz") else opened  # type: ignore[return-value]
 
 
 def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coordinates]:
