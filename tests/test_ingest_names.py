@@ -242,3 +242,48 @@ def test_endings_of_names_are_read_in_capitals_too(tmp_path: Path, monkeypatch: 
         made = {"chr1:0-5000": 2.0}
     (source,) = expand(SourceSettings(uri=str(path)), ("file",)).sources
     assert _found(source) == made
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"barcodes": "a\tx\n"},
+        {"barcodes": "\ufeffa\r\n\r\n\n"},
+        {"genes": "\ufeffA\tA\nB\tB\n\n\n"},
+        {"barcodes": "a\n \n", "genes": "\ufeffA\r\nB\r\n\r\n"},
+    ],
+)
+def test_marks_and_empty_lines_and_more_columns_are_no_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str]
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path / "scratch"))
+    source = _folder(tmp_path / "10x", **changed)
+    assert OpenDataset(source, "x").inspect().obs["cell_id"].tolist() == ["a"]
+    assert _found(source) == {"A": 1, "B": 2}
+    (tmp_path / "fragments.tsv").write_text("chr1\t0\t9\ta\t1\nchr1\t0\t9\tb\t1\n")
+    barcodes = str(tmp_path / "10x/barcodes.tsv")
+    told = OpenDataset(SourceSettings(uri=str(tmp_path / "fragments.tsv"), barcodes=barcodes), "x")
+    assert list(told.form.obs.index) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        ("integer symmetric\n2 1 1\n1 1 1\n", "says that it is symmetric: it holds half of its values; write all of"),
+        ("real skew-symmetric\n2 1 1\n1 1 1\n", "says that it is skew-symmetric"),
+        ("integer general\n2 1 1\n1  1   1\n", "not all lines are 3 numbers with one blank between them: Row #1"),
+        ("integer general\n2 1 1\n1 1 x\n", "not all lines are 3 numbers with one blank between them"),
+        ("pattern general\n2 1 1\n1 1 1\n", "not all lines are 2 numbers with one blank between them"),
+        ("pattern general\n2 1 2\n1 1\n2 1\n", ""),
+    ],
+)
+def test_a_matrix_market_text_of_another_form_is_read_or_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrix: str, said: str
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path / "scratch"))
+    source = _folder(tmp_path / "10x", matrix=f"%%MatrixMarket matrix coordinate {matrix}")
+    if not said:
+        assert _found(source) == {"A": 1, "B": 1}
+        return
+    with pytest.raises(InputRefused, match=f"10x: matrix.mtx:? {said}"):
+        OpenDataset(source, "x")

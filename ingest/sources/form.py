@@ -150,6 +150,11 @@ def without_query(uri: str) -> str:
     return uri.split("?", 1)[0] if uri.startswith(("http://", "https://")) else uri
 
 
+def read_names(file: BinaryIO) -> list[str]:
+    """Read the first column of lines that tabs part, without a mark of the encoding and empty lines at the end."""
+    return [line.split("\t")[0].strip() for line in file.read().decode("utf-8-sig").rstrip().splitlines()]
+
+
 def has_ending(uri: str, *endings: str) -> bool:
     """Say whether the name of a file or folder ends so, in capitals too."""
     return without_query(uri).rstrip("/").lower().endswith(endings)

@@ -22,7 +22,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
-from ingest.sources.form import Part, SourceDataset, content_digest, fingerprint, has_ending
+from ingest.sources.form import Part, SourceDataset, content_digest, fingerprint, has_ending, read_names
 from ingest.turn import Coordinates, turned
 from store.errors import InputRefused, MissingError
 
@@ -143,7 +143,7 @@ def _cells(source: SourceSettings, fragments_B: dict[str, int]) -> list[str]:
     if source.barcodes:
         try:
             with _open(source.barcodes) as file:
-                cells = [line.strip().split("\t")[0] for line in file.read().decode().splitlines() if line.strip()]
+                cells = [cell for cell in read_names(file) if cell]
         except FileNotFoundError:
             raise MissingError(f"{source.barcodes}: no such file of barcodes") from None
         if twice := next((cell for cell, number in Counter(cells).items() if number > 1), ""):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
@@ -26,6 +27,7 @@ from ingest.sources.form import (
     feature_types_to_measurements,
     fingerprint,
     has_ending,
+    read_names,
     read_obs_table,
     types_left_out,
 )
@@ -130,7 +132,7 @@ def _open_folder(source: SourceSettings) -> tuple[pd.DataFrame, pd.DataFrame, Ro
         table[1] = table[0]
     types = table[2].tolist() if table.shape[1] > 2 else None
     features = _features(table[0].tolist(), table[1].tolist(), types)
-    barcodes = [line.strip() for line in _open(paths["barcodes"]).read().decode().splitlines()]
+    barcodes = read_names(_open(paths["barcodes"]))
     obs, notes = pd.DataFrame(index=pd.Index(barcodes)), list[str]()
     if "metadata" in paths:
         obs, notes = read_obs_table(_open(paths["metadata"]), f"{source.uri}: metadata.tsv", obs.index)
@@ -183,6 +185,11 @@ def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coord
         head = file.readline().decode(errors="replace").lower()
         if not head.startswith("%%matrixmarket matrix coordinate"):
             raise InputRefused(f"{where}: matrix.mtx does not begin with '%%MatrixMarket matrix coordinate'")
+        if (symmetry := (head.split()[4:5] or ["general"])[0]) != "general":
+            raise InputRefused(
+                f"{where}: matrix.mtx says that it is {symmetry}: it holds half of its values; write all of them, as "
+                "'general'"
+            )
         line = file.readline()
         while line.startswith(b"%"):
             line = file.readline()
@@ -192,6 +199,8 @@ def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coord
                 f"{where}: matrix.mtx is {n_features} x {n_cells} beside {shape[1]} features and {shape[0]} barcodes"
             )
         types = {"row": pa.int64(), "column": pa.int64(), "value": pa.float64()}
+        if head.split()[3:4] == ["pattern"]:  # ones alone, which are not written
+            del types["value"]
         read = 0
         try:
             batches = pyarrow.csv.open_csv(
@@ -202,11 +211,14 @@ def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coord
             )
             for batch in batches:
                 read += batch.num_rows
-                columns, rows, values = (batch.column(number).to_numpy(zero_copy_only=False) for number in range(3))
-                yield rows - 1, columns - 1, values
+                columns, rows, *given = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
+                yield rows - 1, columns - 1, given[0] if given else np.ones(len(rows))
         except pa.ArrowInvalid as error:
             if nnz == 0 and "Empty" in str(error):
                 return
-            raise InputRefused(f"{where}: matrix.mtx: {error}") from error
+            said = str(error).splitlines()[0].removeprefix("CSV parse error: ")
+            raise InputRefused(
+                f"{where}: matrix.mtx: not all lines are {len(types)} numbers with one blank between them: {said}"
+            ) from error
         if read != nnz:
             raise InputRefused(f"{where}: matrix.mtx promises {nnz:,} values and holds {read:,}; is it torn?")
