@@ -38,7 +38,7 @@ app.mount("/", StaticFiles(directory=sys.argv[1]))
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]))
 """
 FEW_TAGS = """
-import email.utils, http.server, os, re, sys
+import email.utils, gzip, http.server, os, re, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = sys.argv[1] + self.path.split("?")[0]
@@ -46,14 +46,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         with open(path, "rb") as file:
             content = file.read()
-        wanted = re.match(r"bytes=(\\d+)-(\\d+)", self.headers.get("Range") or "")
+        whole = sys.argv[3] == "packed"
+        wanted = None if whole else re.match(r"bytes=(\\d+)-(\\d+)", self.headers.get("Range") or "")
+        content = gzip.compress(content) if whole else content
         part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("Content-Length", str(len(part)))
         if wanted:
             self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{len(content)}")
-        if sys.argv[3] == "dated":
+        if whole:
+            self.send_header("Content-Encoding", "gzip")
+        if sys.argv[3] != "bare":
             self.send_header("Last-Modified", email.utils.formatdate(os.stat(path).st_mtime, usegmt=True))
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else part)
@@ -171,6 +175,15 @@ def test_a_file_on_the_web_that_changes_while_it_is_read_is_refused_whatever_tag
         lake = open_lake(job.lake)
         cells = lake.obs("homo_sapiens", columns=["soma_joinid"])["soma_joinid"].to_numpy()
         assert lake.counts("homo_sapiens", "RNA", cells).sum() == 9 + 2 + 3 + 4 + 5 + 6
+
+
+def test_a_file_that_a_server_sends_packed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path))
+    _by_column(tmp_path / "cells.h5ad", 1, 1_700_000_000)
+    with local_server(lambda port: [sys.executable, "-c", FEW_TAGS, str(tmp_path), port, "packed"]) as url:
+        there = OpenDataset(SourceSettings(uri=f"{url}/cells.h5ad"), "x")
+        assert there.block("RNA", 0, 3).toarray().tolist() == [[1, 0, 2], [3, 4, 0], [0, 5, 6]]
+        assert there.form.digest == OpenDataset(SourceSettings(uri=str(tmp_path / "cells.h5ad")), "x").form.digest
 
 
 def _packed(folder: Path) -> None:

@@ -113,7 +113,11 @@ def open_group(uri: str) -> Any:
         if is_local(uri):
             file = h5py.File(uri.removeprefix("file://"), "r", locking=False)
         else:
-            file = h5py.File(fsspec.open(uri, "rb").open(), "r")
+            opened = fsspec.open(uri, "rb").open()
+            if getattr(opened, "size", 0) is None:  # a server packs it, or sends it as a whole only
+                opened.close()
+                opened = downloaded(uri)
+            file = h5py.File(opened, "r")
     except OSError as error:
         raise InputRefused(f"{uri}: not a readable HDF5 file: {error}") from error
     check_hdf5(file, uri)
