@@ -38,6 +38,11 @@ OBS_ALIASES = {
 """Customary names of columns, used where the source has no column of the lake's own name."""
 
 
+PLACES = (("x_centroid", "y_centroid"), ("center_x", "center_y"))
+"""What Xenium and MERSCOPE call places in space."""
+NO_PLACES = "{0} and {1} stay in the side table; where they are places in space, say obs.x={0} and obs.y={1}"
+
+
 @dataclass(frozen=True)
 class MappedObs:
     """A source's obs in the lake's columns.
@@ -105,6 +110,7 @@ def map_obs(obs: pd.DataFrame, given: Mapping[str, str], controls: Sequence[str]
     given_words = {column: frame[column] for column in ("perturbation", "perturbation_type") if column in frame}
     notes += said_of_perturbations(frame, obs, controls)
     notes += _said_of_primary(frame)
+    notes += [NO_PLACES.format(*pair) for pair in PLACES if "x" not in frame and set(pair) <= set(obs)]
     _normalise(frame, controls)
     notes += said_of_units(frame)
     changed = [column for column, words in given_words.items() if not _same_words(words, frame[column])]
