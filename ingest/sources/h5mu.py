@@ -120,8 +120,8 @@ def _joined(
         owner, plain = (modality, rest) if colon and modality in modalities else ("", column)
         found.setdefault(plain, []).append((owner, obs[column]))
     for key, own in cells_of.items():
-        for column in own:
-            found.setdefault(str(column), []).append((key, own[column].reindex(obs.index)))
+        for label in own:
+            found.setdefault(str(label), []).append((key, own[label].reindex(obs.index)))
     joined: dict[str, pd.Series] = {}
     otherwise: dict[str, int] = {}
     for name, several in found.items():
