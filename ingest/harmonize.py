@@ -44,8 +44,15 @@ class FeatureMap:
     mapped: float = 1.0
 
     def apply(self, counts_CF: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
-        """Return counts_CG; columns that map to one feature are summed, those of a narrow type of integers as int64."""
-        values = counts_CF.data
+        """Return counts_CG; columns that map to one feature are summed, those of a narrow type of integers as int64.
+
+        Raises:
+            ValueError: A value stands in no column of the source.
+        """
+        values, last = counts_CF.data, len(self.column_F) - 1
+        if len(values) and not 0 <= counts_CF.indices.min() <= counts_CF.indices.max() <= last:
+            first, furthest = counts_CF.indices.min(), counts_CF.indices.max()
+            raise ValueError(f"values stand in columns {first} to {furthest}, and the source's are 0 to {last}")
         if values.dtype.kind in "biu" and values.dtype.itemsize < 8:
             values = values.astype(np.int64)
         parts = (values, self.column_F[counts_CF.indices], counts_CF.indptr)

@@ -44,7 +44,16 @@ def check_hdf5(file: h5py.File, where: str, *, budget_bytes: int = 2**30) -> Non
         found += _attribute_problems(path, element)
     if not found:
         for path, group in groups:
-            found += _matrix_problems(path, group)
+            found += matrix_problems(path, group)
+    refuse(where, found)
+
+
+def refuse(where: str, found: list[str]) -> None:
+    """Refuse a file for what was found, if anything was.
+
+    Raises:
+        InputRefused: The first of it, and how much more there is.
+    """
     if found:
         more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
         raise InputRefused(f"{where}: {'; '.join(found[:SHOWN])}{more}")
@@ -113,16 +122,15 @@ def _attribute_problems(path: str, element: Any) -> list[str]:
     return found
 
 
-def _matrix_problems(path: str, group: h5py.Group) -> list[str]:
-    """Check a compressed sparse matrix: of AnnData by its mark, of 10x by its members."""
+def matrix_problems(path: str, group: Any) -> list[str]:
+    """Check a compressed sparse matrix, in HDF5 or zarr: of AnnData by its mark, of 10x by its members."""
     kind = group.attrs.get("encoding-type", group.attrs.get("h5sparse_format", ""))
     kind = kind.decode() if isinstance(kind, bytes) else str(kind)
-    members = {"data", "indices", "indptr"}
-    if not members <= set(group):
-        return (
-            [f"{path}: lacks {', '.join(sorted(members - set(group)))}"] if kind in ("csr_matrix", "csc_matrix") else []
-        )
-    if not all(isinstance(group[name], h5py.Dataset) and group[name].ndim == 1 for name in members):
+    members = ("data", "indices", "indptr")
+    lacking = [name for name in members if name not in group]
+    if lacking:
+        return [f"{path}: lacks {', '.join(lacking)}"] if kind in ("csr_matrix", "csc_matrix") else []
+    if not all(getattr(group[name], "ndim", 0) == 1 for name in members):
         return [f"{path}: data, indices and indptr are not all one-dimensional"]
     shape = group.attrs.get("shape", group.attrs.get("h5sparse_shape"))
     if shape is None and "shape" in group:
@@ -136,7 +144,7 @@ def _matrix_problems(path: str, group: h5py.Group) -> list[str]:
     return [f"{path}: {problem}" for problem in _compressed_problems(group, major, minor)]
 
 
-def _compressed_problems(group: h5py.Group, major: int, minor: int) -> Iterator[str]:
+def _compressed_problems(group: Any, major: int, minor: int) -> Iterator[str]:
     indptr, indices, data = group["indptr"], group["indices"], group["data"]
     for name, element in (("indptr", indptr), ("indices", indices)):
         if element.dtype.kind not in "iu":
@@ -148,9 +156,9 @@ def _compressed_problems(group: h5py.Group, major: int, minor: int) -> Iterator[
     if indices.shape != data.shape:
         yield f"data has {data.shape[0]:,} values and indices {indices.shape[0]:,}"
         return
-    last = 0
-    for start in range(0, major + 1, SLICE):
-        part = indptr[start : start + SLICE].astype(np.int64)
+    last, step = 0, _step(indptr)
+    for start in range(0, major + 1, step):
+        part = indptr[start : start + step].astype(np.int64)
         falls = part < np.concatenate([[last], part[:-1]])  # a difference of two may be beyond 64 bits
         if (start == 0 and part[0] != 0) or falls.any():
             yield f"indptr falls or does not begin at 0 (entry {start + int(np.argmax(falls)):,})"
@@ -159,10 +167,17 @@ def _compressed_problems(group: h5py.Group, major: int, minor: int) -> Iterator[
     if last != indices.shape[0]:
         yield f"indptr ends at {last:,} and there are {indices.shape[0]:,} values"
         return
-    for start in range(0, indices.shape[0], SLICE):
-        part = indices[start : start + SLICE]
+    step = _step(indices)
+    for start in range(0, indices.shape[0], step):
+        part = indices[start : start + step]
         wrong = (part < 0) | (part >= minor)
         if wrong.any():
             at = int(np.argmax(wrong))
             yield f"index {part[at]} (value {start + at:,}) lies outside 0 to {minor - 1:,}"
             return
+
+
+def _step(element: Any) -> int:
+    """Return how many values to look at a time: whole chunks, so that none is unpacked twice."""
+    chunk = max(1, int(element.chunks[0])) if element.chunks else 1
+    return chunk * max(1, SLICE // chunk)

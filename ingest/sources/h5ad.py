@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from ingest.chunks import check_zarr, stored_files
 from ingest.job import SourceSettings
 from ingest.sources.form import (
     Part,
@@ -59,8 +60,8 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     Raises:
         InputRefused: Not an AnnData file, or it lacks the matrix that the source names.
     """
-    file = open_group(source.uri)
-    notes = []
+    notes = list[str]()
+    file = open_group(source.uri, notes)
     layer = source.layer
     published = str(read(file["uns/schema_version"])) if "uns/schema_version" in file else ""
     if published:
@@ -100,14 +101,14 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     )
 
 
-def open_group(uri: str) -> Any:
-    """Open an HDF5 file or a zarr group for reading, also one that lies behind a URI.
+def open_group(uri: str, notes: list[str] | None = None) -> Any:
+    """Open an HDF5 file or a zarr group for reading, also one behind a URI; ``notes`` takes what people should know.
 
     Raises:
         InputRefused: It cannot be read, reaches outside itself, or holds matrices that are none.
     """
     if has_ending(uri, ".zarr", ".zarr.zip"):
-        return _open_zarr(uri)
+        return _open_zarr(uri, [] if notes is None else notes)
     try:
         # no lock: whoever owns the file may write to it at any time, and a change is noticed by its fingerprint
         if is_local(uri):
@@ -124,7 +125,7 @@ def open_group(uri: str) -> Any:
     return file
 
 
-def _open_zarr(uri: str) -> Any:
+def _open_zarr(uri: str, notes: list[str]) -> Any:
     import zarr
 
     root: Any
@@ -135,6 +136,7 @@ def _open_zarr(uri: str) -> Any:
         root = zarr.open_group(store, mode="r", use_consolidated=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputRefused(f"{uri}: not a readable zarr group: {error}") from error
+    notes += check_zarr(root, stored_files(uri, archive=zipped or ""), uri)
     if "obs" not in root:
         inner = [key for key in root if "obs" in root[key]]
         if len(inner) == 1:

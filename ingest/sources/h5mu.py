@@ -30,7 +30,8 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     Raises:
         InputRefused: Not a MuData file, no modality is known, or two measure the same.
     """
-    file = open_group(source.uri)
+    notes = list[str]()
+    file = open_group(source.uri, notes)
     if "mod" not in file:
         raise InputRefused(f"{source.uri}: has no modalities; is it a MuData file?")
     measurement_of = _measurements([str(key) for key in file["mod"]], source)
@@ -69,7 +70,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
         parts=parts,
         content=lambda: content_digest(source.uri),
         info={"dataset_title": source.title},
-        notes=(*_left_out(file["mod"], measurement_of), *([x_instead] if x_instead else []), *said),
+        notes=(*notes, *_left_out(file["mod"], measurement_of), *([x_instead] if x_instead else []), *said),
         matrices=tuple(name for name in known if name != source.layer),
     )
 
