@@ -1,15 +1,43 @@
-"""This module takes files out of foreign archives, which write where they please when they are let."""
+"""This module keeps to foreign archives and folders, which write and read where they please when they are let."""
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from store.errors import InputRefused
+from store.records import is_local
+
+
+def refuse_links_out(uri: str, places: Iterable[str] | None = None) -> None:
+    """Refuse a folder on this machine of which a part lies elsewhere: whoever made it could name any file here.
+
+    The folder itself may be reached through links, and links within it are followed.
+
+    Args:
+        uri: The folder; one that lies elsewhere than on this machine has no links.
+        places: Files of it that are to be read; all of it when left out.
+
+    Raises:
+        InputRefused: One is a link to a place outside, or lies below one.
+    """
+    if not is_local(uri):
+        return
+    folder = uri.removeprefix("file://")
+    inside = os.path.realpath(folder)
+    for place in _links(folder) if places is None else places:
+        if os.path.commonpath([inside, os.path.realpath(place)]) != inside:
+            raise InputRefused(f"{place}: is a link out of {folder}; put the file itself there, if it belongs there")
+
+
+def _links(folder: str) -> Iterator[str]:
+    for above, folders, files in os.walk(folder):
+        yield from (path for name in (*folders, *files) if os.path.islink(path := os.path.join(above, name)))
 
 
 def members(

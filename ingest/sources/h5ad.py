@@ -16,6 +16,7 @@ import scipy.sparse
 
 from ingest.chunks import check_zarr, stored_files
 from ingest.job import SourceSettings
+from ingest.preflight import refuse_links_out
 from ingest.sources.form import (
     Part,
     Rows,
@@ -128,6 +129,7 @@ def open_group(uri: str, notes: list[str] | None = None) -> Any:
 def _open_zarr(uri: str, notes: list[str]) -> Any:
     import zarr
 
+    refuse_links_out(uri)
     root: Any
     zipped = downloaded(uri) if has_ending(uri, ".zip") else None
     try:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ingest import distinct
 from ingest.job import SourceSettings
+from ingest.preflight import refuse_links_out
 from ingest.sources.form import Part, SourceDataset, content_digest, level_rows
 from store.errors import InputRefused
 from store.schema import ORGANISMS
@@ -94,6 +95,7 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
 def _files(uri: str) -> dict[str, bytes]:
     filesystem, path = fsspec.core.url_to_fs(uri)
     wanted = [item for item in filesystem.ls(path, detail=False) if re.search(r"/[isam]_[^/]*\.(txt|tsv)$", item)]
+    refuse_links_out(uri, wanted)
     return {item.rsplit("/", 1)[-1]: filesystem.cat_file(item) for item in sorted(wanted)}
 
 

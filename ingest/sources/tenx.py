@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from ingest.job import SourceSettings
-from ingest.preflight import members
+from ingest.preflight import members, refuse_links_out
 from ingest.sources.form import (
     Part,
     Rows,
@@ -150,6 +150,7 @@ def _folder(uri: str) -> dict[str, str]:
     for role, known in ROLES.items():
         name = next((name for name in known if name in there), None)
         if name:
+            refuse_links_out(uri, [there[name]])
             found[role] = filesystem.unstrip_protocol(there[name])
     return found
 

@@ -13,12 +13,14 @@ import fsspec
 import pandas as pd
 
 from ingest.job import SourceSettings
+from ingest.preflight import refuse_links_out
 from ingest.sources import tenx
 from ingest.sources.form import SourceDataset, content_digest
 from store.errors import InputRefused
 
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
+SCALES = "scalefactors_json.json"
 MATRICES = ("filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5", "filtered_feature_bc_matrix")
 
 
@@ -33,8 +35,9 @@ def open_dataset(source: SourceSettings, name: str) -> SourceDataset:
     matrix = next((there[item] for item in MATRICES if item in there), None)
     if matrix is None:
         raise InputRefused(f"{source.uri}: has none of {', '.join(MATRICES)}")
-    counts = tenx.open_dataset(source.model_copy(update={"uri": filesystem.unstrip_protocol(matrix)}), name)
     spatial = {item.rsplit("/", 1)[-1]: item for item in filesystem.ls(f"{path.rstrip('/')}/spatial", detail=False)}
+    refuse_links_out(source.uri, [matrix, *(spatial[item] for item in (*POSITIONS, SCALES) if item in spatial)])
+    counts = tenx.open_dataset(source.model_copy(update={"uri": filesystem.unstrip_protocol(matrix)}), name)
     places = _positions(filesystem, spatial, source.uri)
     missing = counts.obs.index.difference(places.index)
     if len(missing):
@@ -74,8 +77,8 @@ def _positions(filesystem: Any, spatial: dict[str, str], where: str) -> pd.DataF
 
 def _scales(filesystem: Any, spatial: dict[str, str]) -> pd.DataFrame:
     rows: list[tuple[str, str]] = []
-    if "scalefactors_json.json" in spatial:
-        with filesystem.open(spatial["scalefactors_json.json"], "rb") as file:
+    if SCALES in spatial:
+        with filesystem.open(spatial[SCALES], "rb") as file:
             rows += [(key, str(value)) for key, value in json.load(file).items()]
     images = (".png", ".tif", ".tiff", ".jpg")
     rows += [(name, filesystem.unstrip_protocol(at)) for name, at in sorted(spatial.items()) if name.endswith(images)]
