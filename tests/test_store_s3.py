@@ -351,7 +351,7 @@ def test_what_a_store_says_is_told_by_its_status_and_name_not_by_an_errno(bucket
             records.remove(f"{bucket}/r/told.json")
         assert "Errno" not in str(caught.value)
     bare = {"Error": {"Code": "403", "Message": "Forbidden"}, "ResponseMetadata": {"HTTPStatusCode": 403}}
-    assert records.told(ClientError(bare, "HeadObject")).startswith("HTTP 403: An error occurred")  # type: ignore[arg-type]
+    assert records.told(ClientError(bare, "HeadObject")).startswith("HTTP 403: An error occurred")
 
 
 def test_a_record_is_made_though_no_answer_says_so(bucket: str) -> None:
