@@ -138,7 +138,7 @@ def _open_zarr(uri: str, notes: list[str]) -> Any:
         root = zarr.open_group(store, mode="r", use_consolidated=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputRefused(f"{uri}: not a readable zarr group: {error}") from error
-    notes += check_zarr(root, stored_files(uri, archive=zipped or ""), uri)
+    notes += check_zarr(root, stored_files(uri, archive=str(zipped or "")), uri)
     if "obs" not in root:
         inner = [key for key in root if "obs" in root[key]]
         if len(inner) == 1:
