@@ -270,7 +270,6 @@ def test_marks_and_empty_lines_and_more_columns_are_no_names(
 @pytest.mark.parametrize(
     ("matrix", "said"),
     [
-        ("integer symmetric\n2 1 1\n1 1 1\n", "says that it is symmetric: it holds half of its values; write all of"),
         ("real skew-symmetric\n2 1 1\n1 1 1\n", "says that it is skew-symmetric"),
         ("integer general\n2 1 1\n1  1   1\n", "not all lines are 3 numbers with one blank between them: Row #1"),
         ("integer general\n2 1 1\n1 1 x\n", "not all lines are 3 numbers with one blank between them"),
@@ -304,3 +303,12 @@ def test_places_of_xenium_and_merscope_are_pointed_at_unless_they_are_taken(pair
     taken = map_obs(obs, {"x": pair[0], "y": pair[1]})
     assert (taken.notes, taken.frame["y"].tolist()) == ([], [3.0, 4.0])
     assert map_obs(obs.assign(x=0.0, y=0.0), {}).notes == []
+
+
+def test_the_half_that_a_symmetric_matrix_does_not_write_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOMAFLOW_SCRATCH", str(tmp_path / "scratch"))
+    matrix = "%%MatrixMarket matrix coordinate integer symmetric\n2 2 2\n1 1 3\n2 1 4\n"  # as scipy writes one
+    opened = OpenDataset(_folder(tmp_path / "10x", matrix=matrix, barcodes="a\nb\n"), "x")
+    assert opened.block("RNA", 0, 2).toarray().tolist() == [[3, 4], [4, 0]]

@@ -186,11 +186,9 @@ def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coord
         head = file.readline().decode(errors="replace").lower()
         if not head.startswith("%%matrixmarket matrix coordinate"):
             raise InputRefused(f"{where}: matrix.mtx does not begin with '%%MatrixMarket matrix coordinate'")
-        if (symmetry := (head.split()[4:5] or ["general"])[0]) != "general":
-            raise InputRefused(
-                f"{where}: matrix.mtx says that it is {symmetry}: it holds half of its values; write all of them, as "
-                "'general'"
-            )
+        symmetry = (head.split()[4:5] or ["general"])[0]
+        if symmetry not in ("general", "symmetric"):
+            raise InputRefused(f"{where}: matrix.mtx says that it is {symmetry}; write all of its values, as 'general'")
         line = file.readline()
         while line.startswith(b"%"):
             line = file.readline()
@@ -213,7 +211,11 @@ def _coordinates(uri: str, shape: tuple[int, int], where: str) -> Iterator[Coord
             for batch in batches:
                 read += batch.num_rows
                 columns, rows, *given = (column.to_numpy(zero_copy_only=False) for column in batch.columns)
-                yield rows - 1, columns - 1, given[0] if given else np.ones(len(rows))
+                values = given[0] if given else np.ones(len(rows))
+                yield rows - 1, columns - 1, values
+                if symmetry == "symmetric":  # the other half is not written
+                    mirrored = rows != columns
+                    yield columns[mirrored] - 1, rows[mirrored] - 1, values[mirrored]
         except pa.ArrowInvalid as error:
             if nnz == 0 and "Empty" in str(error):
                 return
