@@ -289,12 +289,6 @@ def test_a_matrix_market_text_of_another_form_is_read_or_refused_in_words(
         OpenDataset(source, "x")
 
 
-def test_a_file_whose_name_chains_places_is_refused_in_words(tmp_path: Path) -> None:
-    source = _columns(tmp_path / "a::b.h5ad", ["A"])
-    with pytest.raises(InputRefused, match=r"a::b\.h5ad: fsspec reads '::' as a chain of places; give it a name"):
-        OpenDataset(source, "x")
-
-
 @pytest.mark.parametrize("pair", [("x_centroid", "y_centroid"), ("center_x", "center_y")])
 def test_places_of_xenium_and_merscope_are_pointed_at_unless_they_are_taken(pair: tuple[str, str]) -> None:
     obs = pd.DataFrame({pair[0]: [1.0, 2.0], pair[1]: [3.0, 4.0]}, index=["a", "b"])

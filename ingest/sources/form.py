@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from ingest.job import SourceSettings
 from store.errors import InputRefused, MissingError
-from store.records import is_local
 
 Rows = Callable[[int, int], scipy.sparse.csr_matrix]
 """Rows start to stop (exclusive) of a matrix, as the source holds them."""
@@ -219,8 +218,6 @@ def is_tagged(tagged: str) -> bool:
 
 def tags(uri: str) -> str:
     """Return a file's or folder's sizes, times and tags (hex), the beginning of its fingerprint; it asks, not reads."""
-    if is_local(uri) and "::" in uri:
-        raise InputRefused(f"{uri}: fsspec reads '::' as a chain of places; give it a name without it")
     filesystem, path = fsspec.core.url_to_fs(uri)
     try:
         found = filesystem.find(path, detail=True) if filesystem.isdir(path) else {path: filesystem.info(path)}
