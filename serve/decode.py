@@ -351,8 +351,7 @@ def _known_best(part: CsrCounts | ByCell, index: FeatureIndex, organism: str) ->
     """Return counts whose features have those of a file's names that the model knows most of."""
     if isinstance(part, list) or not part.others:
         return part
-    every = [part.features, *part.others]
-    names = max(every, key=lambda names: int((index.positions(names, organism) != _UNKNOWN).sum()))
+    names = max([part.features, *part.others], key=lambda names: int((index.positions(names, organism) >= 0).sum()))
     return part.model_copy(update={"features": names})
 
 
