@@ -116,13 +116,13 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def wait_for_step(output: Path, step: int, driver: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until a step is finished."""
+def wait_for_step(output: Path, step: int, driver: subprocess.Popen[bytes], log: Path, *, saved: bool = False) -> None:
+    """Wait until a step is finished, and, if asked for, until a state is whole from which the run can go on."""
     path, until = output / "run/metrics.jsonl", time.monotonic() + LIMIT_S
     while time.monotonic() < until:
         if driver.poll() is not None:
             raise AssertionError(f"the run ended before step {step}:\n{log.read_text()[-3000:]}")
-        if path.exists() and len(read_metrics(path)) >= step:
+        if path.exists() and len(read_metrics(path)) >= step and (not saved or valid_states(output / "run/state")):
             return
         time.sleep(0.05)
     raise AssertionError(f"no step {step} in {LIMIT_S} s:\n{log.read_text()[-3000:]}")
@@ -159,7 +159,7 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(
     path, log = recipe(lake, broken), tmp_path / "log"
     first, second = sorted(random.integers(8, STEPS - 8, 2).tolist())
     with command(path, log) as driver:
-        wait_for_step(broken, first, driver, log)
+        wait_for_step(broken, first, driver, log, saved=True)
         hit = workers_of(driver.pid)
         assert hit, "no training process was found"
         random.choice(np.array(hit, dtype=object)).send_signal(signal.SIGKILL)
@@ -215,7 +215,7 @@ def test_two_nodes_whose_calls_are_late_and_fail_train_together_and_one_that_die
     try:
         first, _ = cluster.add_node(**small), cluster.add_node(**small)
         with command(path, log, "--set", f"address={cluster.address}") as driver:
-            wait_for_step(broken, 8, driver, log)
+            wait_for_step(broken, 8, driver, log, saved=True)
             cluster.remove_node(first, allow_graceful=False)
             cluster.add_node(**small)
             assert driver.wait(LIMIT_S) == 0, log.read_text()[-3000:]
@@ -242,7 +242,7 @@ def test_an_elastic_run_goes_on_with_the_workers_that_a_cut_link_leaves(
         told = [f"address={nodes.address}", "workers_min=1"]
         words = [word for one in told for word in ("--set", one)]
         with command(path, log, *words, before=nodes.on(1)) as driver:
-            wait_for_step(broken, 8, driver, log)
+            wait_for_step(broken, 8, driver, log, saved=True)
             nodes.cut(3)
             begin, at = time.monotonic(), len(read_metrics(broken / "run/metrics.jsonl"))
             assert driver.wait(RECOVERED_S) == 0, log.read_text()[-3000:]
