@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 console = Console(highlight=False)
 PYTHON = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
 CELLS_PER_REQUEST = 256
+PLAIN = {"none": "#e3e3e3", "control": "#bdbdbd"}
+"""Labels of cells to which nothing was done: drawn first, below the others, in grey."""
 
 INGEST = """\
 # Three sources of different kinds: simulated cells with knock-outs (RNA, proteins, chromatin), an unperturbed time
@@ -299,13 +301,10 @@ def _draw(groups: dict[str, tuple[NDArray[np.float32], Any]], panels: list[tuple
     for axis, (name, column) in zip(axes, panels, strict=True):
         obs = groups[name][1]
         labels = obs[column].astype(str).replace("", "none").to_numpy()
-        plain = [label for label in ("none", "control") if label in labels]  # below the others, in grey
-        known = sorted(set(labels) - set(plain))
+        known = sorted(set(labels) - PLAIN.keys())
         colours = plt.get_cmap("tab10" if len(known) <= 10 else "tab20")
-        shades = dict(zip(plain, ("#e3e3e3", "#bdbdbd"), strict=False)) | {
-            label: colours(number) for number, label in enumerate(known)
-        }
-        for label, colour in shades.items():
+        shades = {label: colour for label, colour in PLAIN.items() if label in labels}
+        for label, colour in (shades | {label: colours(number) for number, label in enumerate(known)}).items():
             mine = labels == label
             axis.scatter(*places[name][mine].T, s=5, color=colour, label=f"{label} ({mine.sum()})", linewidths=0)
         axis.set_title(f"{len(obs):,} {name} cells by {column.replace('_', ' ')}")

@@ -87,8 +87,10 @@ class FeatureIndex:
 
     def strange(self, position_F: NDArray[np.integer], organism: str) -> NDArray[np.bool_]:
         """Say which features are another organism's; none where nobody says of which organism a cell is."""
+        if not organism:
+            return np.zeros(len(position_F), bool)
         its_F = self.organism_G[position_F]
-        return (position_F >= 0) & (its_F != organism) & (its_F != "") & bool(organism)
+        return (position_F >= 0) & (its_F != organism) & (its_F != "")
 
     def _position(self, name: str, organism: str) -> int:
         named = self._by_id.get(name, [])

@@ -93,8 +93,8 @@ class Draws:
     def _weigh(self, values: Iterator[NDArray[np.float64]]) -> None:
         """Note how often the cells up to each one should come together in an epoch, and each source's share."""
         sums = np.empty(len(self._sources))
-        for number, source in enumerate(self._sources):
-            upper = np.cumsum(next(values))
+        for number, (source, weights) in enumerate(zip(self._sources, values, strict=True)):
+            upper = np.cumsum(weights)
             sums[number] = upper[-1]
             if sums[number] > 0:  # else none of its cells comes
                 upper *= source.n_rows / sums[number]

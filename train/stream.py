@@ -165,7 +165,6 @@ class Stream:
         self._reading, self._ahead = (REMOTE * threads, WINDOWS_AHEAD + 1) if remote else (threads, WINDOWS_AHEAD)
         self.cache = cache if cache is None or isinstance(cache, BlockCache) else BlockCache(cache, cache_bytes)
         self.labels = labels or read_labels(self.snapshots)
-        self.balance = balance
         self._draws = Draws(self.sources, seed, split, weights)
         portions = self._draws.shares / self._draws.shares.sum()
         whole = len(shares) == 1 and weights is None
