@@ -296,10 +296,10 @@ def test_which_cells_come_is_drawn_once_for_each_epoch(
 
     monkeypatch.setattr("train.stream.np.random.default_rng", counted)
     rows = [cells.row.tolist() for cells in stream.steps(0, 3 * stream.plan.steps_per_epoch)]
-    assert drawn == [0, 1, 2, 3]  # the stream looks into the epoch after
+    assert drawn == [0, 1, 2]
     again = pickle.loads(pickle.dumps(stream))
     assert [cells.row.tolist() for cells in again.steps(0, len(rows))] == rows
-    assert drawn[4:] == [0, 1, 2, 3]
+    assert drawn[3:] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -320,22 +320,29 @@ def test_ranks_get_equally_many_cells_and_about_equally_many_values(snapshot: Sn
     assert world < 8 or spread[0] - 1 < (spread[1] - 1) / 3
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, int]]:
+    """What is read of the values from now on: part, measurement, first, how many."""
+    found: list[tuple[str, str, int, int]] = []
+    whole = Part.read_into
+
+    def noted(
+        self: Part, measurement: str, start: int, features: np.ndarray, counts: np.ndarray, *, beside: None
+    ) -> None:
+        found.append((self.id, measurement, start, len(features)))
+        whole(self, measurement, start, features, counts, beside=beside)
+
+    monkeypatch.setattr(Part, "read_into", noted)
+    return found
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_with_lanes_ranks_share_the_reading_and_the_steps_stay_the_same(
-    one_measurement: Snapshot, monkeypatch: pytest.MonkeyPatch, world: int
+    one_measurement: Snapshot, reads: list[tuple[str, str, int, int]], world: int
 ) -> None:
     words = {"batch": 32, "block": 16, "window": 8, "lanes": 4, "seed": 5}
     alone = [sorted(identity(cells)) for cells in Stream(one_measurement, **words).epoch(0)]
-    read: list[int] = []
-    whole = Part.read_into
-
-    def counted(
-        self: Part, measurement: str, start: int, features: np.ndarray, counts: np.ndarray, *, beside: None
-    ) -> None:
-        read.append(len(features))
-        whole(self, measurement, start, features, counts, beside=beside)
-
-    monkeypatch.setattr(Part, "read_into", counted)
+    reads.clear()
     shares = []
     for rank in range(world):
         stream = Stream(one_measurement, **words)
@@ -343,9 +350,28 @@ def test_with_lanes_ranks_share_the_reading_and_the_steps_stay_the_same(
         shares.append([identity(cells) for cells in stream.steps(0, last, rank=rank, world=world)])
     assert [sorted(chain.from_iterable(step)) for step in zip(*shares, strict=True)] == alone
     everything = one_measurement.manifest["measurements"]["RNA"]["nnz"]
-    assert sum(read) < 2.2 * everything  # the last window is read by all
+    assert sum(size for *_, size in reads) < 2.2 * everything  # the last window is read by all
     with pytest.raises(UsageError, match="lanes = 3 does not divide window = 8"):
         Stream(one_measurement, **(words | {"lanes": 3}))
+
+
+@pytest.mark.parametrize("words", [{}, {"lanes": 2}, {"weights": "donor_id"}], ids=lambda words: " ".join(words))
+def test_nothing_is_read_that_no_step_needs(
+    grown: Snapshot, reads: list[tuple[str, str, int, int]], words: dict[str, Any]
+) -> None:
+    stream = Stream(grown, **SMALL, **words)
+    of_epoch = stream.plan.steps_per_epoch
+    for start, stop in ((0, of_epoch), (of_epoch, 2 * of_epoch), (3, 5), (of_epoch - 2, of_epoch + 2), (7, 7)):
+        reads.clear()
+        list(stream.steps(start, stop))
+        needed = set(chain.from_iterable(map(stream._windows, range(start, stop))))
+        blocks = sum(len(stream._blocks(key, 0, 1)[0]) for key in needed)
+        assert len(reads) == blocks * len(stream.measurements)
+    if "weights" not in words:  # with them a block of an epoch may hold cells of several blocks of the part
+        reads.clear()
+        list(stream.epoch(2))
+        some = [read for read in reads if read[-1]]
+        assert len(set(some)) == len(some) > 0
 
 
 def test_more_ranks_than_cells_of_a_step_leave_some_without(one_measurement: Snapshot) -> None:

@@ -326,6 +326,7 @@ class Stream:
         _at_least("start", start, 0)
         many = self._steps_together(world, every)
         firsts = range(start, stop, many * every)
+        last_needed = self._last_windows(range(start, stop, every)[-1]) if firsts else []
         kept = self._slots.pop() if self._slots else []
         self._add_slots(kept, many * every)
         decoders = ThreadPoolExecutor(self._reading, thread_name_prefix="somaflow-read")
@@ -344,7 +345,7 @@ class Stream:
             needed = list(dict.fromkeys(key for step in group for key in self._windows(step)))
             for key in needed:
                 ask(key)
-            for key in self._behind(needed) if group[-1] + every < stop else []:
+            for key in self._behind(needed, last_needed):
                 ask(key)
             made.append(makers.submit(self._maker.make, {key: windows[key] for key in needed}, group, rank, world))
 
@@ -427,20 +428,26 @@ class Stream:
             for window, _, _ in orders[number].pieces(first, last)
         ]
 
-    def _behind(self, needed: list[Key]) -> list[Key]:
+    def _behind(self, needed: list[Key], last_needed: list[WindowKey]) -> list[Key]:
         """Return the windows that come after those that a step needs, of each source, as far as is read ahead."""
         found = []
         for number, last in dict(needed).items():
             window = last
             for _ in range(self._ahead):
                 window = self.plan.orders[number].following(window)
-                found.append((number, window))
+                if window <= last_needed[number]:
+                    found.append((number, window))
         return found
 
     def _first_windows(self, step: int) -> list[WindowKey]:
         """Return, for each source, the first window that this step or a later one needs."""
         spans = self.plan.spans(step)
         return [order.window_of(first) for order, (first, _) in zip(self.plan.orders, spans, strict=True)]
+
+    def _last_windows(self, step: int) -> list[WindowKey]:
+        """Return, for each source, the last window that this step or an earlier one needs."""
+        spans = self.plan.spans(step)
+        return [order.window_of(max(0, stop - 1)) for order, (_, stop) in zip(self.plan.orders, spans, strict=True)]
 
     def _blocks(self, key: Key, rank: int, world: int) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """Return the numbers of a window's blocks that a rank needs, ascending, and each one's first and last rows."""
