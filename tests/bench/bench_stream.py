@@ -48,6 +48,8 @@ EPOCHS = {"tiledbsoma_ml": 1, "scdataset": 2, "annbatch": 4, "warm": 10, "warm t
 SETTINGS = ("256 16", "1024 16", "512 32", "64 64")
 """annbatch's rows of a chunk and chunks of a buffer; of every peer the best setting is told."""
 PEERS = ("annbatch", "scdataset", "tiledbsoma_ml")
+ATLAS_PEER = "tiledbsoma_ml 65536"
+"""Also measured with the most cells, at what it does when nothing is said."""
 LIMITS = dict.fromkeys(("memmap", "sequential_decode"), "#a9cce3")
 """What the same arrays give without plan, order or tokens; drawn in their own colour."""
 LATENCIES = (0, 20, 50, 100)
@@ -191,14 +193,15 @@ def main() -> None:
     apart = SlowStore(folder, APART_MS, core=1)
     rates |= run_all(on_one_core(places, remote, apart), options.repeat)
     apart.close()
-    scale = {options.cells: rates["tokenized"]["cells_s"]}
-    for cells in [int(word) for word in options.scale.split(",") if word]:
-        one = our_contender("tokenized", prepare(folder, cells))
-        one.one_pass("1")
-        scale[cells] = statistics.median(one.one_pass(str(max(1, 240_000 // cells)))["cells_s"] for _ in range(3))
-        one.close()
-        print(f"{cells:>9,} cells: {scale[cells]:>10,.0f} tokenized cells/s", flush=True)
+    sizes = sorted({options.cells, *(int(word) for word in options.scale.split(",") if word)})
+    large = run_all(by_size(folder, sizes), options.repeat)
+    scale = {size: large[of_size("tokenized", size)]["cells_s"] for size in sizes}
     answer = summary(folder, places, options.cells, rates, scale)
+    atlas_peer = large[of_size(ATLAS_PEER, sizes[-1])]["cells_s"]
+    answer |= {
+        "tiledbsoma_ml_of_most_cells": round(atlas_peer),
+        "tokenized_over_tiledbsoma_ml_of_most_cells": round(scale[sizes[-1]] / atlas_peer, 1),
+    }
     draw(options.charts, rates, scale)
     print(json.dumps(answer))
 
@@ -284,6 +287,25 @@ def contenders(folder: Path, places: dict[str, str], peers_python: str | None) -
     return [*found, *((f"annbatch {setting}", other, f"{setting} {EPOCHS['annbatch']}") for setting in SETTINGS)]
 
 
+def by_size(folder: Path, sizes: Sequence[int]) -> list[tuple[str, Contender, str]]:
+    """Start our stream of each number of cells, and of the most also the peer that reads the same lake.
+
+    A fetch of that peer is rows from everywhere: how many cells there are beside those of a fetch decides what it
+    decodes for nothing, so that its speed with few cells is not the one with many.
+    """
+    found = [
+        (of_size("tokenized", size), our_contender("tokenized", prepare(folder, size)), str(max(1, sizes[-1] // size)))
+        for size in sizes
+    ]
+    peer = our_contender(ATLAS_PEER, prepare(folder, sizes[-1]))
+    return [*found, (of_size(ATLAS_PEER, sizes[-1]), peer, "1")]
+
+
+def of_size(name: str, cells: int) -> str:
+    """Name a contender that has so many cells."""
+    return f"{name}, {cells:,} cells"
+
+
 def run_all(found: list[tuple[str, Contender, str]], repeat: int) -> dict[str, dict[str, float]]:
     """Take turns; return the medians of what each pass said."""
     firsts: dict[str, dict[str, float]] = {}
@@ -304,7 +326,7 @@ def run_all(found: list[tuple[str, Contender, str]], repeat: int) -> dict[str, d
         rates[name] = median | {"low": spread[0], "high": spread[1], "rss_mb": max(one["rss_mb"] for one in taken)}
         rates[name]["first_batch_s"] = firsts[name]["first_batch_s"]
         print(
-            f"{name:>24}: {median['cells_s']:>10,.0f} cells/s ({spread[0]:,.0f} to {spread[1]:,.0f}), "
+            f"{name:>34}: {median['cells_s']:>10,.0f} cells/s ({spread[0]:,.0f} to {spread[1]:,.0f}), "
             f"{rates[name]['rss_mb']:,.0f} MiB, first batch after {rates[name]['first_batch_s']:.2f} s",
             flush=True,
         )
