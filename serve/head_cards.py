@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from serve.errors import FieldRefused
 from serve.messages import HeadReport
+from train.evaluation.context import context_of, values_of
 
 SHOWN = 10
 
@@ -20,7 +21,7 @@ class HeadCard:
         sha256: Of its manifest, which names the digests of its files.
         measurement: What it predicts.
         columns: What makes a context.
-        contexts: Those that it learned from: their columns' values, joined by `` | ``.
+        contexts: Those that it learned from: their columns' values, joined by ``train.evaluation.context``.
         by: What was held out to calibrate its intervals.
         hit: Targets of the perturbations that it learned from.
         known: Targets that can be asked of: hit ones, features, members of its gene sets.
@@ -49,13 +50,13 @@ class HeadCard:
             if name not in self.columns:
                 columns = ", ".join(self.columns) or "no column"
                 raise FieldRefused(f"context.{name}", f"this head tells contexts by {columns}")
-        parts, values = [context.split(" | ") for context in self.contexts], []
+        parts, values = [values_of(context) for context in self.contexts], []
         for place, column in enumerate(self.columns):
             known = sorted({part[place] for part in parts})
             if column not in said and len(known) > 1:
                 raise FieldRefused(f"context.{column}", f"say it; this head learned from {', '.join(known[:SHOWN])}")
             values.append(said.get(column, known[0]))
-        return " | ".join(values)
+        return context_of(values)
 
     def check(self, target: str, where: str) -> None:
         """Refuse a target that neither was hit nor is in the head's gene sets nor is a feature.

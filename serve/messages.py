@@ -461,7 +461,9 @@ class HeadReport(Reply):
     sha256: str
     measurement: str
     context: list[str] = Field(description="Columns that make a context.")
-    contexts: list[str] = Field(description="Contexts that it learned from, columns joined by ` | `.")
+    contexts: list[str] = Field(
+        description="Contexts that it learned from, columns joined by ` | `, bars within a value behind a backslash."
+    )
     held_out: str = Field(description="What its intervals hold for when it is new: target, perturbation or a column.")
     perturbed: int = Field(description="Targets that it saw hit.")
     baseline: str = Field(description="The baseline that it stands on.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import pickle
+import sys
 import threading
 from itertools import chain
 from pathlib import Path
@@ -774,6 +775,16 @@ def test_sets_need_a_snapshot_of_sets_and_come_ragged(snapshot: Snapshot, tissue
 def test_what_no_stream_can_be_made_of_is_refused(snapshot: Snapshot, asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Stream(snapshot, **{"batch": 8, "block": 16} | asked)
+
+
+def test_a_number_that_no_stream_reaches_is_refused_and_one_that_means_no_end_is_not(snapshot: Snapshot) -> None:
+    one = stream(snapshot)
+    with pytest.raises(UsageError, match="epoch = 1180591620717411303424: no stream has come so far"):
+        next(one.epoch(2**70))
+    with pytest.raises(UsageError, match="start = 1180591620717411303424: no stream has come so far"):
+        next(one.steps(2**70, 2**70 + 1))
+    first = next(one.epoch(0))
+    assert next(one.steps(0, sys.maxsize)).row.tolist() == first.row.tolist()
 
 
 def test_ranks_are_counted_from_nought_and_a_mixture_has_snapshots(snapshot: Snapshot) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from train.cells import Spans
 
 Block = tuple[int, int]
 """Rows from the first to behind the last."""
+Labels = tuple[NDArray[np.int32], NDArray[np.float32]]
+"""What is said of a block's rows: codes_FR and numbers_FR."""
 
 
 @dataclass
@@ -148,7 +151,7 @@ class Reader:
         try:
             names = [name for name in self.measurements for _ in blocks]
             asked = self._small.map(self._block_lengths, names, [*blocks] * len(self.measurements))
-            codes_RF, numbers_RF = self._said(blocks)
+            said = [self._small.submit(self._block_labels, block) for block in blocks]  # while values are read
             found = list(asked)
             lengths = {
                 name: found[number * len(blocks) : (number + 1) * len(blocks)]
@@ -171,26 +174,26 @@ class Reader:
                 spans[name] = Spans(np.cumsum(length) - length, length, features, counts)
             offsets = np.cumsum([0, *(stop - start for start, stop in blocks)])
             firsts = np.array([start for start, _ in blocks])
-            window = Window(numbers, firsts, offsets, spans, codes_RF, numbers_RF, slot)
+            window = partial(Window, numbers, firsts, offsets, spans, slot=slot)
         except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
             answer.set_exception(error)
             return
-        waiting = _Countdown(len(reads), answer, window)
+        waiting = _Countdown(len(reads), answer, lambda: window(*self._together(said)))
         for read in reads:
             self._values.submit(waiting.run, self._read, *read)
         if not reads:
-            answer.set_result(window)
+            waiting.end()
 
-    def _said(self, blocks: Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def _together(self, said: Sequence[Future[Labels]]) -> Labels:
         """Return codes_RF and numbers_RF of the rows of all blocks."""
-        said = list(self._small.map(self._block_labels, blocks))
-        codes = [np.empty((len(self.fields), 0), np.int32), *(codes for codes, _ in said)]
-        numbers = [np.empty((len(NUMBERS), 0), np.float32), *(numbers for _, numbers in said)]
+        parts = [one.result() for one in said]
+        codes = [np.empty((len(self.fields), 0), np.int32), *(codes for codes, _ in parts)]
+        numbers = [np.empty((len(NUMBERS), 0), np.float32), *(numbers for _, numbers in parts)]
         # row by row in memory: batches take whole rows
         codes_RF, numbers_RF = (np.ascontiguousarray(np.concatenate(part, axis=1).T) for part in (codes, numbers))
         return codes_RF, numbers_RF
 
-    def _block_labels(self, block: Block) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def _block_labels(self, block: Block) -> Labels:
         key = (self.part.id, f"labels-{self._fields_mark}", *block)
         size = block[1] - block[0]
         codes, numbers = np.empty((len(self.fields), size), np.int32), np.empty((len(NUMBERS), size), np.float32)
@@ -250,7 +253,7 @@ class Reader:
 class _Countdown:
     """Gives the answer when the last of several reads has ended."""
 
-    def __init__(self, n_reads: int, answer: Future[Window], window: Window) -> None:
+    def __init__(self, n_reads: int, answer: Future[Window], window: Callable[[], Window]) -> None:
         self._left, self._answer, self._window = n_reads, answer, window
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -264,7 +267,16 @@ class _Countdown:
         with self._lock:
             self._left -= 1
             last = self._left == 0
-        if last and self._error is not None:
-            self._answer.set_exception(self._error)
-        elif last:
-            self._answer.set_result(self._window)
+        if last:
+            self.end()
+
+    def end(self) -> None:
+        """Give the answer: what is said of the rows may still be read."""
+        try:
+            if self._error is not None:
+                raise self._error
+            window = self._window()
+        except BaseException as error:  # noqa: BLE001  it belongs to whoever waits
+            self._answer.set_exception(error)
+        else:
+            self._answer.set_result(window)

@@ -246,10 +246,8 @@ class Stream:
         if missing := sorted(standing.keys() - state.keys() - NOT_SAID_ONCE):
             raise UsageError(f"this is no state of a stream: it has no {missing[0]!r}")
         step = state["step"]
-        _at_least("step", step, 0)
+        _reachable("step", step, self.plan.global_batch)
         step = index(step)
-        if step * self.plan.global_batch > MOST_CELLS:
-            raise UsageError(f"step = {step}: no stream has come so far")
         for key, mine in standing.items():
             if key != "step" and state.get(key, mine) != mine:
                 raise UsageError(f"this stream has {key} = {mine!r} and the saved one had {state[key]!r}")
@@ -300,7 +298,7 @@ class Stream:
 
     def start_of(self, epoch: int, start: int | None = None) -> int:
         """Return with which of an epoch's steps :meth:`epoch` begins; as many as it has: none is left."""
-        _at_least("epoch", epoch, 0)
+        _reachable("epoch", epoch, self.plan.n_rows)
         steps = self.plan.steps_per_epoch
         if start is not None:
             _at_least("start", start, 0)
@@ -323,7 +321,7 @@ class Stream:
             UsageError: Windows take more memory than is allowed, or there is no such rank.
         """
         _check_rank(rank, world)
-        _at_least("start", start, 0)
+        _reachable("start", start, self.plan.global_batch)
         many = self._steps_together(world, every)
         firsts = range(start, stop, many * every)
         last_needed = self._last_windows(range(start, stop, every)[-1]) if firsts else []
@@ -470,6 +468,13 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise UsageError(f"{name} = {value!r}: a whole number")
     if value < least:
         raise UsageError(f"{name} = {value}: at least {least}")
+
+
+def _reachable(name: str, value: int, n_cells: int) -> None:
+    """Refuse what is no number of something that takes so many cells, or one to which no stream comes."""
+    _at_least(name, value, 0)
+    if index(value) * n_cells > MOST_CELLS:
+        raise UsageError(f"{name} = {value}: no stream has come so far")
 
 
 def _refuse_other_kinds(tokens: object, balance: object, measurements: object) -> None:

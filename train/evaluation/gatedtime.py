@@ -21,7 +21,7 @@ from train.evaluation.flow import Flow, FlowSettings, Passage, fit_flow
 from train.evaluation.gated import COMPONENTS, FOLDS, HEAD, Gate, needed
 from train.evaluation.score import standard_errors
 from train.evaluation.study import Study
-from train.evaluation.suites import energy_distance
+from train.evaluation.suites import energy_distance, shuffled
 
 Matrix = NDArray[np.float64]
 WEIGHTS = (0.25, 0.5, 0.75, 1.0)
@@ -57,7 +57,9 @@ class GatedForecast:
         self.times = np.unique(time_C[~np.isnan(time_C)])
         self.pca = PrincipalComponents(self.measurement, components=COMPONENTS, seed=self.seed).fit(train)
         latent_CK = self.pca.embed(train)
-        self.cells = {float(time): latent_CK[time_C == time] for time in self.times}
+        self.cells = {
+            float(time): latent_CK[shuffled(np.flatnonzero(time_C == time), self.seed)] for time in self.times
+        }
         inner = [float(time) for time in self.times[1:-1]]
         floor = forecast_floor(self.measurement, self.seed, MOST_CELLS)
         told = {

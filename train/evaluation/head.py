@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.decomposition import PCA
 
-from store.errors import ConflictError, InputRefused
+from store.errors import ConflictError, InputRefused, UsageError
 from store.schema import UNKNOWN
 from store.snapshot import open_snapshot
 from train.checkpoint import read_manifest, sha256, whole, write_manifest
 from train.evaluation.effects import Effects
 from train.evaluation.floor import effect_floor
 from train.evaluation.flow import Flow, FlowSettings
+from train.evaluation.folds import TARGET
 from train.evaluation.gated import Gate, GatedEffects, Space, TargetVectors
 from train.evaluation.study import only_measured, read_study
 from train.knowledge import read_sets
@@ -64,9 +65,14 @@ def fit_head(settings: HeadSettings, folder: str | Path) -> GatedEffects:
     """Fit a head and write it.
 
     Raises:
+        UsageError: ``by`` is nothing that a head holds out.
         InputRefused: The split has no cells, or none with the measurement, or too few perturbations to hold some out.
         ConflictError: There is something in the folder.
     """
+    if settings.by not in (known := (TARGET, "perturbation", *settings.columns)):
+        raise UsageError(
+            f"by = {settings.by!r}: a head can hold out {', '.join(known)}; name its context's columns (--context)"
+        )
     folder = Path(folder)
     if folder.exists():
         raise ConflictError(f"{folder}: there is something already; name another folder, or remove it")

@@ -25,6 +25,7 @@ from train.cells import NUMBERS, PROMPTS, Cells
 from train.evaluation.floor import SameElsewhere
 from train.evaluation.folds import UNPERTURBED
 from train.evaluation.study import Study
+from train.evaluation.suites import shuffled
 from train.predictor import Predictor
 from train.start import log_shares
 from train.tokens import SCALE
@@ -194,7 +195,7 @@ class ModelForecaster:
         time_C = self.train.obs["time"].to_numpy(dtype=np.float64)
         before = time_C[time_C < time]
         start = before.max() if len(before) else np.nanmin(time_C)
-        cells = self.train.take(np.flatnonzero(time_C == start)[:MOST_CELLS])
+        cells = self.train.take(shuffled(np.flatnonzero(time_C == start), self.seed)[:MOST_CELLS])
         shown = [name for name in cells.counts if name in self.predictor.vocabulary]
         form = cells_of(self.predictor, cells, shown, ("organism", "time"))
         depth_C = np.asarray(cells.measured(self.measurement).sum(axis=1), dtype=np.float64).ravel()
