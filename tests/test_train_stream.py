@@ -92,15 +92,17 @@ def test_resuming_at_a_step_goes_on_as_if_never_stopped(snapshot: Snapshot) -> N
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(step) for step in whole[23:]]
 
 
-def test_an_error_of_the_reading_thread_reaches_the_consumer(
-    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["read_into", "codes", "numbers", "indptr"])
+def test_an_error_of_a_reading_thread_reaches_the_consumer(
+    snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def broken(self: Part, *where: object, **how: object) -> None:
         raise VerificationError("RNA/counts: damaged")
 
-    monkeypatch.setattr(Part, "read_into", broken)
+    told = stream(snapshot)
+    monkeypatch.setattr(Part, name, broken)
     with pytest.raises(VerificationError, match="damaged"):
-        next(stream(snapshot).epoch(0))
+        next(told.epoch(0))
 
 
 def test_a_value_that_training_never_shows_has_no_code(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from train.cells import Spans
 
 Block = tuple[int, int]
 """Rows from the first to behind the last."""
-Labels = tuple[NDArray[np.int32], NDArray[np.float32]]
+Said = tuple[NDArray[np.int32], NDArray[np.float32]]
 """What is said of a block's rows: codes_FR and numbers_FR."""
 
 
@@ -184,7 +184,7 @@ class Reader:
         if not reads:
             waiting.end()
 
-    def _together(self, said: Sequence[Future[Labels]]) -> Labels:
+    def _together(self, said: Sequence[Future[Said]]) -> Said:
         """Return codes_RF and numbers_RF of the rows of all blocks."""
         parts = [one.result() for one in said]
         codes = [np.empty((len(self.fields), 0), np.int32), *(codes for codes, _ in parts)]
@@ -193,7 +193,7 @@ class Reader:
         codes_RF, numbers_RF = (np.ascontiguousarray(np.concatenate(part, axis=1).T) for part in (codes, numbers))
         return codes_RF, numbers_RF
 
-    def _block_labels(self, block: Block) -> Labels:
+    def _block_labels(self, block: Block) -> Said:
         key = (self.part.id, f"labels-{self._fields_mark}", *block)
         size = block[1] - block[0]
         codes, numbers = np.empty((len(self.fields), size), np.int32), np.empty((len(NUMBERS), size), np.float32)

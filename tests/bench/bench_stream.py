@@ -260,6 +260,7 @@ def on_one_core(places: dict[str, str], remote: dict[str, str], store: SlowStore
     far = our_contender("tokenized", remote, environment=store.words, core=0)
     return [
         ("one core", our_contender("tokenized", places, core=0), "4"),
+        ("one core, ragged", our_contender("ragged", places, core=0), "4"),
         (f"one core, s3, {APART_MS} ms", far, "4"),
     ]
 
@@ -376,6 +377,7 @@ def summary(
         "s3_50_ms_over_local_on_one_core": round(speed["one core, s3, 50 ms"] / speed["one core"], 2),
         "s3_50_ms_first_batch_s": round(rates["s3, 50 ms"]["first_batch_s"], 2),
         "ranks": round(speed["ranked"]),
+        "one_core": {"ragged": round(speed["one core, ragged"]), "tokenized": round(speed["one core"])},
         "one_thread": {name: round(speed[f"{name}, one thread"]) for name in ("ragged", "tokenized")},
         "scale": {str(size): round(rate) for size, rate in sorted(scale.items())},
         "size_mb": {

@@ -6,8 +6,8 @@ Shape letters used in this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
@@ -163,31 +163,6 @@ def effects(study: Study, measurement: str, columns: Sequence[str] = ("cell_type
     )
 
 
-def controls(
-    study: Study, columns: Sequence[str], among_C: NDArray[np.bool_], where: Iterable[str]
-) -> dict[str, NDArray[np.int64]]:
-    """Return the controls of contexts that are among some cells; where they are fewer than ``MIN_CELLS``, all."""
-    unperturbed_C, context_C = np.isin(study.label("perturbation"), UNPERTURBED), contexts(study, columns)
-    found = {}
-    for context in set(where):
-        here_C = unperturbed_C & (context_C == context)
-        some = np.flatnonzero(here_C & among_C)
-        found[context] = some if len(some) >= MIN_CELLS else np.flatnonzero(here_C)
-    return found
-
-
-def beside(table: Effects, study: Study, measurement: str, plain: Mapping[str, NDArray[np.int64]]) -> Effects:
-    """Return effects of the same perturbed cells beside other controls, which are said for each context."""
-    counts_CG = study.measured(measurement)
-    control = {where: profile(counts_CG[rows]) for where, rows in plain.items()}
-    noise = {where: _noise(counts_CG[rows]) for where, rows in plain.items()}
-    return replace(
-        table,
-        control_EG=np.stack([control[where] for where in table.context]),
-        control_noise_E=np.array([noise[where] for where in table.context]),
-    )
-
-
 def _noise(counts_CG: csr_matrix) -> float:
     """Return the sampling variance of a profile, on average over features."""
     return float(((profile(counts_CG[::2]) - profile(counts_CG[1::2])) ** 2).mean()) / 4
@@ -198,18 +173,6 @@ def profile(counts_CG: csr_matrix) -> NDArray[np.float64]:
     total_G = np.asarray(counts_CG.sum(axis=0), dtype=np.float64).ravel()
     logs_G: NDArray[np.float64] = np.log1p(SCALE * total_G / max(1.0, total_G.sum()))
     return logs_G
-
-
-def left_out(counts_CG: csr_matrix, parts: int = 10) -> NDArray[np.float64]:
-    """Return the profiles of some cells without each of some parts of them in turn, [parts, G], for a jackknife."""
-    parts = min(parts, counts_CG.shape[0])
-    return np.stack([profile(counts_CG[np.arange(counts_CG.shape[0]) % parts != part]) for part in range(parts)])
-
-
-def jackknife(value_P: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the variance of what was found, from what is found without each of P parts (along the first axis)."""
-    spread: NDArray[np.float64] = value_P.var(axis=0) * (len(value_P) - 1)
-    return spread
 
 
 def halves(

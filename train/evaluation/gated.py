@@ -4,8 +4,6 @@ g is zero until cross-fitting over held-out groups of the training cells shows a
 times (Student's t: the fewer groups, the more standard errors it takes); with g at zero the answer is the baseline's,
 bit for bit. Everything that is chosen here (the baseline, g, the width of intervals) is chosen on training cells only,
 each of which is predicted by baselines and flows that did not see its group; the latent space is that of all of them.
-Effects of one context share their controls and so the error of these: what is told of held-out groups is learned beside
-one half of the controls and compared with effects beside the other.
 
 Shape letters used in this module:
     C  cells      E  effects      G  features      J  folds of training groups      K  latent dimensions
@@ -25,11 +23,11 @@ from scipy.stats import t as student
 from store.errors import InputRefused
 from train.evaluation.cellfloor import PrincipalComponents
 from train.evaluation.conformal import group_quantile
-from train.evaluation.effects import Effects, beside, contexts, controls, effects, halves, jackknife, left_out
+from train.evaluation.effects import Effects, contexts, effects
 from train.evaluation.floor import effect_floor, set_vectors
 from train.evaluation.flow import Flow, FlowSettings, Passage, fit_flow
 from train.evaluation.folds import UNPERTURBED, drawn_place
-from train.evaluation.score import ERRORS, FEWEST_UNITS
+from train.evaluation.score import ERRORS, standard_errors
 from train.evaluation.study import Study
 from train.evaluation.suites import shuffled
 
@@ -161,13 +159,7 @@ class GatedEffects:
         group_E = self.table.groups(self.by, self.columns)
         self.label_E = np.array(["+".join(sorted(group)) for group in group_E])
         self.fold_EJ = _deal(group_E, self.seed)
-        halves_C = halves(train, self.columns, self.seed)
-        half, other = (controls(train, self.columns, among_C, self.table.context) for among_C in halves_C)
-        self.learned = beside(self.table, train, self.measurement, half)
-        self.true_EG = beside(self.table, train, self.measurement, other).delta_EG
-        counts_CG = train.measured(self.measurement)
-        self.true_control = {where: left_out(counts_CG[rows]) for where, rows in other.items()}
-        self._look_at(train, half)
+        self._look_at(train)
         told = self._choose()
         added_EG = np.zeros_like(told)
         lessons = [self._lessons(fold) for fold in range(self.fold_EJ.shape[1])]
@@ -182,13 +174,14 @@ class GatedEffects:
             self.found(self.gate)
         return self
 
-    def _look_at(self, train: Study, plain: Mapping[str, NDArray[np.int64]]) -> None:
-        """Learn the latent space; keep in it each effect's cells, and of each context the controls that are said."""
+    def _look_at(self, train: Study) -> None:
+        """Learn the latent space, and keep the cells of each effect and context in it."""
         self.space = Space(self.measurement, self.seed).fit(train)
         self.known = self.targets.beside(self.table.places, self.space.loading_GK)
         perturbation_C, context_C = train.label("perturbation"), contexts(train, self.columns)
         latent_CK = self.space.embed(train)
         unperturbed_C = np.isin(perturbation_C, UNPERTURBED)
+        plain = {where: np.flatnonzero(unperturbed_C & (context_C == where)) for where in set(self.table.context)}
         self.control = {where: latent_CK[rows] for where, rows in plain.items()}
         hit = [
             (perturbation_C == name) & (context_C == where)
@@ -217,7 +210,7 @@ class GatedEffects:
     def _answers(self, baseline: EffectBaseline, without: list[int], lines: Sequence[int]) -> dict[int, Vector]:
         """Return what a baseline that did not see some folds says of some effects."""
         seen_E: NDArray[np.bool_] = ~np.any(self.fold_EJ[:, without], axis=1)
-        baseline.learn(self.learned.take(seen_E))
+        baseline.learn(self.table.take(seen_E))
         names, where = self.table.perturbation, self.table.context
         return {line: baseline.predict(self.plain[where[line]], names[line], where[line]) for line in lines}
 
@@ -236,15 +229,10 @@ class GatedEffects:
             for fold in range(self.fold_EJ.shape[1]):
                 found |= self._answers(baseline, [fold], self._lines(fold))
             answers[number] = np.stack([found[line] for line in range(self.table.n_effects)])
-            errors_E[number] = ((answers[number] - self.true_EG) ** 2).mean(axis=1)
+            errors_E[number] = ((answers[number] - self.table.delta_EG) ** 2).mean(axis=1)
         errors = {number: float(error_E.mean()) for number, error_E in errors_E.items()}
         best = min(errors, key=lambda number: errors[number])
-        behind = (
-            self._standard_errors(
-                errors_E[number] - errors_E[best], 2 * (answers[best] - answers[number]) / self.true_EG.shape[1]
-            )
-            for number in errors
-        )
+        behind = (standard_errors(self._by_group(errors_E[number] - errors_E[best])) for number in errors)
         chosen = next(number for number, se in enumerate(behind) if se <= ERRORS or number == best)
         self.baseline = self.candidates[chosen]
         self.gate = Gate(
@@ -255,33 +243,6 @@ class GatedEffects:
     def _by_group(self, value_E: Vector) -> Vector:
         """Return the mean of each group that is held out whole."""
         return np.array([value_E[self.label_E == label].mean() for label in sorted(set(self.label_E))])
-
-    def _standard_errors(self, value_E: Vector, slope_EG: Matrix) -> float:
-        """Return by how many standard errors a mean over groups is above 0; of too few groups, 0.
-
-        Groups differ by chance, and effects of a context err together by the error of the controls in their truth: so
-        far as it is not in the differences between groups already, its variance (a jackknife's) is added to theirs.
-
-        Args:
-            value_E: What is averaged: over a group's effects, then over groups.
-            slope_EG: By how much each value changes with its effect's truth.
-        """
-        labels, group_E = np.unique(self.label_E, return_inverse=True)
-        n, size_H = len(labels), np.bincount(group_E)
-        if n < FEWEST_UNITS:
-            return 0.0
-        context_E = np.array(self.table.context, dtype=object)
-        variance = float(self._by_group(value_E).var(ddof=1)) / n
-        for where, without_PG in self.true_control.items():
-            slope_HG = np.zeros((n, slope_EG.shape[1]))
-            here_E = context_E == where
-            np.add.at(slope_HG, group_E[here_E], slope_EG[here_E] / size_H[group_E[here_E], None])
-            moved_PH = without_PG @ slope_HG.T
-            mean_P = moved_PH.mean(axis=1)
-            apart = jackknife(moved_PH - mean_P[:, None]).sum() / (n * (n - 1))
-            variance += max(0.0, float(jackknife(mean_P)) - apart)
-        mean = float(self._by_group(value_E).mean())
-        return mean / np.sqrt(variance) if variance > 0 else float(np.sign(mean)) * np.inf if mean else 0.0
 
     def _lessons(self, fold: int) -> dict[int, list[int]]:
         """Return the effects to teach a flow without one fold, by their own fold: a baseline can do without both."""
@@ -324,19 +285,20 @@ class GatedEffects:
 
         The gain of a fold is measured with the g that the other folds ask for.
         """
-        missing_EG = self.true_EG - told_EG
+        missing_EG = self.table.delta_EG - told_EG
         along_E, size_E = (missing_EG * added_EG).sum(axis=1), (added_EG**2).sum(axis=1)
         own = np.array([self._fold(line) for line in range(self.table.n_effects)])
-        g_E = np.zeros(len(own))
+        gain_E = np.zeros(len(own))
         for fold in range(self.fold_EJ.shape[1]):
-            g_E[own == fold] = best_weight(along_E[own != fold], size_E[own != fold])
-        gain = self._standard_errors(2 * g_E * along_E - g_E**2 * size_E, 2 * g_E[:, None] * added_EG)
+            g = best_weight(along_E[own != fold], size_E[own != fold])
+            gain_E[own == fold] = (2 * g * along_E - g**2 * size_E)[own == fold]
+        gain = standard_errors(self._by_group(gain_E))
         g = best_weight(along_E, size_E) if gain >= needed(len(set(self.label_E))) else 0.0
         self.gate = Gate(self.gate.baseline, g, gain, self.gate.errors)
 
     def _widen(self, told_EG: Matrix) -> None:
         """Learn each feature's usual error, and the errors of held-out groups in units of it."""
-        error_EG = np.abs(self.true_EG - told_EG)
+        error_EG = np.abs(self.table.delta_EG - told_EG)
         square_G = (error_EG**2).mean(axis=0)
         seen_G = (self.table.treated_EG > 0).any(axis=0) | (self.table.control_EG > 0).any(axis=0)
         common = float(np.median(square_G[seen_G])) if seen_G.any() else 0.0
@@ -380,11 +342,9 @@ class GatedEffects:
 
 
 def spread(latent_CK: Matrix, most: int = MOST_CELLS) -> Matrix:
-    """Return so many cells at most, the same in whatever order they come: at even distances along the first axis."""
+    """Return so many cells at most, the same in whatever order they come: every so many-th along the first axis."""
     order = np.lexsort(latent_CK.T[::-1])
-    return latent_CK[
-        order[np.linspace(0, len(order) - 1, most).round().astype(np.int64)] if len(order) > most else order
-    ]
+    return latent_CK[order[np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(np.int64)]]
 
 
 def needed(n_groups: int) -> float:

@@ -22,6 +22,7 @@ from store.errors import ConflictError, InputRefused, UsageError
 from store.schema import UNKNOWN
 from store.snapshot import open_snapshot
 from train.checkpoint import read_manifest, sha256, whole, write_manifest
+from train.evaluation.context import BETWEEN, context_of, values_of
 from train.evaluation.effects import Effects
 from train.evaluation.floor import effect_floor
 from train.evaluation.flow import Flow, FlowSettings
@@ -139,7 +140,7 @@ def save_head(folder: Path, head: GatedEffects, members: dict[str, tuple[str, ..
         "settings": asdict(head.settings),
         "gate": asdict(head.gate),
         "perturbation": table.perturbation,
-        "context": table.context,
+        "context": [values_of(where) for where in table.context],
         "features": table.features,
         "called": table.called,
         "label_E": head.label_E.tolist(),
@@ -171,6 +172,13 @@ def load_head(folder: str | Path) -> GatedEffects:
         raise InputRefused(f"{folder}: not a head of this version: {error!r}") from error
 
 
+def _context(said: list[str] | str, n_columns: int) -> str:
+    """Return a context by its columns' values; heads of before said it in one, with nothing marked."""
+    if isinstance(said, str):
+        said = said.split(BETWEEN) if n_columns > 1 else [said]
+    return context_of(said)
+
+
 def _made(arrays: dict[str, NDArray[Any]], words: dict[str, Any]) -> GatedEffects:
     columns = tuple(words["columns"])
     members = {name: tuple(inside) for name, inside in words["members"].items()}
@@ -186,7 +194,7 @@ def _made(arrays: dict[str, NDArray[Any]], words: dict[str, Any]) -> GatedEffect
     )
     head.table = Effects(
         tuple(words["perturbation"]),
-        tuple(words["context"]),
+        tuple(_context(where, len(columns)) for where in words["context"]),
         arrays["control_EG"],
         arrays["treated_EG"],
         arrays["n_cells"],
