@@ -16,8 +16,11 @@ from test_serve_client import InProcess
 
 from serve.app import make_app
 from serve.client import Client
+from serve.errors import FieldRefused
+from serve.head_cards import HeadCard
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
+from train.evaluation.context import context_of
 from train.evaluation.flow import FlowSettings
 from train.evaluation.gated import GatedEffects, TargetVectors
 from train.evaluation.head import load_head, save_head
@@ -156,6 +159,25 @@ def test_what_a_head_cannot_answer_is_refused(
     [problem] = reply.json()["errors"]
     assert problem["field"] == field
     assert words in problem["message"]
+
+
+def test_a_context_is_said_by_its_labels_whatever_they_hold() -> None:
+    known = HeadCard(
+        sha256="",
+        measurement="RNA",
+        columns=("cell_type", "donor_id"),
+        contexts=tuple(context_of([kind, "d|1"]) for kind in ("CD4 | naive", "b")),
+        by="target",
+        hit=(),
+        known=frozenset(),
+        positions=(),
+        baseline="",
+        gate=0.0,
+    )
+    assert known.context({"cell_type": "CD4 | naive"}) == known.contexts[0]
+    assert known.context({"cell_type": "b", "donor_id": "d|1"}) == known.contexts[1]
+    with pytest.raises(FieldRefused, match=r"this head learned from CD4 \| naive, b"):
+        known.context({"donor_id": "d|1"})
 
 
 def test_heads_are_listed_and_the_client_asks_them(client: TestClient) -> None:
