@@ -189,10 +189,7 @@ class GatedEffects:
         ]
         self.treated = [latent_CK[rows] for rows in hit]
         logs_CG = train.logs(self.measurement)
-        plain_G = {
-            where: np.asarray(logs_CG[unperturbed_C & (context_C == where)].mean(axis=0)).ravel()
-            for where in self.control
-        }
+        plain_G = {where: np.asarray(logs_CG[rows].mean(axis=0)).ravel() for where, rows in plain.items()}
         moved_EG = np.stack(
             [
                 np.asarray(logs_CG[rows].mean(axis=0)).ravel() - plain_G[where]
