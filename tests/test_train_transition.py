@@ -10,6 +10,7 @@ from studies import going_round, perturbed, switched_off
 
 from store.errors import InputRefused
 from train.attention import Segments
+from train.evaluation import gatedtime
 from train.evaluation.conformal import group_quantile
 from train.evaluation.effects import effects
 from train.evaluation.floor import TrainingMean, effect_floor
@@ -232,6 +233,17 @@ def test_with_few_times_the_forecast_is_the_baselines() -> None:
     method = GatedForecast("RNA", settings=QUICK).fit(study)
     assert method.gate.g == 0
     assert (method.predict(8.0) != method.baseline.predict(8.0)).nnz == 0
+
+
+def test_a_time_of_many_cells_is_judged_by_some_drawn_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gatedtime, "MOST_CELLS", 20)
+    study = going_round(n_times=4, n_cells=60)
+    method = GatedForecast("RNA", settings=QUICK).fit(study)
+    for time in method.times[1:-1]:
+        all_CK = method.pca.embed(study.take((study.obs["time"] == time).to_numpy()))
+        looked_at = [int(np.abs(all_CK - row).sum(axis=1).argmin()) for row in method._truth(float(time))]
+        assert len(set(looked_at)) == 20
+        assert 3 < sum(place < 20 for place in looked_at) < 17, "neither the first twenty nor the last"
 
 
 def test_a_group_counts_once_however_many_cells_it_has() -> None:
