@@ -30,6 +30,7 @@ from train.evaluation.floor import (
     KnowledgeNeighbours,
     SameElsewhere,
     Shrunken,
+    ShrunkenAdditive,
     TrainingMean,
     effect_floor,
 )
@@ -146,6 +147,24 @@ def test_the_noise_of_controls_is_no_effect(common: float, apart: float, context
         weight = max(0.0, float((beyond_G @ wanted_G) / (beyond_G @ beyond_G)))
         ideal.append(((weight * beyond_G - wanted_G) ** 2).mean())
     assert np.mean(told) < 1.03 * np.mean(ideal)
+
+
+def test_the_shrunken_additive_keeps_the_mean_whole_and_of_what_is_known_what_is_no_noise() -> None:
+    known, true_EG = made_effects(0.0, 0.3, 0.2, 0.4, 1, 0)
+    measured_G = known.delta_EG.mean(axis=0)  # nothing is common but their controls' error
+    told, mean = (kind("RNA").learn(known) for kind in (ShrunkenAdditive, TrainingMean))
+    np.testing.assert_array_equal(told.predict(None, "q", "c0"), mean.predict(None, "q", "c0"))
+    beyond = [told.predict(None, name, "c0") - measured_G for name in ("t0", "t1")]
+    for line, beyond_G in enumerate(beyond):
+        apart_G = known.delta_EG[line] - measured_G
+        assert float(beyond_G @ apart_G / (apart_G @ apart_G)) == pytest.approx(0.3**2 / (0.3**2 + 0.2**2), abs=0.04)
+    np.testing.assert_allclose(told.predict(None, "t0+t1", "c0"), measured_G + sum(beyond))
+    both_G = true_EG[0] + true_EG[1] - known.control_EG[0]  # beside the same controls
+    error = {
+        one.name: float(((one.learn(known).predict(None, "t0+t1", "c0") - both_G) ** 2).mean())
+        for one in (ShrunkenAdditive("RNA"), Shrunken("RNA"), Additive("RNA"), TrainingMean("RNA"))
+    }
+    assert min(error, key=lambda name: error[name]) == "shrunken additive", error
 
 
 def test_a_mean_of_perturbations_that_do_nothing_is_not_kept() -> None:

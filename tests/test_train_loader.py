@@ -48,3 +48,12 @@ def test_an_epoch_loader_that_would_batch_batches_and_a_start_before_the_first_a
         with pytest.raises(UsageError, match="start = -2: at least 0"):
             made()
     assert len(list(DataLoader(EpochDataset(stream, 1, start=8), batch_size=None))) == 2
+
+
+def test_a_dataset_stays_with_its_epoch_which_kept_workers_would_not_leave(snapshot: Snapshot) -> None:
+    dataset = EpochDataset(Stream(snapshot, batch=10), 1)
+    for name in ("epoch", "rank", "world", "start"):
+        with pytest.raises(UsageError, match=f"{name} = 2: an EpochDataset is of one epoch and rank; make a new one"):
+            setattr(dataset, name, 2)
+    assert (dataset.epoch, dataset.rank, dataset.world, dataset.start) == (1, 0, 1, 0)
+    assert pickle.loads(pickle.dumps(dataset)).epoch == 1

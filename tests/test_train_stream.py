@@ -791,8 +791,15 @@ def test_a_number_that_no_stream_reaches_is_refused_and_one_that_means_no_end_is
 
 def test_ranks_are_counted_from_nought_and_a_mixture_has_snapshots(snapshot: Snapshot) -> None:
     stream = Stream(snapshot, batch=8, block=16)
-    for rank, world in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(UsageError, match=f"rank = {rank} of world = {world}: ranks are counted from 0"):
-            next(iter(stream.epoch(0, rank=rank, world=world)))
+    for rank, world, said in (
+        (2, 2, "rank = 2 of world = 2: ranks are counted from 0"),
+        (-1, 2, "rank = -1: at least 0"),
+        (0, 0, "world = 0: at least 1"),
+        (0.5, 2, "rank = 0.5: a whole number"),
+        (1, 2.5, "world = 2.5: a whole number"),
+        (0, "2", "world = '2': a whole number"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            next(iter(stream.epoch(0, rank=rank, world=world)))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no snapshot is named"):
         Stream({}, batch=8)

@@ -40,6 +40,15 @@ class EpochDataset(IterableDataset[Any]):
         self.counted = False
         self._made_for = None if start is not None else stream.loaded
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what may change; the epoch and the rank may not, for workers that are kept would go on with their own."""
+        if name in ("epoch", "rank", "world", "start") and name in self.__dict__:
+            raise UsageError(
+                f"{name} = {value!r}: an EpochDataset is of one epoch and rank; make a new one, and a new loader, for "
+                "each epoch"
+            )
+        super().__setattr__(name, value)
+
     @property
     def first_step(self) -> int:
         """The step of the whole training with which it begins.

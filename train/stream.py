@@ -503,7 +503,9 @@ def _shares(snapshot: Snapshot | Mapping[Snapshot, float]) -> dict[Snapshot, flo
 
 
 def _check_rank(rank: int, world: int) -> None:
-    if not 0 <= rank < world:
+    _at_least("world", world, 1)
+    _at_least("rank", rank, 0)
+    if rank >= world:
         raise UsageError(f"rank = {rank} of world = {world}: ranks are counted from 0")
 
 

@@ -127,6 +127,7 @@ class Shrunken(Baseline):
     """
 
     name = "shrunken mean"
+    keeps_mean = False
 
     def learn(self, train: Effects) -> Self:
         """Shrink the mean."""
@@ -140,7 +141,7 @@ class Shrunken(Baseline):
             noise = max(0.0, apart - of_controls) / n + shared
         else:
             noise = float(self.train.noise_E[0]) + shared
-        kept = _kept(mean_G, noise)
+        kept = 1.0 if self.keeps_mean else _kept(mean_G, noise)
         self.mean_G, self.weight_E = kept * mean_G, kept * weight_E
         return self
 
@@ -168,6 +169,16 @@ class Shrunken(Baseline):
         weight_E, _ = self._weights(lines)
         of_controls = ((weight_E - self.weight_E) * self.train.control_noise_E)[lines].mean()
         return max(0.0, float(self.train.noise_E[lines].mean()) / len(lines) + float(of_controls))
+
+
+class ShrunkenAdditive(Shrunken):
+    """The training mean, and what is known to set a perturbation's targets apart from it, as the shrunken mean has it.
+
+    Beside the controls that the mean was measured beside, whose error it holds, it is right not to shrink it.
+    """
+
+    name = "shrunken additive"
+    keeps_mean = True
 
 
 def _kept(estimate_G: Vector, noise: float) -> float:
@@ -297,7 +308,7 @@ def effect_floor(
     """Return every baseline of effects, the most trusted first; those that need knowledge where there is some."""
     plain: list[Baseline] = [
         kind(measurement, columns)
-        for kind in (Shrunken, TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
+        for kind in (Shrunken, ShrunkenAdditive, TrainingMean, ContextMean, SameElsewhere, Additive, BilinearRidge)
     ]
     nothing = ControlPasted(measurement, columns)
     if not members:
