@@ -43,7 +43,7 @@ from store.chosen import (
 )
 from store.cluster import Tasks
 from store.context import reading, storage
-from store.errors import ConflictError, SomaflowError, StorageError, UsageError, VerificationError
+from store.errors import ConflictError, MissingError, SomaflowError, StorageError, UsageError, VerificationError
 from store.lake import Lake, open_lake, utc_now
 from store.lock import WriterLock
 from store.order import order_of, units_of
@@ -83,6 +83,17 @@ CHECKED_EVERY_S = 5.0
 def work_folder(lake_uri: str, name: str) -> str:
     """Return where a snapshot that is being built keeps its plan, records and, unless told otherwise, spill files."""
     return records.join(lake_uri, records.FOLDER, "building", name)
+
+
+def _as_begun(lake: Lake, name: str, commit: int) -> Lake:
+    """Open the lake as it was when a build began."""
+    try:
+        return open_lake(lake.uri, commit)
+    except MissingError as error:
+        raise MissingError(
+            f"{lake.uri}: snapshot {name!r} was begun with commit {commit}, which a vacuum has let go since; drop what "
+            f"was done with: python -m store snapshot delete {name} --lake {lake.uri}, and give this command again"
+        ) from error
 
 
 def _plan(work: str) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def build(
                     f"python -m store snapshot delete {name} --lake {lake.uri}"
                 )
             if known:
-                lake = open_lake(lake.uri, known["commit"])
+                lake = _as_begun(lake, name, known["commit"])
             with reading(lake.uri):
                 job = _Build(lake, name, settings, progress, tasks, base, like, lock.check)
             if not known:

@@ -44,7 +44,13 @@ def chosen_cells(lake: Lake, settings: SnapshotSettings, *, refreshed: bool) -> 
             column = pa.DictionaryArray.from_arrays(nought, pa.array([organism]))
             parts.append(table.append_column("organism", column))
     if not parts:
-        raise UsageError(f"{lake.uri}: no cell fits where = {settings.where!r} in {', '.join(organisms) or 'the lake'}")
+        place = ", ".join(organisms) or "the lake"
+        fits = (
+            f"no cell fits where = {settings.where!r} in {place}"
+            if settings.where
+            else f"there are no cells in {place}"
+        )
+        raise UsageError(f"{lake.uri}: {fits}; see: python -m store info --lake {lake.uri}")
     return pa.concat_tables(parts).unify_dictionaries()
 
 

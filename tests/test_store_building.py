@@ -41,7 +41,7 @@ from store.snapshot import (
     open_snapshot,
     refresh_snapshot,
 )
-from store.upkeep import collect
+from store.upkeep import collect, vacuum
 from store.validate import validate
 from store.writer import LakeWriter, write_counts
 
@@ -299,6 +299,31 @@ def test_what_a_snapshot_is_built_from_is_not_deleted_meanwhile(uri: str, begun_
         refresh_snapshot(uri, "base", "fresh", tasks=stopping_before("gather"))
     delete_snapshot(uri, "fresh")
     delete_snapshot(uri, "base")
+
+
+def test_a_build_whose_commit_a_vacuum_let_go_says_how_to_begin_anew(uri: str) -> None:
+    create_snapshot(uri, "s", SnapshotSettings())
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "b", 20, {"RNA": 30})
+    with pytest.raises(Stopped):
+        refresh_snapshot(uri, "s", "s2", tasks=stopping_before("gather"))
+    with LakeWriter(uri) as writer:
+        add_dataset(writer, "c", 10, {"RNA": 30})
+    vacuum(uri)
+    with pytest.raises(
+        MissingError, match=r"'s2' was begun with commit 2, which a vacuum .* snapshot delete s2 --lake"
+    ):
+        refresh_snapshot(uri, "s", "s2")
+    delete_snapshot(uri, "s2")
+    assert refresh_snapshot(uri, "s", "s2").n_rows == 90
+
+
+def test_a_refresh_of_a_lake_without_cells_says_so(uri: str) -> None:
+    create_snapshot(uri, "s", SnapshotSettings())
+    with LakeWriter(uri) as writer:
+        writer.remove("a")
+    with pytest.raises(UsageError, match="there are no cells in the lake; see: python -m store info --lake"):
+        refresh_snapshot(uri, "s", "s2")
 
 
 def test_a_refresh_whose_base_went_all_the_same_makes_nothing(uri: str) -> None:
