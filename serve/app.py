@@ -207,7 +207,8 @@ class Forms(APIRoute):
         async def read_and_answer(request: Request) -> Response:
             media, body, chosen = _media(request), b"", ""
             if media in FOREIGN:
-                foreign = await self.desk.readers.read(request.headers["content-type"], await request.body())
+                kind, body = request.headers["content-type"], await request.body()
+                foreign = await self.desk.readers.read(kind, body, self.limits)
                 body, chosen = foreign.npz, foreign.chosen
             elif media == NPZ:
                 body = await request.body()

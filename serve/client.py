@@ -254,10 +254,12 @@ class Client:
         Raises:
             InputRefused, Overloaded, Unavailable: As for :meth:`embed`.
         """
-        options = {"vectors": True, "encoding": "base64", "top": top, "level": level}
+        options: dict[str, Any] = {"vectors": True, "encoding": "base64", "top": top}
         asked: dict[str, Any] = {"options": options} | self._adapter
         if head:
-            asked |= {"head": head, "context": dict(context or {})}
+            asked["head"], options["level"] = head, level
+        if context:
+            asked["context"] = dict(context)
 
         def ask(some: _Targets) -> list[tuple[_Targets, dict[str, Any]]]:
             body = whole_body(cells, prompts, asked | {"perturbations": some}, self._model)

@@ -51,6 +51,8 @@ from serve.model import (
 )
 from serve.settings import Limits
 
+CONTROL = "control"
+NO_LEVEL = "options.level has no effect: only heads give intervals"
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -245,6 +247,10 @@ class Desk:
                 )
                 raise FieldRefused(f"counts.{card.measurement}", why)
             head = HeadQuestion(request.head, card.context(request.context), request.options.level)
+            told = card.unread(request.prompts, decoded.cells.counts, request.options.min_coverage)
+            decoded = replace(decoded, warnings=[*decoded.warnings, *told])
+        elif "level" in request.options.model_fields_set:
+            decoded = replace(decoded, warnings=[*decoded.warnings, NO_LEVEL])
         shifts = await self.model.ask(decoded.cells, Perturb(asked, head))
         if card is not None and head is not None:
             bounded = shifts[0][card.measurement].low_G is not None
@@ -279,6 +285,8 @@ class Desk:
         """Answer what becomes of cells."""
         await self._check_vectors(request.options, 1)
         loaded, decoded = await self._read(request)
+        if "level" in request.options.model_fields_set:
+            decoded = replace(decoded, warnings=[*decoded.warnings, NO_LEVEL])
         shifts = await self.model.ask(decoded.cells, Forecast(request.elapsed))
         return await asyncio.to_thread(
             encode.forecast_reply, shifts, request.options, decoded, loaded.under(request.adapter)
@@ -327,6 +335,8 @@ def _targets(item: str | list[str], position: int, loaded: Loaded, head: HeadCar
     for target in targets:
         if not target:
             raise FieldRefused(where, "an empty name is no target; see GET /v1/perturbations")
+        if target == CONTROL:
+            raise FieldRefused(where, f"{CONTROL!r} is no target: the cells that are sent are the controls")
         if head is None:
             loaded.decoder.check_prompt("perturbation", target, where)
         else:

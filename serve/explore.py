@@ -121,7 +121,7 @@ def _add_openings(router: APIRouter, forms: type[APIRoute], desk: Desk, sessions
         """Read, embed, annotate and lay out cells; ask GET /v1/explore/SESSION until they are ready."""
         obs = _frame(request)
 
-        async def read() -> Read:
+        def read() -> Read:
             return Read(dict(request.counts), obs, [])  # type: ignore[arg-type]
 
         return _reply(sessions.begin("your cells", read, request.prompts))
@@ -133,7 +133,7 @@ def _add_openings(router: APIRouter, forms: type[APIRoute], desk: Desk, sessions
         if media not in H5AD:
             raise HTTPException(415, f"send an h5ad file with Content-Type: {H5AD[0]} (got {media[:80] or 'none'!r})")
         body = await request.body()
-        read = partial(asyncio.to_thread, read_h5ad_cells, body, offer.explore, limits)
+        read = partial(read_h5ad_cells, body, offer.explore, limits)
         return _reply(sessions.begin("your file", read))
 
     @router.post("/v1/explore/dataset", response_model=ExploreReply)
@@ -141,9 +141,9 @@ def _add_openings(router: APIRouter, forms: type[APIRoute], desk: Desk, sessions
         """The same for cells that the server offers."""
         name = request.dataset
         if name in offer.cells:
-            read = partial(asyncio.to_thread, read_h5ad_file, offer.cells[name], name, offer.explore, limits)
+            read = partial(read_h5ad_file, offer.cells[name], name, offer.explore, limits)
         elif name in offer.snapshots:
-            read = partial(asyncio.to_thread, read_snapshot_cells, offer.snapshots[name], name, offer.explore, limits)
+            read = partial(read_snapshot_cells, offer.snapshots[name], name, offer.explore, limits)
         else:
             raise MissingError("this server does not offer cells of that name; see GET /v1/datasets")
         return _reply(sessions.begin(name, read))
@@ -183,6 +183,14 @@ def _add_questions(router: APIRouter, desk: Desk, sessions: Sessions, offer: Off
         rows_S = found.chosen(request.cells)
         averaged_S = _drawn(rows_S, offer.explore.perturbed_cells)
         groups = [part for _, part in await asyncio.to_thread(list, found.alike(averaged_S))]
+        wide = sum(
+            len(description.vocabulary[name].feature_id) for name in {name for part in groups for name in part.counts}
+        )
+        if 2 * len(asked) * wide > desk.limits.values:
+            most = max(1, desk.limits.values // (2 * wide))
+            raise FieldRefused(
+                "perturbations", f"of cells with {wide:,} features at most {most} can be asked about at a time"
+            )
         answers = [(part, await sessions.ask(part, Perturb(asked))) for part in groups]
         effects = [_over_groups([(part, told[number]) for part, told in answers]) for number in range(len(asked))]
         return ShiftReply(

@@ -89,8 +89,8 @@ class Child:
         """Whether it can be asked."""
         return self._process.poll() is None
 
-    def read(self, kind: str, body: bytes) -> Read:
-        """Return a body of this Content-Type as npz.
+    def read(self, kind: str, body: bytes, limits: Limits) -> Read:
+        """Return a body of this Content-Type as npz, if it is within the limits of the question.
 
         Raises:
             FieldRefused: It cannot be used.
@@ -99,7 +99,7 @@ class Child:
         """
         self._wait()
         self.uses += 1
-        said = json.dumps({"kind": kind}).encode()
+        said = json.dumps({"kind": kind, "limits": limits.model_dump()}).encode()
         deadline = time.monotonic() + self._limits.reader_s + GRACE_S
         try:
             self._socket.settimeout(self._limits.reader_s + GRACE_S)
@@ -164,8 +164,8 @@ class Readers:
         self._waiting = 0
         self.crashes = 0
 
-    async def read(self, kind: str, body: bytes) -> Read:
-        """Return a body of this Content-Type as npz.
+    async def read(self, kind: str, body: bytes, limits: Limits | None = None) -> Read:
+        """Return a body of this Content-Type as npz, if it is within these limits (none: the server's).
 
         Raises:
             FieldRefused: It cannot be used, or broke its reader.
@@ -177,7 +177,9 @@ class Readers:
             raise Overloaded("too many Arrow and h5ad bodies are waiting to be read; send the request again later", 1)
         self._waiting += 1
         try:
-            reading = asyncio.get_running_loop().run_in_executor(self._threads, self._read, kind, body)
+            reading = asyncio.get_running_loop().run_in_executor(
+                self._threads, self._read, kind, body, limits or self._limits
+            )
             return await asyncio.wait_for(reading, self._limits.timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"no reader was free within {self._limits.timeout_s:g} s; send it again") from None
@@ -199,7 +201,7 @@ class Readers:
         """Process numbers of the children that wait."""
         return [child.pid for child in self._free]
 
-    def _read(self, kind: str, body: bytes) -> Read:
+    def _read(self, kind: str, body: bytes, limits: Limits) -> Read:
         """Runs in one of as many threads as there may be children."""
         try:
             child = self._free.pop()
@@ -209,7 +211,7 @@ class Readers:
             child.close()
             child = Child(self._limits)
         try:
-            read = child.read(kind, body)
+            read = child.read(kind, body, limits)
         except FieldRefused:
             self._back(child)
             raise
@@ -270,7 +272,7 @@ def _serve(connection: socket.socket, limits: Limits) -> None:
             answer: dict[str, Any]
             signal.setitimer(signal.ITIMER_REAL, limits.reader_s)  # its default action ends this process
             try:
-                read = translate(said["kind"], body, limits)
+                read = translate(said["kind"], body, Limits.model_validate(said["limits"]))
                 answer, npz = {"chosen": read.chosen}, read.npz
             except FieldRefused as error:
                 answer, npz = {"field": error.field, "message": error.message}, b""

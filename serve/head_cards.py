@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_matrix
 
 from serve.errors import FieldRefused
 from serve.messages import HeadReport
 from train.evaluation.context import context_of, values_of
 
 SHOWN = 10
+LITTLE = 0.05
+"""Share of counts below which an answer is doubtful."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,33 @@ class HeadCard:
             told.append(f"the head saw no cells of {context!r}; its intervals hold for contexts that it saw")
         if not bounded:
             told.append(f"the head held out too few groups to give an interval of level {level:g}")
+        return told
+
+    def unread(self, prompts: Iterable[str], counts: Mapping[str, csr_matrix], least: float | None) -> list[str]:
+        """Return what of a question the head does not look at, beside what it needs of it.
+
+        Args:
+            prompts: Names of what is said of the cells.
+            counts: Measurement to counts_CG.
+            least: Share of the cells' counts in the head's features below which that is told; none: ``LITTLE``.
+
+        Raises:
+            FieldRefused: None of its features has a count.
+        """
+        counts_CG = counts[self.measurement]
+        mine_G = np.zeros(counts_CG.shape[1], dtype=bool)
+        mine_G[list(self.positions)] = True
+        share = float(counts_CG.data[mine_G[counts_CG.indices]].sum()) / max(1.0, float(counts_CG.data.sum()))
+        if not share:
+            raise FieldRefused(f"counts.{self.measurement}", "none of the head's features has a count in these cells")
+        unused = sorted({*prompts} - {"organism"}) + sorted({*counts} - {self.measurement})
+        told = (
+            [f"not used here: {', '.join(unused)}; the head looks at {self.measurement} and 'context'"]
+            if unused
+            else []
+        )
+        if share < (LITTLE if least is None else least):
+            told.append(f"{share:.0%} of the counts of {self.measurement} are of features that the head knows")
         return told
 
     def report(self) -> HeadReport:

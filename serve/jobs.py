@@ -14,6 +14,8 @@ from store.lake import utc_now
 if TYPE_CHECKING:
     from serve.bulk import Asked
 
+ENDING = "ends after the cells at hand; ask for the same again when it has, to go on from there"
+
 State = Literal["running", "done", "failed", "cancelled", "interrupted"]
 
 

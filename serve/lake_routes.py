@@ -38,7 +38,7 @@ from serve.lake_messages import (
 )
 from serve.model import Description, Embed, Model
 from serve.settings import Limits
-from store.errors import MissingError, SomaflowError
+from store.errors import ConflictError, MissingError, SomaflowError
 from store.lake import open_lake, utc_now
 from store.schema import UNKNOWN
 
@@ -153,7 +153,8 @@ def add_lakes(router: APIRouter, desk: Desk, atlas: Atlas, runner: Jobs | None) 
     async def indexes() -> IndexesReply:
         """List the indexes of cells that can be searched, and the lakes that can be embedded."""
         sha256 = (await desk.fresh()).sha256
-        found = await asyncio.to_thread(atlas.indexes)
+        with shown(atlas):
+            found = await asyncio.to_thread(atlas.indexes)
         return IndexesReply(indexes=[_card(one, sha256) for one in found], lakes=list(atlas.lakes))
 
     @router.post("/v1/jobs", status_code=202)
@@ -170,23 +171,27 @@ def add_lakes(router: APIRouter, desk: Desk, atlas: Atlas, runner: Jobs | None) 
     @router.get("/v1/jobs")
     async def list_jobs() -> JobsReply:
         """List the jobs of all lakes."""
-        found = await asyncio.to_thread(_records, atlas)
-        return JobsReply(jobs=[_job(atlas, uri, await _present(uri, one, runner)) for uri, one in found])
+        with shown(atlas):
+            found = await asyncio.to_thread(_records, atlas)
+            return JobsReply(jobs=[_job(atlas, uri, await _present(uri, one, runner)) for uri, one in found])
 
     @router.get("/v1/jobs/{job}")
     async def one_job(job: JobId) -> JobReply:
         """Say how far a job is."""
-        uri, found = await asyncio.to_thread(_record, atlas, job)
-        return _job(atlas, uri, await _present(uri, found, runner))
+        with shown(atlas):
+            uri, found = await asyncio.to_thread(_record, atlas, job)
+            return _job(atlas, uri, await _present(uri, found, runner))
 
     @router.delete("/v1/jobs/{job}", status_code=202)
     async def cancel(job: JobId) -> JobReply:
         """End a job after the block of cells at hand; what is done stays done."""
-        uri, found = await asyncio.to_thread(_record, atlas, job)
-        found = await _present(uri, found, runner)
-        if runner is not None and found.state == "running":
-            await runner.cancel(job)
-        return _job(atlas, uri, found)
+        with shown(atlas):
+            uri, found = await asyncio.to_thread(_record, atlas, job)
+            found = await _present(uri, found, runner)
+            if runner is not None and found.state == "running":
+                await runner.cancel(job)
+                uri, found = await asyncio.to_thread(_record, atlas, job)
+            return _job(atlas, uri, found)
 
 
 async def start_job(desk: Desk, atlas: Atlas, runner: Jobs | None, request: JobRequest) -> jobs.Record:
@@ -205,6 +210,8 @@ async def start_job(desk: Desk, atlas: Atlas, runner: Jobs | None, request: JobR
     number = job_id(request.lake, organism, key, request.where, loaded.sha256)
     standing = await asyncio.to_thread(jobs.read, uri, number)
     if standing is not None and (await _present(uri, standing, runner)).state == "running":
+        if standing.message == jobs.ENDING:
+            raise ConflictError(f"job {standing.id} was cancelled and is just ending; ask again in a minute")
         return standing
     record = jobs.Record(number, request.lake, organism, key, request.where, loaded.sha256, created=utc_now())
     place = (await desk.model.describe()).checkpoint

@@ -334,7 +334,8 @@ class EmbedReply(Reply):
 class FeatureEffect(Reply):
     """Predicted mean expression, log1p of counts per 10,000, of one feature without and with the perturbation.
 
-    The model's is the mean of the cells' logs; a head's the log of their pooled counts.
+    The model's is the mean of the cells' logs; a head's the log of their pooled counts, and its ``perturbed`` that plus
+    ``delta``, which may come out below 0 where the cells have little of a feature.
     """
 
     feature_id: str

@@ -12,9 +12,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
-from serve.decode import Cells, Decoder
+from serve.decode import Cells, Decoded, Decoder
 from serve.errors import FieldRefused, Overloaded, StaleModel
 from serve.messages import Coverage, Prompts
 from serve.model import Annotate, Description, Embed, Model, Question
@@ -36,7 +37,7 @@ ASKED_CELLS = 256
 PATIENCE = 20
 """How often a busy model is asked again."""
 
-Reader = Callable[[], Awaitable[Read]]
+Reader = Callable[[], Read]
 
 
 class Checkpoints(Protocol):
@@ -76,6 +77,7 @@ class Session:
     fitted: int = 0
     used: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] | None = None
+    thread: asyncio.Future[Any] | None = None
 
     @property
     def n_cells(self) -> int:
@@ -159,6 +161,7 @@ class Sessions:
         self._kept: dict[str, Session] = {}
         self._projector = Projector(settings.fitted_cells, settings.idle_s)
         self._unpacking = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # also of sets that were let go, until their threads have ended
 
     def warm(self) -> None:
         """Expect that cells will be laid out soon."""
@@ -197,11 +200,12 @@ class Sessions:
         self._kept[session.id] = session
         self.warm()
         session.task = asyncio.get_running_loop().create_task(self._guarded(session, read, prompts or {}))
+        self._tasks.add(session.task)
+        session.task.add_done_callback(self._tasks.discard)
         return session
 
     def _check_room(self, besides: int = 0) -> None:
-        tasks = [session.task for session in self._kept.values() if session.task is not None]
-        preparing = besides + sum(not task.done() for task in tasks)
+        preparing = besides + len(self._tasks)
         if preparing >= self._settings.preparing:
             raise Overloaded(f"{preparing} sets of cells are being prepared; try again soon", 5)
 
@@ -273,13 +277,16 @@ class Sessions:
             )
         except Exception as error:  # noqa: BLE001 - a task that nobody awaits: the error would be lost
             session.error = SomaflowError(type(error).__name__)
-        if session.error is not None:
-            session.cells = None
+        finally:
+            if session.error is not None:
+                session.cells = None
+            if session.thread is not None:  # it cannot be ended: as long as it works, the set counts
+                await asyncio.wait([session.thread])
 
     async def _prepare(self, session: Session, read: Reader, prompts: Prompts) -> None:
         loaded = await self._desk.fresh()
         description: Description = loaded.description
-        found = await read()
+        found: Read = await _in_thread(session, read)
         if not set(found.counts) & set(description.vocabulary):
             there, here = ", ".join(found.counts), ", ".join(description.vocabulary)
             raise InputRefused(f"these cells have {there or 'no counts'}; the model knows {here}")
@@ -290,7 +297,8 @@ class Sessions:
             explored(self._desk.limits, self._settings),
             description.levels,
         )
-        decoded = await asyncio.to_thread(decoder.decode, found.counts, prompts, measured=found.measured)
+        decode = partial(decoder.decode, found.counts, prompts, measured=found.measured)
+        decoded: Decoded = await _in_thread(session, decode)
         session.description, session.cells, session.obs = description, decoded.cells, found.obs
         session.coverage, session.measured = decoded.coverage, found.measured
         session.notes += [*found.notes, *decoded.warnings]
@@ -301,8 +309,8 @@ class Sessions:
             session.position_C2 = principal(embedding_CD, 2)
             session.fitted = decoded.cells.n_cells
         else:
-            place = asyncio.to_thread(self._projector.place, embedding_CD, self._settings.prepare_s)
-            session.position_C2 = await place
+            place = partial(self._projector.place, embedding_CD, self._settings.prepare_s)
+            session.position_C2 = await _in_thread(session, place)
             session.fitted = min(decoded.cells.n_cells, self._settings.fitted_cells)
         session.state, session.share = "ready", 1.0
 
@@ -333,6 +341,13 @@ class Sessions:
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)
         return await self.ask(cells, question)
+
+
+async def _in_thread(session: Session, work: Callable[[], Any]) -> Any:
+    """Return what some work gives that is done in a thread, which goes on also where nobody waits for it any more."""
+    session.thread = asyncio.ensure_future(asyncio.to_thread(work))
+    session.thread.add_done_callback(lambda thread: thread.cancelled() or thread.exception())
+    return await asyncio.shield(session.thread)
 
 
 def _other_model() -> ConflictError:

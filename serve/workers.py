@@ -169,6 +169,9 @@ class Driver:
     def cancel(self) -> None:
         """End the job after the block at hand; what is done stays done."""
         self._stop.set()
+        if not self.ended():
+            with suppress(StorageError, OSError):
+                self._say(message=jobs.ENDING)
 
     def ended(self) -> bool:
         """Say whether nothing is left to do here."""
@@ -203,7 +206,9 @@ class Driver:
         if time.monotonic() - self._written > RECORD_S or done in (0, total):
             self._written = time.monotonic()
             with suppress(StorageError, OSError):
-                if what == CELLS:
+                if self._stop.is_set():
+                    self._say(message=jobs.ENDING)
+                elif what == CELLS:
                     self._say(done=done, total=total, message="" if done else "waiting for a worker")
                 else:
                     self._say(message=f"{done:,} of {total:,} {what}")

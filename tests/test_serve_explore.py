@@ -9,6 +9,7 @@ import importlib.abc
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from test_serve_foreign import READ_FROM_VALUES
 
 from serve import h5ad, sources
 from serve.app import make_app
+from serve.desk import Desk
 from serve.errors import FieldRefused, Overloaded, StaleModel
 from serve.explore import Offer, _frame, _label
 from serve.explored import ExploreRequest
@@ -42,7 +44,7 @@ from serve.projection import principal, project
 from serve.replica import Replica
 from serve.sessions import Sessions
 from serve.settings import Explore, Limits, ServeSettings
-from serve.sources import check_sources, read_h5ad_cells, read_snapshot_cells
+from serve.sources import Read, check_sources, read_h5ad_cells, read_snapshot_cells
 from store.errors import InputRefused, MissingError
 from store.snapshot import SnapshotSettings, create_snapshot
 from store.writer import LakeWriter
@@ -607,3 +609,37 @@ def test_a_file_of_genes_and_proteins_is_split_as_in_every_other_request(tmp_pat
     for name, part in found.items():
         assert part.features == sent[name].features
         assert part.data.tolist() == sent[name].data.tolist()
+
+
+def test_a_set_that_was_let_go_counts_until_its_thread_has_ended() -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def read() -> Read:
+        started.set()
+        go_on.wait(30)
+        return Read({}, pd.DataFrame(), [])
+
+    async def ask() -> None:
+        sessions = Sessions(Desk(replica_of(FakePredictor()), Limits()), Explore(preparing=1))
+        session = sessions.begin("mine", read)
+        await asyncio.to_thread(started.wait, 30)
+        sessions.drop(session.id)
+        await asyncio.sleep(0.1)
+        with pytest.raises(Overloaded, match="1 sets of cells are being prepared"):
+            sessions.begin("another", read)
+        go_on.set()
+        assert session.task is not None
+        await asyncio.wait([session.task], timeout=30)
+        sessions.drop(sessions.begin("another", read).id)
+        sessions.close()
+
+    asyncio.run(ask())
+
+
+def test_shifts_of_more_values_than_a_reply_may_hold_are_refused(replica: Replica) -> None:
+    with TestClient(make_app(replica, Limits(values=30))) as client:
+        session = until_ready(client, client.post("/v1/explore", json=TWELVE).json())["session"]
+        url = f"/v1/explore/{session}/perturb"
+        assert client.post(url, json={"perturbations": ["G1"]}).status_code == 200
+        report = check_problem(client.post(url, json={"perturbations": ["G1", "G2"] * 8}), 422)
+        assert "can be asked about at a time" in report["detail"]

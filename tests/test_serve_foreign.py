@@ -198,13 +198,13 @@ def test_a_reader_that_another_request_takes_first_is_no_error(monkeypatch: pyte
 
         def __init__(self, limits: Limits) -> None: ...
 
-        def read(self, kind: str, body: bytes) -> Read:
+        def read(self, kind: str, body: bytes, limits: Limits) -> Read:
             return Read(body)
 
     monkeypatch.setattr("serve.foreign.Child", Ready)
     readers = Readers(Limits())
     readers._free = Overtaken()
-    assert readers._read(ARROW, b"x") == Read(b"x")
+    assert readers._read(ARROW, b"x", Limits()) == Read(b"x")
 
 
 def test_a_reader_that_takes_too_long_is_stopped(client: TestClient) -> None:
@@ -435,4 +435,13 @@ def test_the_examples_of_the_manual_are_answered_alike() -> None:
         for media, content in ((NPZ, made["npz"]), (ARROW, made["arrow"])):
             reply = client.post("/v1/embed", content=content.getvalue(), headers={"Content-Type": media})
             assert reply.json() == plain
+    replica.close()
+
+
+def test_a_body_is_read_within_the_limits_of_its_question() -> None:
+    replica = Replica(ServeSettings(checkpoint="fake"), lambda _: FakePredictor())
+    with TestClient(make_app(replica, Limits(cells=1, nonzeros=100))) as client:
+        report = check_problem(sent(client, stream(table({}))), 422)
+        assert "1 cell" in report["detail"]
+        assert sent(client, stream(table({})), "explore").status_code == 200  # 100,000 may be looked at together
     replica.close()

@@ -20,6 +20,7 @@ from serve.errors import FieldRefused
 from serve.head_cards import HeadCard
 from serve.replica import Replica
 from serve.settings import Limits, ServeSettings
+from store.errors import InputRefused
 from train.evaluation.context import context_of
 from train.evaluation.flow import FlowSettings
 from train.evaluation.gated import GatedEffects, TargetVectors
@@ -204,3 +205,37 @@ def test_heads_are_listed_and_the_client_asks_them(client: TestClient) -> None:
     assert len(effect.feature_id) == 60
     [plain] = Client("http://server", transport=InProcess(client)).perturb(CELLS, ["G1"])[:1]
     assert plain.low is None
+
+
+def test_what_a_head_does_not_look_at_is_told_and_what_it_needs_is_asked_for(client: TestClient) -> None:
+    said = {"cell_type": "B cell", "organism": "homo_sapiens"}
+    assert ask(client, prompts=said).json()["warnings"] == [
+        "not used here: cell_type; the head looks at RNA and 'context'"
+    ]
+    known, unknown = f"ENSG{ORDER[0]:011d}", f"ENSG{min(set(range(GENES)) - set(ORDER.tolist())):011d}"
+    refused = ask(client, counts={"RNA": [{unknown: 3.0}]})
+    assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "counts.RNA")
+    assert "none of the head's features has a count" in refused.json()["detail"]
+    few = {"RNA": [{unknown: 99.0, known: 1.0}]}
+    assert ask(client, counts=few).json()["warnings"] == ["1% of the counts of RNA are of features that the head knows"]
+    assert ask(client, counts=few, options={"min_coverage": 0.0}).json()["warnings"] == []
+
+
+def test_controls_are_no_target_and_levels_are_of_heads(client: TestClient) -> None:
+    for target in ("control", ["control", "t1"]):
+        refused = ask(client, head="", context={}, perturbations=[target])
+        assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "perturbations.0"), target
+        assert "the cells that are sent are the controls" in refused.json()["detail"]
+    bare = {"counts": {"RNA": CELLS}, "options": {"level": 0.5}}
+    told = client.post("/v1/forecast", json=bare | {"elapsed": 3.0})
+    assert told.json()["warnings"] == ["options.level has no effect: only heads give intervals"]
+    known = client.get("/v1/perturbations").json()["perturbations"][:1]
+    assert known
+    told = client.post("/v1/perturb", json=bare | {"perturbations": known})
+    assert told.json()["warnings"] == ["options.level has no effect: only heads give intervals"]
+
+
+def test_the_client_sends_a_context_also_without_a_head_and_is_refused_as_others(client: TestClient) -> None:
+    asking = Client("http://server", transport=InProcess(client))
+    with pytest.raises(InputRefused, match="context: only a head takes it"):
+        asking.perturb(CELLS, ["G1"], context={"cell_type": "a"})

@@ -404,3 +404,28 @@ def test_what_a_lock_says_of_its_holder_is_said_without_places_processes_and_com
     assert told.startswith("lake atlas: an embedding is being written since 20")
     assert told.endswith("; wait until it has finished and ask again")
     assert str(held.value) in caplog.text
+
+
+def test_a_job_that_is_ending_is_not_taken_up_and_no_answer_says_where_a_lake_lies(
+    checkpoint: str, lake: str, tmp_path: Path
+) -> None:
+    lake = str(shutil.copytree(lake, tmp_path / "lake"))
+    runner = ThreadJobs()
+    server = Served(checkpoint, {"atlas": lake}, runner)
+    try:
+        job = server.client.job("atlas").id
+        for thread in runner.threads:
+            thread.join()
+        runner.stops[job] = threading.Event()
+        known = vars(jobs.read(lake, job))
+        jobs.write(lake, jobs.Record(**{**known, "state": "running", "message": jobs.ENDING}))
+        with pytest.raises(ConflictError, match="was cancelled and is just ending; ask again"):
+            server.client.job("atlas")
+        records.replace(f"{lake}/somaflow/jobs/{job}.json", known | {"newer": 1})
+        for method, path in (("GET", ""), ("GET", f"/{job}"), ("DELETE", f"/{job}")):
+            reply = server.http.request(method, f"/v1/jobs{path}")
+            assert reply.status_code == 503
+            assert "atlas: job" in reply.text, reply.text
+            assert str(tmp_path) not in reply.text
+    finally:
+        server.close()
