@@ -120,13 +120,15 @@ def test_a_node_that_dies_while_it_ingests_changes_nothing_in_the_lake(
 
         wait_for(some, driver, log)
         nodes.kill(3)
-        assert driver.poll() is None, "it was done before the node died"
-        assert driver.wait(200) == 0, log.read_text()[-3000:]
+        try:
+            assert driver.poll() is None, "it was done before the node died"
+            assert driver.wait(200) == 0, log.read_text()[-3000:]
+        finally:
+            nodes.start(3)
     lake = open_lake(str(together))
     assert len(lake.current) == 3
     assert [check for check in validate(lake) if check.problem] == []
     assert state(lake) == state(open_lake(str(alone)))
-    nodes.start(3)
 
 
 def copies(nodes: Nodes) -> dict[str, int]:
