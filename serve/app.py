@@ -30,7 +30,7 @@ from serve.access import Gate, Misdirected, Purse, is_open
 from serve.arrow import ARROW
 from serve.atlas import Atlas
 from serve.body import BodyLimit, WithoutBody
-from serve.desk import Desk
+from serve.desk import CONTROL, Desk
 from serve.door import FULL, QUESTIONS, Porter
 from serve.errors import DeadlineExceeded, FieldRefused, Overloaded, StaleModel, Unavailable
 from serve.explore import Offer, add_explore
@@ -323,7 +323,7 @@ def _add_catalog(app: FastAPI, desk: Desk) -> None:
     async def perturbations() -> PerturbationsReply:
         """List the perturbations that the model has seen."""
         description = (await desk.fresh()).description
-        names = [name for name in description.prompts.get("perturbation", []) if name not in ("", "control")]
+        names = [name for name in description.prompts.get("perturbation", []) if name not in ("", CONTROL)]
         return PerturbationsReply(perturbations=names, vocabulary_hash=description.manifest["vocabulary_hash"])
 
     @app.get("/v1/prompts", tags=["look up"])

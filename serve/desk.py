@@ -239,7 +239,7 @@ class Desk:
         asked = await self.targets(request.perturbations, card)
         await self._check_vectors(request.options, len(asked), card)
         loaded, decoded = await self._read(request)
-        head = None
+        head, told = None, _of_level(request.options) if card is None else []
         if card is not None:
             if card.measurement not in decoded.cells.counts:
                 why = (
@@ -247,15 +247,14 @@ class Desk:
                 )
                 raise FieldRefused(f"counts.{card.measurement}", why)
             head = HeadQuestion(request.head, card.context(request.context), request.options.level)
-            told = card.unread(request.prompts, decoded.cells.counts, request.options.min_coverage)
-            decoded = replace(decoded, warnings=[*decoded.warnings, *told])
-        elif "level" in request.options.model_fields_set:
-            decoded = replace(decoded, warnings=[*decoded.warnings, NO_LEVEL])
+            given = request.options.min_coverage
+            least = self.limits.min_coverage if given is None else given
+            told = await asyncio.to_thread(card.unread, request.prompts, decoded.cells.counts, least)
         shifts = await self.model.ask(decoded.cells, Perturb(asked, head))
         if card is not None and head is not None:
             bounded = shifts[0][card.measurement].low_G is not None
-            told = card.doubts(head.context, head.level, bounded=bounded)
-            decoded = replace(decoded, warnings=[*decoded.warnings, *told])
+            told += card.doubts(head.context, head.level, bounded=bounded)
+        decoded = replace(decoded, warnings=[*decoded.warnings, *told])
         about = loaded.under(request.adapter)
         return await asyncio.to_thread(
             encode.perturb_reply, asked, request.perturbations, shifts, request.options, decoded, about, request.head
@@ -285,8 +284,7 @@ class Desk:
         """Answer what becomes of cells."""
         await self._check_vectors(request.options, 1)
         loaded, decoded = await self._read(request)
-        if "level" in request.options.model_fields_set:
-            decoded = replace(decoded, warnings=[*decoded.warnings, NO_LEVEL])
+        decoded = replace(decoded, warnings=[*decoded.warnings, *_of_level(request.options)])
         shifts = await self.model.ask(decoded.cells, Forecast(request.elapsed))
         return await asyncio.to_thread(
             encode.forecast_reply, shifts, request.options, decoded, loaded.under(request.adapter)
@@ -325,6 +323,11 @@ class Desk:
             known = ", ".join(sorted(loaded.description.vocabulary))
             raise FieldRefused("measurement", f"this model does not know {name!r}; it knows {known}")
         return loaded.description.vocabulary[name]
+
+
+def _of_level(options: PerturbOptions) -> list[str]:
+    """Return what to tell somebody who says a level to the model, which gives no intervals."""
+    return [NO_LEVEL] if "level" in options.model_fields_set else []
 
 
 def _targets(item: str | list[str], position: int, loaded: Loaded, head: HeadCard | None) -> list[str]:

@@ -14,8 +14,6 @@ from serve.messages import HeadReport
 from train.evaluation.context import context_of, values_of
 
 SHOWN = 10
-LITTLE = 0.05
-"""Share of counts below which an answer is doubtful."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,13 @@ class HeadCard:
             told.append(f"the head held out too few groups to give an interval of level {level:g}")
         return told
 
-    def unread(self, prompts: Iterable[str], counts: Mapping[str, csr_matrix], least: float | None) -> list[str]:
+    def unread(self, prompts: Iterable[str], counts: Mapping[str, csr_matrix], least: float) -> list[str]:
         """Return what of a question the head does not look at, beside what it needs of it.
 
         Args:
             prompts: Names of what is said of the cells.
             counts: Measurement to counts_CG.
-            least: Share of the cells' counts in the head's features below which that is told; none: ``LITTLE``.
+            least: Share of the cells' counts in the head's features below which that is told.
 
         Raises:
             FieldRefused: None of its features has a count.
@@ -106,7 +104,7 @@ class HeadCard:
             if unused
             else []
         )
-        if share < (LITTLE if least is None else least):
+        if share < least:
             told.append(f"{share:.0%} of the counts of {self.measurement} are of features that the head knows")
         return told
 

@@ -206,12 +206,11 @@ class Driver:
         if time.monotonic() - self._written > RECORD_S or done in (0, total):
             self._written = time.monotonic()
             with suppress(StorageError, OSError):
-                if self._stop.is_set():
-                    self._say(message=jobs.ENDING)
-                elif what == CELLS:
-                    self._say(done=done, total=total, message="" if done else "waiting for a worker")
+                ending = jobs.ENDING if self._stop.is_set() else ""
+                if what == CELLS:
+                    self._say(done=done, total=total, message=ending or ("" if done else "waiting for a worker"))
                 else:
-                    self._say(message=f"{done:,} of {total:,} {what}")
+                    self._say(message=ending or f"{done:,} of {total:,} {what}")
 
     def _say(self, **values: Any) -> None:
         self._record = self._record.now(**values)
