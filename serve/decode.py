@@ -213,7 +213,7 @@ class Decoder:
             silent = not has_any and (coverage[name].mapped or not entries.given.features)
             understood |= not silent and share >= least
             if share < least and not silent:
-                left_out.append(_too_little(coverage[name], least, where, has_any=has_any))
+                left_out.append(too_little(coverage[name], least, where, has_any=has_any))
                 if has_any and share < (min_coverage or 0.0):
                     raise left_out[-1]
                 continue
@@ -488,7 +488,7 @@ def _named(features: list[str], chosen_F: NDArray[np.bool_]) -> list[str]:
     return [features[position] for position in np.flatnonzero(chosen_F)[:EXAMPLES]]
 
 
-def _too_little(coverage: Coverage, least: float, where: str, *, has_any: bool) -> CoverageTooLow:
+def too_little(coverage: Coverage, least: float, where: str, *, has_any: bool) -> CoverageTooLow:
     """Return why a measurement cannot be used."""
     if not has_any:
         return CoverageTooLow(where, "the model knows none of the features; use ids from GET /v1/features")

@@ -162,13 +162,17 @@ def annotate_reply(
     told: NDArray[np.float32], options: AnnotateOptions, decoded: Decoded, description: Description
 ) -> AnnotateReply:
     """Write which types cells are, the type above those that are likely, and how likely a known kind is."""
-    unheeded = options.min_novelty_p > 0 and len(told) > 0 and bool(np.isnan(told[:, 0]).all())
     return AnnotateReply.model_construct(
         cells=what_each_is(told, options, description),
         coverage=decoded.coverage,
-        warnings=[*decoded.warnings, NO_NOVELTY] if unheeded else decoded.warnings,
+        warnings=[*decoded.warnings, NO_NOVELTY] if unheeded(told, options) else decoded.warnings,
         provenance=provenance(description),
     )
+
+
+def unheeded(told: NDArray[np.float32], options: AnnotateOptions) -> bool:
+    """Say whether novelty is asked to decide where the model does not tell it."""
+    return options.min_novelty_p > 0 and len(told) > 0 and bool(np.isnan(told[:, 0]).all())
 
 
 def what_each_is(told: NDArray[np.float32], options: AnnotateOptions, description: Description) -> list[Annotation]:

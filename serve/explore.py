@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from serve import encode
-from serve.decode import Cells, Features
+from serve.decode import Cells, Features, too_little
 from serve.errors import FieldRefused
 from serve.explored import (
     H5AD_BODY,
@@ -288,9 +288,14 @@ def _label(name: str, column: pd.Series[Any]) -> Label:
 
 
 def _selection(session: Session, rows_S: NDArray[np.int64], options: AnnotateOptions) -> SelectionReply:
-    _, description = session.ready()
+    cells, description = session.ready()
     if session.told is None:
         raise InputRefused("this model was not trained to tell cell types")
+    for name, coverage in session.coverage.items():
+        silent = name in cells.counts and cells.counts[name].nnz == 0  # nothing was counted: it was measured
+        least = options.min_coverage or 0.0
+        if coverage.share_of_counts < least and not silent:
+            raise too_little(coverage, least, f"counts.{name}", has_any=True)
     names = description.prompts["cell_type"]
     told = session.told[rows_S]
     novelty_S, probability_SY = told[:, 0], told[:, 1:]
@@ -321,6 +326,7 @@ def _selection(session: Session, rows_S: NDArray[np.int64], options: AnnotateOpt
             CellAnnotation(cell=int(row), name=str(cell_names.iloc[row]), **dict(annotation))
             for row, annotation in zip(rows_S, annotations, strict=False)
         ],
+        warnings=[encode.NO_NOVELTY] if encode.unheeded(told, options) else [],
         provenance=encode.provenance(description),
     )
 

@@ -131,6 +131,7 @@ class SelectionReply(Reply):
     covering_id: str
     novelty_p: float | None = Field(default=None, description="Median over the cells.")
     each: list[CellAnnotation] = Field(description="The first cells of the selection.")
+    warnings: list[str] = Field(description="What of the options has no effect.")
     provenance: Provenance
 
 

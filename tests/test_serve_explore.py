@@ -253,6 +253,25 @@ def test_offered_cells_are_asked_for_by_name_and_never_by_path(client: TestClien
         check_problem(client.post("/v1/explore/dataset", json={"dataset": strange}), 404)
 
 
+def test_a_selection_keeps_to_the_options_of_annotate(cells: Path) -> None:
+    class Forgetful(FakePredictor):
+        def novelty(self, cells: Any) -> np.ndarray:
+            return np.full(len(cells.tissue), np.nan, np.float32)
+
+    app = make_app(replica_of(Forgetful()), Limits(body_bytes=200_000), offer=Offer({"six": str(cells)}))
+    with TestClient(app) as client:
+        session = until_ready(client, client.post("/v1/explore/dataset", json={"dataset": "six"}).json())
+        share = session["view"]["coverage"]["RNA"]["share_of_counts"]
+        route = f"/v1/explore/{session['session']}/annotate"
+        for options, warnings in (({}, 0), ({"min_coverage": share}, 0), ({"min_novelty_p": 0.01}, 1)):
+            reply = client.post(route, json={"options": options}).json()
+            assert len(reply["warnings"]) == warnings
+        problem = client.post(route, json={"options": {"min_coverage": share + 0.01}})
+        check_problem(problem, 422)
+        assert "counts.RNA" in problem.text
+        assert "unheard-of" in problem.text
+
+
 def test_an_h5ad_file_is_a_body(client: TestClient, cells: Path) -> None:
     sent = {"content": cells.read_bytes(), "headers": {"Content-Type": "application/x-hdf5"}}
     session = until_ready(client, client.post("/v1/explore/h5ad", **sent).json())
