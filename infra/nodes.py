@@ -26,9 +26,13 @@ RAY = str(Path(sys.executable).with_name("ray"))
 PORT = 6379
 START_S = 90
 """Seconds that a node may take to start."""
+ESTABLISHED = "01"
+"""A connection's state in Linux's tables."""
 STORE_BYTES = 100 * 2**20
 SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
 """An environment that lets Ray miss a node after some 10 s in place of a minute."""
+CLOSED_S = 10
+"""Seconds that connections of killed processes may take to close."""
 
 
 def possible() -> bool:
@@ -147,7 +151,7 @@ class Nodes:
         _ip("link", "set", f"{self.name(node)}v", "down")
 
     def kill(self, node: int) -> None:
-        """Kill everything that runs on a node, and take its namespace away."""
+        """Kill everything that runs on a node, and take its namespace away once its partners have been told."""
         leader = self.running.pop(node)
         until = time.monotonic() + 30
         while (left := self.processes(node)) and time.monotonic() < until:
@@ -156,8 +160,17 @@ class Nodes:
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.1)
         leader.wait(30)
+        until = time.monotonic() + CLOSED_S
+        while self._connected(node) and time.monotonic() < until:
+            time.sleep(0.1)
         _ip_ok("netns", "del", self.name(node))
         _ip_ok("link", "del", f"{self.name(node)}v")
+
+    def _connected(self, node: int) -> bool:
+        """Say whether a node has a connection that nobody has closed."""
+        words = self.on(node, "cat", "/proc/net/tcp", "/proc/net/tcp6")
+        lines = subprocess.run(words, capture_output=True, text=True, check=False).stdout.splitlines()
+        return any(line.split()[3] == ESTABLISHED for line in lines)
 
     def processes(self, node: int) -> list[int]:
         """Return what runs on a node."""

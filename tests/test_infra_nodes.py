@@ -52,6 +52,21 @@ with httpx.Client(trust_env=False, timeout=60) as http:
         print(json.dumps([*told, time.monotonic() - begin]), flush=True)
         time.sleep(0.1)
 """
+WORK = """
+import sys, time
+from pathlib import Path
+import ingest.run  # which imports ray, as drivers do
+from store.cluster import ray_cluster, ray_tasks
+
+def work(folder, number):
+    import ray
+    (folder / f"{number} {ray.util.get_node_ip_address()}").touch()
+    time.sleep(8)
+    (folder / f"{number} done").touch()
+
+with ray_cluster(sys.argv[1], cpus=1, packages=("ingest", "store")):
+    print(sum(1 for _ in ray_tasks(work, Path(sys.argv[2]), range(4))))
+"""
 LOOK = """
 import json, sys
 import ray.serve
@@ -129,6 +144,24 @@ def test_a_node_that_dies_while_it_ingests_changes_nothing_in_the_lake(
     assert len(lake.current) == 3
     assert [check for check in validate(lake) if check.problem] == []
     assert state(lake) == state(open_lake(str(alone)))
+
+
+def test_tasks_of_a_node_that_falls_silent_are_run_elsewhere(nodes: Nodes, tmp_path: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "begun"
+    folder.mkdir()
+    with command(nodes.on(1, sys.executable, "-c", WORK, nodes.address, str(folder)), log) as driver:
+        wait_for(lambda: any(folder.glob(f"* {nodes.host(3)}")), driver, log)
+        nodes.cut(3)  # its tasks go on, and nobody hears of them: no connection is closed, Ray asks after 90 s
+        try:
+            assert driver.wait(300) == 0, log.read_text()[-3000:]
+        finally:
+            nodes.kill(3)
+            nodes.start(3)
+    assert log.read_text().split()[-1] == "4"
+    told = [path.name.split() for path in folder.iterdir()]
+    of_node = {host: {number for number, where in told if where == host} for host in (nodes.host(2), nodes.host(3))}
+    assert of_node[nodes.host(2)] == {"0", "1", "2", "3"}
+    assert of_node[nodes.host(3)]
 
 
 def copies(nodes: Nodes) -> dict[str, int]:
