@@ -135,6 +135,8 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--device", default="cuda")
     device = torch.device(options.parse_args().device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("on_gpu: torch sees no GPU here; --device cpu tries the checks themselves")
     checks: list[tuple[str, Callable[..., None], tuple[Any, ...]]] = [("attention", attention, ())]
     checks += [(f"tokens: {', '.join(map(str, of))}", tokens, of) for of in itertools.product(OF, VALUES, CHANCES)]
     checks += [(f"{of.__name__}: {kind}", of, (kind,)) for of in (step, half) for kind in ATTENTION]
